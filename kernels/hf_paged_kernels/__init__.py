@@ -1,0 +1,15 @@
+"""Attention kernels over dense, packed and paged keys and values: tensors in, tensors out.
+
+Each function is a custom op with a Triton kernel for accelerators and a plain PyTorch reference, which CPU tensors
+take. This package needs torch and, on an accelerator, triton; it never imports transformers.
+
+    flash_attention         dense or packed queries and keys
+    paged_attention         packed queries over pages, in place: prefill, decode, mixed
+    write_pages             new keys and values into their slots
+    copy_pages              whole pages inside a pool
+    merge_attention_states  two results over disjoint keys into one
+"""
+
+from .api import copy_pages, flash_attention, merge_attention_states, paged_attention, write_pages
+
+__all__ = ["copy_pages", "flash_attention", "merge_attention_states", "paged_attention", "write_pages"]

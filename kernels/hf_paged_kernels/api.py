@@ -1,0 +1,286 @@
+"""The public functions: documented contracts and checks around the custom ops."""
+
+import torch
+
+from . import checks, ops
+from .checks import check_tensor, require
+
+
+def flash_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    cu_seqlens_q: torch.Tensor | None = None,
+    cu_seqlens_k: torch.Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    causal: bool = False,
+    window: int | tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Exact attention without an attention matrix, dense or of packed sequences.
+
+    The last query is aligned with the last key. With 2 queries, 4 keys and ``causal=True`` query row sees key column::
+
+        1 1 1 0
+        1 1 1 1
+
+    Args:
+        q: queries ``[B, Lq, Hq, D]``, or packed ``[Tq, Hq, D]`` with ``cu_seqlens_q``. float16, bfloat16 or float32.
+        k: keys ``[B, Lk, Hk, D]`` or ``[Tk, Hk, D]``; Hq is a multiple of Hk (grouped-query attention).
+        v: values ``[B, Lk, Hk, Dv]`` or ``[Tk, Hk, Dv]``; Dv may differ from D. Head dims 1 to 512.
+        cu_seqlens_q: int32 ``[num_seqs + 1]``, prefix sums of the query lengths.
+        cu_seqlens_k: the same of the key lengths; default ``cu_seqlens_q``.
+        max_seqlen_q: an upper bound of the query lengths; default the number of packed tokens.
+        max_seqlen_k: accepted for symmetry; the kernels need no bound of the key lengths.
+        causal: hide the keys to the right of each query.
+        window: tokens that a query sees to each side, itself counted (``window=1``: itself only), or a pair
+            ``(left, right)`` of neighbours, itself not counted, None for no bound.
+        softcap: ``softcap * tanh(scores / softcap)`` before the mask (Gemma 2).
+        sinks: ``[Hq]``, one learned logit per head that takes part in the softmax without a value (gpt-oss).
+        scale: factor on ``q @ k``; default ``D ** -0.5``.
+        return_lse: also return the log-sum-exp of the scaled scores, sinks included.
+
+    Returns:
+        Attention ``[B, Lq, Hq, Dv]`` or ``[Tq, Hq, Dv]`` in q's dtype; a query without keys gives zeros. With
+        ``return_lse`` also float32 ``[B, Hq, Lq]`` or ``[Hq, Tq]`` (natural logarithm, -inf without keys).
+
+    Raises:
+        ValueError: shapes, devices, lengths or options that do not fit; TypeError: dtypes that are not supported.
+
+    Source: Dao, "FlashAttention-2" (2023), algorithm 1.
+    """
+    varlen = cu_seqlens_q is not None
+    dims = ("[Tq, Hq, D]", "[Tk, Hk, D]") if varlen else ("[B, Lq, Hq, D]", "[B, Lk, Hk, D]")
+    check_tensor("q", q, dims[0])
+    check_tensor("k", k, dims[1])
+    check_tensor("v", v, dims[1])
+    checks.check_heads(q, k, v, k.shape[-2], v.shape[-2])
+    require(k.shape[:-1] == v.shape[:-1], f"k and v must hold the same tokens, got {list(k.shape)}, {list(v.shape)}.")
+    checks.check_sinks(sinks, q.shape[-2])
+    window_left, window_right = checks.resolve_window(window, causal)
+    if cu_seqlens_q is not None:
+        checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q)
+        if cu_seqlens_k is None:
+            cu_seqlens_k = cu_seqlens_q
+        checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k)
+        require(
+            cu_seqlens_q.shape == cu_seqlens_k.shape,
+            f"cu_seqlens_q and cu_seqlens_k must have the same length, got {len(cu_seqlens_q)}, {len(cu_seqlens_k)}.",
+        )
+    else:
+        require(cu_seqlens_k is None, "cu_seqlens_k needs cu_seqlens_q: packed queries [Tq, Hq, D].")
+        require(q.shape[0] == k.shape[0], f"q and k must have the same batch size, got {q.shape[0]}, {k.shape[0]}.")
+    checks.check_same_device(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, sinks=sinks)
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
+        max_seqlen_q = q.shape[0] if max_seqlen_q is None else int(max_seqlen_q)
+        if checks.may_read_values(q) and q.device.type == "cpu":
+            checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+            checks.check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, k.shape[0], None)
+    out, lse = ops.flash_attention_op(
+        _unit_stride(q), _unit_stride(k), _unit_stride(v), cu_seqlens_q, cu_seqlens_k,
+        max_seqlen_q if max_seqlen_q is not None else q.shape[1], window_left, window_right,
+        checks.check_softcap(softcap), sinks, checks.resolve_scale(scale, q.shape[-1]),
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def paged_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    *,
+    max_query_len: int,
+    causal: bool = True,
+    window: int | tuple[int | None, int | None] | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Attention of new tokens to all tokens of their sequence, read in place from pages: prefill, decode and mixed.
+
+    The new tokens' keys and values must be in the pages already (:func:`write_pages`); they are the last of their
+    sequence::
+
+        tokens in the cache   0 ............ seq_len - query_len ....... seq_len
+                              |    context   |    this step's query      |
+
+    Args:
+        q: packed queries ``[T, Hq, D]``. float16, bfloat16 or float32.
+        k_pages: keys ``[num_pages, Hk, page_size, D]`` by any strides with a contiguous last dimension, so memory
+            ``[page, slot, head, dim]`` is passed as a transposed view. Page size 8 to 256, a power of two.
+        v_pages: values ``[num_pages, Hk, page_size, Dv]``.
+        page_table: int32 ``[num_seqs, max_pages_per_seq]``, logical page -> physical page. Entries past a sequence's
+            end, or wholly left of its window, are not read.
+        seq_lens: int32 ``[num_seqs]``, tokens of each sequence in the cache, the new ones counted.
+        cu_seqlens_q: int32 ``[num_seqs + 1]``, prefix sums of the query lengths; a sequence may have none.
+        max_query_len: an upper bound of the query lengths; it chooses the kernel, never the result's meaning.
+        causal: hide the keys to the right of each query.
+        window: as in :func:`flash_attention`.
+        softcap: as in :func:`flash_attention`.
+        sinks: as in :func:`flash_attention`.
+        scale: as in :func:`flash_attention`.
+        return_lse: also return the log-sum-exp of the scaled scores, sinks included.
+
+    Returns:
+        Attention ``[T, Hq, Dv]`` in q's dtype, with ``return_lse`` also float32 ``[Hq, T]``.
+
+    Raises:
+        ValueError: shapes, devices, options, lengths or pages that do not fit; TypeError: dtypes that are not
+            supported. Lengths and pages are read back from the device for this, except during graph capture and
+            tracing; callers that launch many layers with one table check it once and call ``ops.paged_attention_op``.
+
+    Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention" (2023).
+    """
+    check_tensor("q", q, "[T, Hq, D]")
+    checks.check_pages(k_pages, v_pages)
+    checks.check_heads(q, k_pages, v_pages, k_pages.shape[1], v_pages.shape[1])
+    checks.check_sinks(sinks, q.shape[1])
+    check_tensor("page_table", page_table, "[num_seqs, max_pages_per_seq]", (torch.int32,))
+    check_tensor("seq_lens", seq_lens, "[num_seqs]", (torch.int32,))
+    checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q)
+    num_seqs = page_table.shape[0]
+    require(
+        seq_lens.shape[0] == num_seqs and cu_seqlens_q.shape[0] == num_seqs + 1,
+        f"page_table, seq_lens and cu_seqlens_q must speak of the same sequences, got {num_seqs} rows, "
+        f"{seq_lens.shape[0]} lengths and {cu_seqlens_q.shape[0]} prefix sums (one more than sequences).",
+    )
+    require(page_table.stride(-1) == 1, f"rows of page_table must be contiguous, got strides {page_table.stride()}.")
+    require(
+        isinstance(max_query_len, int) and max_query_len >= 1,
+        f"max_query_len must be a positive int, got {max_query_len!r}.",
+    )
+    checks.check_same_device(
+        q=q, k_pages=k_pages, v_pages=v_pages, page_table=page_table, seq_lens=seq_lens,
+        cu_seqlens_q=cu_seqlens_q, sinks=sinks,
+    )  # fmt: skip
+    window_left, window_right = checks.resolve_window(window, causal)
+    if checks.may_read_values(q):
+        checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_query_len)
+        checks.check_page_table_values(
+            page_table, seq_lens, cu_seqlens_q, k_pages.shape[0], k_pages.shape[2], window_left
+        )
+    out, lse = ops.paged_attention_op(
+        _unit_stride(q), k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, max_query_len,
+        window_left, window_right, checks.check_softcap(softcap), sinks, checks.resolve_scale(scale, q.shape[-1]),
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def write_pages(
+    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """Write new keys and values into their slots, in place.
+
+    Args:
+        k: ``[T, Hk, D]``.
+        v: ``[T, Hk, Dv]``.
+        k_pages: ``[num_pages, Hk, page_size, D]``, as in :func:`paged_attention`; written in place.
+        v_pages: ``[num_pages, Hk, page_size, Dv]``; written in place.
+        slot_mapping: int64 ``[T]``, ``page * page_size + offset`` of each token; -1: do not write. No slot twice.
+
+    Raises:
+        ValueError: shapes, devices or slots that do not fit; TypeError: dtypes that are not supported.
+    """
+    check_tensor("k", k, "[T, Hk, D]")
+    check_tensor("v", v, "[T, Hk, Dv]")
+    checks.check_pages(k_pages, v_pages)
+    check_tensor("slot_mapping", slot_mapping, "[T]", (torch.int64,))
+    for name, new, pages in (("k", k, k_pages), ("v", v, v_pages)):
+        require(
+            new.shape[1] == pages.shape[1] and new.shape[2] == pages.shape[3] and new.dtype == pages.dtype,
+            f"{name} must fit its pages in heads, head dim and dtype, got {list(new.shape)} {new.dtype} for pages "
+            f"{list(pages.shape)} {pages.dtype}.",
+        )
+    require(
+        k.shape[0] == v.shape[0] == slot_mapping.shape[0],
+        f"k, v and slot_mapping must hold the same tokens, got {k.shape[0]}, {v.shape[0]} and {slot_mapping.shape[0]}.",
+    )
+    checks.check_same_device(k=k, v=v, k_pages=k_pages, v_pages=v_pages, slot_mapping=slot_mapping)
+    num_slots = k_pages.shape[0] * k_pages.shape[2]
+    if checks.may_read_values(k) and slot_mapping.numel():
+        low, high = (int(x) for x in slot_mapping.aminmax())
+        require(
+            low >= -1 and high < num_slots,
+            f"slot_mapping holds {low if low < -1 else high}, outside of the pool's {num_slots} slots "
+            f"(accepted: -1 to {num_slots - 1}).",
+        )
+    ops.write_pages_op(_unit_stride(k), _unit_stride(v), k_pages, v_pages, slot_mapping)
+
+
+def copy_pages(k_pages: torch.Tensor, v_pages: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy whole pages inside one pool, in place: ``pages[target[i]] = pages[source[i]]``.
+
+    Args:
+        k_pages: ``[num_pages, Hk, page_size, D]``, written in place.
+        v_pages: ``[num_pages, Hk, page_size, Dv]``, written in place.
+        source: int32 or int64 ``[n]``, pages to read.
+        target: the same dtype ``[n]``, pages to write; none twice, and none that is also a source.
+
+    Raises:
+        ValueError: shapes, devices or pages that do not fit; TypeError: dtypes that are not supported.
+    """
+    checks.check_pages(k_pages, v_pages)
+    for name, pages in (("source", source), ("target", target)):
+        check_tensor(name, pages, "[n]", (torch.int32, torch.int64))
+    require(source.shape == target.shape, f"source and target must pair up, got {len(source)} and {len(target)} pages.")
+    checks.check_same_device(k_pages=k_pages, v_pages=v_pages, source=source, target=target)
+    if checks.may_read_values(source) and source.numel():
+        num_pages = k_pages.shape[0]
+        sources, targets = source.tolist(), target.tolist()
+        for name, values in (("source", sources), ("target", targets)):
+            bad = [page for page in values if not 0 <= page < num_pages]
+            require(
+                not bad, f"{name} holds page {bad[0] if bad else 0}, outside of the pool (0 to {num_pages - 1})."
+            )
+        require(len(set(targets)) == len(targets), "target holds a page twice: which copy wins would be undefined.")
+        both = set(sources) & set(targets)
+        require(not both, f"page {min(both, default=0)} is in source and in target: the copies would race.")
+    ops.copy_pages_op(k_pages, v_pages, source, target)
+
+
+def merge_attention_states(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge the attention of the same queries over two disjoint sets of keys.
+
+    Args:
+        out_a: ``[T, H, Dv]`` over the first set.
+        lse_a: float32 ``[H, T]``, its log-sum-exp; -inf where it holds no key (its ``out`` is then not read).
+        out_b: ``[T, H, Dv]`` over the second set, same dtype.
+        lse_b: float32 ``[H, T]``. With sinks, at most one of the two sides may include them.
+
+    Returns:
+        ``(out [T, H, Dv], lse [H, T])`` over both sets.
+
+    Raises:
+        ValueError: shapes or devices that do not fit; TypeError: dtypes that are not supported.
+    """
+    check_tensor("out_a", out_a, "[T, H, Dv]")
+    check_tensor("out_b", out_b, "[T, H, Dv]")
+    for name, lse in (("lse_a", lse_a), ("lse_b", lse_b)):
+        check_tensor(name, lse, "[H, T]", (torch.float32,))
+        require(
+            lse.shape == (out_a.shape[1], out_a.shape[0]),
+            f"{name} must be [H, T] = {[out_a.shape[1], out_a.shape[0]]}, got {list(lse.shape)}.",
+        )
+    require(
+        out_a.shape == out_b.shape and out_a.dtype == out_b.dtype,
+        f"out_a and out_b must agree in shape and dtype, got {list(out_a.shape)} {out_a.dtype}, "
+        f"{list(out_b.shape)} {out_b.dtype}.",
+    )
+    checks.check_same_device(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    return ops.merge_attention_states_op(_unit_stride(out_a), lse_a, _unit_stride(out_b), lse_b)
+
+
+def _unit_stride(tensor: torch.Tensor) -> torch.Tensor:
+    """The kernels read rows of a head contiguously; every other stride is free."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

@@ -1,0 +1,201 @@
+"""Argument checks: every error names the argument, what it holds, and what is accepted."""
+
+import math
+
+import torch
+
+from .backend import TRITON_DEVICES
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 512
+PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+
+
+def require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
+    """Raise ``error(message)`` unless ``condition``."""
+    if not condition:
+        raise error(message)
+
+
+def check_tensor(name: str, tensor: object, dims: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> torch.Tensor:
+    """Check type, number of dimensions (``dims`` reads like "[T, H, D]") and dtype of one argument."""
+    require(isinstance(tensor, torch.Tensor), f"{name} must be a tensor {dims}, got {type(tensor).__name__}.", TypeError)
+    assert isinstance(tensor, torch.Tensor)
+    require(
+        tensor.ndim == dims.count(",") + 1,
+        f"{name} must have the shape {dims}, got {list(tensor.shape)}.",
+    )
+    require(
+        tensor.dtype in dtypes,
+        f"{name} must be {' or '.join(str(d).removeprefix('torch.') for d in dtypes)}, got {tensor.dtype}.",
+        TypeError,
+    )
+    return tensor
+
+
+def check_same_device(**tensors: torch.Tensor | None) -> None:
+    """All tensors must live on one device, and it must be one the kernels run on."""
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    require(
+        len(set(devices.values())) == 1,
+        "all tensors must be on one device, got " + ", ".join(f"{n} on {d}" for n, d in devices.items()) + ".",
+    )
+    device = next(iter(devices.values()))
+    require(
+        device.type in ("cpu", "meta", *TRITON_DEVICES),
+        f"device {device} is not supported; use one of cpu, {', '.join(TRITON_DEVICES)}.",
+    )
+
+
+def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_kv_heads: int, num_v_heads: int) -> None:
+    """Head counts, head dims and dtypes of q, k and v must fit each other."""
+    num_q_heads, head_dim, v_dim = q.shape[-2], q.shape[-1], v.shape[-1]
+    require(
+        num_kv_heads == num_v_heads,
+        f"k and v must have the same number of heads, got {num_kv_heads} and {num_v_heads}.",
+    )
+    require(
+        num_kv_heads > 0 and num_q_heads % num_kv_heads == 0,
+        f"the number of query heads must be a multiple of the key/value heads, got {num_q_heads} and {num_kv_heads}.",
+    )
+    require(k.shape[-1] == head_dim, f"q and k must have the same head dim, got {head_dim} and {k.shape[-1]}.")
+    for name, dim in (("q and k", head_dim), ("v", v_dim)):
+        require(1 <= dim <= MAX_HEAD_DIM, f"the head dim of {name} must be 1 to {MAX_HEAD_DIM}, got {dim}.")
+    require(
+        q.dtype == k.dtype == v.dtype,
+        f"q, k and v must have the same dtype, got {q.dtype}, {k.dtype} and {v.dtype}.",
+        TypeError,
+    )
+
+
+def check_sinks(sinks: torch.Tensor | None, num_q_heads: int) -> None:
+    """``sinks`` is one logit per query head."""
+    if sinks is None:
+        return
+    check_tensor("sinks", sinks, "[num_q_heads]")
+    require(
+        sinks.shape[0] == num_q_heads,
+        f"sinks must hold one logit for each of the {num_q_heads} query heads, got {sinks.shape[0]}.",
+    )
+
+
+def check_cu_seqlens(name: str, cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Prefix sums of lengths: int32 ``[num_seqs + 1]``."""
+    check_tensor(name, cu_seqlens, "[num_seqs + 1]", (torch.int32,))
+    require(cu_seqlens.shape[0] >= 1, f"{name} must hold at least one element, [0] for no sequences.")
+    return cu_seqlens
+
+
+def check_cu_seqlens_values(name: str, cu_seqlens: torch.Tensor, num_tokens: int, max_seqlen: int | None) -> None:
+    """Values of a prefix sum: from 0 to ``num_tokens``, never falling, no step above ``max_seqlen``. Reads the device."""
+    values = cu_seqlens.tolist()
+    steps = [b - a for a, b in zip(values, values[1:])]
+    require(
+        values[0] == 0 and values[-1] == num_tokens and all(s >= 0 for s in steps),
+        f"{name} must rise from 0 to the number of tokens ({num_tokens}), got {_short(values)}.",
+    )
+    if max_seqlen is not None and steps:
+        require(
+            max(steps) <= max_seqlen,
+            f"{name} has a sequence of {max(steps)} tokens, more than the maximum given ({max_seqlen}).",
+        )
+
+
+def resolve_window(window: object, causal: bool) -> tuple[int | None, int | None]:
+    """Translate ``window`` and ``causal`` to keys seen to the left and to the right; None is no bound."""
+    left: int | None
+    right: int | None
+    if window is None:
+        left = right = None
+    elif isinstance(window, tuple) and len(window) == 2:
+        left, right = (None if x is None or x < 0 else int(x) for x in window)
+    elif isinstance(window, int) and not isinstance(window, bool) and window >= 1:
+        left = right = window - 1
+    else:
+        raise ValueError(
+            f"window must be None, a number of tokens (1 or more, the query itself counted) or a pair "
+            f"(left, right) of neighbours seen, got {window!r}."
+        )
+    if causal:
+        right = 0
+    return left, right
+
+
+def check_softcap(softcap: float | None) -> float | None:
+    """A softcap is a positive number, or None."""
+    require(
+        softcap is None or (math.isfinite(softcap) and softcap > 0),
+        f"softcap must be None or a positive number, got {softcap!r}.",
+    )
+    return softcap
+
+
+def resolve_scale(scale: float | None, head_dim: int) -> float:
+    """The factor on q @ k: ``head_dim ** -0.5`` unless given."""
+    if scale is None:
+        return head_dim**-0.5
+    require(math.isfinite(scale), f"scale must be a finite number, got {scale!r}.")
+    return float(scale)
+
+
+def check_pages(k_pages: torch.Tensor, v_pages: torch.Tensor) -> None:
+    """Shapes, strides and page size of a pair of page tensors."""
+    for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
+        check_tensor(name, pages, "[num_pages, num_kv_heads, page_size, head_dim]")
+        require(
+            pages.stride(-1) == 1,
+            f"the last dimension of {name} must be contiguous (stride 1), got strides {pages.stride()}.",
+        )
+    require(
+        k_pages.shape[:3] == v_pages.shape[:3],
+        f"k_pages and v_pages must agree in pages, heads and page size, got {list(k_pages.shape)} and "
+        f"{list(v_pages.shape)}.",
+    )
+    page_size = k_pages.shape[2]
+    require(page_size in PAGE_SIZES, f"page_size must be one of {PAGE_SIZES}, got {page_size}.")
+
+
+def check_page_table_values(
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    num_pages: int,
+    page_size: int,
+    window_left: int | None,
+) -> None:
+    """Every page that a query may read must lie inside the pool, every query inside its sequence. Reads the device."""
+    lengths = seq_lens.to(page_table.device, torch.int64)
+    query_lens = cu_seqlens_q.diff().to(torch.int64)
+    capacity = page_table.shape[1] * page_size
+    too_long = (lengths > capacity) | (lengths < query_lens)
+    if bool(too_long.any()):
+        i = int(too_long.nonzero()[0])
+        raise ValueError(
+            f"seq_lens[{i}] is {int(lengths[i])}: it must be at least the sequence's {int(query_lens[i])} new tokens and "
+            f"at most the {capacity} tokens that page_table has room for."
+        )
+    first = torch.zeros_like(lengths)
+    if window_left is not None:
+        first = (lengths - query_lens - window_left).clamp(min=0) // page_size
+    column = torch.arange(page_table.shape[1], device=page_table.device)
+    needed = (column >= first[:, None]) & (column * page_size < lengths[:, None]) & (query_lens > 0)[:, None]
+    outside = needed & ((page_table < 0) | (page_table >= num_pages))
+    if bool(outside.any()):
+        row, col = outside.nonzero()[0].tolist()
+        raise ValueError(
+            f"page_table[{row}, {col}] is {int(page_table[row, col])}, outside of the pool of {num_pages} pages "
+            f"(accepted: 0 to {num_pages - 1})."
+        )
+
+
+def may_read_values(tensor: torch.Tensor) -> bool:
+    """Whether a check may look at device values: not while a graph is captured or a program is traced."""
+    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+        return False
+    if tensor.device.type == "cuda":
+        return not torch.cuda.is_current_stream_capturing()
+    return True
+
+
+def _short(values: list[int]) -> str:
+    return str(values) if len(values) <= 8 else f"[{', '.join(map(str, values[:4]))}, ..., {values[-1]}]"

@@ -1,0 +1,151 @@
+"""The kernels as ``torch.library`` custom ops (namespace ``hf_paged``), with fake implementations.
+
+Arguments are taken as checked: the public functions of the package check them, and so does whoever builds a step plan.
+Each op picks its implementation by device: Triton on an accelerator, the PyTorch reference on CPU.
+"""
+
+import torch
+
+from . import reference
+from .backend import uses_triton
+
+
+@torch.library.custom_op("hf_paged::flash_attention", mutates_args=())
+def flash_attention_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``flash_attention_launch`` for the arguments."""
+    if uses_triton(q):
+        from .flash_attention_triton import flash_attention_launch as run
+    else:
+        run = reference.flash_attention_reference
+    return run(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, window_left, window_right, softcap, sinks, scale
+    )  # fmt: skip
+
+
+@flash_attention_op.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = q.new_empty(*q.shape[:-1], v.shape[-1])
+    lse_shape = (q.shape[1], q.shape[0]) if cu_seqlens_q is not None else (q.shape[0], q.shape[2], q.shape[1])
+    return out, q.new_empty(lse_shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("hf_paged::paged_attention", mutates_args=())
+def paged_attention_op(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    max_query_len: int,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``paged_attention_launch`` for the arguments."""
+    if uses_triton(q):
+        from .paged_attention_triton import paged_attention_launch as run
+    else:
+        run = reference.paged_attention_reference
+    return run(
+        q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, max_query_len,
+        window_left, window_right, softcap, sinks, scale,
+    )  # fmt: skip
+
+
+@paged_attention_op.register_fake
+def _(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    max_query_len: int,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = q.new_empty(*q.shape[:2], v_pages.shape[-1])
+    return out, q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("hf_paged::write_pages", mutates_args=("k_pages", "v_pages"))
+def write_pages_op(
+    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """See ``write_pages_launch`` for the arguments."""
+    if uses_triton(k):
+        from .pages_triton import write_pages_launch as run
+    else:
+        run = reference.write_pages_reference
+    run(k, v, k_pages, v_pages, slot_mapping)
+
+
+@torch.library.custom_op("hf_paged::copy_pages", mutates_args=("k_pages", "v_pages"))
+def copy_pages_op(k_pages: torch.Tensor, v_pages: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+    """See ``copy_pages_launch`` for the arguments."""
+    if uses_triton(k_pages):
+        from .pages_triton import copy_pages_launch as run
+    else:
+        run = reference.copy_pages_reference
+    run(k_pages, v_pages, source, target)
+
+
+@torch.library.custom_op("hf_paged::merge_attention_states", mutates_args=())
+def merge_attention_states_op(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``merge_attention_states_launch`` for the arguments."""
+    if uses_triton(out_a):
+        from .merge_states_triton import merge_attention_states_launch as run
+    else:
+        run = reference.merge_attention_states_reference
+    return run(out_a, lse_a, out_b, lse_b)
+
+
+@merge_attention_states_op.register_fake
+def _(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
+
+
+def _no_backward(ctx: object, *grads: torch.Tensor) -> None:
+    raise RuntimeError(
+        "hf_paged's attention has no backward pass yet: wrap inference in torch.no_grad(), or train with "
+        'attn_implementation="sdpa" or "flash_attention_2".'
+    )
+
+
+# Without this, autograd would silently treat the outputs as constants in some dispatch modes.
+for _op in (flash_attention_op, paged_attention_op, merge_attention_states_op):
+    _op.register_autograd(_no_backward)

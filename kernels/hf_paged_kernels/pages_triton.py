@@ -1,0 +1,118 @@
+"""Writing new keys and values into pages, and copying whole pages, in Triton.
+
+A token's slot is ``page * page_size + offset``; slot -1 is not written. Pages are addressed by strides, so
+``[page, head, slot, dim]`` and ``[page, slot, head, dim]`` memory both work.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .backend import device_guard
+
+
+@triton.jit
+def _write_pages(
+    k,
+    v,
+    k_pages,
+    v_pages,
+    slot_mapping,
+    stride_kt,
+    stride_kh,
+    stride_vt,
+    stride_vh,
+    stride_kp,
+    stride_kph,
+    stride_ks,
+    stride_vp,
+    stride_vph,
+    stride_vs,
+    PAGE_SIZE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    V_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_DV: tl.constexpr,
+):
+    """One program: one token of one head."""
+    token = tl.cast(tl.program_id(0), tl.int64)
+    head = tl.cast(tl.program_id(1), tl.int64)
+    target = tl.load(slot_mapping + token)
+    if target < 0:
+        return
+    page = target // PAGE_SIZE
+    slot = target % PAGE_SIZE
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_dv = tl.arange(0, BLOCK_DV)
+    key = tl.load(k + token * stride_kt + head * stride_kh + offs_d, mask=offs_d < HEAD_DIM)
+    tl.store(
+        k_pages + page * stride_kp + head * stride_kph + slot * stride_ks + offs_d,
+        key.to(k_pages.dtype.element_ty),
+        mask=offs_d < HEAD_DIM,
+    )
+    value = tl.load(v + token * stride_vt + head * stride_vh + offs_dv, mask=offs_dv < V_DIM)
+    tl.store(
+        v_pages + page * stride_vp + head * stride_vph + slot * stride_vs + offs_dv,
+        value.to(v_pages.dtype.element_ty),
+        mask=offs_dv < V_DIM,
+    )
+
+
+def write_pages_launch(
+    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """Launch on checked arguments; shapes as in :func:`hf_paged_kernels.write_pages`."""
+    num_tokens, num_heads, head_dim = k.shape
+    v_dim = v.shape[-1]
+    if num_tokens == 0:
+        return
+    with device_guard(k):
+        _write_pages[(num_tokens, num_heads)](
+            k, v, k_pages, v_pages, slot_mapping,
+            *k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
+            PAGE_SIZE=k_pages.shape[2],
+            HEAD_DIM=head_dim,
+            V_DIM=v_dim,
+            BLOCK_D=triton.next_power_of_2(head_dim),
+            BLOCK_DV=triton.next_power_of_2(v_dim),
+            num_warps=1,
+        )  # fmt: skip
+
+
+@triton.jit
+def _copy_pages(
+    pages,
+    source,
+    target,
+    stride_p,
+    stride_h,
+    stride_s,
+    DIM: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """One program: one head of one page."""
+    pair = tl.program_id(0)
+    head = tl.cast(tl.program_id(1), tl.int64)
+    offs_s = tl.arange(0, PAGE_SIZE)
+    offs_d = tl.arange(0, BLOCK_D)
+    tile = head * stride_h + offs_s[:, None] * stride_s + offs_d[None, :]
+    mask = (offs_d < DIM)[None, :] & (offs_s < PAGE_SIZE)[:, None]
+    from_page = tl.load(source + pair).to(tl.int64)
+    to_page = tl.load(target + pair).to(tl.int64)
+    tl.store(pages + to_page * stride_p + tile, tl.load(pages + from_page * stride_p + tile, mask=mask), mask=mask)
+
+
+def copy_pages_launch(
+    k_pages: torch.Tensor, v_pages: torch.Tensor, source: torch.Tensor, target: torch.Tensor
+) -> None:
+    """Launch on checked arguments; shapes as in :func:`hf_paged_kernels.copy_pages`."""
+    if source.numel() == 0:
+        return
+    with device_guard(k_pages):
+        for pages in (k_pages, v_pages):
+            _, num_heads, page_size, dim = pages.shape
+            _copy_pages[(source.numel(), num_heads)](
+                pages, source, target, *pages.stride()[:3],
+                DIM=dim, PAGE_SIZE=page_size, BLOCK_D=triton.next_power_of_2(dim),
+            )  # fmt: skip

@@ -1,0 +1,183 @@
+"""Plain PyTorch references: what every kernel must compute, written to be obviously right.
+
+They are also what CPU tensors take. Everything runs in at least float32; float64 inputs stay float64.
+"""
+
+import math
+
+import torch
+
+ROWS_AT_A_TIME = 1024
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    key_start: int = 0,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of one sequence: q ``[Lq, Hq, D]``, k ``[Lk, Hk, D]``, v ``[Lk, Hk, Dv]``.
+
+    The last query sits on the last key. Query position p sees keys ``p - window_left .. p + window_right``; None is no
+    bound. ``key_start`` is the position of ``k[0]``, for callers that leave out keys no query sees.
+
+    Returns:
+        ``(out [Lq, Hq, Dv] in q's dtype, lse [Hq, Lq] float32)``; a row without keys gives zeros and -inf.
+    """
+    num_queries, num_q_heads, _ = q.shape
+    num_keys, num_kv_heads, v_dim = v.shape
+    key_positions = torch.arange(key_start, key_start + num_keys, device=q.device)
+    query_positions = torch.arange(num_queries, device=q.device) + (key_start + num_keys - num_queries)
+    out = q.new_empty(num_queries, num_q_heads, v_dim)
+    lse = q.new_empty(num_q_heads, num_queries, dtype=torch.float32)
+    # Rows are independent: taking them in chunks keeps memory linear in the number of keys.
+    for first in range(0, num_queries, ROWS_AT_A_TIME):
+        rows = slice(first, first + ROWS_AT_A_TIME)
+        distance = query_positions[rows, None] - key_positions[None, :]  # > 0: the key is to the left
+        hidden = torch.zeros_like(distance, dtype=torch.bool)
+        if window_left is not None:
+            hidden |= distance > window_left
+        if window_right is not None:
+            hidden |= distance < -window_right
+        out[rows], lse[:, rows] = attend_rows(q[rows], k, v, hidden, softcap, sinks, scale)
+    return out, lse
+
+
+def attend_rows(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    hidden: torch.Tensor,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention with any mask: q ``[Lq, Hq, D]``, k ``[Lk, Hk, D]``, v ``[Lk, Hk, Dv]``, hidden bool ``[Lq, Lk]``.
+
+    Returns:
+        As :func:`attend`.
+    """
+    num_queries, num_q_heads, _ = q.shape
+    num_keys, num_kv_heads, v_dim = v.shape
+    group = num_q_heads // num_kv_heads
+    compute = torch.promote_types(q.dtype, torch.float32)
+    # [Hk, group, Lq, Lk]: query head h reads key/value head h // group.
+    queries = q.to(compute).view(num_queries, num_kv_heads, group, -1).permute(1, 2, 0, 3)
+    scores = queries @ k.to(compute).permute(1, 2, 0)[:, None] * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(hidden, -math.inf)
+    if sinks is not None:
+        sink = sinks.to(compute).view(num_kv_heads, group, 1, 1).expand(-1, -1, num_queries, 1)
+        scores = torch.cat([scores, sink], dim=-1)
+    lse = torch.logsumexp(scores, dim=-1)
+    weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None])[..., :num_keys]
+    out = weights @ v.to(compute).permute(1, 0, 2)[:, None]
+    out = out.permute(2, 0, 1, 3).reshape(num_queries, num_q_heads, v_dim)
+    return out.to(q.dtype), lse.reshape(num_q_heads, num_queries).float()
+
+
+def flash_attention_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequence by sequence; arguments and results as ``flash_attention_launch``."""
+    rest = (window_left, window_right, softcap, sinks, scale)
+    if cu_seqlens_q is None:
+        results = [attend(q[b], k[b], v[b], *rest) for b in range(q.shape[0])]
+        if not results:
+            return q.new_empty(*q.shape[:3], v.shape[-1]), q.new_empty(0, q.shape[2], q.shape[1], dtype=torch.float32)
+        return torch.stack([out for out, _ in results]), torch.stack([lse for _, lse in results])
+    assert cu_seqlens_k is not None
+    out = q.new_empty(*q.shape[:2], v.shape[-1])
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    q_bounds, k_bounds = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for i in range(len(q_bounds) - 1):
+        rows, keys = slice(*q_bounds[i : i + 2]), slice(*k_bounds[i : i + 2])
+        out[rows], lse[:, rows] = attend(q[rows], k[keys], v[keys], *rest)
+    return out, lse
+
+
+def paged_attention_reference(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    max_query_len: int,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sequence by sequence over gathered pages; arguments and results as ``paged_attention_launch``."""
+    page_size = k_pages.shape[2]
+    out = q.new_empty(*q.shape[:2], v_pages.shape[-1])
+    lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+    bounds = cu_seqlens_q.tolist()
+    for i, seq_len in enumerate(seq_lens.tolist()):
+        rows = slice(*bounds[i : i + 2])
+        query_len = rows.stop - rows.start
+        if query_len == 0:
+            continue
+        # Pages wholly to the left of the first query's window may have been given back: never read them.
+        first_key = 0 if window_left is None else max(0, seq_len - query_len - window_left)
+        first_page = first_key // page_size
+        pages = page_table[i, first_page : -(-seq_len // page_size)].long()
+        keys, values = (
+            x[pages].transpose(1, 2).flatten(0, 1)[first_key - first_page * page_size : seq_len - first_page * page_size]
+            for x in (k_pages, v_pages)
+        )
+        out[rows], lse[:, rows] = attend(
+            q[rows], keys, values, window_left, window_right, softcap, sinks, scale, key_start=first_key
+        )
+    return out, lse
+
+
+def write_pages_reference(
+    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """Token by token in effect: ``k_pages[slot // page_size, :, slot % page_size] = k[token]`` where slot >= 0."""
+    written = slot_mapping >= 0
+    slots = slot_mapping[written]
+    page, offset = slots // k_pages.shape[2], slots % k_pages.shape[2]
+    k_pages[page, :, offset] = k[written].to(k_pages.dtype)
+    v_pages[page, :, offset] = v[written].to(v_pages.dtype)
+
+
+def copy_pages_reference(
+    k_pages: torch.Tensor, v_pages: torch.Tensor, source: torch.Tensor, target: torch.Tensor
+) -> None:
+    """``pages[target[i]] = pages[source[i]]`` for every i."""
+    k_pages[target.long()] = k_pages[source.long()]
+    v_pages[target.long()] = v_pages[source.long()]
+
+
+def merge_attention_states_reference(
+    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The formula, with a side that saw no key left out even where it holds NaN."""
+    compute = torch.promote_types(out_a.dtype, torch.float32)
+    lse = torch.logaddexp(lse_a, lse_b)
+    pivot = lse.masked_fill(lse == -math.inf, 0.0)
+    out = torch.zeros(out_a.shape, dtype=compute, device=out_a.device)
+    for part, part_lse in ((out_a, lse_a), (out_b, lse_b)):
+        weight = torch.exp(part_lse - pivot).T[..., None].to(compute)
+        out += torch.where(weight == 0, 0.0, part.to(compute)) * weight
+    return out.to(out_a.dtype), lse
