@@ -52,12 +52,15 @@ def attend_rows(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    hidden: torch.Tensor,
+    hidden: torch.Tensor | None,
     softcap: float | None,
     sinks: torch.Tensor | None,
     scale: float,
+    bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention with any mask: q ``[Lq, Hq, D]``, k ``[Lk, Hk, D]``, v ``[Lk, Hk, Dv]``, hidden bool ``[Lq, Lk]``.
+
+    ``bias`` ``[1 or Hq, Lq, Lk]`` is added to the scores after the softcap; -inf hides a key.
 
     Returns:
         As :func:`attend`.
@@ -71,7 +74,11 @@ def attend_rows(
     scores = queries @ k.to(compute).permute(1, 2, 0)[:, None] * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(hidden, -math.inf)
+    if bias is not None:
+        bias = bias.to(compute).expand(num_q_heads, num_queries, num_keys)
+        scores = scores + bias.view(num_kv_heads, group, num_queries, num_keys)
+    if hidden is not None:
+        scores = scores.masked_fill(hidden, -math.inf)
     if sinks is not None:
         sink = sinks.to(compute).view(num_kv_heads, group, 1, 1).expand(-1, -1, num_queries, 1)
         scores = torch.cat([scores, sink], dim=-1)

@@ -1,0 +1,314 @@
+"""The attention and mask functions that transformers calls for ``attn_implementation="paged_flash"``."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from hf_paged_kernels import flash_attention
+from hf_paged_kernels.checks import check_softcap, resolve_scale, resolve_window
+from hf_paged_kernels.ops import flash_attention_op, paged_attention_op, write_pages_op
+from hf_paged_kernels.reference import attend_rows
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+from transformers.utils import logging
+
+from .paged_states import PagedStates
+from .transformers_internals import batching_update, is_plain_mask, packed_segments
+
+logger = logging.get_logger(__name__)
+
+NO_EFFECT = frozenset(
+    {
+        "position_ids", "cache_position", "position_embeddings", "use_cache", "past_key_values", "return_dict",
+        "output_hidden_states", "output_router_logits", "logits_to_keep", "num_items_in_batch", "num_logits_to_keep",
+        "deterministic", "layer_idx", "input_ids", "inputs_embeds", "labels", "token_type_ids", "mm_token_type_ids",
+        "logits_indices", "logits_processor_args", "per_layer_input", "per_layer_inputs", "shared_kv_states",
+        "or_mask_function", "padding_mask", "target_dtype", "is_first_iteration", "conv_mask", "seq_idx",
+    }
+)  # fmt: skip
+"""Keyword arguments that travel through a model to the attention function and do not change attention."""
+
+BATCHING = frozenset({"read_index", "write_index", "block_table", "max_seqlen_q", "max_seqlen_k"})
+VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
+
+
+def paged_flash_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    is_causal: bool | None = None,
+    s_aux: torch.Tensor | None = None,
+    cache: Any = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention for transformers' interface, through this package's kernels.
+
+    Args:
+        module: the attention layer; ``module.is_causal`` counts where ``is_causal`` is not given.
+        query: ``[B, Hq, L, D]``.
+        key: ``[B, Hk, Lk, D]``; from a :class:`PagedCache`, a stand-in whose pages are read in place.
+        value: ``[B, Hk, Lk, Dv]``.
+        attention_mask: None; 2D ``[B, Lk]``, True (1) where a column is a token; 2D int32 with 0 for padding and the
+            number of its packed sequence for each token; or 4D, boolean or added to the scores.
+        dropout: must be 0.
+        scaling: factor on the scores; default ``D ** -0.5``.
+        sliding_window: tokens that a query sees, itself counted.
+        softcap: logit softcap.
+        is_causal: hide later keys.
+        s_aux: ``[Hq]`` attention sinks.
+        cache: the cache of transformers' own continuous batching.
+        kwargs: packed lengths (``cu_seq_lens_q`` ...), and arguments without an effect on attention.
+
+    Returns:
+        ``(out [B, L, Hq, Dv], None)``.
+
+    Raises:
+        ValueError: an argument that the kernels cannot express; it is never ignored.
+    """
+    _refuse_unsupported(module, dropout, kwargs)
+    causal = getattr(module, "is_causal", True) if is_causal is None else bool(is_causal)
+    sinks = None if s_aux is None else s_aux.reshape(-1)
+    options = _Options(resolve_scale(scaling, query.shape[-1]), sliding_window, check_softcap(softcap), causal, sinks)
+    if cache is not None:
+        return _batched(module, query, key, value, cache, options, kwargs), None
+    if attention_mask is not None and attention_mask.ndim == 4:
+        return _with_dense_mask(query, key, value, attention_mask, options), None
+    if attention_mask is not None and attention_mask.ndim != 2:
+        raise ValueError(f"attention_mask must be 2D or 4D, got the shape {list(attention_mask.shape)}.")
+    if isinstance(key, PagedStates):
+        return _over_pages(query, key, value, attention_mask, options), None
+    if kwargs.get("cu_seq_lens_q") is not None:
+        missing = [name for name in VARLEN if kwargs.get(name) is None]
+        if missing:
+            raise ValueError(f"packed sequences need {', '.join(VARLEN)}; {', '.join(missing)} is missing.")
+        return _packed(query, key, value, kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], options), None
+    if attention_mask is not None:
+        return _with_padding(query, key, value, attention_mask, options), None
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    return options.flash(q, k, v), None
+
+
+class _Options:
+    """What every call of a kernel needs beside tensors."""
+
+    __slots__ = ("causal", "left", "right", "scale", "sinks", "softcap", "window")
+
+    def __init__(
+        self, scale: float, window: int | None, softcap: float | None, causal: bool, sinks: torch.Tensor | None
+    ) -> None:
+        self.scale, self.window, self.softcap, self.causal, self.sinks = scale, window, softcap, causal, sinks
+        self.left, self.right = resolve_window(window, causal)
+
+    def flash(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **lengths: Any) -> torch.Tensor:
+        """Dense ``[B, L, H, D]`` or packed ``[T, H, D]``."""
+        out = flash_attention(
+            q, k, v, causal=self.causal, window=self.window, softcap=self.softcap, sinks=self.sinks, scale=self.scale,
+            **lengths,
+        )  # fmt: skip
+        assert isinstance(out, torch.Tensor)
+        return out
+
+
+def _refuse_unsupported(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
+    if dropout:
+        raise ValueError(
+            f"dropout must be 0 in paged_flash, got {dropout}: call model.eval(), or set attention_dropout to 0 in the "
+            f'config; for training with attention dropout use attn_implementation="sdpa".'
+        )
+    if kwargs.get("output_attentions"):
+        raise ValueError(
+            'output_attentions=True is not supported: paged_flash has no attention matrix. Use attn_implementation="eager".'
+        )
+    for name, argument in kwargs.items():
+        if argument is None or name in NO_EFFECT or name in BATCHING or name in VARLEN or name == "output_attentions":
+            continue
+        if argument is False:
+            continue
+        raise ValueError(
+            f"{type(module).__name__} passes {name} to attention, which paged_flash does not support: load the model "
+            f'with attn_implementation="eager" or "sdpa".'
+        )
+
+
+def _over_pages(
+    query: torch.Tensor, key: PagedStates, value: torch.Tensor, mask: torch.Tensor | None, options: _Options
+) -> torch.Tensor:
+    """A step on a PagedCache: place the new tokens, then attend."""
+    update = key.update
+    if not isinstance(value, PagedStates) or value.update is not update:
+        raise ValueError(
+            "the model changed the values that its cache returned before attention; paged_flash reads them from the "
+            'cache. Use attn_implementation="eager" or "sdpa" for this model.'
+        )
+    if mask is not None and mask.dtype == torch.int32:
+        raise ValueError("packed sequences (restarting position_ids) cannot be added to a cache: pass use_cache=False.")
+    plan = update.layer.write(update, mask)
+    packed_query = plan.pack(query)
+    if not packed_query.shape[0]:
+        return query.new_zeros(*query.shape[:1], query.shape[2], query.shape[1], value.shape[-1])
+    sinks, left, right = options.sinks, options.left, options.right
+    if plan.is_first:
+        # Nothing is cached yet: the new keys are all there is, contiguous and exact.
+        out, _ = flash_attention_op(
+            packed_query, plan.pack(update.key), plan.pack(update.value), plan.cu_seqlens_q, plan.cu_seqlens_q,
+            plan.max_query_len, left, right, options.softcap, sinks, options.scale,
+        )  # fmt: skip
+    else:
+        k_pages, v_pages = update.layer.pages()
+        out, _ = paged_attention_op(
+            packed_query, k_pages, v_pages, plan.page_table, plan.seq_lens, plan.cu_seqlens_q, plan.max_query_len,
+            left, right, options.softcap, sinks, options.scale,
+        )  # fmt: skip
+    return plan.unpack(out)
+
+
+def _packed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    options: _Options,
+) -> torch.Tensor:
+    """Sequences packed by the caller into one row (or rows whose lengths the prefix sums cover in order)."""
+    q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
+    lengths = {"cu_seqlens_q": cu_seqlens_q.to(torch.int32), "cu_seqlens_k": cu_seqlens_k.to(torch.int32)}
+    out = options.flash(q, k, v, **lengths)
+    return out.view(query.shape[0], query.shape[2], *out.shape[1:])
+
+
+def _with_padding(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, options: _Options
+) -> torch.Tensor:
+    """Dense inputs and a 2D mask: the tokens are packed, padding takes no part."""
+    num_seqs, _, num_queries, _ = query.shape
+    if mask.shape[1] > key.shape[2]:
+        raise ValueError(f"attention_mask has {mask.shape[1]} columns, the keys {key.shape[2]}: it must not have more.")
+    # A static cache hands over keys that are not filled yet: the mask says how many count.
+    key, value = key[:, :, : mask.shape[1]], value[:, :, : mask.shape[1]]
+    if mask.dtype == torch.int32:
+        ends = torch.ones_like(mask, dtype=torch.bool)
+        ends[:, :-1] = mask[:, 1:] != mask[:, :-1]
+        bounds = torch.cat([mask.new_zeros(1), ends.flatten().nonzero().squeeze(1).int() + 1])
+        return _packed(query, key, value, bounds, bounds, options)
+    keys_held = mask.bool()
+    queries_held = keys_held[:, -num_queries:] if options.causal else torch.ones_like(keys_held[:, :1]).expand(-1, num_queries)
+    q_index, k_index = (held.flatten().nonzero().squeeze(1) for held in (queries_held, keys_held))
+    flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
+    out = options.flash(
+        flat[0][q_index], flat[1][k_index], flat[2][k_index],
+        cu_seqlens_q=_prefix_sums(queries_held), cu_seqlens_k=_prefix_sums(keys_held), max_seqlen_q=num_queries,
+    )  # fmt: skip
+    padded = out.new_zeros(num_seqs * num_queries, *out.shape[1:])
+    padded[q_index] = out
+    return padded.view(num_seqs, num_queries, *out.shape[1:])
+
+
+def _prefix_sums(held: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.pad(held.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def _with_dense_mask(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, options: _Options
+) -> torch.Tensor:
+    """A 4D mask or bias: the reference computation, with an attention matrix."""
+    logger.warning_once(
+        "paged_flash got a 4D attention mask, which its kernels cannot express: attention takes the reference path, "
+        "with a full attention matrix in memory."
+    )
+    num_queries, num_keys = query.shape[2], key.shape[2]
+    if mask.shape[-1] < num_keys or mask.shape[-2] not in (1, num_queries):
+        raise ValueError(
+            f"a 4D attention_mask must be [batch, heads, {num_queries}, {num_keys}], got {list(mask.shape)}."
+        )
+    if isinstance(key, PagedStates):
+        key.update.layer.write(key.update, None)
+        key = key.dense()
+        value = value.dense() if isinstance(value, PagedStates) else value
+    mask = mask[..., :num_keys].expand(query.shape[0], -1, num_queries, num_keys)
+    if mask.dtype == torch.bool:
+        mask = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill(~mask, float("-inf"))
+    rows = [
+        attend_rows(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), None, options.softcap, options.sinks,
+                    options.scale, bias=b)[0]
+        for q, k, v, b in zip(query, key, value, mask)
+    ]  # fmt: skip
+    return torch.stack(rows)
+
+
+def _batched(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: Any,
+    options: _Options,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """A step of transformers' continuous batching: one row ``[1, H, T, D]`` of packed sequences."""
+    new_key, new_value = key, value
+    key, value = batching_update(cache, module, key, value, kwargs)
+    # The batch is always causal; the reference passes is_causal or leaves it to the module.
+    if kwargs.get("block_table") is None:
+        return _packed(query, key, value, kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], options)
+    # Decode: one new token a sequence, written and read in place through the block table.
+    k_pages, v_pages = (kwargs[name].transpose(1, 2) for name in ("k_cache", "v_cache"))
+    table = kwargs["block_table"]
+    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, new_key, new_value))
+    num_seqs, page_size = q.shape[0], k_pages.shape[2]
+    seq_lens = kwargs["cu_seq_lens_k"].diff()[:num_seqs].to(torch.int32)
+    last = (seq_lens - 1).clamp(min=0).long()
+    page = table.gather(1, (last // page_size)[:, None]).squeeze(1).long()
+    # A sequence that only pads the batch has no tokens or no block.
+    slots = torch.where((seq_lens > 0) & (page >= 0), page * page_size + last % page_size, -1)
+    write_pages_op(k, v, k_pages, v_pages, slots)
+    cu_seqlens_q = torch.arange(num_seqs + 1, dtype=torch.int32, device=q.device)
+    out, _ = paged_attention_op(
+        q, k_pages, v_pages, table, torch.where(slots >= 0, seq_lens, 0), cu_seqlens_q, 1, options.left, options.right,
+        options.softcap, options.sinks, options.scale,
+    )  # fmt: skip
+    return out.unsqueeze(0)
+
+
+def paged_flash_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | torch.Tensor = 0,
+    kv_offset: int | torch.Tensor = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: torch.Tensor | None = None,
+    device: torch.device | str = "cpu",
+    **kwargs: Any,
+) -> torch.Tensor | None:
+    """The mask that :func:`paged_flash_attention` gets for what a model asks for.
+
+    Causal, sliding-window and bidirectional masks are the kernels' own: only padding is left to say.
+
+    Returns:
+        None: no padding. 2D bool ``[B, kv_length]``: True where a column is a token. 2D int32: 1, 2, ... by packed
+        sequence. 4D bool ``[B, 1, q_length, kv_length]``: any other mask function.
+    """
+    if is_plain_mask(mask_function):
+        if attention_mask is None:
+            return None
+        # Windowed dense caches hold only the last columns; for all others this keeps everything.
+        attention_mask = attention_mask[:, -kv_length:]
+        if not torch.compiler.is_compiling() and attention_mask.shape[1] == kv_length and bool(attention_mask.all()):
+            return None
+        return attention_mask
+    segments = packed_segments(mask_function)
+    if segments is not None and attention_mask is None and q_length == kv_length:
+        return (segments + 1).to(torch.int32).expand(batch_size, -1)
+    if q_length == 1 and attention_mask is None and not kwargs.get("use_vmap"):
+        return None
+    kwargs.update(allow_is_causal_skip=False, allow_is_bidirectional_skip=False)
+    return sdpa_mask(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
+        mask_function=mask_function, attention_mask=attention_mask, device=device, **kwargs,
+    )  # fmt: skip

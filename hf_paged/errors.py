@@ -1,0 +1,22 @@
+"""The package's own errors. Bad arguments are plain ``ValueError`` and ``TypeError``."""
+
+
+class UnsupportedModelError(ValueError):
+    """The model, or one of its layers, cannot be served exactly; the message says why and what to use instead."""
+
+
+class OutOfPagesError(RuntimeError):
+    """A pool with a fixed number of pages cannot give what a step needs. The pool stays usable; nothing was taken.
+
+    Attributes:
+        needed: pages that the step asked for.
+        free: pages that were free.
+        total: pages of the pool.
+    """
+
+    def __init__(self, needed: int, free: int, total: int) -> None:
+        self.needed, self.free, self.total = needed, free, total
+        super().__init__(
+            f"the step needs {needed} more pages, {free} of {total} are free: give the cache more with num_pages=, "
+            f"free sequences, or leave num_pages=None for a pool that grows."
+        )

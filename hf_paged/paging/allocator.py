@@ -1,0 +1,81 @@
+"""Ownership of pages: reference counts and a free list, on plain ints."""
+
+from collections import Counter
+from collections.abc import Iterable
+
+from ..errors import OutOfPagesError
+
+
+class PageAllocator:
+    """Hands out page ids ``0 .. num_pages - 1``; a page with several owners is shared.
+
+    Taking and giving back a page is O(1). A fixed allocator raises :class:`OutOfPagesError` when it is empty; one
+    that may grow is given more ids by its owner (:meth:`grow`).
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        self.num_pages = 0
+        self._free: list[int] = []
+        self._owners: list[int] = []
+        self.grow(num_pages)
+
+    @property
+    def num_free(self) -> int:
+        """Pages that nobody owns."""
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        """Pages with at least one owner."""
+        return self.num_pages - len(self._free)
+
+    def grow(self, num_pages: int) -> None:
+        """Add ids up to a total of ``num_pages``."""
+        if num_pages < self.num_pages:
+            raise ValueError(f"num_pages can only grow, got {num_pages} with {self.num_pages} pages.")
+        # Low ids on top of the stack: they are handed out first, which keeps the used part of the pool compact.
+        self._free = [*range(num_pages - 1, self.num_pages - 1, -1), *self._free]
+        self._owners.extend([0] * (num_pages - self.num_pages))
+        self.num_pages = num_pages
+
+    def allocate(self, count: int) -> list[int]:
+        """Take ``count`` pages, each with one owner; all of them or, with :class:`OutOfPagesError`, none."""
+        if count > len(self._free):
+            raise OutOfPagesError(count, len(self._free), self.num_pages)
+        pages = [self._free.pop() for _ in range(count)]
+        for page in pages:
+            self._owners[page] = 1
+        return pages
+
+    def share(self, pages: Iterable[int]) -> None:
+        """Add one owner to each page; a page may be named several times."""
+        for page in pages:
+            if self._owners[page] < 1:
+                raise ValueError(f"page {page} is free and cannot be shared.")
+            self._owners[page] += 1
+
+    def free(self, pages: Iterable[int]) -> None:
+        """Remove one owner from each page; the last one gives it back."""
+        for page in pages:
+            if self._owners[page] < 1:
+                raise ValueError(f"page {page} is free already.")
+            self._owners[page] -= 1
+            if self._owners[page] == 0:
+                self._free.append(page)
+
+    def is_shared(self, page: int) -> bool:
+        """Whether a page has more than one owner, so that writing into it needs a copy first."""
+        return self._owners[page] > 1
+
+    def check(self, held: Iterable[int]) -> None:
+        """Prove the books: ``held`` is every page reference that the owners hold, one entry each.
+
+        Raises:
+            AssertionError: a page is lost, freed twice, or counted wrongly.
+        """
+        expected = Counter(held)
+        for page, owners in enumerate(self._owners):
+            assert owners == expected[page], f"page {page} counts {owners} owners, {expected[page]} hold it"
+        assert len(set(self._free)) == len(self._free), "a page is on the free list twice"
+        assert all(self._owners[page] == 0 for page in self._free), "an owned page is on the free list"
+        assert len(self._free) + sum(owners > 0 for owners in self._owners) == self.num_pages, "a page is lost"

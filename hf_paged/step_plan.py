@@ -1,0 +1,63 @@
+"""The tensors of one step, built once and shared by all layers of a cache."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(slots=True)
+class StepPlan:
+    """Where this step's tokens go and what they may read.
+
+    A step brings ``num_new`` columns for each of ``num_seqs`` rows; a column that the mask calls padding is no token
+    and owns no slot. Tokens are packed row by row::
+
+        mask   0 0 1 1      tokens   row 0: columns 2, 3
+               1 1 1 1               row 1: columns 0, 1, 2, 3      cu_seqlens_q = [0, 2, 6]
+
+    Attributes:
+        start: columns that the cache held before the step.
+        num_new: columns of the step.
+        is_first: no row held a token before: this step's keys and values are all there is.
+        max_query_len: longest row of the step, in tokens (at least 1).
+        slot_mapping: int64 ``[num_tokens]``.
+        page_table: int32 ``[num_seqs, max_pages]``.
+        seq_lens: int32 ``[num_seqs]``, tokens of each row with the new ones.
+        cu_seqlens_q: int32 ``[num_seqs + 1]``.
+        token_index: int64 ``[num_tokens]``, ``row * num_new + column`` of each token; None: every column is a token.
+    """
+
+    start: int
+    num_new: int
+    is_first: bool
+    max_query_len: int
+    slot_mapping: torch.Tensor
+    page_table: torch.Tensor
+    seq_lens: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    token_index: torch.Tensor | None
+    _copies: dict[torch.device, "StepPlan"] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> "StepPlan":
+        """The plan with its tensors on ``device``; one copy per device, made once."""
+        if device not in self._copies:
+            move = lambda x: None if x is None else x.to(device, non_blocking=True)  # noqa: E731
+            self._copies[device] = StepPlan(
+                self.start, self.num_new, self.is_first, self.max_query_len, move(self.slot_mapping),
+                move(self.page_table), move(self.seq_lens), move(self.cu_seqlens_q), move(self.token_index),
+            )  # fmt: skip
+        return self._copies[device]
+
+    def pack(self, states: torch.Tensor) -> torch.Tensor:
+        """``[B, H, L, D]`` to packed tokens ``[T, H, D]``."""
+        flat = states.transpose(1, 2).flatten(0, 1)
+        return flat if self.token_index is None else flat[self.token_index]
+
+    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
+        """Packed ``[T, H, D]`` to ``[B, L, H, D]``; padding gives zeros."""
+        num_seqs = self.seq_lens.shape[0]
+        if self.token_index is None:
+            return packed.view(num_seqs, self.num_new, *packed.shape[1:])
+        out = packed.new_zeros(num_seqs * self.num_new, *packed.shape[1:])
+        out[self.token_index] = packed
+        return out.view(num_seqs, self.num_new, *packed.shape[1:])

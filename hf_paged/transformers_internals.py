@@ -1,0 +1,218 @@
+"""Every place where the package touches what transformers does not promise to keep. Nothing else may.
+
+Each touch names the attribute it needs; when a transformers version has moved it, importing hf_paged fails with a
+message that names the version, and the test of that touch fails. Read in the sources of 5.17.0 and 5.23.0.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import transformers
+from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
+from transformers import cache_utils, masking_utils, modeling_flash_attention_utils  # isort: skip
+
+from .errors import UnsupportedModelError
+
+NAMES = ("paged_flash", "paged_flash_2")
+"""The attention implementation, and an alias that opens transformers' block-table decode path in ``generate_batch``:
+it is taken only for names that match ``.*flash.*[23]``."""
+
+PACKED_PREFIX = "paged|"
+"""``generate_batch`` of transformers before 5.23 looks an attention function up under this prefix."""
+
+
+def strip_prefix(name: object) -> str:
+    """An implementation's name without the prefix of older continuous batching."""
+    return str(name).removeprefix(PACKED_PREFIX)
+
+
+def uses_paged_flash(config: Any) -> bool:
+    """Whether the model of ``config`` runs attention through this package at the moment."""
+    return strip_prefix(getattr(config, "_attn_implementation", None)) in NAMES
+
+
+def touch(owner: Any, name: str) -> Any:
+    """``getattr`` with an error that says what to do when transformers has moved the name."""
+    try:
+        return inspect.getattr_static(owner, name)
+    except AttributeError:
+        where = getattr(owner, "__name__", repr(owner))
+        raise ImportError(
+            f"hf_paged rests on {where}.{name}, which transformers {transformers.__version__} does not have. "
+            f"hf_paged supports transformers 5.17 to 5.23: install one of those, or a newer hf_paged."
+        ) from None
+
+
+def install(
+    flash_functions: Callable[[], tuple[Callable, Callable, Callable, Callable, Callable]],
+    make_cache: Callable[[Any], Any],
+) -> None:
+    """Wrap the three functions of transformers that an attention name containing "flash" meets. Idempotent.
+
+    Args:
+        flash_functions: returns our (dense, varlen, with-kvcache, pad, unpad) functions.
+        make_cache: makes the default cache of ``generate()`` from a config, or returns None to keep transformers'.
+    """
+    _wrap(modeling_flash_attention_utils, "_lazy_imports", functools.partial(_lazy_imports, flash_functions))
+    _wrap(PreTrainedModel, "_check_and_adjust_attn_implementation", _check_and_adjust)
+    _wrap(GenerationMixin, "_prepare_cache_for_generation", functools.partial(_prepare_cache, make_cache))
+
+
+def _wrap(owner: Any, name: str, wrapper: Callable) -> None:
+    original = touch(owner, name)
+    if getattr(original, "_hf_paged", False):
+        return
+
+    @functools.wraps(original)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        return wrapper(original, *args, **kwargs)
+
+    wrapped._hf_paged = True  # type: ignore[attr-defined]
+    setattr(owner, name, wrapped)
+
+
+def _lazy_imports(functions: Callable, original: Callable, implementation: str | None, *args: Any, **kw: Any) -> Any:
+    """Any attention name with "flash" in it is looked up here; an unknown one would go to the hub for a kernel."""
+    if strip_prefix(implementation) in NAMES:
+        return functions()
+    return original(implementation, *args, **kw)
+
+
+def _check_and_adjust(
+    original: Callable, model: PreTrainedModel, attn_implementation: str | None, *args: Any, **kwargs: Any
+) -> str:
+    """Accept our names as they are: models that list compatible flash kernels would reroute them to the hub.
+
+    Refuses models whose attention never reaches the attention interface: they would run their own code unnoticed.
+    """
+    if strip_prefix(attn_implementation) not in NAMES:
+        return original(model, attn_implementation, *args, **kwargs)
+    if not touch(PreTrainedModel, "_can_set_attn_implementation").__get__(None, type(model))():
+        raise UnsupportedModelError(
+            f"{type(model).__name__} computes attention in its own code, not through transformers' attention "
+            f'interface, so "{attn_implementation}" cannot take its place: load it with attn_implementation="eager".'
+        )
+    modeling_flash_attention_utils.lazy_import_flash_attention(attn_implementation)
+    return str(attn_implementation)
+
+
+def _prepare_cache(
+    make_cache: Callable, original: Callable, model: Any, generation_config: Any, model_kwargs: dict[str, Any],
+    *args: Any, **kwargs: Any,
+) -> Any:  # fmt: skip
+    """Put a PagedCache where ``generate()`` has just made a DynamicCache for a model on "paged_flash"."""
+    given = model_kwargs.get("past_key_values")
+    result = original(model, generation_config, model_kwargs, *args, **kwargs)
+    made = model_kwargs.get("past_key_values")
+    decoder_config = model.config.get_text_config(decoder=True)
+    if made is None or made is given or not uses_paged_flash(decoder_config):
+        return result
+    if type(made) is EncoderDecoderCache and _is_plain(made.self_attention_cache):
+        paged = make_cache(decoder_config)
+        if paged is not None:
+            made.self_attention_cache = paged
+    elif _is_plain(made):
+        paged = make_cache(decoder_config)
+        if paged is not None:
+            model_kwargs["past_key_values"] = paged
+            if generation_config.is_assistant:
+                paged.activate_past_recording()
+    return result
+
+
+def _is_plain(cache: Any) -> bool:
+    """A DynamicCache without options, which is what generate() makes when nothing else was asked for."""
+    return type(cache) is DynamicCache and not cache.offloading
+
+
+def is_dummy_layer(layer: Any) -> bool:
+    """Whether a cache layer holds nothing (transformers 5.23 has such layers, 5.17 leaves them out)."""
+    dummy = getattr(cache_utils, "DummyLayer", None)
+    return dummy is not None and isinstance(layer, dummy)
+
+
+# Masks
+
+
+def is_plain_mask(mask_function: Callable) -> bool:
+    """Whether a mask function is one that ``is_causal`` and ``sliding_window`` express: causal, sliding, bidirectional.
+
+    transformers composes masks from closures; the two plain parts are module functions, and a window is the closure
+    that ``sliding_window_overlay`` makes.
+    """
+    plain = (touch(masking_utils, "causal_mask_function"), touch(masking_utils, "bidirectional_mask_function"))
+    windows = {
+        touch(masking_utils, name).__name__ + ".<locals>.inner_mask"
+        for name in ("sliding_window_overlay", "sliding_window_bidirectional_overlay", "chunked_overlay")
+    }
+    parts = _closure(mask_function).get("mask_functions")
+    if mask_function in plain:
+        return True
+    # A chunk is plain only because transformers refuses flash implementations beyond one chunk.
+    return (
+        parts is not None
+        and mask_function.__qualname__ == "and_masks.<locals>.and_mask"
+        and all(part in plain or part.__qualname__ in windows for part in parts)
+    )
+
+
+def packed_segments(mask_function: Callable) -> torch.Tensor | None:
+    """Segment index of each token ``[B, L]`` when a mask function is a plain mask inside packed sequences."""
+    parts = _closure(mask_function).get("mask_functions")
+    if parts is None or len(parts) != 2 or mask_function.__qualname__ != "and_masks.<locals>.and_mask":
+        return None
+    segments = _closure(parts[0]).get("packed_sequence_mask")
+    inner = _closure(parts[1]).get("mask_function")
+    return segments if segments is not None and inner is not None and is_plain_mask(inner) else None
+
+
+def _closure(function: Callable) -> dict[str, Any]:
+    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
+    return {} if code is None or cells is None else {n: c.cell_contents for n, c in zip(code.co_freevars, cells)}
+
+
+# transformers' own continuous batching: its cache arrives as a keyword argument of the attention function.
+
+
+def batching_update(
+    cache: Any, module: Any, key: torch.Tensor, value: torch.Tensor, kwargs: dict[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Let transformers' batching cache place new keys and values, and complete ``kwargs`` in place.
+
+    After it, ``kwargs`` has ``cu_seq_lens_k`` and ``max_length_k`` of this layer, and for a block-table step
+    ``block_table`` ``[num_seqs, max_blocks]``, ``k_cache`` and ``v_cache`` ``[num_blocks, block_size, heads, dim]``, into
+    which the caller writes the new keys and values itself. Otherwise the result is all keys and values, gathered by
+    transformers, ``[1, H, T, D]``.
+    """
+    if "kwargs" in inspect.signature(cache.update).parameters:
+        return cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
+    # 5.17: one argument per index, and no help with the block table.
+    for old, new in (("max_seqlen_q", "max_length_q"), ("max_seqlen_k", "max_length_k")):
+        if old in kwargs:
+            kwargs[new] = kwargs.pop(old)
+    layer_type = "sliding_attention" if getattr(module, "sliding_window", False) else "full_attention"
+    for name in ("cu_seq_lens_k", "max_length_k"):
+        if isinstance(kwargs[name], dict):
+            kwargs[name] = kwargs[name][layer_type]
+    if kwargs.get("block_table") is None:
+        key, value = cache.update(
+            key_states=key, value_states=value, layer_idx=module.layer_idx,
+            read_index=kwargs["read_index"], write_index=kwargs["write_index"],
+        )  # fmt: skip
+        return key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0)
+    group, layer = touch_attr(cache, "layer_index_to_group_indices")[module.layer_idx]
+    shape = (-1, cache.block_size, cache.num_key_value_heads, cache.head_dim)
+    kwargs["block_table"] = kwargs["block_table"][group]
+    kwargs["k_cache"] = touch_attr(cache, "key_cache")[layer].view(shape)
+    kwargs["v_cache"] = touch_attr(cache, "value_cache")[layer].view(shape)
+    return key, value
+
+
+def touch_attr(obj: Any, name: str) -> Any:
+    """An instance attribute that transformers does not promise to keep."""
+    if not hasattr(obj, name):
+        touch(obj, name)
+    return getattr(obj, name)
