@@ -5,12 +5,13 @@ from typing import Any
 
 import torch
 from hf_paged_kernels import flash_attention
-from hf_paged_kernels.checks import check_softcap, resolve_scale, resolve_window
+from hf_paged_kernels.checks import check_pages, check_softcap, resolve_scale, resolve_window
 from hf_paged_kernels.ops import flash_attention_op, paged_attention_op, write_pages_op
 from hf_paged_kernels.reference import attend_rows
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.utils import logging
 
+from .errors import UnsupportedModelError
 from .paged_states import PagedStates
 from .transformers_internals import batching_update, is_plain_mask, packed_segments
 
@@ -28,6 +29,9 @@ NO_EFFECT = frozenset(
 """Keyword arguments that travel through a model to the attention function and do not change attention."""
 
 BATCHING = frozenset({"read_index", "write_index", "block_table", "max_seqlen_q", "max_seqlen_k"})
+UNSAID: Any = object()
+"""The default of ``sliding_window``: the model says nothing, which is not the same as None, no window."""
+
 VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
@@ -39,7 +43,7 @@ def paged_flash_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    sliding_window: int | None = None,
+    sliding_window: int | None = UNSAID,
     softcap: float | None = None,
     is_causal: bool | None = None,
     s_aux: torch.Tensor | None = None,
@@ -71,6 +75,9 @@ def paged_flash_attention(
         ValueError: an argument that the kernels cannot express; it is never ignored.
     """
     _refuse_unsupported(module, dropout, kwargs)
+    if sliding_window is UNSAID:
+        _refuse_hidden_window(module, key.shape[2])
+        sliding_window = None
     causal = getattr(module, "is_causal", True) if is_causal is None else bool(is_causal)
     sinks = None if s_aux is None else s_aux.reshape(-1)
     options = _Options(resolve_scale(scaling, query.shape[-1]), sliding_window, check_softcap(softcap), causal, sinks)
@@ -135,6 +142,25 @@ def _refuse_unsupported(module: torch.nn.Module, dropout: float, kwargs: dict[st
         )
 
 
+def _refuse_hidden_window(module: torch.nn.Module, num_keys: int) -> None:
+    """Refuse a sliding window that the model puts in its masks only: our masks leave windows to ``sliding_window``.
+
+    Told from the config, as transformers' caches do. Up to the window's length every token is seen anyway.
+    """
+    config = getattr(module, "config", None)
+    window = getattr(config, "sliding_window", None)
+    layer_types = getattr(config, "layer_types", None)
+    layer = getattr(module, "layer_idx", None)
+    if layer_types is not None and layer is not None and layer_types[layer] != "sliding_attention":
+        return
+    if isinstance(window, int) and num_keys > window:
+        raise UnsupportedModelError(
+            f"{type(module).__name__} does not pass the config's sliding_window ({window}) on to attention, so paged_flash "
+            f"cannot apply it to {num_keys} tokens: load the model with attn_implementation=\"eager\" or \"sdpa\", or "
+            f"keep below {window} tokens."
+        )
+
+
 def _over_pages(
     query: torch.Tensor, key: PagedStates, value: torch.Tensor, mask: torch.Tensor | None, options: _Options
 ) -> torch.Tensor:
@@ -174,11 +200,12 @@ def _packed(
     cu_seqlens_q: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
     options: _Options,
+    max_seqlen_q: int | None = None,
 ) -> torch.Tensor:
     """Sequences packed by the caller into one row (or rows whose lengths the prefix sums cover in order)."""
     q, k, v = (x.transpose(1, 2).flatten(0, 1) for x in (query, key, value))
     lengths = {"cu_seqlens_q": cu_seqlens_q.to(torch.int32), "cu_seqlens_k": cu_seqlens_k.to(torch.int32)}
-    out = options.flash(q, k, v, **lengths)
+    out = options.flash(q, k, v, max_seqlen_q=max_seqlen_q, **lengths)
     return out.view(query.shape[0], query.shape[2], *out.shape[1:])
 
 
@@ -253,11 +280,16 @@ def _batched(
     """A step of transformers' continuous batching: one row ``[1, H, T, D]`` of packed sequences."""
     new_key, new_value = key, value
     key, value = batching_update(cache, module, key, value, kwargs)
-    # The batch is always causal; the reference passes is_causal or leaves it to the module.
     if kwargs.get("block_table") is None:
-        return _packed(query, key, value, kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], options)
+        # Prefill and mixed steps: transformers has gathered the keys through its read_index. It is not read in place: it
+        # names single tokens, not pages, the tensors it indexes are private in every version, and the slots of a window
+        # layer may be overwritten by this step's own tokens.
+        return _packed(
+            query, key, value, kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], options, kwargs.get("max_length_q")
+        )
     # Decode: one new token a sequence, written and read in place through the block table.
     k_pages, v_pages = (kwargs[name].transpose(1, 2) for name in ("k_cache", "v_cache"))
+    check_pages(k_pages, v_pages)
     table = kwargs["block_table"]
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, new_key, new_value))
     num_seqs, page_size = q.shape[0], k_pages.shape[2]

@@ -89,7 +89,11 @@ class PagedLayer(CacheLayerMixin):
         Returns:
             The step's plan on the layer's device.
         """
-        plan = self.cache.plan_step(update, mask)
+        try:
+            plan = self.cache.plan_step(update, mask)
+        except Exception:
+            self.cache.forget_pending()
+            raise
         plan = plan.on(update.key.device)
         if not update.written:
             k_pages, v_pages = self.pages(update)
@@ -298,12 +302,7 @@ class PagedCache(Cache):
         if not len(self.table):
             self.table = SequenceTable(self.pool.allocator, self.page_size, num_seqs)
         before = list(self.table.lengths)
-        needed = self.table.pages_needed(counts)
-        try:
-            self.pool.make_room(needed)
-        except Exception:
-            self._forget_pending()
-            raise
+        self.pool.make_room(self.table.pages_needed(counts))
         copies = self.table.append(counts)
         self._copy(copies)
         self._record_columns(new_mask, num_seqs, num_new)
@@ -386,7 +385,7 @@ class PagedCache(Cache):
         slots = [self._slots(row, 0, count) for row, count in enumerate(counts)]
         return rows, cols, torch.cat(slots) if slots else rows
 
-    def _forget_pending(self) -> None:
+    def forget_pending(self) -> None:
         """Take back updates that could not be placed, so that every layer agrees with the table again."""
         for layer in self._paged_layers():
             layer.columns, layer.pending = self.columns, None

@@ -21,6 +21,7 @@ def register() -> None:
         AttentionInterface.register(PACKED_PREFIX + name, paged_flash_attention)
         # Without a mask function transformers would hand over None, and padding would take part in attention.
         AttentionMaskInterface.register(name, paged_flash_mask)
+        AttentionMaskInterface.register(PACKED_PREFIX + name, paged_flash_mask)
     install(all_functions, default_cache)
 
 

@@ -95,6 +95,14 @@ def _check_and_adjust(
             f"{type(model).__name__} computes attention in its own code, not through transformers' attention "
             f'interface, so "{attn_implementation}" cannot take its place: load it with attn_implementation="eager".'
         )
+    if not touch(type(model), "_supports_flash_attn"):
+        # Such models read or extend the dense mask in their own code, which gets none from a flash implementation.
+        raise UnsupportedModelError(
+            f"{type(model).__name__} does not support flash attention in transformers {transformers.__version__}, and "
+            f'would compute something else under "{attn_implementation}": load it with attn_implementation="eager" or '
+            f'"sdpa" (in a composite model, a dict such as {{"": "{attn_implementation}", "vision_config": "eager"}} '
+            f"chooses for each part)."
+        )
     modeling_flash_attention_utils.lazy_import_flash_attention(attn_implementation)
     return str(attn_implementation)
 

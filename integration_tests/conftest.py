@@ -49,8 +49,22 @@ def _teach_the_interpreter_bfloat16() -> None:
     interpreter.InterpreterBuilder.create_dot = create_dot
 
 
+def _teach_the_interpreter_indices() -> None:
+    """Triton 3.6's interpreter makes an int of an array of one element in a way that NumPy 2.4 refuses; 3.7 does not."""
+    from triton.runtime import interpreter
+
+    patch = interpreter._patch_lang_tensor
+
+    def patch_lang_tensor(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = patch_lang_tensor
+
+
 if not HAS_GPU:
     _teach_the_interpreter_bfloat16()
+    _teach_the_interpreter_indices()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 LOG2_E = 1.4426950408889634
-SPLIT_LENGTH = 1024
+SPLIT_LENGTH = 512
 """Keys per split of the decode path, in tokens. A fixed length, not a fixed count: a row's reduction order depends on
 its own length only."""
 
@@ -44,9 +44,9 @@ def choose_flash_settings(head_dim: int, element_size: int, shared_memory: int) 
         return AttentionSettings(32, 32, 4, 1) if head_dim <= 128 else AttentionSettings(16, 16, 4, 1)
     large = shared_memory >= 200 * 1024
     if head_dim <= 64:
-        return AttentionSettings(128, 64, 4, 3)
+        return AttentionSettings(128, 64, 8, 3)
     if head_dim <= 128:
-        return AttentionSettings(128, 64, 8, 3) if large else AttentionSettings(64, 64, 4, 2)
+        return AttentionSettings(128, 128, 8, 3) if large else AttentionSettings(64, 64, 4, 2)
     if head_dim <= 256:
         return AttentionSettings(128, 64, 8, 2) if large else AttentionSettings(64, 32, 4, 2)
     return AttentionSettings(64, 32, 8, 1) if large else AttentionSettings(16, 32, 4, 1)
@@ -83,7 +83,12 @@ def choose_paged_settings(
         block_n = 64 if head_dim <= 128 and element_size <= 2 else 32
         if head_dim > 256:
             block_n = 16
-        settings = AttentionSettings(block_m, block_n, 4, 1 if element_size == 4 else 3 if head_dim <= 128 else 2)
+        if element_size == 4:
+            settings = AttentionSettings(block_m, block_n, 4, 1)
+        elif head_dim <= 128:
+            settings = AttentionSettings(block_m, block_n, 2 if block_m == 16 else 4, 4 if block_m == 16 else 3)
+        else:
+            settings = AttentionSettings(block_m, block_n, 4, 2)
     else:
         settings = choose_flash_settings(head_dim, element_size, shared_memory)
         block_m = settings.block_m

@@ -1,0 +1,1 @@
+"""Commands that measure hf_paged through its public names: perplexity, benchmarks and reports."""

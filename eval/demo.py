@@ -1,0 +1,56 @@
+"""The main job in one command: load a model with "paged_flash", generate, and prove with perplexity that nothing was lost.
+
+    python -m eval.demo [--model FOLDER_OR_ID] [--prompt TEXT]
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+import hf_paged
+from eval.perplexity import perplexity
+
+ASSETS = Path(__file__).parent.parent / "integration_tests" / "assets"
+PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(ASSETS / "small_model"))
+    parser.add_argument("--prompt", default=PROMPT)
+    parser.add_argument("--max-new-tokens", type=int, default=96)
+    parser.add_argument("--tokens", type=int, default=2048, help="tokens of the held-out text to score")
+    arguments = parser.parse_args()
+    logging.set_verbosity_error()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = AutoModelForCausalLM.from_pretrained(
+        arguments.model, attn_implementation="paged_flash", dtype=torch.float32
+    ).to(device)  # fmt: skip
+    inputs = tokenizer(arguments.prompt, return_tensors="pt").to(device)
+    out = model.generate(
+        **inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False, repetition_penalty=1.2,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
+    cache = out.past_key_values
+    assert isinstance(cache, hf_paged.PagedCache)
+    print(f"\n--- on {device}: {cache} ({cache.bytes_in_use / 1024:.0f} KiB)\n")
+
+    text = (ASSETS / "heldout.txt").read_text(encoding="utf-8")
+    ids = tokenizer(text, return_tensors="pt").input_ids[0, : arguments.tokens]
+    window = min(256, model.config.max_position_embeddings)
+    print(f"perplexity of {len(ids)} held-out tokens, window {window}, stride {window // 2}:")
+    for name, path in (("eager", "prefill"), ("paged_flash", "prefill"), ("paged_flash", "paged_prefill"),
+                       ("paged_flash", "decode")):  # fmt: skip
+        model.set_attn_implementation(name)
+        result = perplexity(model, ids, window=window, stride=window // 2, path=path)
+        print(f"  {name:12} {path:14} {result.perplexity:.5f}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""Texts to evaluate on: a local file, a local dataset folder, or a dataset of the Hugging Face hub.
+
+`load_text` turns one specification into one string. Rows are joined by two newlines, as the GPTQ code and the
+transformers perplexity guide join WikiText, so a text file, a `.jsonl` file and a `.parquet` file with the same rows
+give the same string. Empty rows are kept (WikiText-2 has many, and published figures count them).
+
+Text and `.jsonl` files need nothing but Python; `.parquet` needs pyarrow, dataset names and folders need `datasets`.
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+ROW_SEPARATOR = "\n\n"
+ACCEPTED_SPECS = (
+    "a .txt file (any other ending is read as text too), a .jsonl or .parquet file, a dataset folder, "
+    "or name:config:split of a dataset, such as wikitext:wikitext-2-raw-v1:test (name::split without a config)"
+)
+
+
+def load_text(spec: str, text_column: str = "text") -> str:
+    """The text that `spec` names, as one string.
+
+    Args:
+        spec: what to read, in this order of trial.
+            - an existing file: `.jsonl`/`.ndjson` (one JSON object a line), `.parquet`, or else UTF-8 text, as it is;
+            - an existing folder: written by `Dataset.save_to_disk`, or holding data files that
+              `datasets.load_dataset` reads; it must have one split only, else name it as below;
+            - `name:config:split`: a dataset of the hub or a folder, with one of its splits; the config may be empty.
+        text_column: column with the text, for everything but text files. Its rows are joined by two newlines.
+
+    Raises:
+        FileNotFoundError: `spec` looks like a path and nothing is there.
+        ValueError: unknown form or ending, unreadable or unreachable data, no such split or column, a row that is not a
+            string, or an empty text.
+        ImportError: the data needs `datasets` or pyarrow, and it is not installed.
+    """
+    path = Path(spec)
+    if path.is_file():
+        text = _read_file(path, text_column)
+    elif path.is_dir():
+        text = _read_dataset(spec, None, None, text_column)
+    elif spec.count(":") == 2:
+        name, config, split = spec.split(":")
+        if not name or not split:
+            raise ValueError(f"spec (--data) {spec!r} lacks the {'split' if name else 'name'}; pass {ACCEPTED_SPECS}")
+        text = _read_dataset(name, config or None, split, text_column)
+    elif ":" in spec:
+        parts = spec.count(":") + 1
+        raise ValueError(f"spec (--data) {spec!r} is no existing path and has {parts} parts; pass {ACCEPTED_SPECS}")
+    else:
+        raise FileNotFoundError(f"spec (--data) {spec!r}: no such file or folder; pass {ACCEPTED_SPECS}")
+    if not text.strip():
+        raise ValueError(
+            f"spec (--data) {spec!r} gives an empty text: {len(text)} characters, none but white space; pass a text"
+        )
+    return text
+
+
+def _read_file(path: Path, text_column: str) -> str:
+    ending = path.suffix.lower()
+    if ending == ".parquet":
+        return _read_parquet(path, text_column)
+    if ending == ".json":
+        raise ValueError(f"spec (--data) {str(path)!r}: a .json file is neither rows nor text; pass {ACCEPTED_SPECS}")
+    try:
+        # Bytes, not read_text(): universal newlines would change the text. "utf-8-sig" drops a byte-order mark.
+        text = path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"spec (--data) {str(path)!r} is not UTF-8 text: {error}; pass {ACCEPTED_SPECS}") from error
+    return _join_json_lines(text, path, text_column) if ending in (".jsonl", ".ndjson") else text
+
+
+def _join_json_lines(text: str, path: Path, text_column: str) -> str:
+    rows = []
+    # Not splitlines(): a JSON string may hold U+2028 and its like unescaped, which splitlines() takes for line ends.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        where = f"{str(path)!r}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"spec (--data) {where} is not JSON: {error}; each line must be an object") from error
+        if not isinstance(row, dict):
+            raise ValueError(f"spec (--data) {where} is a JSON {type(row).__name__}; each line must be an object")
+        if text_column not in row:
+            _refuse_column(text_column, where, row)
+        rows.append(row[text_column])
+    return _join_rows(rows, str(path), text_column)
+
+
+def _read_parquet(path: Path, text_column: str) -> str:
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ImportError(f'reading {str(path)!r} needs pyarrow: pip install "hf-paged[eval]"') from error
+    try:
+        columns = pyarrow.parquet.read_schema(path).names
+        if text_column not in columns:
+            _refuse_column(text_column, repr(str(path)), columns)
+        rows = pyarrow.parquet.read_table(path, columns=[text_column])[text_column].to_pylist()
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"spec (--data) {str(path)!r} is not a parquet file: {error}") from error
+    return _join_rows(rows, str(path), text_column)
+
+
+def _read_dataset(name: str, config: str | None, split: str | None, text_column: str) -> str:
+    dataset = _load_split(name, config, split)
+    if text_column not in dataset.column_names:
+        _refuse_column(text_column, repr(name), dataset.column_names)
+    return _join_rows(dataset[text_column], name, text_column)
+
+
+def _load_split(name: str, config: str | None, split: str | None) -> "Dataset":
+    """One split of a dataset; `split` None means the only split there is."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ImportError(f'reading the dataset {name!r} needs datasets: pip install "hf-paged[eval]"') from error
+
+    is_saved = any((Path(name) / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
+    try:
+        loaded = datasets.load_from_disk(name) if is_saved else datasets.load_dataset(name, config)
+    # load_dataset raises errors of the network, of the hub, of its builders and plain ones, with no common class.
+    except Exception as error:
+        raise ValueError(
+            f"spec (--data): the dataset {name!r} with config {config!r} could not be loaded: {type(error).__name__}: "
+            f"{error}; check the name and the network, or pass a local file: {ACCEPTED_SPECS}"
+        ) from error
+
+    if is_saved and config is not None:
+        raise ValueError(
+            f"spec (--data): {name!r} is a saved dataset, without any config {config!r}; pass {name}::split"
+        )
+    if isinstance(loaded, datasets.Dataset):
+        # Dataset.save_to_disk writes one split.
+        if split not in (None, str(loaded.split)):
+            raise ValueError(f"spec (--data): {name!r} holds the split {loaded.split} only, not {split!r}; pass {name}")
+        return loaded
+    if split is None and len(loaded) == 1:
+        return next(iter(loaded.values()))
+    if split not in loaded:
+        raise ValueError(
+            f"spec (--data): the dataset {name!r} has the splits {sorted(loaded)}, and {split!r} was asked for; "
+            f"pass {name}:{config or ''}:{sorted(loaded)[0]}"
+        )
+    return loaded[split]
+
+
+def _join_rows(rows: Iterable[object], source: str, text_column: str) -> str:
+    texts = []
+    for index, row in enumerate(rows):
+        if not isinstance(row, str):
+            raise ValueError(
+                f"text_column (--text-column) {text_column!r} of {source!r}: row {index} is {type(row).__name__}, not "
+                "a string; name a column that has text in every row"
+            )
+        texts.append(row)
+    return ROW_SEPARATOR.join(texts)
+
+
+def _refuse_column(text_column: str, where: str, columns: Iterable[str]) -> NoReturn:
+    raise ValueError(
+        f"text_column (--text-column) {text_column!r} is not in {where}, which has {sorted(columns)}; pass one of these"
+    )

@@ -1,0 +1,312 @@
+"""PagedCache against DynamicCache: the same keys, the same tokens, and pages accounted for after every operation."""
+
+import copy
+
+import pytest
+import torch
+from transformers import DynamicCache, GptOssConfig, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+
+import hf_paged
+from hf_paged.cache import PagedLayer
+from hf_paged.paged_states import PagedStates
+
+SHAPE = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "eos_token_id": None, "pad_token_id": 0,
+}  # fmt: skip
+
+
+def model(attn="paged_flash", kind="llama"):
+    torch.manual_seed(1)
+    cls, config = {
+        "llama": (LlamaForCausalLM, LlamaConfig(**SHAPE)),
+        "mistral": (MistralForCausalLM, MistralConfig(**SHAPE, sliding_window=7)),
+    }[kind]
+    made = cls._from_config(config, attn_implementation=attn).eval()
+    for parameter in made.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.3)
+    return made
+
+
+def padded_batch():
+    ids = torch.randint(1, 97, (3, 21))
+    mask = torch.ones_like(ids)
+    mask[0, :5], mask[2, :19] = 0, 0
+    return ids * mask, mask
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 64])
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {"do_sample": False},
+        {"do_sample": True, "top_k": 20},
+        {"num_beams": 3, "do_sample": False},
+        {"num_beams": 4, "num_return_sequences": 2, "do_sample": True},
+        {"num_return_sequences": 3, "do_sample": True},
+        {"prompt_lookup_num_tokens": 3, "do_sample": False},
+        {"prefill_chunk_size": 6, "do_sample": False},
+    ],
+    ids=lambda mode: "-".join(k for k in mode if k != "do_sample") or ("sample" if mode["do_sample"] else "greedy"),
+)
+def test_every_mode_gives_eagers_tokens(poison, page_size, kind, mode):
+    ids, mask = padded_batch()
+    if "prompt_lookup_num_tokens" in mode or "prefill_chunk_size" in mode:
+        ids, mask = ids[1:2], mask[1:2]
+    tokens = {}
+    for attn in ("eager", "paged_flash"):
+        m = model(attn, kind)
+        cache = hf_paged.PagedCache(m.config, page_size=page_size) if attn == "paged_flash" else None
+        torch.manual_seed(3)
+        out = m.generate(
+            ids, attention_mask=mask, max_new_tokens=24, past_key_values=cache, return_dict_in_generate=True, **mode
+        )
+        tokens[attn] = out.sequences
+        if cache is not None:
+            assert out.past_key_values is cache
+            cache.check()
+    assert torch.equal(tokens["eager"], tokens["paged_flash"])
+    assert len(tokens["eager"].unique()) > 10
+
+
+def test_pages_by_the_token():
+    """Pages are proportional to the tokens held: padding owns none, and everything is given back."""
+    m = model()
+    ids, mask = padded_batch()
+    cache = hf_paged.PagedCache(m.config, page_size=8)
+    with torch.no_grad():
+        m(ids, attention_mask=mask, past_key_values=cache)
+    lengths = mask.sum(1).tolist()
+    assert cache.table.lengths == lengths
+    assert cache.pages_in_use == sum(-(-n // 8) for n in lengths)
+    assert cache.get_seq_length() == 21
+    cache.check()
+    cache.reset()
+    assert cache.pages_in_use == 0
+    assert cache.get_seq_length() == 0
+    cache.check()
+    with torch.no_grad():
+        m(ids[:1, 5:], past_key_values=cache)  # another batch size
+    assert cache.num_seqs == 1
+
+
+def test_gathered_states_equal_dynamic_cache(poison):
+    """keys and values, with zeros where DynamicCache holds the padding's."""
+    m = model()
+    ids, mask = padded_batch()
+    dense, paged = DynamicCache(config=m.config), hf_paged.PagedCache(m.config, page_size=8)
+    with torch.no_grad():
+        for cache in (dense, paged):
+            m(ids[:, :15], attention_mask=mask[:, :15], past_key_values=cache)
+            m(ids[:, 15:], attention_mask=mask, past_key_values=cache)
+    held = mask.bool()[:, None, :, None]
+    for a, b in zip(dense.layers, paged.layers):
+        for x, y in ((a.keys, b.keys), (a.values, b.values)):
+            assert x.shape == y.shape
+            assert torch.allclose(x * held, y, atol=1e-5)
+
+
+@pytest.mark.parametrize("attn", ["eager", "sdpa"])
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_other_implementations_get_dense_states(poison, attn, kind):
+    m = model(attn, kind)
+    ids, mask = padded_batch()
+    expected = m.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
+    cache = hf_paged.PagedCache(m.config, page_size=8)
+    assert torch.equal(
+        m.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, past_key_values=cache), expected
+    )
+    cache.check()
+
+
+def test_operations_follow_dynamic_cache(poison):
+    """crop, reorder_cache, batch_select_indices and batch_repeat_interleave, then a step on the result."""
+    m = model()
+    ids, mask = padded_batch()
+    operations = [
+        ("crop", -4), ("reorder_cache", torch.tensor([2, 0, 0])), ("batch_repeat_interleave", 2),
+        ("batch_select_indices", torch.tensor([5, 1, 0])), ("crop", 0), ("reorder_cache", torch.tensor([1, 2, 1])),
+    ]  # fmt: skip
+    dense, paged = DynamicCache(config=m.config), hf_paged.PagedCache(m.config, page_size=8)
+    masks = mask
+    with torch.no_grad():
+        for cache in (dense, paged):
+            m(ids, attention_mask=mask, past_key_values=cache)
+        for name, argument in operations:
+            getattr(dense, name)(argument)
+            getattr(paged, name)(argument)
+            paged.check()
+            if name == "crop":
+                masks = masks[:, : masks.shape[1] + argument] if argument else masks
+            elif name == "batch_repeat_interleave":
+                masks = masks.repeat_interleave(argument, 0)
+            else:
+                masks = masks[argument]
+            assert paged.get_seq_length() == dense.get_seq_length()
+            new = torch.randint(1, 97, (masks.shape[0], 2))
+            masks = torch.cat([masks, torch.ones_like(new)], 1)
+            positions = (masks.cumsum(1) - 1)[:, -2:]
+            logits = [
+                m(new, attention_mask=masks, position_ids=positions, past_key_values=c).logits for c in (dense, paged)
+            ]
+            assert torch.allclose(*logits, atol=1e-4)
+            paged.check()
+
+
+def test_forks_share_pages_until_they_write():
+    m = model()
+    cache = hf_paged.PagedCache(m.config, page_size=8)
+    with torch.no_grad():
+        m(torch.randint(1, 97, (1, 20)), past_key_values=cache)
+    assert cache.pages_in_use == 3
+    cache.batch_repeat_interleave(5)
+    assert cache.pages_in_use == 3
+    with torch.no_grad():
+        m(torch.randint(1, 97, (5, 1)), past_key_values=cache)
+    assert cache.pages_in_use == 2 + 5
+    cache.check()
+
+
+def test_padding_inside_a_conversation(poison):
+    """A second call whose new columns are padded too: [pad a b | pad c d]."""
+    m = model()
+    first, second = torch.randint(1, 97, (2, 5)), torch.randint(1, 97, (2, 4))
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :2], mask[0, 5:7] = 0, 0
+    positions = (mask.cumsum(1) - 1).clamp(min=0)
+    cache = hf_paged.PagedCache(m.config, page_size=8)
+    with torch.no_grad():
+        m(first, attention_mask=mask[:, :5], position_ids=positions[:, :5], past_key_values=cache)
+        logits = m(second, attention_mask=mask, position_ids=positions[:, 5:], past_key_values=cache).logits
+        cache.check()
+        assert cache.table.lengths == [5, 9]
+        for row in range(2):
+            held = mask[row].bool()
+            alone = m(torch.cat([first, second], 1)[row][held][None], use_cache=False).logits[0]
+            count = int(held[5:].sum())
+            assert torch.allclose(logits[row][held[5:]], alone[-count:], atol=1e-4)
+
+
+def test_out_of_pages_leaves_the_cache_usable():
+    m = model()
+    cache = hf_paged.PagedCache(m.config, page_size=8, num_pages=4)
+    ids = torch.randint(1, 97, (1, 30))
+    with torch.no_grad():
+        expected = m(ids, use_cache=False).logits
+        m(ids[:, :20], past_key_values=cache)
+        with pytest.raises(hf_paged.OutOfPagesError, match=r"needs 2 more pages, 1 of 4 are free") as caught:
+            m(torch.randint(1, 97, (1, 20)), past_key_values=cache)
+        assert (caught.value.needed, caught.value.free, caught.value.total) == (2, 1, 4)
+        cache.check()
+        assert cache.get_seq_length() == 20
+        logits = m(ids[:, 20:], past_key_values=cache).logits
+    assert torch.allclose(logits, expected[:, 20:], atol=1e-4)
+    cache.check()
+
+
+def test_deep_copy_is_independent():
+    m = model()
+    ids = torch.randint(1, 97, (1, 20))
+    cache = hf_paged.PagedCache(m.config)
+    with torch.no_grad():
+        m(ids, past_key_values=cache)
+        twin = copy.deepcopy(cache)
+        tail = torch.randint(1, 97, (1, 3))
+        a = m(tail, past_key_values=cache).logits
+        b = m(tail, past_key_values=twin).logits
+    assert torch.equal(a, b)
+    for c in (cache, twin):
+        c.check()
+        assert c.get_seq_length() == 23
+
+
+def test_a_mask_that_hides_stored_tokens_is_refused():
+    m = model()
+    cache = hf_paged.PagedCache(m.config)
+    mask = torch.ones(1, 7, dtype=torch.long)
+    with torch.no_grad():
+        m(torch.randint(1, 97, (1, 6)), past_key_values=cache)
+        mask[0, 1] = 0
+        with pytest.raises(ValueError, match="hides column 1 of row 0, which the cache holds as a token"):
+            m(torch.randint(1, 97, (1, 1)), attention_mask=mask, past_key_values=cache)
+        with pytest.raises(ValueError, match=r"must cover the 6 columns in the cache and the 1 new ones, \[1, 7\]"):
+            m(torch.randint(1, 97, (1, 1)), attention_mask=torch.tensor([[0, 1, 1]]), past_key_values=cache)
+
+
+def test_another_batch_size_is_refused():
+    m = model()
+    cache = hf_paged.PagedCache(m.config)
+    with torch.no_grad():
+        m(torch.randint(1, 97, (2, 6)), past_key_values=cache)
+        with pytest.raises(ValueError, match=r"holds 2 sequences, the step brings 3: call reset\(\)"):
+            m(torch.randint(1, 97, (3, 1)), past_key_values=cache)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind", "says"),
+    [
+        ({"page_size": 12}, ValueError, r"page_size must be one of \(8, 16"),
+        ({"kv_dtype": "fp4"}, ValueError, r'kv_dtype must be "auto"'),
+        ({"num_pages": 0}, ValueError, "num_pages must be None or a positive int, got 0"),
+        ({"pages": 3}, TypeError, "unexpected keyword argument 'pages'"),
+    ],
+)
+def test_bad_arguments(arguments, kind, says):
+    with pytest.raises(kind, match=says):
+        hf_paged.PagedCache(LlamaConfig(**SHAPE), **arguments)
+
+
+def test_config_is_required():
+    with pytest.raises(TypeError, match=r"config must be a transformers config \(model.config\), got dict"):
+        hf_paged.PagedCache({})
+
+
+def test_crop_refuses_positive_numbers():
+    cache = hf_paged.PagedCache(LlamaConfig(**SHAPE))
+    with pytest.raises(ValueError, match="must be 0 or negative"):
+        cache.crop(3)
+
+
+def test_gradients_are_refused_not_lost():
+    m = model("eager")
+    with pytest.raises(ValueError, match="without their gradients"):
+        m(torch.randint(1, 97, (1, 6)), past_key_values=hf_paged.PagedCache(m.config))
+
+
+def test_states_look_dense_to_other_code(poison):
+    """The stand-in has the dense shape, and any operation gathers."""
+    cache = hf_paged.PagedCache(model().config, page_size=8)
+    states = []
+    for length in (11, 1):
+        key, value = torch.randn(2, 2, length, 16), torch.randn(2, 2, length, 16)
+        states.append((key, value))
+        config = cache.config
+        config._attn_implementation = "paged_flash"
+        returned = cache.update(key, value, 0)
+    assert all(isinstance(x, PagedStates) for x in returned)
+    assert returned[0].shape == (2, 2, 12, 16)
+    for got, expected in zip(returned, zip(*states)):
+        assert torch.equal(got + 0, torch.cat(expected, 2))
+        assert torch.equal(torch.nn.functional.pad(got, [0, 3])[..., :16], torch.cat(expected, 2))
+    assert "PagedStates(keys" in repr(returned[0])
+
+
+def test_generation_in_inference_mode_then_outside():
+    m = model()
+    ids = torch.randint(1, 97, (1, 9))
+    cache = hf_paged.PagedCache(m.config)
+    with torch.inference_mode():
+        m(ids, past_key_values=cache)
+    with torch.no_grad():
+        logits = m(ids[:, :2], past_key_values=cache).logits
+        expected = m(torch.cat([ids, ids[:, :2]], 1), use_cache=False).logits[:, -2:]
+    assert torch.allclose(logits, expected, atol=1e-4)
+
+
+def test_layers_follow_the_config():
+    cache = hf_paged.PagedCache(GptOssConfig(**SHAPE, sliding_window=7, num_local_experts=4))
+    assert [type(layer) for layer in cache.layers] == [PagedLayer, PagedLayer]
+    assert cache.is_sliding == [True, False]
+    assert "0 pages of 16 tokens" in repr(cache)

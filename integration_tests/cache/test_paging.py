@@ -1,0 +1,147 @@
+"""Allocator, sequence table and pool against a dictionary model."""
+
+import random
+
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from hf_paged import OutOfPagesError
+from hf_paged.paging import PageAllocator, PagePool, SequenceTable
+
+
+class SequenceMachine(RuleBasedStateMachine):
+    """Random appends, forks, reorders and cuts. The model holds each sequence's tokens; memory is a dict of slots."""
+
+    @initialize(page_size=st.sampled_from([8, 16]), num_seqs=st.integers(1, 4), num_pages=st.integers(8, 24))
+    def start(self, page_size, num_seqs, num_pages):
+        self.allocator = PageAllocator(num_pages)
+        self.table = SequenceTable(self.allocator, page_size, num_seqs)
+        self.tokens = [[] for _ in range(num_seqs)]
+        self.memory = {}
+        self.next_token = 0
+
+    @rule(data=st.data())
+    def append(self, data):
+        counts = [data.draw(st.sampled_from([0, 1, 1, 3, 20])) for _ in self.tokens]
+        before = [list(p) for p in self.table.pages], list(self.table.lengths), self.allocator.num_free
+        needed = self.table.pages_needed(counts)
+        if needed > self.allocator.num_free:
+            with pytest.raises(OutOfPagesError) as caught:
+                self.table.append(counts)
+            assert (caught.value.needed, caught.value.free) == (needed, self.allocator.num_free)
+            assert before == ([list(p) for p in self.table.pages], self.table.lengths, self.allocator.num_free)
+            return
+        starts = list(self.table.lengths)
+        size = self.table.page_size
+        for source, target in self.table.append(counts):
+            for slot in range(size):
+                if (source, slot) in self.memory:
+                    self.memory[target, slot] = self.memory[source, slot]
+        for i, count in enumerate(counts):
+            for position in range(starts[i], starts[i] + count):
+                self.memory[self.table.pages[i][position // size], position % size] = self.next_token
+                self.tokens[i].append(self.next_token)
+                self.next_token += 1
+
+    @rule(data=st.data())
+    def select(self, data):
+        rows = data.draw(st.lists(st.integers(0, len(self.tokens) - 1), min_size=1, max_size=5))
+        self.table.select(rows)
+        self.tokens = [list(self.tokens[i]) for i in rows]
+
+    @rule(data=st.data())
+    def truncate(self, data):
+        lengths = [data.draw(st.integers(0, len(t))) for t in self.tokens]
+        self.table.truncate(lengths)
+        self.tokens = [t[:n] for t, n in zip(self.tokens, lengths)]
+
+    @precondition(lambda self: hasattr(self, "tokens"))
+    @invariant()
+    def every_token_is_where_the_table_says(self):
+        size = self.table.page_size
+        for i, tokens in enumerate(self.tokens):
+            found = [self.memory[self.table.pages[i][p // size], p % size] for p in range(len(tokens))]
+            assert found == tokens
+        self.allocator.check(page for pages in self.table.pages for page in pages)
+
+
+SequenceMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+TestSequences = SequenceMachine.TestCase
+
+
+def test_ten_thousand_operations_leak_nothing():
+    allocator = PageAllocator(64)
+    table = SequenceTable(allocator, 8, 4)
+    rng = random.Random(0)
+    for _ in range(10_000):
+        action = rng.random()
+        if action < 0.6:
+            counts = [rng.choice([0, 1, 9]) for _ in range(len(table))]
+            if table.pages_needed(counts) <= allocator.num_free:
+                table.append(counts)
+            else:
+                table.truncate([n // 2 for n in table.lengths])
+        elif action < 0.8:
+            table.select([rng.randrange(len(table)) for _ in range(4)])
+        else:
+            table.truncate([rng.randint(0, n) for n in table.lengths])
+        allocator.check(page for pages in table.pages for page in pages)
+    table.clear()
+    assert allocator.num_free == 64
+
+
+def test_sharers_that_write_together_keep_one_page():
+    allocator = PageAllocator(8)
+    table = SequenceTable(allocator, 8, 1)
+    table.append([5])
+    table.select([0, 0, 0])
+    assert allocator.num_used == 1
+    copies = table.append([1, 1, 1])
+    assert len(copies) == 2
+    assert allocator.num_used == 3
+    assert len({pages[0] for pages in table.pages}) == 3
+
+
+def test_full_pages_stay_shared():
+    allocator = PageAllocator(8)
+    table = SequenceTable(allocator, 8, 1)
+    table.append([16])
+    table.select([0, 0])
+    assert table.append([1, 1]) == []
+    assert allocator.num_used == 4
+    assert table.pages[0][:2] == table.pages[1][:2]
+
+
+def test_the_allocator_refuses_nonsense():
+    allocator = PageAllocator(2)
+    page = allocator.allocate(1)
+    allocator.free(page)
+    with pytest.raises(ValueError, match="is free already"):
+        allocator.free(page)
+    with pytest.raises(ValueError, match="is free and cannot be shared"):
+        allocator.share(page)
+    with pytest.raises(ValueError, match="can only grow"):
+        allocator.grow(1)
+    with pytest.raises(OutOfPagesError, match=r"needs 3 more pages, 2 of 2 are free: .* num_pages="):
+        allocator.allocate(3)
+    allocator.allocate(1)
+    with pytest.raises(AssertionError, match="counts 1 owners, 0 hold it"):
+        allocator.check([])
+
+
+def test_a_growing_pool_keeps_what_it_holds():
+    pool = PagePool(8, None)
+    pool.make_room(1)
+    k, _ = pool.layer(0, lambda n: (torch.full((n, 1, 8, 4), float("nan")), torch.full((n, 1, 8, 4), float("nan"))))
+    k[3] = 7.0
+    before = pool.allocator.num_pages
+    pool.make_room(before + 1)
+    assert pool.allocator.num_pages >= before + 1
+    assert torch.equal(pool.k_pages[0][3], torch.full((1, 8, 4), 7.0))
+    pool.check([])
+    fixed = PagePool(8, 2)
+    with pytest.raises(OutOfPagesError):
+        fixed.make_room(3)
