@@ -1,4 +1,4 @@
-"""The main job in one command: load a model with "paged_flash", generate, and prove with perplexity that nothing was lost.
+"""The main job in one command: generate with "paged_flash", and see by perplexity that nothing was lost.
 
     python -m eval.demo [--model FOLDER_OR_ID] [--prompt TEXT]
 """

@@ -94,7 +94,7 @@ def table(report: dict[str, Any]) -> str:
         + ", ".join(f"{k} {v}" for k, v in report["versions"].items())
         + f", {report['date']}. `{report['command']}`",
         "",
-        "MiB above the weights (K/V cache included) / milliseconds; – : out of memory.",
+        "MiB above the weights (K/V cache included) / milliseconds; "-": out of memory.",
         "",
         "| tokens | " + " | ".join(names) + " |",
         "|---" * (len(names) + 1) + "|",
@@ -103,7 +103,7 @@ def table(report: dict[str, Any]) -> str:
         shown = []
         for name in names:
             row = cells[name, tokens]
-            shown.append("–" if row["ms"] is None else f"{row['peak_bytes'] / 2**20:,.0f} / {row['ms']:,.1f}")
+            shown.append("-" if row["ms"] is None else f"{row['peak_bytes'] / 2**20:,.0f} / {row['ms']:,.1f}")
         lines.append(f"| {tokens:,} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
 

@@ -1,4 +1,4 @@
-"""The attention kernels (interpreter on CPU, compiled on a GPU) and the references, against float64 from the definition."""
+"""The attention kernels (interpreter on CPU, compiled on a GPU) and the references, against float64."""
 
 import sys
 from pathlib import Path
@@ -9,12 +9,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
-from helpers import DEVICE, TOLERANCE, error, make_pages, prefix_sums, softmax_attention  # noqa: E402
-
-from hf_paged_kernels import reference  # noqa: E402
-from hf_paged_kernels.flash_attention_triton import flash_attention_launch  # noqa: E402
-from hf_paged_kernels.paged_attention_triton import paged_attention_launch  # noqa: E402
-from hf_paged_kernels.settings import AttentionSettings  # noqa: E402
+from helpers import DEVICE, TOLERANCE, error, make_pages, prefix_sums, softmax_attention
+from hf_paged_kernels import reference
+from hf_paged_kernels.flash_attention_triton import flash_attention_launch
+from hf_paged_kernels.paged_attention_triton import paged_attention_launch
+from hf_paged_kernels.settings import AttentionSettings
 
 PROFILE = settings(
     max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate],  # shrinking costs minutes here
@@ -97,7 +96,9 @@ def test_flash_attention_dense_strided(triton, poison, heads, dims, dtype, windo
     window=st.sampled_from([(None, 0), (0, 0), (5, 0), (40, 0), (None, None)]),
     phase=st.sampled_from(["prefill", "decode", "mixed", "verify"]),
 )  # fmt: skip
-def test_paged_attention(triton, poison, data, heads, dims, dtype, page_size, layout, softcap, has_sinks, window, phase):
+def test_paged_attention(
+    triton, poison, data, heads, dims, dtype, page_size, layout, softcap, has_sinks, window, phase
+):  # fmt: skip
     choices = {"prefill": [1, 17, 33], "decode": [1], "mixed": [0, 1, 5, 40], "verify": [1, 2, 4, 7]}[phase]
     num_seqs = data.draw(st.integers(1, 4))
     q_lens = [data.draw(st.sampled_from(choices)) for _ in range(num_seqs)]
@@ -130,7 +131,9 @@ def test_paged_attention(triton, poison, data, heads, dims, dtype, page_size, la
         at += n
 
 
-@pytest.mark.parametrize("dim", [(64, 64), (128, 128), (192, 128), (192, 192), (256, 256), (512, 512), (8, 8), (20, 20)])
+@pytest.mark.parametrize(
+    "dim", [(64, 64), (128, 128), (192, 128), (192, 192), (256, 256), (512, 512), (8, 8), (20, 20)]
+)
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_every_head_dim_with_the_settings_of_production(poison, dim, phase):
     """The sizes that the settings tables choose, at the head dims that models have."""
@@ -167,7 +170,8 @@ def test_pages_left_of_the_window_are_not_read(poison):
     table[0, :10] = 2**30  # position 99 with 12 keys to the left reads tokens 87.. only: page 10 on
     k_pages[pages[10].long(), :, :7] = float("nan")
     args = (
-        table, torch.tensor([100], dtype=torch.int32, device=DEVICE), prefix_sums([1], DEVICE), 1, 12, 0, None, None, 0.3,
+        table, torch.tensor([100], dtype=torch.int32, device=DEVICE), prefix_sums([1], DEVICE), 1, 12, 0, None, None,
+        0.3,
     )  # fmt: skip
     q = torch.randn(1, 2, 16, device=DEVICE)
     expected, _ = softmax_attention(q, keys[0], keys[0], left=12, right=0, softcap=None, sinks=None, scale=0.3)
@@ -188,7 +192,7 @@ def test_a_row_does_not_depend_on_its_batch(poison):
         q = torch.randn(sum(q_lens), 4, 16, device=DEVICE)
         k_pages, v_pages, table = make_pages(keys, values, 8)
         seq_lens = torch.tensor(totals, dtype=torch.int32, device=DEVICE)
-        run = lambda rows, table, lens, q_lens: paged_attention_launch(  # noqa: E731
+        run = lambda rows, table, lens, q_lens, k_pages=k_pages, v_pages=v_pages: paged_attention_launch(  # noqa: E731
             rows, k_pages, v_pages, table, lens, prefix_sums(q_lens, DEVICE), max(q_lens), None, 0, None, None, 0.25,
             split_length=64,
         )  # fmt: skip

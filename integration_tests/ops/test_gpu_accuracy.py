@@ -7,9 +7,8 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from helpers import error, make_pages, prefix_sums  # noqa: E402
-
-from hf_paged_kernels import flash_attention, paged_attention  # noqa: E402
+from helpers import error, make_pages, prefix_sums
+from hf_paged_kernels import flash_attention, paged_attention
 
 pytestmark = pytest.mark.gpu
 FACTOR = 1.5

@@ -7,11 +7,10 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from helpers import DEVICE, TOLERANCE, error, softmax_attention  # noqa: E402
-
-from hf_paged_kernels import reference  # noqa: E402
-from hf_paged_kernels.merge_states_triton import merge_attention_states_launch  # noqa: E402
-from hf_paged_kernels.pages_triton import copy_pages_launch, write_pages_launch  # noqa: E402
+from helpers import DEVICE, TOLERANCE, error, softmax_attention
+from hf_paged_kernels import reference
+from hf_paged_kernels.merge_states_triton import merge_attention_states_launch
+from hf_paged_kernels.pages_triton import copy_pages_launch, write_pages_launch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 both = pytest.mark.parametrize("triton", [True, False], ids=["triton", "reference"])

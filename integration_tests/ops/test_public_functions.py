@@ -1,9 +1,8 @@
 """The public functions: refusals before any launch, fake implementations, autograd, settings."""
 
+import hf_paged_kernels as kernels
 import pytest
 import torch
-
-import hf_paged_kernels as kernels
 from hf_paged_kernels import ops
 from hf_paged_kernels.settings import choose_flash_settings, choose_paged_settings, is_short_query
 

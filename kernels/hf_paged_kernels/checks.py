@@ -1,6 +1,7 @@
 """Argument checks: every error names the argument, what it holds, and what is accepted."""
 
 import math
+from itertools import pairwise
 
 import torch
 
@@ -19,8 +20,8 @@ def require(condition: bool, message: str, error: type[Exception] = ValueError) 
 
 def check_tensor(name: str, tensor: object, dims: str, dtypes: tuple[torch.dtype, ...] = DTYPES) -> torch.Tensor:
     """Check type, number of dimensions (``dims`` reads like "[T, H, D]") and dtype of one argument."""
-    require(isinstance(tensor, torch.Tensor), f"{name} must be a tensor {dims}, got {type(tensor).__name__}.", TypeError)
-    assert isinstance(tensor, torch.Tensor)
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} must be a tensor {dims}, got {type(tensor).__name__}.")
     require(
         tensor.ndim == dims.count(",") + 1,
         f"{name} must have the shape {dims}, got {list(tensor.shape)}.",
@@ -87,9 +88,9 @@ def check_cu_seqlens(name: str, cu_seqlens: torch.Tensor) -> torch.Tensor:
 
 
 def check_cu_seqlens_values(name: str, cu_seqlens: torch.Tensor, num_tokens: int, max_seqlen: int | None) -> None:
-    """Values of a prefix sum: from 0 to ``num_tokens``, never falling, no step above ``max_seqlen``. Reads the device."""
+    """Prefix sums rise from 0 to ``num_tokens`` in steps of at most ``max_seqlen``. Reads the device."""
     values = cu_seqlens.tolist()
-    steps = [b - a for a, b in zip(values, values[1:])]
+    steps = [b - a for a, b in pairwise(values)]
     require(
         values[0] == 0 and values[-1] == num_tokens and all(s >= 0 for s in steps),
         f"{name} must rise from 0 to the number of tokens ({num_tokens}), got {_short(values)}.",
@@ -171,8 +172,8 @@ def check_page_table_values(
     if bool(too_long.any()):
         i = int(too_long.nonzero()[0])
         raise ValueError(
-            f"seq_lens[{i}] is {int(lengths[i])}: it must be at least the sequence's {int(query_lens[i])} new tokens and "
-            f"at most the {capacity} tokens that page_table has room for."
+            f"seq_lens[{i}] is {int(lengths[i])}: it must be at least the sequence's {int(query_lens[i])} new tokens "
+            f"and at most the {capacity} tokens that page_table has room for."
         )
     first = torch.zeros_like(lengths)
     if window_left is not None:

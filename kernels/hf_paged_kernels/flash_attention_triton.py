@@ -242,7 +242,7 @@ def flash_attention_launch(
     varlen = cu_seqlens_q is not None
     num_q_heads, head_dim = q.shape[-2:]
     num_kv_heads, v_dim = v.shape[-2:]
-    if varlen:
+    if cu_seqlens_q is not None:
         num_seqs = cu_seqlens_q.shape[0] - 1
         out = q.new_empty(q.shape[0], num_q_heads, v_dim)
         lse = q.new_empty(num_q_heads, q.shape[0], dtype=torch.float32)

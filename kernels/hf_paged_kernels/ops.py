@@ -25,13 +25,12 @@ def flash_attention_op(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``flash_attention_launch`` for the arguments."""
-    if uses_triton(q):
-        from .flash_attention_triton import flash_attention_launch as run
-    else:
-        run = reference.flash_attention_reference
-    return run(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, window_left, window_right, softcap, sinks, scale
-    )  # fmt: skip
+    arguments = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, window_left, window_right, softcap, sinks, scale)
+    if not uses_triton(q):
+        return reference.flash_attention_reference(*arguments)
+    from .flash_attention_triton import flash_attention_launch
+
+    return flash_attention_launch(*arguments)
 
 
 @flash_attention_op.register_fake
@@ -69,14 +68,15 @@ def paged_attention_op(
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``paged_attention_launch`` for the arguments."""
-    if uses_triton(q):
-        from .paged_attention_triton import paged_attention_launch as run
-    else:
-        run = reference.paged_attention_reference
-    return run(
+    arguments = (
         q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, max_query_len,
         window_left, window_right, softcap, sinks, scale,
     )  # fmt: skip
+    if not uses_triton(q):
+        return reference.paged_attention_reference(*arguments)
+    from .paged_attention_triton import paged_attention_launch
+
+    return paged_attention_launch(*arguments)
 
 
 @paged_attention_op.register_fake
@@ -104,20 +104,22 @@ def write_pages_op(
 ) -> None:
     """See ``write_pages_launch`` for the arguments."""
     if uses_triton(k):
-        from .pages_triton import write_pages_launch as run
+        from .pages_triton import write_pages_launch
+
+        write_pages_launch(k, v, k_pages, v_pages, slot_mapping)
     else:
-        run = reference.write_pages_reference
-    run(k, v, k_pages, v_pages, slot_mapping)
+        reference.write_pages_reference(k, v, k_pages, v_pages, slot_mapping)
 
 
 @torch.library.custom_op("hf_paged::copy_pages", mutates_args=("k_pages", "v_pages"))
 def copy_pages_op(k_pages: torch.Tensor, v_pages: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
     """See ``copy_pages_launch`` for the arguments."""
     if uses_triton(k_pages):
-        from .pages_triton import copy_pages_launch as run
+        from .pages_triton import copy_pages_launch
+
+        copy_pages_launch(k_pages, v_pages, source, target)
     else:
-        run = reference.copy_pages_reference
-    run(k_pages, v_pages, source, target)
+        reference.copy_pages_reference(k_pages, v_pages, source, target)
 
 
 @torch.library.custom_op("hf_paged::merge_attention_states", mutates_args=())
@@ -125,11 +127,11 @@ def merge_attention_states_op(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``merge_attention_states_launch`` for the arguments."""
-    if uses_triton(out_a):
-        from .merge_states_triton import merge_attention_states_launch as run
-    else:
-        run = reference.merge_attention_states_reference
-    return run(out_a, lse_a, out_b, lse_b)
+    if not uses_triton(out_a):
+        return reference.merge_attention_states_reference(out_a, lse_a, out_b, lse_b)
+    from .merge_states_triton import merge_attention_states_launch
+
+    return merge_attention_states_launch(out_a, lse_a, out_b, lse_b)
 
 
 @merge_attention_states_op.register_fake

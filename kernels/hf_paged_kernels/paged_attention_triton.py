@@ -71,7 +71,7 @@ def _attend_pages(
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Fold the keys run_start..run_stop of one sequence into the running softmax; low..stop are the ones it may read."""
+    """Fold the keys run_start..run_stop of one sequence into the running softmax; it may read low..stop."""
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)

@@ -30,7 +30,7 @@ def attend(
         ``(out [Lq, Hq, Dv] in q's dtype, lse [Hq, Lq] float32)``; a row without keys gives zeros and -inf.
     """
     num_queries, num_q_heads, _ = q.shape
-    num_keys, num_kv_heads, v_dim = v.shape
+    num_keys, _, v_dim = v.shape
     key_positions = torch.arange(key_start, key_start + num_keys, device=q.device)
     query_positions = torch.arange(num_queries, device=q.device) + (key_start + num_keys - num_queries)
     out = q.new_empty(num_queries, num_q_heads, v_dim)
@@ -147,10 +147,8 @@ def paged_attention_reference(
         first_key = 0 if window_left is None else max(0, seq_len - query_len - window_left)
         first_page = first_key // page_size
         pages = page_table[i, first_page : -(-seq_len // page_size)].long()
-        keys, values = (
-            x[pages].transpose(1, 2).flatten(0, 1)[first_key - first_page * page_size : seq_len - first_page * page_size]
-            for x in (k_pages, v_pages)
-        )
+        held = slice(first_key - first_page * page_size, seq_len - first_page * page_size)
+        keys, values = (x[pages].transpose(1, 2).flatten(0, 1)[held] for x in (k_pages, v_pages))
         out[rows], lse[:, rows] = attend(
             q[rows], keys, values, window_left, window_right, softcap, sinks, scale, key_start=first_key
         )

@@ -107,7 +107,8 @@ def finish_softmax(accumulator, running_max, running_sum):
     """Return ``(out [rows, v_dim], lse [rows], natural log)``; rows that saw no key give zeros and -inf."""
     empty = running_sum == 0.0
     out = accumulator / tl.where(empty, 1.0, running_sum)[:, None]
-    lse = tl.where(empty, float("-inf"), (running_max + tl.log2(tl.where(empty, 1.0, running_sum))) * 0.6931471805599453)
+    log_sum = (running_max + tl.log2(tl.where(empty, 1.0, running_sum))) * 0.6931471805599453
+    lse = tl.where(empty, float("-inf"), log_sum)
     return out, lse
 
 

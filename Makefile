@@ -1,0 +1,38 @@
+# Task runner. `make help` lists the tasks; the virtual environment is made by the first that needs it.
+VENV ?= .venv
+PYTHON ?= python3
+BIN = $(VENV)/bin
+
+.PHONY: help demo test lint perplexity support small-model clean
+
+help:            ## list the tasks
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+
+$(BIN)/activate: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	touch $@
+
+demo: $(BIN)/activate        ## generate with paged_flash and compare perplexity with eager
+	$(BIN)/python -m eval.demo
+
+test: $(BIN)/activate        ## the whole test suite
+	$(BIN)/python -m pytest -n 2
+
+lint: $(BIN)/activate        ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+perplexity: $(BIN)/activate  ## the small model's perplexity, every path
+	$(BIN)/python -m eval.perplexity --model integration_tests/assets/small_model \
+	  --data integration_tests/assets/heldout.txt --attn eager sdpa paged_flash \
+	  --path prefill paged_prefill decode --window 256 --stride 128 --max-tokens 4096 --dtype float32
+
+support: $(BIN)/activate     ## regenerate eval/results/model_support.md
+	HF_PAGED_WRITE_SUPPORT=1 $(BIN)/python -m pytest -n 2 integration_tests/models/test_parity.py
+
+small-model: $(BIN)/activate ## train the small model again (some minutes)
+	$(BIN)/python -m eval.small_model --output integration_tests/assets/small_model
+
+clean:           ## remove the virtual environment and caches
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis
