@@ -12,45 +12,59 @@ if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
-def _teach_the_interpreter_bfloat16() -> None:
-    """Triton's interpreter keeps bfloat16 as uint16, multiplies those integers in ``tl.dot`` and drops a rounding carry.
+def _teach_the_interpreter_small_floats() -> None:
+    """Triton's interpreter keeps bfloat16 as uint16 and multiplies those integers in a dot; its conversions to bfloat16
+    and FP8 lose a rounding carry.
 
-    The kernels are right on a GPU; this makes the interpreter agree, so that bfloat16 is tested on CPU as well.
+    The kernels are right on a GPU; this makes the interpreter agree, with PyTorch's conversions.
     """
     import triton.language as tl
     from triton.runtime import interpreter
 
-    def to_float32(bits: np.ndarray) -> np.ndarray:
-        return (bits.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
+    convert, dot, cast = interpreter._convert_float, builder.create_dot, builder.cast_impl
+    # Triton's dtype -> PyTorch's, and the integers that hold its bits in NumPy and in PyTorch.
+    small = {
+        tl.bfloat16: (torch.bfloat16, np.uint16, torch.int16),
+        tl.float8e4nv: (torch.float8_e4m3fn, np.uint8, torch.uint8),
+    }
 
-    def to_bfloat16(values: np.ndarray) -> np.ndarray:
-        tensor = torch.from_numpy(np.ascontiguousarray(values).view(np.float32).reshape(values.shape))
-        return tensor.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16)
-
-    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+    def to_float32(data, source):
+        if source not in small:
+            return torch.from_numpy(np.ascontiguousarray(data).astype(np.float32))
+        dtype, bits, _ = small[source]
+        data = np.ascontiguousarray(data).view(bits)
+        return torch.from_numpy(data.view(np.int16) if bits is np.uint16 else data).view(dtype).float()
 
     def convert_float(data, source, target, rounding_mode):
-        if source == tl.float32 and target == tl.bfloat16:
-            return to_bfloat16(data)
-        if source == tl.bfloat16 and target == tl.float32:
-            return to_float32(np.ascontiguousarray(data))
-        return convert(data, source, target, rounding_mode)
+        if source not in small and target not in small:
+            return convert(data, source, target, rounding_mode)
+        if source == tl.float32 or source == tl.float16:
+            data = np.ascontiguousarray(data).view(np.float32 if source == tl.float32 else np.float16)
+        values = to_float32(data, source)
+        if target not in small:
+            return values.numpy().astype(np.float32 if target == tl.float32 else np.float16)
+        dtype, bits, torch_bits = small[target]
+        return values.to(dtype).view(torch_bits).numpy().view(bits)
 
     def create_dot(self, a, b, *rest):
         a, b = (
-            interpreter.TensorHandle(to_float32(np.ascontiguousarray(x.data)), tl.float32)
-            if x.dtype.scalar == tl.bfloat16
-            else x
+            handle(to_float32(x.data, tl.bfloat16).numpy(), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
             for x in (a, b)
         )
         return dot(self, a, b, *rest)
 
+    def cast_impl(self, source, target):
+        if target.scalar == tl.bfloat16 and source.dtype.scalar.is_int():
+            source = cast(self, source, tl.float32)
+        return cast(self, source, target)
+
     interpreter._convert_float = convert_float
-    interpreter.InterpreterBuilder.create_dot = create_dot
+    builder.create_dot, builder.cast_impl = create_dot, cast_impl
 
 
 def _teach_the_interpreter_indices() -> None:
-    """Triton 3.6's interpreter makes an int of an array of one element in a way that NumPy 2.4 refuses; 3.7 does not."""
+    """Triton 3.6's interpreter makes an int of an array of one element in a way that NumPy 2.4 refuses."""
     from triton.runtime import interpreter
 
     patch = interpreter._patch_lang_tensor
@@ -63,7 +77,7 @@ def _teach_the_interpreter_indices() -> None:
 
 
 if not HAS_GPU:
-    _teach_the_interpreter_bfloat16()
+    _teach_the_interpreter_small_floats()
     _teach_the_interpreter_indices()
 
 

@@ -216,3 +216,55 @@ def test_settings_given_by_hand(poison):
             q[0], k[0], k[0], left=window[0], right=window[1], softcap=None, sinks=None, scale=0.2
         )
         assert error(out[0], expected) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("triton", [True, False], ids=["triton", "reference"])
+@pytest.mark.parametrize("page_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("window", [(None, 0), (20, 0)], ids=str)
+@pytest.mark.parametrize("q_lens", [[1, 1, 1], [40, 1, 3]], ids=["decode", "mixed"])
+def test_quantised_pages(triton, poison, page_dtype, dtype, window, q_lens):
+    """Written by write_pages, read by paged_attention: exact attention over the dequantised numbers."""
+    from hf_paged_kernels.pages_triton import write_pages_launch
+
+    totals, page_size = [150, 9, 64], 8
+    keys = [torch.randn(n, 2, 32, dtype=dtype, device=DEVICE) * 3 for n in totals]
+    values = [torch.randn(n, 2, 48, dtype=dtype, device=DEVICE) for n in totals]
+    keys[1][0] = 0  # a row of zeros has no largest magnitude
+    # Where each token goes: the slots of an unquantised layout, with poison around.
+    k_plain, _, table = make_pages(keys, values, page_size)
+    slots = []
+    for row, n in enumerate(totals):
+        slots += [int(table[row, t // page_size]) * page_size + t % page_size for t in range(n)]
+    shape = k_plain.shape[:3]
+    poisoned = 127 if page_dtype == torch.int8 else float("nan")
+    k_pages = torch.full((*shape, 32), poisoned, dtype=torch.float32, device=DEVICE).to(page_dtype)
+    v_pages = torch.full((*shape, 48), poisoned, dtype=torch.float32, device=DEVICE).to(page_dtype)
+    k_scale, v_scale = (torch.full(shape, float("nan"), device=DEVICE) for _ in range(2))
+    write = write_pages_launch if triton else reference.write_pages_reference
+    write(
+        torch.cat(keys), torch.cat(values), k_pages, v_pages, torch.tensor(slots, device=DEVICE), k_scale, v_scale
+    )  # fmt: skip
+    q = torch.randn(sum(q_lens), 4, 32, dtype=dtype, device=DEVICE)
+    extra = {"split_length": 64} if triton else {}
+    out, _ = (paged_attention_launch if triton else reference.paged_attention_reference)(
+        q, k_pages, v_pages, table, torch.tensor(totals, dtype=torch.int32, device=DEVICE),
+        prefix_sums(q_lens, DEVICE), max(q_lens), *window, None, None, 0.2, k_scale, v_scale, **extra,
+    )  # fmt: skip
+    at = slot_at = 0
+    for i, n in enumerate(q_lens):
+        index = torch.tensor(slots[slot_at : slot_at + totals[i]], device=DEVICE)
+        page, offset = index // page_size, index % page_size
+        stored = [
+            (pages.double()[page, :, offset] * scale[page, :, offset, None])
+            for pages, scale in ((k_pages, k_scale), (v_pages, v_scale))
+        ]
+        for back, original in zip(stored, (keys[i], values[i])):
+            # Half a step: 1 of 127, or 32 of 448, the spacing of e4m3 near its largest number.
+            step = original.double().abs().amax(-1, keepdim=True) * (1 / 127 if page_dtype == torch.int8 else 32 / 448)
+            assert ((back - original).abs() <= step * 0.501).all()
+        expected, _ = softmax_attention(
+            q[at : at + n], *stored, left=window[0], right=window[1], softcap=None, sinks=None, scale=0.2
+        )
+        assert error(out[at : at + n], expected) <= TOLERANCE[dtype]
+        at, slot_at = at + n, slot_at + totals[i]

@@ -103,6 +103,8 @@ def paged_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
     scale: float | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of new tokens to all tokens of their sequence, read in place from pages: prefill, decode and mixed.
@@ -116,7 +118,8 @@ def paged_attention(
     Args:
         q: packed queries ``[T, Hq, D]``. float16, bfloat16 or float32.
         k_pages: keys ``[num_pages, Hk, page_size, D]`` by any strides with a contiguous last dimension, so memory
-            ``[page, slot, head, dim]`` is passed as a transposed view. Page size 8 to 256, a power of two.
+            ``[page, slot, head, dim]`` is passed as a transposed view. Page size 8 to 256, a power of two. In q's
+            dtype, or float8_e4m3fn or int8 with scales.
         v_pages: values ``[num_pages, Hk, page_size, Dv]``.
         page_table: int32 ``[num_seqs, max_pages_per_seq]``, logical page -> physical page. Entries past a sequence's
             end, or wholly left of its window, are not read.
@@ -128,6 +131,9 @@ def paged_attention(
         softcap: as in :func:`flash_attention`.
         sinks: as in :func:`flash_attention`.
         scale: as in :func:`flash_attention`.
+        k_scale: float32 ``[num_pages, Hk, page_size]`` for quantised pages; a key is ``page * scale``, multiplied
+            inside the kernel.
+        v_scale: the same for values.
         return_lse: also return the log-sum-exp of the scaled scores, sinks included.
 
     Returns:
@@ -162,6 +168,7 @@ def paged_attention(
         q=q, k_pages=k_pages, v_pages=v_pages, page_table=page_table, seq_lens=seq_lens,
         cu_seqlens_q=cu_seqlens_q, sinks=sinks,
     )  # fmt: skip
+    checks.check_scales(k_pages, k_scale, v_scale)
     window_left, window_right = checks.resolve_window(window, causal)
     if checks.may_read_values(q):
         checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_query_len)
@@ -171,12 +178,20 @@ def paged_attention(
     out, lse = ops.paged_attention_op(
         _unit_stride(q), k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, max_query_len,
         window_left, window_right, checks.check_softcap(softcap), sinks, checks.resolve_scale(scale, q.shape[-1]),
+        k_scale, v_scale,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
 
 def write_pages(
-    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    *,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """Write new keys and values into their slots, in place.
 
@@ -186,6 +201,9 @@ def write_pages(
         k_pages: ``[num_pages, Hk, page_size, D]``, as in :func:`paged_attention`; written in place.
         v_pages: ``[num_pages, Hk, page_size, Dv]``; written in place.
         slot_mapping: int64 ``[T]``, ``page * page_size + offset`` of each token; -1: do not write. No slot twice.
+        k_scale: float32 ``[num_pages, Hk, page_size]`` for float8_e4m3fn and int8 pages, written in place: one scale
+            per token and head, its largest magnitude over 448 or 127.
+        v_scale: the same for values.
 
     Raises:
         ValueError: shapes, devices or slots that do not fit; TypeError: dtypes that are not supported.
@@ -196,7 +214,9 @@ def write_pages(
     check_tensor("slot_mapping", slot_mapping, "[T]", (torch.int64,))
     for name, new, pages in (("k", k, k_pages), ("v", v, v_pages)):
         require(
-            new.shape[1] == pages.shape[1] and new.shape[2] == pages.shape[3] and new.dtype == pages.dtype,
+            new.shape[1] == pages.shape[1]
+            and new.shape[2] == pages.shape[3]
+            and (new.dtype == pages.dtype or k_scale is not None),
             f"{name} must fit its pages in heads, head dim and dtype, got {list(new.shape)} {new.dtype} for pages "
             f"{list(pages.shape)} {pages.dtype}.",
         )
@@ -204,7 +224,10 @@ def write_pages(
         k.shape[0] == v.shape[0] == slot_mapping.shape[0],
         f"k, v and slot_mapping must hold the same tokens, got {k.shape[0]}, {v.shape[0]} and {slot_mapping.shape[0]}.",
     )
-    checks.check_same_device(k=k, v=v, k_pages=k_pages, v_pages=v_pages, slot_mapping=slot_mapping)
+    checks.check_scales(k_pages, k_scale, v_scale)
+    checks.check_same_device(
+        k=k, v=v, k_pages=k_pages, v_pages=v_pages, slot_mapping=slot_mapping, k_scale=k_scale, v_scale=v_scale
+    )
     num_slots = k_pages.shape[0] * k_pages.shape[2]
     if checks.may_read_values(k) and slot_mapping.numel():
         low, high = (int(x) for x in slot_mapping.aminmax())
@@ -213,7 +236,7 @@ def write_pages(
             f"slot_mapping holds {low if low < -1 else high}, outside of the pool's {num_slots} slots "
             f"(accepted: -1 to {num_slots - 1}).",
         )
-    ops.write_pages_op(_unit_stride(k), _unit_stride(v), k_pages, v_pages, slot_mapping)
+    ops.write_pages_op(_unit_stride(k), _unit_stride(v), k_pages, v_pages, slot_mapping, k_scale, v_scale)
 
 
 def copy_pages(k_pages: torch.Tensor, v_pages: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:

@@ -6,6 +6,7 @@ from itertools import pairwise
 import torch
 
 from .backend import TRITON_DEVICES
+from .settings import LARGEST
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 512
@@ -48,8 +49,36 @@ def check_same_device(**tensors: torch.Tensor | None) -> None:
     )
 
 
+def check_scales(k_pages: torch.Tensor, k_scale: torch.Tensor | None, v_scale: torch.Tensor | None) -> None:
+    """Quantised pages come with one float32 scale per slot and head; other pages without."""
+    quantized = k_pages.dtype in LARGEST
+    require(
+        (k_scale is not None) == (v_scale is not None) == quantized,
+        f"k_scale and v_scale are for float8_e4m3fn and int8 pages, and needed there; the pages are {k_pages.dtype}.",
+    )
+    for name, scales in (("k_scale", k_scale), ("v_scale", v_scale)):
+        if scales is None:
+            continue
+        check_tensor(name, scales, "[num_pages, num_kv_heads, page_size]", (torch.float32,))
+        require(
+            scales.shape == k_pages.shape[:3],
+            f"{name} must be {list(k_pages.shape[:3])}, one scale per slot and head, got {list(scales.shape)}.",
+        )
+    if k_scale is not None and v_scale is not None:
+        require(
+            k_scale.stride() == v_scale.stride(),
+            f"k_scale and v_scale must have the same strides, got {k_scale.stride()} and {v_scale.stride()}.",
+        )
+    if k_pages.dtype == torch.float8_e4m3fn and k_pages.device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(k_pages.device)
+        require(
+            capability >= (8, 9),
+            f"float8_e4m3fn pages need compute capability 8.9 or newer, this GPU has {capability}: use int8 pages.",
+        )
+
+
 def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_kv_heads: int, num_v_heads: int) -> None:
-    """Head counts, head dims and dtypes of q, k and v must fit each other."""
+    """Head counts, head dims and dtypes of q, k and v must fit each other; quantised k and v have their own dtype."""
     num_q_heads, head_dim, v_dim = q.shape[-2], q.shape[-1], v.shape[-1]
     require(
         num_kv_heads == num_v_heads,
@@ -63,7 +92,7 @@ def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_kv_heads:
     for name, dim in (("q and k", head_dim), ("v", v_dim)):
         require(1 <= dim <= MAX_HEAD_DIM, f"the head dim of {name} must be 1 to {MAX_HEAD_DIM}, got {dim}.")
     require(
-        q.dtype == k.dtype == v.dtype,
+        k.dtype == v.dtype and (q.dtype == k.dtype or k.dtype in LARGEST),
         f"q, k and v must have the same dtype, got {q.dtype}, {k.dtype} and {v.dtype}.",
         TypeError,
     )
@@ -142,7 +171,7 @@ def resolve_scale(scale: float | None, head_dim: int) -> float:
 def check_pages(k_pages: torch.Tensor, v_pages: torch.Tensor) -> None:
     """Shapes, strides and page size of a pair of page tensors."""
     for name, pages in (("k_pages", k_pages), ("v_pages", v_pages)):
-        check_tensor(name, pages, "[num_pages, num_kv_heads, page_size, head_dim]")
+        check_tensor(name, pages, "[num_pages, num_kv_heads, page_size, head_dim]", DTYPES + tuple(LARGEST))
         require(
             pages.stride(-1) == 1,
             f"the last dimension of {name} must be contiguous (stride 1), got strides {pages.stride()}.",

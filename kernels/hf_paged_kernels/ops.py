@@ -66,11 +66,13 @@ def paged_attention_op(
     softcap: float | None,
     sinks: torch.Tensor | None,
     scale: float,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``paged_attention_launch`` for the arguments."""
     arguments = (
         q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, max_query_len,
-        window_left, window_right, softcap, sinks, scale,
+        window_left, window_right, softcap, sinks, scale, k_scale, v_scale,
     )  # fmt: skip
     if not uses_triton(q):
         return reference.paged_attention_reference(*arguments)
@@ -93,22 +95,30 @@ def _(
     softcap: float | None,
     sinks: torch.Tensor | None,
     scale: float,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = q.new_empty(*q.shape[:2], v_pages.shape[-1])
     return out, q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("hf_paged::write_pages", mutates_args=("k_pages", "v_pages"))
+@torch.library.custom_op("hf_paged::write_pages", mutates_args=("k_pages", "v_pages", "k_scale", "v_scale"))
 def write_pages_op(
-    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """See ``write_pages_launch`` for the arguments."""
     if uses_triton(k):
         from .pages_triton import write_pages_launch
 
-        write_pages_launch(k, v, k_pages, v_pages, slot_mapping)
+        write_pages_launch(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
     else:
-        reference.write_pages_reference(k, v, k_pages, v_pages, slot_mapping)
+        reference.write_pages_reference(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
 
 
 @torch.library.custom_op("hf_paged::copy_pages", mutates_args=("k_pages", "v_pages"))

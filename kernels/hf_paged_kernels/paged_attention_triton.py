@@ -45,11 +45,15 @@ def _attend_pages(
     query,
     k_head,
     v_head,
+    k_scale_head,
+    v_scale_head,
     table_row,
     stride_kp,
     stride_ks,
     stride_vp,
     stride_vs,
+    stride_sp,
+    stride_ss,
     positions,
     run_start,
     run_stop,
@@ -68,6 +72,7 @@ def _attend_pages(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -93,7 +98,17 @@ def _attend_pages(
             key = tl.load(k_tile)
         else:
             key = tl.load(k_tile, mask=(offs_d < HEAD_DIM)[None, :], other=0.0)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+        scores = tl.dot(query, tl.trans(key.to(query.dtype)), input_precision=PRECISION)
+        if HAS_SCALES:
+            # One scale per (token, head) factors out of the dot product: it is applied to a column of scores.
+            scales = page * stride_sp + slot * stride_ss
+            if MASKED:
+                k_scales = tl.load(k_scale_head + scales, mask=in_range, other=0.0)
+                v_scales = tl.load(v_scale_head + scales, mask=in_range, other=0.0)
+            else:
+                k_scales = tl.load(k_scale_head + scales)
+                v_scales = tl.load(v_scale_head + scales)
+            scores = scores * k_scales[None, :]
         scores = scale_scores(scores, scale_log2, softcap, HAS_SOFTCAP)
         if MASKED:
             mask = visible_mask(positions, keys, stop, window_left, window_right, HAS_LEFT, HAS_RIGHT)
@@ -106,8 +121,10 @@ def _attend_pages(
             value = tl.load(v_tile)
         else:
             value = tl.load(v_tile, mask=(offs_dv < V_DIM)[None, :], other=0.0)
+        if HAS_SCALES:
+            weights = weights * v_scales[None, :]
         accumulator = accumulator * correction[:, None]
-        accumulator += tl.dot(weights.to(value.dtype), value, input_precision=PRECISION)
+        accumulator += tl.dot(weights.to(query.dtype), value.to(query.dtype), input_precision=PRECISION)
     return accumulator, running_max, running_sum
 
 
@@ -116,6 +133,8 @@ def _paged_forward(
     q,
     k_pages,
     v_pages,
+    k_scale,
+    v_scale,
     page_table,
     seq_lens,
     cu_seqlens_q,
@@ -131,6 +150,9 @@ def _paged_forward(
     stride_vp,
     stride_vh,
     stride_vs,
+    stride_sp,
+    stride_sh,
+    stride_ss,
     stride_table,
     stride_ot,
     stride_oh,
@@ -157,6 +179,7 @@ def _paged_forward(
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    HAS_SCALES: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # Later blocks of a sequence see more keys: start them first.
@@ -208,6 +231,11 @@ def _paged_forward(
     )
     k_head = k_pages + tl.cast(kv_head, tl.int64) * stride_kh
     v_head = v_pages + tl.cast(kv_head, tl.int64) * stride_vh
+    k_scale_head = k_scale
+    v_scale_head = v_scale
+    if HAS_SCALES:
+        k_scale_head = k_scale + tl.cast(kv_head, tl.int64) * stride_sh
+        v_scale_head = v_scale + tl.cast(kv_head, tl.int64) * stride_sh
     table_row = page_table + tl.cast(seq, tl.int64) * stride_table
 
     accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
@@ -219,22 +247,25 @@ def _paged_forward(
     )  # fmt: skip
     if HAS_LEFT:
         accumulator, running_max, running_sum = _attend_pages(
-            accumulator, running_max, running_sum, query, k_head, v_head, table_row,
-            stride_kp, stride_ks, stride_vp, stride_vs, positions,
+            accumulator, running_max, running_sum, query, k_head, v_head, k_scale_head, v_scale_head, table_row,
+            stride_kp, stride_ks, stride_vp, stride_vs, stride_sp, stride_ss, positions,
             start, tl.minimum(full_start, stop), low, stop, scale_log2, softcap, window_left, window_right,
-            PAGE_SIZE, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, True, PRECISION,
+            PAGE_SIZE, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+            HAS_SCALES, True, PRECISION,
         )  # fmt: skip
     accumulator, running_max, running_sum = _attend_pages(
-        accumulator, running_max, running_sum, query, k_head, v_head, table_row,
-        stride_kp, stride_ks, stride_vp, stride_vs, positions,
+        accumulator, running_max, running_sum, query, k_head, v_head, k_scale_head, v_scale_head, table_row,
+        stride_kp, stride_ks, stride_vp, stride_vs, stride_sp, stride_ss, positions,
         full_start, full_stop, low, stop, scale_log2, softcap, window_left, window_right,
-        PAGE_SIZE, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, False, PRECISION,
+        PAGE_SIZE, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+        HAS_SCALES, False, PRECISION,
     )  # fmt: skip
     accumulator, running_max, running_sum = _attend_pages(
-        accumulator, running_max, running_sum, query, k_head, v_head, table_row,
-        stride_kp, stride_ks, stride_vp, stride_vs, positions,
+        accumulator, running_max, running_sum, query, k_head, v_head, k_scale_head, v_scale_head, table_row,
+        stride_kp, stride_ks, stride_vp, stride_vs, stride_sp, stride_ss, positions,
         full_stop, stop, low, stop, scale_log2, softcap, window_left, window_right,
-        PAGE_SIZE, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, True, PRECISION,
+        PAGE_SIZE, HEAD_DIM, V_DIM, BLOCK_N, BLOCK_D, BLOCK_DV, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+        HAS_SCALES, True, PRECISION,
     )  # fmt: skip
     if HAS_SINKS:
         sink = tl.load(sinks + heads, mask=row_valid, other=0.0).to(tl.float32) * 1.4426950408889634
@@ -340,6 +371,8 @@ def paged_attention_launch(
     softcap: float | None,
     sinks: torch.Tensor | None,
     scale: float,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
     settings: AttentionSettings | None = None,
     split_length: int = SPLIT_LENGTH,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -383,8 +416,10 @@ def paged_attention_launch(
     scale_log2 = scale * LOG2_E if softcap is None else 2.0 * scale / softcap * LOG2_E
     with device_guard(q):
         _paged_forward[(num_blocks, num_kv_heads, num_splits)](
-            q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, sinks, target, target_lse, num_seqs,
-            *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3], page_table.stride(0),
+            q, k_pages, v_pages, k_scale, v_scale, page_table, seq_lens, cu_seqlens_q, sinks,
+            target, target_lse, num_seqs,
+            *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
+            *((0, 0, 0) if k_scale is None else k_scale.stride()), page_table.stride(0),
             *out_strides, *lse_strides,
             scale_log2, softcap or 0.0, window_left or 0, window_right or 0,
             PAGE_SIZE=page_size,
@@ -402,6 +437,7 @@ def paged_attention_launch(
             HAS_RIGHT=window_right is not None,
             HAS_SOFTCAP=softcap is not None,
             HAS_SINKS=sinks is not None and not split,
+            HAS_SCALES=k_scale is not None,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,

@@ -1,5 +1,9 @@
 """Writing new keys and values into pages, and copying whole pages, in Triton.
 
+With scales, pages are FP8 (e4m3) or INT8 and each (token, head) has a scale of its own:
+
+    scale = max(abs(x)) / largest,    page = round(x / scale),    x = page * scale        largest: 448 or 127
+
 A token's slot is ``page * page_size + offset``; slot -1 is not written. Pages are addressed by strides, so
 ``[page, head, slot, dim]`` and ``[page, slot, head, dim]`` memory both work.
 """
@@ -9,6 +13,20 @@ import triton
 import triton.language as tl
 
 from .backend import device_guard
+from .settings import LARGEST
+
+
+@triton.jit
+def _quantize(row, LARGEST: tl.constexpr, ROUND: tl.constexpr):
+    """``(row / scale, scale)`` in float32 with a scale that maps the row's largest magnitude to LARGEST."""
+    row = row.to(tl.float32)
+    highest = tl.max(tl.abs(row), 0)
+    scale = tl.where(highest > 0.0, highest / LARGEST, 1.0)
+    row = tl.minimum(tl.maximum(row / scale, -LARGEST), LARGEST)
+    if ROUND:
+        # The cast to int8 truncates: round half away from zero first.
+        row = tl.where(row >= 0.0, tl.floor(row + 0.5), tl.ceil(row - 0.5))
+    return row, scale
 
 
 @triton.jit
@@ -17,6 +35,8 @@ def _write_pages(
     v,
     k_pages,
     v_pages,
+    k_scale,
+    v_scale,
     slot_mapping,
     stride_kt,
     stride_kh,
@@ -28,13 +48,17 @@ def _write_pages(
     stride_vp,
     stride_vph,
     stride_vs,
+    stride_sp,
+    stride_sh,
+    stride_ss,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
+    LARGEST: tl.constexpr,
 ):
-    """One program: one token of one head."""
+    """One program: one token of one head. LARGEST is the largest quantised number, 0 without quantisation."""
     token = tl.cast(tl.program_id(0), tl.int64)
     head = tl.cast(tl.program_id(1), tl.int64)
     target = tl.load(slot_mapping + token)
@@ -44,13 +68,20 @@ def _write_pages(
     slot = target % PAGE_SIZE
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
-    key = tl.load(k + token * stride_kt + head * stride_kh + offs_d, mask=offs_d < HEAD_DIM)
+    key = tl.load(k + token * stride_kt + head * stride_kh + offs_d, mask=offs_d < HEAD_DIM, other=0.0)
+    if LARGEST > 0:
+        scales = page * stride_sp + head * stride_sh + slot * stride_ss
+        key, scale = _quantize(key, LARGEST, k_pages.dtype.element_ty == tl.int8)
+        tl.store(k_scale + scales, scale)
     tl.store(
         k_pages + page * stride_kp + head * stride_kph + slot * stride_ks + offs_d,
         key.to(k_pages.dtype.element_ty),
         mask=offs_d < HEAD_DIM,
     )
-    value = tl.load(v + token * stride_vt + head * stride_vh + offs_dv, mask=offs_dv < V_DIM)
+    value = tl.load(v + token * stride_vt + head * stride_vh + offs_dv, mask=offs_dv < V_DIM, other=0.0)
+    if LARGEST > 0:
+        value, scale = _quantize(value, LARGEST, v_pages.dtype.element_ty == tl.int8)
+        tl.store(v_scale + scales, scale)
     tl.store(
         v_pages + page * stride_vp + head * stride_vph + slot * stride_vs + offs_dv,
         value.to(v_pages.dtype.element_ty),
@@ -59,7 +90,13 @@ def _write_pages(
 
 
 def write_pages_launch(
-    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """Launch on checked arguments; shapes as in :func:`hf_paged_kernels.write_pages`."""
     num_tokens, num_heads, head_dim = k.shape
@@ -68,13 +105,15 @@ def write_pages_launch(
         return
     with device_guard(k):
         _write_pages[(num_tokens, num_heads)](
-            k, v, k_pages, v_pages, slot_mapping,
+            k, v, k_pages, v_pages, k_scale, v_scale, slot_mapping,
             *k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
+            *((0, 0, 0) if k_scale is None else k_scale.stride()),
             PAGE_SIZE=k_pages.shape[2],
             HEAD_DIM=head_dim,
             V_DIM=v_dim,
             BLOCK_D=triton.next_power_of_2(head_dim),
             BLOCK_DV=triton.next_power_of_2(v_dim),
+            LARGEST=0.0 if k_scale is None else LARGEST[k_pages.dtype],
             num_warps=1,
         )  # fmt: skip
 

@@ -7,6 +7,8 @@ import math
 
 import torch
 
+from .settings import LARGEST
+
 ROWS_AT_A_TIME = 1024
 
 
@@ -132,6 +134,8 @@ def paged_attention_reference(
     softcap: float | None,
     sinks: torch.Tensor | None,
     scale: float,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequence by sequence over gathered pages; arguments and results as ``paged_attention_launch``."""
     page_size = k_pages.shape[2]
@@ -148,7 +152,10 @@ def paged_attention_reference(
         first_page = first_key // page_size
         pages = page_table[i, first_page : -(-seq_len // page_size)].long()
         held = slice(first_key - first_page * page_size, seq_len - first_page * page_size)
-        keys, values = (x[pages].transpose(1, 2).flatten(0, 1)[held] for x in (k_pages, v_pages))
+        keys, values = (
+            dequantize(x[pages], None if s is None else s[pages], q.dtype).transpose(1, 2).flatten(0, 1)[held]
+            for x, s in ((k_pages, k_scale), (v_pages, v_scale))
+        )
         out[rows], lse[:, rows] = attend(
             q[rows], keys, values, window_left, window_right, softcap, sinks, scale, key_start=first_key
         )
@@ -156,14 +163,44 @@ def paged_attention_reference(
 
 
 def write_pages_reference(
-    k: torch.Tensor, v: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, slot_mapping: torch.Tensor
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
 ) -> None:
     """Token by token in effect: ``k_pages[slot // page_size, :, slot % page_size] = k[token]`` where slot >= 0."""
     written = slot_mapping >= 0
     slots = slot_mapping[written]
     page, offset = slots // k_pages.shape[2], slots % k_pages.shape[2]
-    k_pages[page, :, offset] = k[written].to(k_pages.dtype)
-    v_pages[page, :, offset] = v[written].to(v_pages.dtype)
+    for new, pages, scales in ((k[written], k_pages, k_scale), (v[written], v_pages, v_scale)):
+        if scales is not None:
+            new, new_scales = quantize(new, pages.dtype)
+            scales[page, :, offset] = new_scales
+        _store(pages, page, offset, new.to(pages.dtype))
+
+
+def _store(pages: torch.Tensor, page: torch.Tensor, offset: torch.Tensor, new: torch.Tensor) -> None:
+    if pages.dtype == torch.float8_e4m3fn:
+        # PyTorch has no indexed assignment of FP8 on CPU; the bytes are the same.
+        pages, new = pages.view(torch.uint8), new.view(torch.uint8)
+    pages[page, :, offset] = new
+
+
+def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """``[..., D]`` to ``(numbers of dtype, scales [...] float32)``, one scale per row; see ``pages_triton``."""
+    x = x.float()
+    highest = x.abs().amax(-1)
+    scales = torch.where(highest > 0, highest / LARGEST[dtype], 1.0)
+    scaled = (x / scales[..., None]).clamp(-LARGEST[dtype], LARGEST[dtype])
+    return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scales
+
+
+def dequantize(pages: torch.Tensor, scales: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Pages ``[..., D]`` and their scales ``[...]`` back to ``dtype``; without scales the pages as they are."""
+    return pages if scales is None else (pages.float() * scales[..., None]).to(dtype)
 
 
 def copy_pages_reference(

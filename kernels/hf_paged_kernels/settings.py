@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 
 LOG2_E = 1.4426950408889634
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
+"""Largest number of each quantised page dtype."""
 SPLIT_LENGTH = 512
 """Keys per split of the decode path, in tokens. A fixed length, not a fixed count: a row's reduction order depends on
 its own length only."""
