@@ -6,9 +6,10 @@
 
 from .cache import PagedCache
 from .errors import OutOfPagesError, UnsupportedModelError
+from .paging import PagePool
 from .registration import register
 
 __version__ = "0.1.0"
-__all__ = ["OutOfPagesError", "PagedCache", "UnsupportedModelError", "__version__"]
+__all__ = ["OutOfPagesError", "PagePool", "PagedCache", "UnsupportedModelError", "__version__"]
 
 register()

@@ -1,191 +1,52 @@
 """PagedCache: a transformers ``Cache`` whose keys and values live in pages."""
 
+import weakref
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from hf_paged_kernels.checks import PAGE_SIZES
-from hf_paged_kernels.ops import copy_pages_op, write_pages_op
 from transformers import DynamicCache, PreTrainedConfig
 from transformers.cache_utils import (
     Cache,
-    CacheLayerMixin,
     DynamicLayer,
     DynamicSlidingWindowLayer,
+    LinearAttentionAndFullAttentionLayer,
     LinearAttentionLayer,
 )
 
 from .errors import UnsupportedModelError
-from .paged_states import LayerUpdate, PagedStates
-from .paging import PagePool, SequenceTable
-from .step_plan import StepPlan
-from .transformers_internals import is_dummy_layer, uses_paged_flash
+from .layer_group import LayerGroup
+from .paged_layer import PagedHybridLayer, PagedLayer
+from .paged_states import LayerUpdate
+from .paging import PagePool
+from .transformers_internals import is_dummy_layer
 
-
-class PagedLayer(CacheLayerMixin):
-    """The keys and values of one attention layer; its pages and lengths are those of the whole cache.
-
-    ``window`` is the layer's sliding window in tokens, or None. The window is applied by attention.
-    """
-
-    is_compileable = False
-    is_croppable = True
-
-    def __init__(self, cache: "PagedCache", index: int, window: int | None) -> None:
-        # The base class assigns keys and values, which are computed here: its __init__ is not called.
-        self.cache, self.index, self.window = cache, index, window
-        self.is_sliding = window is not None
-        self.columns = 0
-        self.pending: LayerUpdate | None = None
-
-    @property
-    def is_initialized(self) -> bool:
-        """Whether the layer holds any token."""
-        return self.columns > 0
-
-    @property
-    def keys(self) -> torch.Tensor | None:
-        """Gathered keys ``[B, H, tokens, D]``, zeros where a token is padding; None before the first update."""
-        return self.dense(None)[0] if self.columns else None
-
-    @property
-    def values(self) -> torch.Tensor | None:
-        """Gathered values ``[B, H, tokens, D]``."""
-        return self.dense(None)[1] if self.columns else None
-
-    @property
-    def batch_size(self) -> int:
-        """Sequences that the cache holds."""
-        return self.cache.num_seqs
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing to do: page tensors are made when the first tokens are written."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Take new keys ``[B, H, L, D]`` and values ``[B, H, L, Dv]``; returns all of them, lazily or gathered."""
-        self.flush()
-        self.cache.check_new_states(key_states, value_states)
-        update = LayerUpdate(self, self.columns, key_states, value_states)
-        self.columns += key_states.shape[2]
-        self.pending = update
-        if uses_paged_flash(self.cache.config):
-            return PagedStates(update, is_key=True), PagedStates(update, is_key=False)
-        if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
-            raise ValueError(
-                "PagedCache keeps keys and values without their gradients: call the model under torch.no_grad(), or "
-                "train with use_cache=False."
-            )
-        return self.dense(update)
-
-    def flush(self) -> None:
-        """Write an update that no attention function asked for, every column taken as a token."""
-        if self.pending is not None:
-            self.write(self.pending, None)
-
-    def write(self, update: LayerUpdate, mask: torch.Tensor | None) -> StepPlan:
-        """Place an update's tokens in the pages, once; ``mask`` is 2D, True where a column is a token.
-
-        Returns:
-            The step's plan on the layer's device.
-        """
-        try:
-            plan = self.cache.plan_step(update, mask)
-        except Exception:
-            self.cache.forget_pending()
-            raise
-        plan = plan.on(update.key.device)
-        if not update.written:
-            k_pages, v_pages = self.pages(update)
-            write_pages_op(plan.pack(update.key), plan.pack(update.value), k_pages, v_pages, plan.slot_mapping)
-            update.written = True
-            self.pending = None
-        return plan
-
-    def pages(self, update: LayerUpdate | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """``(k_pages, v_pages)``, made like the update's keys and values the first time."""
-
-        def make(num_pages: int) -> tuple[torch.Tensor, torch.Tensor]:
-            assert update is not None
-            # Tensors born in inference mode could not be written outside of it.
-            with torch.inference_mode(False):
-                k, v = (
-                    torch.empty(
-                        num_pages, x.shape[1], self.cache.page_size, x.shape[3], dtype=x.dtype, device=x.device
-                    )
-                    for x in (update.key, update.value)
-                )
-            return k, v
-
-        return self.cache.pool.layer(self.index, make)
-
-    def dense(self, update: LayerUpdate | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys ``[B, H, columns, D]`` and values gathered from the pages, up to and with ``update``."""
-        if update is not None and not update.written:
-            self.write(update, None)
-        self.flush()
-        columns = self.columns if update is None else update.start + update.key.shape[2]
-        k_pages, v_pages = self.pages()
-        rows, cols, slots = (x.to(k_pages.device) for x in self.cache.slots_of_columns(columns))
-        dense = []
-        for pages in (k_pages, v_pages):
-            out = pages.new_zeros(self.cache.num_seqs, columns, pages.shape[1], pages.shape[3])
-            out[rows, cols] = pages[slots // self.cache.page_size, :, slots % self.cache.page_size]
-            dense.append(out.transpose(1, 2))
-        return dense[0], dense[1]
-
-    def get_seq_length(self) -> int:
-        """Columns held: the padded length that transformers counts in."""
-        return self.columns
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that a mask must cover."""
-        return self.columns + query_length, 0
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-    def get_max_cache_shape(self) -> int:
-        """No maximum (the name of earlier transformers versions)."""
-        return -1
-
-    def offload(self) -> None:
-        """Refused: pages of several sequences share one tensor."""
-        raise ValueError("PagedCache does not offload layers; use cache_implementation='offloaded' for that.")
-
-    prefetch = offload
-
-    # One table serves all layers: PagedCache changes it once, and the layers follow.
-    def reset(self) -> None:
-        """Called by :meth:`PagedCache.reset`."""
-        self.columns, self.pending = 0, None
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Refused on one layer: see :meth:`PagedCache.reorder_cache`."""
-        raise ValueError("call the method of PagedCache: its layers share one page table.")
-
-    crop = batch_repeat_interleave = batch_select_indices = reorder_cache
+KV_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 class PagedCache(Cache):
     """Keys and values in pages, taken as tokens come and given back when they go.
 
     With ``attn_implementation="paged_flash"`` attention reads the pages in place; with any other, the cache gathers
-    dense keys and values: same results, slower. Left padding owns no pages. Reordering, selecting and repeating
-    sequences moves page-table rows and counts owners; a shared page is copied when somebody writes into it.
+    dense keys and values: same results, slower. Padding owns no pages. Reordering, selecting and repeating sequences
+    moves page-table rows and counts owners; a shared page is copied when somebody writes into it. Layers with a sliding
+    window give pages back as it moves.
 
-    Layers without keys and values (Mamba, linear attention, convolutions) keep transformers' own state layers.
+    Layers without keys and values (Mamba, linear attention, convolutions) keep transformers' own states beside it.
 
     Args:
         config: the model's config (``model.config``).
         page_size: tokens of a page: 8, 16, 32, 64, 128 or 256.
-        kv_dtype: "auto": the dtype of the model's keys and values.
-        num_pages: a fixed number of pages; None: the pool doubles as tokens come.
+        kv_dtype: "auto": the dtype of the model's keys and values; "fp8" (e4m3) or "int8": quantised, with a float32
+            scale per token and head. The tokens of a first step attend to each other unquantised.
+        num_pages: a budget of pages (see :class:`PagePool`); None: the pool grows as tokens come.
+        pool: a :class:`PagePool` to share with other caches of the same model; the three arguments before are then the
+            pool's, and must not be given.
 
     Raises:
         UnsupportedModelError: the model has cache layers that are not plain keys and values.
-        ValueError: an argument is not one of those accepted.
+        ValueError, TypeError: an argument is not one of those accepted.
 
     Example::
 
@@ -198,63 +59,65 @@ class PagedCache(Cache):
         self,
         config: PreTrainedConfig,
         *,
-        page_size: int = 16,
-        kv_dtype: str = "auto",
+        page_size: int | None = None,
+        kv_dtype: str | None = None,
         num_pages: int | None = None,
+        pool: PagePool | None = None,
     ) -> None:
         if not isinstance(config, PreTrainedConfig):
             raise TypeError(f"config must be a transformers config (model.config), got {type(config).__name__}.")
-        if page_size not in PAGE_SIZES:
-            raise ValueError(f"page_size must be one of {PAGE_SIZES}, got {page_size!r}.")
-        if kv_dtype != "auto":
-            raise ValueError(f'kv_dtype must be "auto" (the model\'s own dtype), got {kv_dtype!r}.')
-        if num_pages is not None and (not isinstance(num_pages, int) or num_pages < 1):
-            raise ValueError(f"num_pages must be None or a positive int, got {num_pages!r}.")
+        if pool is None:
+            self.pool = make_pool(16 if page_size is None else page_size, kv_dtype or "auto", num_pages)
+        elif page_size is not None or kv_dtype is not None or num_pages is not None:
+            raise ValueError("page_size, kv_dtype and num_pages are those of the pool: do not give them with pool=.")
+        else:
+            self.pool = pool
         self.config = config.get_text_config(decoder=True)
-        self.page_size = page_size
-        self.pool = PagePool(page_size, num_pages)
-        self.table = SequenceTable(self.pool.allocator, page_size)
-        self.plan: StepPlan | None = None
+        self.page_size = self.pool.page_size
         self.columns = 0
         # bool [B, columns] on CPU, True where a column is a token; None while every column is.
         self.is_token: torch.Tensor | None = None
-        super().__init__(layers=[self._layer(i, x) for i, x in enumerate(DynamicCache(config=self.config).layers)])
 
-    def _layer(self, index: int, template: Any) -> Any:
-        """The paged layer for one of DynamicCache's layers, or the layer itself where it holds no keys."""
-        if type(template) is DynamicLayer:
-            return PagedLayer(self, index, None)
-        if type(template) is DynamicSlidingWindowLayer:
-            return PagedLayer(self, index, template.sliding_window)
-        if type(template) is LinearAttentionLayer or is_dummy_layer(template):
+        templates = DynamicCache(config=self.config).layers
+        windows = [_window(template, i, self.config) for i, template in enumerate(templates)]
+        counts: dict[int | None, int] = {}
+        for window in windows:
+            if window != "none":
+                counts[window] = counts.get(window, 0) + 1
+        self.pool.set_layers(counts)
+        self.groups = {window: LayerGroup(self, self.pool.groups[window]) for window in counts}
+        if pool is not None:
+            # A shared pool outlives its caches: what a dropped cache holds must come back.
+            weakref.finalize(self, _release, [(group.pages, group.table) for group in self.groups.values()])
+        super().__init__(layers=[self._layer(i, t, w) for i, (t, w) in enumerate(zip(templates, windows))])
+
+    def _layer(self, index: int, template: Any, window: Any) -> Any:
+        if window == "none":
             return template
-        raise UnsupportedModelError(
-            f"PagedCache does not hold layers of type {type(template).__name__} (layer {index} of "
-            f"{self.config.model_type}); leave past_key_values out, or pass a DynamicCache(config=model.config)."
-        )
+        if type(template) is LinearAttentionAndFullAttentionLayer:
+            return PagedHybridLayer(self, self.groups[window], index, template.number_of_states)
+        return PagedLayer(self, self.groups[window], index)
 
     # Introspection
 
     @property
     def num_seqs(self) -> int:
         """Sequences (batch rows) held."""
-        return len(self.table)
+        return max((len(group.table) for group in self.groups.values()), default=0)
 
     @property
     def pages_in_use(self) -> int:
-        """Pages with an owner. A page counts once however many sequences share it."""
-        return self.pool.allocator.num_used
+        """Pages of the pool with an owner, over all groups of layers. A page counts once however many share it."""
+        return self.pool.pages_in_use
 
     @property
     def bytes_in_use(self) -> int:
         """Bytes of the pages in use, keys and values of all layers."""
-        return self.pages_in_use * self.pool.page_bytes
+        return self.pool.bytes_in_use
 
     def check(self) -> None:
-        """Prove that every page is owned by this cache or free (AssertionError if not)."""
-        self.pool.check(page for pages in self.table.pages for page in pages)
-        for pages, length in zip(self.table.pages, self.table.lengths):
-            assert len(pages) == -(-length // self.page_size), "a sequence has more or fewer pages than it needs"
+        """Prove that every page is owned or free (AssertionError if not)."""
+        self.pool.check()
 
     def __repr__(self) -> str:
         return (
@@ -276,119 +139,75 @@ class PagedCache(Cache):
                 f"batch_repeat_interleave() or batch_select_indices() first."
             )
 
-    def plan_step(self, update: LayerUpdate, mask: torch.Tensor | None) -> StepPlan:
-        """The plan of the step that ``update`` belongs to; the first layer that asks builds it, the others share it.
+    def step_columns(self, update: LayerUpdate, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Which of a step's columns are tokens: bool ``[B, num_new]`` on CPU, None: all of them.
 
-        Args:
-            update: new keys and values of one layer.
-            mask: 2D, True where a column is a token, columns of the cache and of the step; None: all are.
+        The first layer of a step says so with its mask; what it said is held against the masks of the others.
 
         Raises:
-            OutOfPagesError: a fixed pool has too few pages; the cache is as before.
-            ValueError: the mask or the layers do not fit what is held.
+            ValueError: the mask does not fit the columns, or hides a stored token.
+            UnsupportedModelError: two layers of one step disagree.
         """
         num_seqs, _, num_new, _ = update.key.shape
-        if self.plan is not None and (self.plan.start, self.plan.num_new) == (update.start, num_new):
-            return self.plan
-        if update.written:
-            raise ValueError("the cache was changed since this update: its keys and values cannot be read any more.")
-        if update.start != self.columns:
-            raise ValueError(
-                f"layer {update.layer.index} holds {update.start} columns, the cache {self.columns}: PagedCache serves "
-                f"models whose layers all see the same tokens."
+        start = update.start
+        told = None if mask is None else self._told(update, mask, num_seqs, num_new)
+        if self.columns == start:
+            return told
+        known = None if self.is_token is None else self.is_token[:, start : start + num_new]
+        if mask is not None and told is not None and (known is None or not torch.equal(told, known)):
+            raise UnsupportedModelError(
+                f"layer {update.layer.index} of {self.config.model_type} masks padding and an earlier layer of the "
+                f'same step took it for tokens: load the model with attn_implementation="eager" or "sdpa", or pass '
+                f"past_key_values=DynamicCache(config=model.config)."
             )
-        new_mask = None if mask is None else self._new_columns(mask, num_seqs, num_new)
-        counts = [num_new] * num_seqs if new_mask is None else new_mask.sum(1).tolist()
-        if not len(self.table):
-            self.table = SequenceTable(self.pool.allocator, self.page_size, num_seqs)
-        before = list(self.table.lengths)
-        self.pool.make_room(self.table.pages_needed(counts))
-        copies = self.table.append(counts)
-        self._copy(copies)
-        self._record_columns(new_mask, num_seqs, num_new)
-        self.plan = self._build_plan(update.start, num_new, before, counts, new_mask)
-        return self.plan
+        return None if known is None or bool(known.all()) else known
 
-    def _build_plan(
-        self, start: int, num_new: int, before: list[int], counts: list[int], new_mask: torch.Tensor | None
-    ) -> StepPlan:
-        table = self._page_table()
-        slots = [
-            self._slots(row, length, length + count) for row, (length, count) in enumerate(zip(before, counts)) if count
-        ]
-        return StepPlan(
-            start=start,
-            num_new=num_new,
-            is_first=not any(before),
-            max_query_len=max([1, *counts]),
-            slot_mapping=torch.cat(slots) if slots else torch.empty(0, dtype=torch.int64),
-            page_table=table,
-            seq_lens=torch.tensor(self.table.lengths, dtype=torch.int32),
-            cu_seqlens_q=torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32),
-            token_index=None if new_mask is None else new_mask.flatten().nonzero().squeeze(1),
-        )
-
-    def _new_columns(self, mask: torch.Tensor, num_seqs: int, num_new: int) -> torch.Tensor | None:
+    def _told(self, update: LayerUpdate, mask: torch.Tensor, num_seqs: int, num_new: int) -> torch.Tensor | None:
         """The part of a 2D mask that speaks of the step's columns, on CPU; None where all are tokens."""
-        expected = (num_seqs, self.columns + num_new)
-        if tuple(mask.shape) != expected:
+        start = update.start
+        windowed = start - update.layer.group.first_column(start) + num_new
+        if mask.shape[0] != num_seqs or mask.shape[1] not in (start + num_new, windowed):
             raise ValueError(
-                f"attention_mask must cover the {self.columns} columns in the cache and the {num_new} new ones, "
-                f"{list(expected)}, got {list(mask.shape)}."
+                f"attention_mask must cover the {start} columns in the cache and the {num_new} new ones, "
+                f"{[num_seqs, start + num_new]}, got {list(mask.shape)}."
             )
         mask = mask.bool().cpu()
-        held, new = mask[:, : self.columns], mask[:, self.columns :]
-        stored = torch.ones_like(held) if self.is_token is None else self.is_token
-        if bool((stored & ~held).any()):
-            row, column = (stored & ~held).nonzero()[0].tolist()
+        held, new = mask[:, :-num_new], mask[:, -num_new:]
+        first = start - held.shape[1]
+        stored = torch.ones_like(held) if self.is_token is None else self.is_token[:, first:start]
+        hidden = stored & ~held
+        if bool(hidden.any()):
+            row, column = hidden.nonzero()[0].tolist()
             raise ValueError(
-                f"attention_mask hides column {column} of row {row}, which the cache holds as a token: pass the mask "
-                f"from the first call on, or start with a new PagedCache."
+                f"attention_mask hides column {first + column} of row {row}, which the cache holds as a token: pass the "
+                f"mask from the first call on, or start with a new PagedCache."
             )
         return None if bool(new.all()) else new
 
-    def _record_columns(self, new_mask: torch.Tensor | None, num_seqs: int, num_new: int) -> None:
-        if self.is_token is not None or new_mask is not None:
+    def record_columns(self, update: LayerUpdate, is_token: torch.Tensor | None) -> None:
+        """Remember which columns of a step are tokens; called once by each group of layers."""
+        if self.columns != update.start:
+            return
+        num_seqs, _, num_new, _ = update.key.shape
+        if self.is_token is not None or is_token is not None:
             held = torch.ones(num_seqs, self.columns, dtype=torch.bool) if self.is_token is None else self.is_token
-            new = torch.ones(num_seqs, num_new, dtype=torch.bool) if new_mask is None else new_mask
+            new = torch.ones(num_seqs, num_new, dtype=torch.bool) if is_token is None else is_token
             self.is_token = torch.cat([held, new], dim=1)
         self.columns += num_new
 
-    def _copy(self, copies: list[tuple[int, int]]) -> None:
-        """Copy shared pages that are about to be written, in every layer."""
-        if not copies:
-            return
-        source, target = (torch.tensor(x, dtype=torch.int32) for x in zip(*copies))
-        for layer, k_pages in self.pool.k_pages.items():
-            device = k_pages.device
-            copy_pages_op(k_pages, self.pool.v_pages[layer], source.to(device), target.to(device))
-
-    def _page_table(self) -> torch.Tensor:
-        width = max((len(pages) for pages in self.table.pages), default=0)
-        rows = [pages + [0] * (width - len(pages)) for pages in self.table.pages]
-        return torch.tensor(rows, dtype=torch.int32).view(len(rows), width)
-
-    def _slots(self, row: int, first: int, last: int) -> torch.Tensor:
-        """int64 slots of the tokens first..last of a row."""
-        tokens = torch.arange(first, last)
-        pages = torch.tensor(self.table.pages[row], dtype=torch.int64)
-        return pages[tokens // self.page_size] * self.page_size + tokens % self.page_size
-
-    def slots_of_columns(self, columns: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``(row, column, slot)`` of every token among the first ``columns`` columns, int64 on CPU."""
+    def tokens_of_columns(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``(row, column, token)`` of every token in the columns first..last, int64 on CPU."""
         if self.is_token is None:
-            held = torch.ones(self.num_seqs, columns, dtype=torch.bool)
+            is_token = torch.ones(self.num_seqs, last, dtype=torch.bool)
         else:
-            held = self.is_token[:, :columns]
-        rows, cols = held.nonzero(as_tuple=True)
-        counts = held.sum(1).tolist()
-        slots = [self._slots(row, 0, count) for row, count in enumerate(counts)]
-        return rows, cols, torch.cat(slots) if slots else rows
+            is_token = self.is_token[:, :last]
+        rows, columns = is_token[:, first:].nonzero(as_tuple=True)
+        return rows, columns + first, (is_token.cumsum(1) - 1)[rows, columns + first]
 
     def forget_pending(self) -> None:
-        """Take back updates that could not be placed, so that every layer agrees with the table again."""
+        """Take back updates that could not be placed, so that every layer agrees with its table again."""
         for layer in self._paged_layers():
-            layer.columns, layer.pending = self.columns, None
+            layer.columns, layer.pending = layer.group.columns, None
 
     # What generation does with a cache
 
@@ -396,65 +215,66 @@ class PagedCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
 
     def _begin_change(self) -> list[Any]:
-        """Write what is pending, drop the plan; returns the layers that keep states of their own."""
+        """Write what is pending, drop the plans; returns the layers that keep states of their own."""
         for layer in self._paged_layers():
             layer.flush()
-        self.plan = None
-        return [layer for layer in self.layers if not isinstance(layer, PagedLayer)]
+        for group in self.groups.values():
+            group.plan = group.plan_mask = None
+        return [layer for layer in self.layers if isinstance(layer, LinearAttentionLayer)]
 
     def reset(self) -> None:
         """Give every page back; the cache is as new, for any batch size."""
         for layer in self._paged_layers():
-            layer.reset()
+            layer.columns, layer.pending = 0, None
         for layer in self._begin_change():
-            layer.reset()
-        self.table.clear()
-        self.pool.drop_tensors()
+            LinearAttentionLayer.reset(layer)
+        for group in self.groups.values():
+            group.clear()
+        if all(len(pages.tables) == 1 for pages in self.pool.groups.values()):
+            self.pool.drop_tensors()
         self.columns, self.is_token = 0, None
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes the old row ``beam_idx[i]``; table rows move, keys and values do not."""
-        for layer in self._begin_change():
-            layer.reorder_cache(beam_idx)
         self._select(beam_idx.tolist())
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows ``indices`` (int, or a bool mask)."""
-        for layer in self._begin_change():
-            layer.batch_select_indices(indices)
         self._select(torch.arange(self.num_seqs)[torch.as_tensor(indices).cpu()].tolist())
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row ``repeats`` times in a row; the copies share their pages."""
-        for layer in self._begin_change():
-            layer.batch_repeat_interleave(repeats)
         self._select([row for row in range(self.num_seqs) for _ in range(repeats)])
 
     def _select(self, rows: list[int]) -> None:
-        if not len(self.table):
-            return
-        self.table.select(rows)
+        for layer in self._begin_change():
+            LinearAttentionLayer.reorder_cache(layer, torch.tensor(rows))
+        for group in self.groups.values():
+            if len(group.table):
+                group.select(rows)
         if self.is_token is not None:
             self.is_token = self.is_token[rows]
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Remove the last ``-tokens_to_remove`` columns (a number not above 0) and give their pages back."""
+        """Remove the last ``-tokens_to_remove`` columns (a number not above 0) and give their pages back.
+
+        Raises:
+            RuntimeError: a sliding window has passed tokens that are needed again, and the cache was not recording.
+        """
         if tokens_to_remove > 0:
             raise ValueError(
                 f"tokens_to_remove must be 0 or negative, the number of columns to remove, got {tokens_to_remove}."
             )
         for layer in self._begin_change():
-            layer.crop(tokens_to_remove)
-        remove = min(-tokens_to_remove, self.columns)
-        if remove == 0:
-            return
-        keep = self.columns - remove
-        if self.is_token is None:
-            lengths = [keep] * self.num_seqs
-        else:
+            if tokens_to_remove or layer.record_past:
+                LinearAttentionLayer.crop(layer, tokens_to_remove)
+        keep = max(0, self.columns + tokens_to_remove)
+        lengths = [keep] * self.num_seqs if self.is_token is None else self.is_token[:, :keep].sum(1).tolist()
+        for group in self.groups.values():
+            if len(group.table):
+                group.truncate(lengths, keep)
+        if self.is_token is not None:
             self.is_token = self.is_token[:, :keep]
-            lengths = self.is_token.sum(1).tolist()
-        self.table.truncate(lengths)
         self.columns = keep
         for layer in self._paged_layers():
             layer.columns = keep
@@ -462,3 +282,34 @@ class PagedCache(Cache):
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Position of the next query (asked for by transformers 5.23)."""
         return self.get_seq_length(layer_idx)
+
+
+def make_pool(page_size: int = 16, kv_dtype: str = "auto", num_pages: int | None = None) -> PagePool:
+    """A :class:`PagePool` from checked arguments, as in :class:`PagedCache`."""
+    if page_size not in PAGE_SIZES:
+        raise ValueError(f"page_size must be one of {PAGE_SIZES}, got {page_size!r}.")
+    if kv_dtype not in KV_DTYPES:
+        raise ValueError(f"kv_dtype must be one of {tuple(KV_DTYPES)}, got {kv_dtype!r}.")
+    if num_pages is not None and (not isinstance(num_pages, int) or num_pages < 1):
+        raise ValueError(f"num_pages must be None or a positive int, got {num_pages!r}.")
+    return PagePool(page_size, num_pages, KV_DTYPES[kv_dtype])
+
+
+def _window(template: Any, index: int, config: PreTrainedConfig) -> Any:
+    """The sliding window of one of DynamicCache's layers, None for full attention, "none" where it has no keys."""
+    if type(template) in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
+        return None
+    if type(template) is DynamicSlidingWindowLayer:
+        return template.sliding_window
+    if type(template) is LinearAttentionLayer or is_dummy_layer(template):
+        return "none"
+    raise UnsupportedModelError(
+        f"PagedCache does not hold layers of type {type(template).__name__} (layer {index} of {config.model_type}); "
+        f"leave past_key_values out, or pass a DynamicCache(config=model.config)."
+    )
+
+
+def _release(tables: Sequence[tuple[Any, Any]]) -> None:
+    for pages, table in tables:
+        table.clear()
+        pages.tables.remove(table)

@@ -11,7 +11,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 if TYPE_CHECKING:
-    from .cache import PagedLayer
+    from .paged_layer import PagedLayer
 
 
 class LayerUpdate:
@@ -36,8 +36,10 @@ class PagedStates(torch.Tensor):
 
     @staticmethod
     def __new__(cls, update: LayerUpdate, is_key: bool) -> "PagedStates":
+        """A tensor of the dense shape without storage of its own."""
         new = update.key if is_key else update.value
-        shape = (*new.shape[:2], update.start + new.shape[2], new.shape[3])
+        seen = update.start - update.layer.group.first_column(update.start)
+        shape = (*new.shape[:2], seen + new.shape[2], new.shape[3])
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=new.dtype, device=new.device)
         self.update, self.is_key = update, is_key
         return self

@@ -1,7 +1,7 @@
 """Pages: who owns which, and where a sequence's tokens are. Plain Python and torch; no kernels, no transformers."""
 
 from .allocator import PageAllocator
-from .pool import PagePool
-from .sequences import SequenceTable
+from .pool import LayerPages, PageGroup, PagePool
+from .sequences import GONE, SequenceTable
 
-__all__ = ["PageAllocator", "PagePool", "SequenceTable"]
+__all__ = ["GONE", "LayerPages", "PageAllocator", "PageGroup", "PagePool", "SequenceTable"]

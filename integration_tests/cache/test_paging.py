@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from hf_paged import OutOfPagesError
-from hf_paged.paging import PageAllocator, PagePool, SequenceTable
+from hf_paged.paging import GONE, PageAllocator, PagePool, SequenceTable
 
 
 class SequenceMachine(RuleBasedStateMachine):
@@ -58,14 +58,18 @@ class SequenceMachine(RuleBasedStateMachine):
         self.table.truncate(lengths)
         self.tokens = [t[:n] for t, n in zip(self.tokens, lengths)]
 
+    @rule(data=st.data())
+    def release(self, data):
+        self.table.release_before([data.draw(st.integers(0, len(t))) for t in self.tokens])
+
     @precondition(lambda self: hasattr(self, "tokens"))
     @invariant()
     def every_token_is_where_the_table_says(self):
         size = self.table.page_size
-        for i, tokens in enumerate(self.tokens):
-            found = [self.memory[self.table.pages[i][p // size], p % size] for p in range(len(tokens))]
-            assert found == tokens
-        self.allocator.check(page for pages in self.table.pages for page in pages)
+        for i, (tokens, first) in enumerate(zip(self.tokens, self.table.first_tokens())):
+            found = [self.memory[self.table.pages[i][p // size], p % size] for p in range(first, len(tokens))]
+            assert found == tokens[first:]
+        self.allocator.check(self.table.held())
 
 
 SequenceMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
@@ -88,7 +92,7 @@ def test_ten_thousand_operations_leak_nothing():
             table.select([rng.randrange(len(table)) for _ in range(4)])
         else:
             table.truncate([rng.randint(0, n) for n in table.lengths])
-        allocator.check(page for pages in table.pages for page in pages)
+        allocator.check(table.held())
     table.clear()
     assert allocator.num_free == 64
 
@@ -133,15 +137,55 @@ def test_the_allocator_refuses_nonsense():
 
 
 def test_a_growing_pool_keeps_what_it_holds():
-    pool = PagePool(8, None)
-    pool.make_room(1)
-    k, _ = pool.layer(0, lambda n: (torch.full((n, 1, 8, 4), float("nan")), torch.full((n, 1, 8, 4), float("nan"))))
-    k[3] = 7.0
-    before = pool.allocator.num_pages
-    pool.make_room(before + 1)
-    assert pool.allocator.num_pages >= before + 1
-    assert torch.equal(pool.k_pages[0][3], torch.full((1, 8, 4), 7.0))
-    pool.check([])
-    fixed = PagePool(8, 2)
+    pool = PagePool(8)
+    pool.set_layers({None: 1})
+    group = pool.groups[None]
+    group.make_room(1)
+    states = torch.randn(1, 2, 3, 4)
+    layer = group.layer(0, states, states)
+    layer.k[3] = 7.0
+    before = group.allocator.num_pages
+    group.make_room(before + 1)
+    assert group.allocator.num_pages >= before + 1
+    assert torch.equal(group.layer(0, states, states).k[3], torch.full((2, 8, 4), 7.0))
+    pool.check()
+
+
+def test_groups_draw_on_one_budget():
+    """4 pages of a model with 3 layers: 12 layer pages, for whichever group asks first."""
+    pool = PagePool(8, 4)
+    pool.set_layers({None: 1, 16: 2})
+    pool.groups[16].make_room(3)
+    pool.groups[None].make_room(6)
     with pytest.raises(OutOfPagesError):
-        fixed.make_room(3)
+        pool.groups[None].make_room(7)
+    with pytest.raises(OutOfPagesError):
+        pool.groups[16].make_room(4)
+    pool.check()
+    with pytest.raises(ValueError, match="a pool of its own"):
+        pool.set_layers({None: 3})
+
+
+def test_released_pages_come_back_and_stay_gone():
+    allocator = PageAllocator(8)
+    table = SequenceTable(allocator, 8, 2)
+    table.append([40, 9])
+    table.release_before([25, 3])
+    assert table.pages[0][:3] == [GONE] * 3
+    assert table.first_tokens() == [24, 0]
+    assert allocator.num_used == 2 + 2
+    table.select([0, 0, 1])
+    allocator.check(table.held())
+    table.truncate([26, 40, 1])
+    table.clear()
+    assert allocator.num_used == 0
+
+
+def test_tokens_that_no_query_will_see_take_no_page():
+    allocator = PageAllocator(4)
+    table = SequenceTable(allocator, 8, 2)
+    assert table.pages_needed([100, 5], [85, 0]) == 3 + 1
+    table.append([100, 5], [85, 0])
+    assert table.pages[0][:10] == [GONE] * 10
+    assert table.first_tokens() == [80, 0]
+    allocator.check(table.held())
