@@ -13,7 +13,7 @@ from transformers.utils import logging
 
 from .errors import UnsupportedModelError
 from .paged_states import PagedStates
-from .transformers_internals import batching_update, is_plain_mask, packed_segments
+from .transformers_internals import batching_update, is_causal_mask, is_plain_mask, packed_segments
 
 logger = logging.get_logger(__name__)
 
@@ -87,7 +87,10 @@ def paged_flash_attention(
         return _with_dense_mask(query, key, value, attention_mask, options), None
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(f"attention_mask must be 2D or 4D, got the shape {list(attention_mask.shape)}.")
-    if isinstance(key, PagedStates):
+    # A model that changes one of them after the cache (latent attention, repeated heads) has gathered it: all is dense.
+    if isinstance(key, PagedStates) and isinstance(value, PagedStates):
+        if kwargs.get("cu_seq_lens_q") is not None:
+            raise ValueError("packed sequences (cu_seq_lens_q) cannot be added to a cache: pass use_cache=False.")
         return _over_pages(query, key, value, attention_mask, options), None
     if kwargs.get("cu_seq_lens_q") is not None:
         missing = [name for name in VARLEN if kwargs.get(name) is None]
@@ -155,21 +158,21 @@ def _refuse_hidden_window(module: torch.nn.Module, num_keys: int) -> None:
         return
     if isinstance(window, int) and num_keys > window:
         raise UnsupportedModelError(
-            f"{type(module).__name__} does not pass the config's sliding_window ({window}) on to attention, so paged_flash "
-            f"cannot apply it to {num_keys} tokens: load the model with attn_implementation=\"eager\" or \"sdpa\", or "
-            f"keep below {window} tokens."
+            f"{type(module).__name__} does not pass the config's sliding_window ({window}) on to attention, so "
+            f"paged_flash cannot apply it to {num_keys} tokens: load the model with "
+            f'attn_implementation="eager" or "sdpa", or keep to {window} tokens.'
         )
 
 
 def _over_pages(
-    query: torch.Tensor, key: PagedStates, value: torch.Tensor, mask: torch.Tensor | None, options: _Options
+    query: torch.Tensor, key: PagedStates, value: PagedStates, mask: torch.Tensor | None, options: _Options
 ) -> torch.Tensor:
     """A step on a PagedCache: place the new tokens, then attend."""
     update = key.update
-    if not isinstance(value, PagedStates) or value.update is not update:
-        raise ValueError(
-            "the model changed the values that its cache returned before attention; paged_flash reads them from the "
-            'cache. Use attn_implementation="eager" or "sdpa" for this model.'
+    if value.update is not update:
+        raise UnsupportedModelError(
+            "the model pairs the keys of one cache update with the values of another, which paged_flash cannot read "
+            'from pages: load it with attn_implementation="eager" or "sdpa".'
         )
     if mask is not None and mask.dtype == torch.int32:
         raise ValueError("packed sequences (restarting position_ids) cannot be added to a cache: pass use_cache=False.")
@@ -224,7 +227,11 @@ def _with_padding(
         bounds = torch.cat([mask.new_zeros(1), ends.flatten().nonzero().squeeze(1).int() + 1])
         return _packed(query, key, value, bounds, bounds, options)
     keys_held = mask.bool()
-    queries_held = keys_held[:, -num_queries:] if options.causal else torch.ones_like(keys_held[:, :1]).expand(-1, num_queries)
+    if options.left is None and options.right is None:
+        # Every query sees every token: cross-attention's queries are of another sequence than this mask.
+        queries_held = torch.ones_like(keys_held[:, :1]).expand(-1, num_queries)
+    else:
+        queries_held = keys_held[:, -num_queries:]
     q_index, k_index = (held.flatten().nonzero().squeeze(1) for held in (queries_held, keys_held))
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
     out = options.flash(
@@ -281,9 +288,9 @@ def _batched(
     new_key, new_value = key, value
     key, value = batching_update(cache, module, key, value, kwargs)
     if kwargs.get("block_table") is None:
-        # Prefill and mixed steps: transformers has gathered the keys through its read_index. It is not read in place: it
-        # names single tokens, not pages, the tensors it indexes are private in every version, and the slots of a window
-        # layer may be overwritten by this step's own tokens.
+        # Prefill and mixed steps: transformers has gathered the keys through its read_index. It is not read in place:
+        # it names single tokens, not pages, the tensors it indexes are private in every version, and the slots of a
+        # window layer may be overwritten by this step's own tokens.
         return _packed(
             query, key, value, kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], options, kwargs.get("max_length_q")
         )
@@ -328,7 +335,11 @@ def paged_flash_mask(
     """
     if is_plain_mask(mask_function):
         if attention_mask is None:
-            return None
+            num_filled = int(q_offset) + q_length - int(kv_offset) if is_causal_mask(mask_function) else kv_length
+            if num_filled >= kv_length:
+                return None
+            # A static cache hands over keys that are not filled yet.
+            return torch.ones(batch_size, num_filled, dtype=torch.bool, device=device)
         # Windowed dense caches hold only the last columns; for all others this keeps everything.
         attention_mask = attention_mask[:, -kv_length:]
         if not torch.compiler.is_compiling() and attention_mask.shape[1] == kv_length and bool(attention_mask.all()):

@@ -289,6 +289,12 @@ class PagedCache(Cache):
         """
         num_seqs, _, num_new, _ = update.key.shape
         if self.plan is not None and (self.plan.start, self.plan.num_new) == (update.start, num_new):
+            if mask is not None and self.is_token is None and not bool(mask.all()):
+                raise UnsupportedModelError(
+                    f"layer {update.layer.index} of {self.config.model_type} masks padding and an earlier layer of the "
+                    f'same step took it for tokens: load the model with attn_implementation="eager" or "sdpa", or pass '
+                    f"past_key_values=DynamicCache(config=model.config)."
+                )
             return self.plan
         if update.written:
             raise ValueError("the cache was changed since this update: its keys and values cannot be read any more.")

@@ -36,6 +36,7 @@ class PagedStates(torch.Tensor):
 
     @staticmethod
     def __new__(cls, update: LayerUpdate, is_key: bool) -> "PagedStates":
+        """A tensor of the dense shape without storage of its own."""
         new = update.key if is_key else update.value
         shape = (*new.shape[:2], update.start + new.shape[2], new.shape[3])
         self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=new.dtype, device=new.device)

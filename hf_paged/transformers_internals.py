@@ -12,9 +12,13 @@ from typing import Any
 import torch
 import transformers
 from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
+
 from transformers import cache_utils, masking_utils, modeling_flash_attention_utils  # isort: skip
+from transformers.utils import logging
 
 from .errors import UnsupportedModelError
+
+logger = logging.get_logger(__name__)
 
 NAMES = ("paged_flash", "paged_flash_2")
 """The attention implementation, and an alias that opens transformers' block-table decode path in ``generate_batch``:
@@ -86,7 +90,8 @@ def _check_and_adjust(
 ) -> str:
     """Accept our names as they are: models that list compatible flash kernels would reroute them to the hub.
 
-    Refuses models whose attention never reaches the attention interface: they would run their own code unnoticed.
+    Refuses models whose attention never reaches the attention interface, which would run their own code unnoticed, and
+    models that do not support flash attention. Towers for images and sound that do not are left as they are.
     """
     if strip_prefix(attn_implementation) not in NAMES:
         return original(model, attn_implementation, *args, **kwargs)
@@ -96,12 +101,17 @@ def _check_and_adjust(
             f'interface, so "{attn_implementation}" cannot take its place: load it with attn_implementation="eager".'
         )
     if not touch(type(model), "_supports_flash_attn"):
+        if model.main_input_name != "input_ids":
+            logger.warning_once(
+                f"{type(model).__name__} takes {model.main_input_name}, not text, and does not support flash "
+                f"attention: it keeps transformers' default, while the text model has {attn_implementation}."
+            )
+            return original(model, None, *args, **kwargs)
         # Such models read or extend the dense mask in their own code, which gets none from a flash implementation.
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not support flash attention in transformers {transformers.__version__}, and "
+            f"{type(model).__name__} does not support flash attention in transformers {transformers.__version__} and "
             f'would compute something else under "{attn_implementation}": load it with attn_implementation="eager" or '
-            f'"sdpa" (in a composite model, a dict such as {{"": "{attn_implementation}", "vision_config": "eager"}} '
-            f"chooses for each part)."
+            f'"sdpa".'
         )
     modeling_flash_attention_utils.lazy_import_flash_attention(attn_implementation)
     return str(attn_implementation)
@@ -163,8 +173,13 @@ def is_plain_mask(mask_function: Callable) -> bool:
     return (
         parts is not None
         and mask_function.__qualname__ == "and_masks.<locals>.and_mask"
-        and all(part in plain or part.__qualname__ in windows for part in parts)
+        and all(part in plain or getattr(part, "__qualname__", None) in windows for part in parts)
     )
+
+
+def is_causal_mask(mask_function: Callable) -> bool:
+    """Whether a plain mask (:func:`is_plain_mask`) is causal."""
+    return touch(masking_utils, "causal_mask_function") in _closure(mask_function).get("mask_functions", [mask_function])
 
 
 def packed_segments(mask_function: Callable) -> torch.Tensor | None:
@@ -172,9 +187,12 @@ def packed_segments(mask_function: Callable) -> torch.Tensor | None:
     parts = _closure(mask_function).get("mask_functions")
     if parts is None or len(parts) != 2 or mask_function.__qualname__ != "and_masks.<locals>.and_mask":
         return None
-    segments = _closure(parts[0]).get("packed_sequence_mask")
-    inner = _closure(parts[1]).get("mask_function")
-    return segments if segments is not None and inner is not None and is_plain_mask(inner) else None
+    # 5.23 puts the segments first and counts positions within each (the plain mask is inside); 5.17 puts them last.
+    for packed, other in (parts, parts[::-1]):
+        segments = _closure(packed).get("packed_sequence_mask")
+        if segments is not None and is_plain_mask(_closure(other).get("mask_function", other)):
+            return segments
+    return None
 
 
 def _closure(function: Callable) -> dict[str, Any]:
