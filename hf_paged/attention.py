@@ -88,7 +88,7 @@ def paged_flash_attention(
         return _with_dense_mask(query, key, value, attention_mask, options), None
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(f"attention_mask must be 2D or 4D, got the shape {list(attention_mask.shape)}.")
-    # A model that changes one of them after the cache (MLA's expansion, repeated heads) has gathered it: all is dense then.
+    # A model that changes one of them after the cache (latent attention, repeated heads) has gathered it: all is dense.
     if isinstance(key, PagedStates) and isinstance(value, PagedStates):
         if kwargs.get("cu_seq_lens_q") is not None:
             raise ValueError("packed sequences (cu_seq_lens_q) cannot be added to a cache: pass use_cache=False.")
@@ -159,9 +159,9 @@ def _refuse_hidden_window(module: torch.nn.Module, num_keys: int) -> None:
         return
     if isinstance(window, int) and num_keys > window:
         raise UnsupportedModelError(
-            f"{type(module).__name__} does not pass the config's sliding_window ({window}) on to attention, so paged_flash "
-            f"cannot apply it to {num_keys} tokens: load the model with attn_implementation=\"eager\" or \"sdpa\", or "
-            f"keep below {window} tokens."
+            f"{type(module).__name__} does not pass the config's sliding_window ({window}) on to attention, so "
+            f"paged_flash cannot apply it to {num_keys} tokens: load the model with "
+            f'attn_implementation="eager" or "sdpa", or keep to {window} tokens.'
         )
 
 
@@ -172,8 +172,8 @@ def _over_pages(
     update = key.update
     if value.update is not update:
         raise UnsupportedModelError(
-            "the model pairs the keys of one cache update with the values of another, which paged_flash cannot read from "
-            'pages: load it with attn_implementation="eager" or "sdpa".'
+            "the model pairs the keys of one cache update with the values of another, which paged_flash cannot read "
+            'from pages: load it with attn_implementation="eager" or "sdpa".'
         )
     if mask is not None and mask.dtype == torch.int32:
         raise ValueError("packed sequences (restarting position_ids) cannot be added to a cache: pass use_cache=False.")

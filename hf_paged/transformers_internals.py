@@ -103,14 +103,15 @@ def _check_and_adjust(
     if not touch(type(model), "_supports_flash_attn"):
         if model.main_input_name != "input_ids":
             logger.warning_once(
-                f"{type(model).__name__} takes {model.main_input_name}, not text, and does not support flash attention: "
-                f'it keeps transformers\' default attention; the text model has "{attn_implementation}".'
+                f"{type(model).__name__} takes {model.main_input_name}, not text, and does not support flash "
+                f"attention: it keeps transformers' default, while the text model has {attn_implementation}."
             )
             return original(model, None, *args, **kwargs)
         # Such models read or extend the dense mask in their own code, which gets none from a flash implementation.
         raise UnsupportedModelError(
-            f"{type(model).__name__} does not support flash attention in transformers {transformers.__version__} and would "
-            f'compute something else under "{attn_implementation}": load it with attn_implementation="eager" or "sdpa".'
+            f"{type(model).__name__} does not support flash attention in transformers {transformers.__version__} and "
+            f'would compute something else under "{attn_implementation}": load it with attn_implementation="eager" or '
+            f'"sdpa".'
         )
     modeling_flash_attention_utils.lazy_import_flash_attention(attn_implementation)
     return str(attn_implementation)

@@ -1,0 +1,351 @@
+"""One test per private touch of ``hf_paged/transformers_internals.py``: each fails where transformers has moved it."""
+
+import ast
+import functools
+import inspect
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from transformers import (
+    AutoModelForCausalLM,
+    BartConfig,
+    BartForConditionalGeneration,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationMixin,
+    Llama4TextConfig,
+    PreTrainedModel,
+    StaticCache,
+    masking_utils,
+    modeling_flash_attention_utils,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+sys.path.insert(0, str(Path(__file__).parent))
+from explicit_models import prompts, tiny_config, tiny_model, with_drawn_weights
+
+import hf_paged
+from hf_paged import flash_functions, registration
+from hf_paged import transformers_internals as internals
+from hf_paged.attention import paged_flash_attention, paged_flash_mask
+
+PACKAGE = Path(hf_paged.__file__).parent
+WRAPPED = [
+    (modeling_flash_attention_utils, "_lazy_imports"),
+    (PreTrainedModel, "_check_and_adjust_attn_implementation"),
+    (GenerationMixin, "_prepare_cache_for_generation"),
+]
+
+
+# touch
+
+
+@pytest.mark.parametrize(("owner", "name"), WRAPPED, ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_a_missing_name_is_reported_with_the_version(owner, name, monkeypatch):
+    monkeypatch.delattr(owner, name)
+    monkeypatch.setattr(internals.transformers, "__version__", "9.9.9")
+    with pytest.raises(ImportError, match=rf"{name}.*transformers 9\.9\.9 does not have.*5\.17 to 5\.23"):
+        registration.register()
+
+
+def test_a_missing_attribute_of_the_batching_cache_is_reported():
+    with pytest.raises(ImportError, match=rf"key_cache, which transformers {transformers.__version__} does not have"):
+        internals.touch_attr(types.SimpleNamespace(), "key_cache")
+    assert internals.touch_attr(types.SimpleNamespace(key_cache=3), "key_cache") == 3
+
+
+# The three wraps
+
+
+@pytest.mark.parametrize(("owner", "name"), WRAPPED, ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_registering_again_wraps_nothing_twice(owner, name):
+    before = getattr(owner, name)
+    registration.register()
+    assert getattr(owner, name) is before
+    assert not hasattr(before.__wrapped__, "_hf_paged"), "what is wrapped is transformers' own function"
+    assert before.__wrapped__.__module__.startswith("transformers.")
+
+
+@pytest.mark.parametrize("name", ["paged_flash", "paged_flash_2", "paged|paged_flash", "paged|paged_flash_2"])
+def test_our_names_find_our_functions(name):
+    assert modeling_flash_attention_utils._lazy_imports(name) == flash_functions.all_functions()
+    # transformers may wrap what it keeps, for example to leave it out of torch.compile.
+    kept = modeling_flash_attention_utils.lazy_import_flash_attention(name)[0]
+    assert tuple(inspect.unwrap(function) for function in kept) == flash_functions.all_functions()
+    assert transformers.AttentionInterface()[name] is paged_flash_attention
+    assert transformers.AttentionMaskInterface()[name] is paged_flash_mask
+
+
+def test_other_flash_names_go_to_transformers():
+    calls = []
+
+    def original(*args: Any, **kwargs: Any) -> str:
+        calls.append((args, kwargs))
+        return "transformers' answer"
+
+    wrap = functools.partial(internals._lazy_imports, flash_functions.all_functions, original)
+    for name in ("flash_attention_2", "kernels-community/flash-attn3", None, "my_paged_flash"):
+        assert wrap(name, 1, allow_all_kernels=True) == "transformers' answer"
+        assert calls.pop() == ((name, 1), {"allow_all_kernels": True})
+    assert wrap("paged_flash") == flash_functions.all_functions()
+    assert not calls
+
+
+COMPATIBLE_WITH_OTHERS = [
+    name
+    for name in ("gpt_oss", "granite_swa", "granitemoe_swa", "mimo_v2_flash", "flint", "openai_privacy_filter")
+    if name in CONFIG_MAPPING
+]
+
+
+@pytest.mark.parametrize("family", COMPATIBLE_WITH_OTHERS)
+def test_models_that_list_their_flash_kernels_take_ours(family):
+    config = CONFIG_MAPPING[family]()
+    auto = AutoModelForCausalLM
+    if type(config) not in auto._model_mapping:
+        auto = transformers.AutoModelForTokenClassification
+    config.num_hidden_layers = 2
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:2]
+    with torch.device("meta"):
+        model = auto.from_config(config, attn_implementation="paged_flash")
+    assert type(model)._compatible_flash_implementations, "the model is here because it has such a list"
+    assert model.config._attn_implementation == "paged_flash"
+    model.set_attn_implementation("eager")
+    model.set_attn_implementation("paged_flash")
+    assert model.config._attn_implementation == "paged_flash"
+
+
+def test_from_pretrained_takes_our_name_and_nothing_else_changes(tmp_path):
+    expected = tiny_model("gpt_oss", "eager")
+    expected.save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="paged_flash")
+    assert model.config._attn_implementation == "paged_flash"
+    ids = torch.tensor(prompts(19))
+    with torch.no_grad():
+        torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt", "gptj", "codegen"])
+def test_models_outside_of_the_attention_interface_are_refused(family, tmp_path):
+    config = CONFIG_MAPPING[family]()
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+        refusal = rf"{type(model).__name__} computes attention in its own code.*attn_implementation=\"eager\""
+        with pytest.raises(hf_paged.UnsupportedModelError, match=refusal):
+            AutoModelForCausalLM.from_config(config, attn_implementation="paged_flash")
+    assert type(model)._can_set_attn_implementation() is False
+
+
+def test_models_on_the_attention_interface_say_so():
+    assert transformers.LlamaForCausalLM._can_set_attn_implementation() is True
+
+
+# The default cache of generate()
+
+
+def generate(model: PreTrainedModel, **kwargs: Any) -> Any:
+    ids = torch.tensor(prompts(9, 9))
+    return model.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, do_sample=False, return_dict_in_generate=True,
+        **kwargs,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def llama() -> PreTrainedModel:
+    return tiny_model("llama", "paged_flash")
+
+
+@pytest.fixture(scope="module")
+def expected_tokens() -> torch.Tensor:
+    return generate(tiny_model("llama", "eager")).sequences
+
+
+def test_the_default_cache_follows_the_implementation(llama, expected_tokens):
+    for name in ("paged_flash", "sdpa", "paged_flash_2"):
+        llama.set_attn_implementation(name)
+        out = generate(llama)
+        assert type(out.past_key_values) is (DynamicCache if name == "sdpa" else hf_paged.PagedCache)
+        assert torch.equal(out.sequences, expected_tokens)
+    llama.set_attn_implementation("paged_flash")
+
+
+@pytest.mark.parametrize("make", [DynamicCache, hf_paged.PagedCache], ids=lambda make: make.__name__)
+def test_a_cache_from_the_caller_is_kept(llama, expected_tokens, make):
+    cache = make(config=llama.config)
+    out = generate(llama, past_key_values=cache)
+    assert out.past_key_values is cache
+    assert cache.get_seq_length() == 9 + 6 - 1
+    assert torch.equal(out.sequences, expected_tokens)
+
+
+def test_a_static_cache_is_respected(llama, expected_tokens):
+    out = generate(llama, cache_implementation="static")
+    assert type(out.past_key_values) is StaticCache
+    assert torch.equal(out.sequences, expected_tokens)
+
+
+def test_an_offloaded_cache_is_respected(llama):
+    def original(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
+        model_kwargs["past_key_values"] = cache
+
+    for offloading, kind in ((True, DynamicCache), (False, hf_paged.PagedCache)):
+        cache = DynamicCache(config=llama.config)
+        cache.offloading = offloading
+        kwargs: dict[str, Any] = {}
+        internals._prepare_cache(registration.default_cache, original, llama, llama.generation_config, kwargs, None)
+        assert type(kwargs["past_key_values"]) is kind
+
+
+def test_without_a_cache(llama, expected_tokens):
+    out = generate(llama, use_cache=False)
+    assert out.past_key_values is None
+    assert torch.equal(out.sequences, expected_tokens)
+
+
+def test_an_encoder_decoder_gets_pages_for_its_self_attention():
+    config = BartConfig(
+        vocab_size=97, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, pad_token_id=0,
+        decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48, bos_token_id=1, eos_token_id=None,
+        decoder_start_token_id=1, forced_eos_token_id=None, dropout=0.0,
+    )  # fmt: skip
+    model = with_drawn_weights(BartForConditionalGeneration._from_config(config, attn_implementation="paged_flash"))
+    out = generate(model)
+    assert type(out.past_key_values) is EncoderDecoderCache
+    assert type(out.past_key_values.self_attention_cache) is hf_paged.PagedCache
+    assert type(out.past_key_values.cross_attention_cache) is DynamicCache
+    model.set_attn_implementation("eager")
+    assert torch.equal(generate(model).sequences, out.sequences)
+
+
+def test_a_model_that_does_not_fit_into_pages_keeps_its_own_cache(monkeypatch, llama):
+    def refuse(config: Any) -> None:
+        raise hf_paged.UnsupportedModelError("no pages for this one")
+
+    monkeypatch.setattr(registration, "PagedCache", refuse)
+    assert type(generate(llama).past_key_values) is DynamicCache
+
+
+# Masks: what transformers' own mask functions hand to ours
+
+
+@pytest.fixture
+def mask_functions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The mask functions that a mask interface named "paged_flash" is asked for."""
+    seen: list[Any] = []
+
+    def record(*args: Any, mask_function: Any, **kwargs: Any) -> None:
+        seen.append(mask_function)
+
+    transformers.AttentionMaskInterface.register("paged_flash", record)
+    yield seen
+    registration.register()
+
+
+def ask(create: Any, config: Any, length: int = 6, **kwargs: Any) -> None:
+    config._attn_implementation = "paged_flash"
+    kwargs = {"past_key_values": None} | kwargs
+    create(config=config, inputs_embeds=torch.zeros(1, length, 8), attention_mask=None, **kwargs)
+
+
+PACKED_POSITIONS = torch.tensor([[0, 1, 2, 0, 1, 0]])
+
+
+def hide_even(batch_idx, head_idx, q_idx, kv_idx):
+    return kv_idx % 2 == 1
+
+
+def test_causal_and_windowed_masks_are_plain(mask_functions):
+    ask(masking_utils.create_causal_mask, tiny_config("llama"))
+    ask(masking_utils.create_sliding_window_causal_mask, tiny_config("mistral"))
+    assert [internals.is_plain_mask(f) for f in mask_functions] == [True, True]
+    assert [internals.packed_segments(f) for f in mask_functions] == [None, None]
+
+
+def test_bidirectional_masks_are_plain(mask_functions):
+    ask(masking_utils.create_bidirectional_mask, tiny_config("llama"))
+    ask(masking_utils.create_bidirectional_sliding_window_mask, tiny_config("mistral"))
+    assert [internals.is_plain_mask(f) for f in mask_functions] == [True, True]
+
+
+def test_one_chunk_is_plain_and_more_are_refused_by_transformers(mask_functions):
+    config = Llama4TextConfig(attention_chunk_size=8)
+    ask(masking_utils.create_chunked_causal_mask, config, length=8)
+    assert [internals.is_plain_mask(f) for f in mask_functions] == [True]
+    with pytest.raises(ValueError, match="Flash attention cannot handle chunked attention"):
+        ask(masking_utils.create_chunked_causal_mask, config, length=9)
+
+
+@pytest.mark.parametrize("which", ["or_mask_function", "and_mask_function"])
+@pytest.mark.parametrize("extra", [hide_even, functools.partial(hide_even)], ids=["function", "partial"])
+def test_a_mask_function_of_the_model_is_not_plain(mask_functions, which, extra):
+    ask(masking_utils.create_causal_mask, tiny_config("llama"), **{which: extra})
+    ask(masking_utils.create_sliding_window_causal_mask, tiny_config("mistral"), **{which: extra})
+    ask(masking_utils.create_causal_mask, tiny_config("llama"), position_ids=PACKED_POSITIONS, **{which: extra})
+    assert [internals.is_plain_mask(f) for f in mask_functions] == [False] * 3
+    assert [internals.packed_segments(f) for f in mask_functions] == [None] * 3
+
+
+def test_packed_sequences_are_found(mask_functions):
+    ask(masking_utils.create_causal_mask, tiny_config("llama"), position_ids=PACKED_POSITIONS)
+    ask(masking_utils.create_sliding_window_causal_mask, tiny_config("mistral"), position_ids=PACKED_POSITIONS)
+    assert [internals.is_plain_mask(f) for f in mask_functions] == [False, False]
+    for function in mask_functions:
+        assert internals.packed_segments(function).tolist() == [[0, 0, 0, 1, 1, 2]]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        hide_even,
+        functools.partial(hide_even),
+        masking_utils.or_masks(masking_utils.causal_mask_function, hide_even),
+        masking_utils.and_masks(masking_utils.causal_mask_function, functools.partial(hide_even)),
+    ],
+    ids=["function", "partial", "or", "and"],
+)
+def test_a_foreign_mask_function_is_not_plain(function):
+    assert not internals.is_plain_mask(function)
+    assert internals.packed_segments(function) is None
+
+
+# The wall
+
+
+def private_touches(tree: ast.Module) -> list[str]:
+    """Names with a leading underscore that are taken from other objects, and imports of transformers' inner modules."""
+    found = []
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Attribute):
+            root = node.value
+            while isinstance(root, ast.Attribute):
+                root = root.value
+            own = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
+            if not own and not (isinstance(root, ast.Name) and root.id == "torch"):
+                names = [node.attr]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id.endswith("attr"):
+            names = [a.value for a in node.args[1:2] if isinstance(a, ast.Constant)]
+        elif isinstance(node, ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            inner = ("modeling_flash_attention_utils", "continuous_batching")
+            found += [name for name in inner if name in f"{node.module} {names}"]
+            names = names if (node.module or "").startswith("transformers") else []
+        elif isinstance(node, ast.Import):
+            found += [a.name for a in node.names if a.name.startswith("transformers.")]
+        found += [name for name in names if name.startswith("_") and not name.endswith("__")]
+    return found
+
+
+def test_one_module_touches_private_names():
+    paths = sorted(PACKAGE.rglob("*.py"))
+    touches = {p.relative_to(PACKAGE).as_posix(): private_touches(ast.parse(p.read_text("utf-8"))) for p in paths}
+    assert len(touches.pop("transformers_internals.py")) > 3, "the check sees what it looks for"
+    assert {path: names for path, names in touches.items() if names} == {}
+    assert all("continuous_batching" not in path.read_text("utf-8") for path in paths), "not even the one module"
