@@ -133,7 +133,8 @@ def _refuse_unsupported(module: torch.nn.Module, dropout: float, kwargs: dict[st
         )
     if kwargs.get("output_attentions"):
         raise ValueError(
-            'output_attentions=True is not supported: paged_flash has no attention matrix. Use attn_implementation="eager".'
+            "output_attentions=True is not supported: paged_flash has no attention matrix. "
+            'Use attn_implementation="eager".'
         )
     for name, argument in kwargs.items():
         if argument is None or name in NO_EFFECT or name in BATCHING or name in VARLEN or name == "output_attentions":

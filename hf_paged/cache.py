@@ -179,8 +179,8 @@ class PagedCache(Cache):
         if bool(hidden.any()):
             row, column = hidden.nonzero()[0].tolist()
             raise ValueError(
-                f"attention_mask hides column {first + column} of row {row}, which the cache holds as a token: pass the "
-                f"mask from the first call on, or start with a new PagedCache."
+                f"attention_mask hides column {first + column} of row {row}, which the cache holds as a token: pass "
+                f"the mask from the first call on, or start with a new PagedCache."
             )
         return None if bool(new.all()) else new
 

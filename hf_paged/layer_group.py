@@ -39,7 +39,7 @@ class LayerGroup:
 
         Args:
             update: new keys and values of one layer.
-            mask: 2D, True where a column is a token; the last columns of the cache and those of the step. None: all are.
+            mask: 2D, True where a column is a token, for the last columns of the cache and the step's. None: all are.
 
         Raises:
             OutOfPagesError: the pool has too few pages; the cache is as before.

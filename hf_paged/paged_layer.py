@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class PagedLayer(CacheLayerMixin):
     """The keys and values of one attention layer; its page table is its group's.
 
-    With a sliding window it shows what transformers' ``DynamicSlidingWindowLayer`` shows: the last ``window - 1`` columns
-    and the new ones. The window itself is applied by attention.
+    With a sliding window it shows what transformers' ``DynamicSlidingWindowLayer`` shows: the last ``window - 1``
+    columns and the new ones. The window itself is applied by attention.
     """
 
     is_compileable = False

@@ -179,7 +179,8 @@ def is_plain_mask(mask_function: Callable) -> bool:
 
 def is_causal_mask(mask_function: Callable) -> bool:
     """Whether a plain mask (:func:`is_plain_mask`) is causal."""
-    return touch(masking_utils, "causal_mask_function") in _closure(mask_function).get("mask_functions", [mask_function])
+    parts = _closure(mask_function).get("mask_functions", [mask_function])
+    return touch(masking_utils, "causal_mask_function") in parts
 
 
 def packed_segments(mask_function: Callable) -> torch.Tensor | None:
@@ -209,8 +210,8 @@ def batching_update(
     """Let transformers' batching cache place new keys and values, and complete ``kwargs`` in place.
 
     After it, ``kwargs`` has ``cu_seq_lens_k`` and ``max_length_k`` of this layer, and for a block-table step
-    ``block_table`` ``[num_seqs, max_blocks]``, ``k_cache`` and ``v_cache`` ``[num_blocks, block_size, heads, dim]``, into
-    which the caller writes the new keys and values itself. Otherwise the result is all keys and values, gathered by
+    ``block_table`` ``[num_seqs, max_blocks]``, ``k_cache`` and ``v_cache`` ``[num_blocks, block_size, heads, dim]``,
+    into which the caller writes the new keys and values itself. Otherwise the result is all keys and values, gathered by
     transformers, ``[1, H, T, D]``.
     """
     if "kwargs" in inspect.signature(cache.update).parameters:

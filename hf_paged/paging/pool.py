@@ -129,7 +129,9 @@ class PagePool:
         page_dtype: dtype of quantised pages (float8_e4m3fn or int8); None: that of the model's keys and values.
     """
 
-    def __init__(self, page_size: int = 16, num_pages: int | None = None, page_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, page_size: int = 16, num_pages: int | None = None, page_dtype: torch.dtype | None = None
+    ) -> None:
         self.page_size, self.num_pages, self.page_dtype = page_size, num_pages, page_dtype
         self.groups: dict[int | None, PageGroup] = {}
 
@@ -177,7 +179,7 @@ class PagePool:
             group.allocator.check(group.held())
             for pages in group.layers.values():
                 for tensor in pages.tensors:
-                    assert tensor.shape[0] == group.allocator.num_pages, "a layer has more or fewer pages than its group"
+                    assert tensor.shape[0] == group.allocator.num_pages, "a layer has other pages than its group"
             for table in group.tables:
                 for held, length in zip(table.pages, table.lengths):
-                    assert len(held) == -(-length // table.page_size), "a sequence has more or fewer pages than it needs"
+                    assert len(held) == -(-length // table.page_size), "a sequence has other pages than it needs"

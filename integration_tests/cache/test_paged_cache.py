@@ -342,7 +342,8 @@ def test_a_sliding_window_gives_pages_back():
                     held = sum(page != GONE for page in pages)
                     assert held == -(-length // 8) if window is None else held <= 20 // 8 + 2
             cache.check()
-        m(torch.randint(1, 97, (3, 100)), attention_mask=torch.cat([mask, mask.new_ones(3, 99)], 1), past_key_values=cache)
+        mask = torch.cat([mask, mask.new_ones(3, 99)], 1)
+        m(torch.randint(1, 97, (3, 100)), attention_mask=mask, past_key_values=cache)
     cache.check()
     assert all(sum(page != GONE for page in pages) <= 20 // 8 + 2 for pages in cache.groups[20].table.pages)
 

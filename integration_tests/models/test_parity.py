@@ -84,9 +84,8 @@ def without_padding(module: torch.nn.Module, query: Any, key: Any, value: Any, m
 @pytest.mark.parametrize(
     ("family", "change"),
     [
-        pytest.param("mistral", other_than(sliding_window=None), id="window"),
-        pytest.param("mistral", other_than(sliding_window=8), id="window-one-wider"),
-        pytest.param("gemma3_text", other_than(sliding_window=None), id="window-of-some-layers"),
+        pytest.param("mistral", other_than(sliding_window=6), id="window-one-narrower"),
+        pytest.param("gemma3_text", other_than(sliding_window=6), id="window-of-some-layers"),
         pytest.param("gemma2", other_than(softcap=None), id="softcap"),
         pytest.param("gpt_oss", other_than(s_aux=None), id="sinks"),
         pytest.param("granite", other_than(scaling=None), id="scale"),
@@ -102,6 +101,15 @@ def test_a_feature_left_out_is_a_mismatch(family: str, change: Any) -> None:
         got = generate_all(paged)
     with pytest.raises(Mismatch):
         compare(expected, got)
+
+
+@pytest.mark.parametrize("family", ["mistral", "gemma3_text"])
+@pytest.mark.parametrize("window", [None, 8])
+def test_a_window_wider_than_the_configs_is_refused(family: str, window: int | None) -> None:
+    """The cache keeps pages by the config's window: attention must not look for more."""
+    paged = build(tiny_config(family), "paged_flash")
+    with watch(other_than(sliding_window=window)), pytest.raises(hf_paged.UnsupportedModelError, match="config says 7"):
+        generate_all(paged)
 
 
 def test_a_model_that_runs_its_own_attention_is_a_mismatch() -> None:
