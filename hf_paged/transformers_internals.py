@@ -211,8 +211,8 @@ def batching_update(
 
     After it, ``kwargs`` has ``cu_seq_lens_k`` and ``max_length_k`` of this layer, and for a block-table step
     ``block_table`` ``[num_seqs, max_blocks]``, ``k_cache`` and ``v_cache`` ``[num_blocks, block_size, heads, dim]``,
-    into which the caller writes the new keys and values itself. Otherwise the result is all keys and values, gathered by
-    transformers, ``[1, H, T, D]``.
+    into which the caller writes the new keys and values itself. Otherwise the result is all keys and values, gathered
+    by transformers, ``[1, H, T, D]``.
     """
     if "kwargs" in inspect.signature(cache.update).parameters:
         return cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)

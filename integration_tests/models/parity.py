@@ -284,9 +284,8 @@ Every causal LM of transformers, built small from its config with random weights
 {counts["refused"]} are refused with an error
 that says what to do, {counts["not built"]} could not be tried.
 
-Float32 on CPU, greedy, {NEW_TOKENS} new tokens. single: one prompt of {PROMPT} tokens; left-padded: prompts of
-{lengths} tokens; continued: a second call with {MORE} more tokens each, from the cache of the first. Sliding windows are
-{WINDOW} tokens.
+Float32 on CPU, greedy, {NEW_TOKENS} new tokens. single: one prompt of {PROMPT} tokens; left-padded: prompts of {lengths}
+tokens; continued: a second call with {MORE} more tokens each, from the cache of the first. Sliding windows are {WINDOW} tokens.
 "same": equal tokens, logits within rounding, no close choices of eager's, and every attention layer was seen to run
 `paged_flash` in every forward. A cache that is not paged is transformers' own: the family has layers whose states do
 not fit into pages.
