@@ -77,7 +77,8 @@ def paged_flash_attention(
     """
     _refuse_unsupported(module, dropout, kwargs)
     if sliding_window is UNSAID:
-        _refuse_hidden_window(module, key.shape[2])
+        if attention_mask is None or attention_mask.ndim != 4:
+            _refuse_hidden_window(module, key.shape[2])
         sliding_window = None
     causal = getattr(module, "is_causal", True) if is_causal is None else bool(is_causal)
     sinks = None if s_aux is None else s_aux.reshape(-1)

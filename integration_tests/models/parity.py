@@ -241,7 +241,7 @@ def examine(family: str) -> Row:
     check_calls(spy, len(forwards), sum(getattr(layer, "keys", None) is not None for layer in layers))
     row.single = row.padded = row.continued = "same"
     row.cache = cache_column(got, spy)
-    row.notes = _notes(family, spy)
+    row.notes = _notes(row, spy)
     return row
 
 
@@ -256,14 +256,16 @@ def _refused(row: Row, error: Exception) -> Row:
     return _without_result(row, "refused", error)
 
 
-def _notes(family: str, spy: Spy) -> list[str]:
+def _notes(row: Row, spy: Spy) -> list[str]:
     # What generate() warned of where it kept transformers' cache, without the advice behind the semicolon.
     notes = [warning.split(": ", 1)[-1].split(";")[0] for warning in spy.warnings[:1]]
+    if row.cache != "yes" and not notes:
+        notes.append("the model makes its own cache")
     if spy.gathers and not spy.dense_masks:
         notes.append("the model changes what its cache returns: keys are gathered, not read in place")
     if spy.dense_masks:
         notes.append("4D masks: reference path")
-    if family in WINDOW_OFF:
+    if row.family in WINDOW_OFF:
         notes.append("a window shorter than the sequence is refused: the model does not pass it to attention")
     return notes
 
@@ -284,8 +286,9 @@ Every causal LM of transformers, built small from its config with random weights
 {counts["refused"]} are refused with an error
 that says what to do, {counts["not built"]} could not be tried.
 
-Float32 on CPU, greedy, {NEW_TOKENS} new tokens. single: one prompt of {PROMPT} tokens; left-padded: prompts of {lengths}
-tokens; continued: a second call with {MORE} more tokens each, from the cache of the first. Sliding windows are {WINDOW} tokens.
+Float32 on CPU, greedy, {NEW_TOKENS} new tokens, sliding windows of {WINDOW} tokens. single: one prompt of {PROMPT}
+tokens; left-padded: prompts of {lengths} tokens; continued: a second call with {MORE} more tokens each, from the
+cache of the first.
 "same": equal tokens, logits within rounding, no close choices of eager's, and every attention layer was seen to run
 `paged_flash` in every forward. A cache that is not paged is transformers' own: the family has layers whose states do
 not fit into pages.
