@@ -309,11 +309,11 @@ def _batched(
     page = table.gather(1, (last // page_size)[:, None]).squeeze(1).long()
     # A sequence that only pads the batch has no tokens or no block.
     slots = torch.where((seq_lens > 0) & (page >= 0), page * page_size + last % page_size, -1)
-    write_pages_op(k, v, k_pages, v_pages, slots)
+    write_pages_op(k, v, k_pages, v_pages, slots, None, None)
     cu_seqlens_q = torch.arange(num_seqs + 1, dtype=torch.int32, device=q.device)
     out, _ = paged_attention_op(
         q, k_pages, v_pages, table, torch.where(slots >= 0, seq_lens, 0), cu_seqlens_q, 1, options.left, options.right,
-        options.softcap, options.sinks, options.scale,
+        options.softcap, options.sinks, options.scale, None, None,
     )  # fmt: skip
     return out.unsqueeze(0)
 

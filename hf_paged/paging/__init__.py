@@ -2,6 +2,16 @@
 
 from .allocator import PageAllocator
 from .pool import LayerPages, PageGroup, PagePool
+from .prefix_cache import PrefixCache, PrefixMatch
 from .sequences import GONE, SequenceTable
 
-__all__ = ["GONE", "LayerPages", "PageAllocator", "PageGroup", "PagePool", "SequenceTable"]
+__all__ = [
+    "GONE",
+    "LayerPages",
+    "PageAllocator",
+    "PageGroup",
+    "PagePool",
+    "PrefixCache",
+    "PrefixMatch",
+    "SequenceTable",
+]

@@ -159,11 +159,12 @@ def test_custom_ops_pass_opcheck():
     torch.library.opcheck(
         ops.paged_attention_op,
         (p["q"], p["k_pages"], p["v_pages"], p["page_table"], p["seq_lens"], p["cu_seqlens_q"], 1, None, 0, None, None,
-         0.25), test_utils=tests,
+         0.25, None, None), test_utils=tests,
     )  # fmt: skip
     new = torch.randn(2, 2, 16)
     torch.library.opcheck(
-        ops.write_pages_op, (new, new, p["k_pages"], p["v_pages"], ints(0, -1, dtype=torch.int64)), test_utils=tests
+        ops.write_pages_op, (new, new, p["k_pages"], p["v_pages"], ints(0, -1, dtype=torch.int64), None, None),
+        test_utils=tests,
     )
     torch.library.opcheck(ops.copy_pages_op, (p["k_pages"], p["v_pages"], ints(0), ints(1)), test_utils=tests)
     torch.library.opcheck(
@@ -175,8 +176,9 @@ def test_torch_compile_traces_through_without_a_break():
     """With a fake implementation each, the ops stay in one graph."""
 
     def step(q, k, v, k_pages, v_pages, slots, table, seq_lens, cu):
-        ops.write_pages_op(k, v, k_pages, v_pages, slots)
-        out, _ = ops.paged_attention_op(q, k_pages, v_pages, table, seq_lens, cu, 1, None, 0, None, None, 0.25)
+        ops.write_pages_op(k, v, k_pages, v_pages, slots, None, None)
+        rest = (1, None, 0, None, None, 0.25, None, None)
+        out, _ = ops.paged_attention_op(q, k_pages, v_pages, table, seq_lens, cu, *rest)
         return out * 2
 
     p = paged()

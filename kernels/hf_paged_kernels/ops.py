@@ -1,7 +1,8 @@
 """The kernels as ``torch.library`` custom ops (namespace ``hf_paged``), with fake implementations.
 
 Arguments are taken as checked: the public functions of the package check them, and so does whoever builds a step plan.
-Each op picks its implementation by device: Triton on an accelerator, the PyTorch reference on CPU.
+Each op picks its implementation by device: Triton on an accelerator, the PyTorch reference on CPU. No argument has a
+default: torch 2.11 does not fill in defaults of mutated arguments.
 """
 
 import torch
@@ -66,8 +67,8 @@ def paged_attention_op(
     softcap: float | None,
     sinks: torch.Tensor | None,
     scale: float,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``paged_attention_launch`` for the arguments."""
     arguments = (
@@ -95,8 +96,8 @@ def _(
     softcap: float | None,
     sinks: torch.Tensor | None,
     scale: float,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = q.new_empty(*q.shape[:2], v_pages.shape[-1])
     return out, q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
@@ -109,8 +110,8 @@ def write_pages_op(
     k_pages: torch.Tensor,
     v_pages: torch.Tensor,
     slot_mapping: torch.Tensor,
-    k_scale: torch.Tensor | None = None,
-    v_scale: torch.Tensor | None = None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
 ) -> None:
     """See ``write_pages_launch`` for the arguments."""
     if uses_triton(k):
