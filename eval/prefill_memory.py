@@ -94,7 +94,7 @@ def table(report: dict[str, Any]) -> str:
         + ", ".join(f"{k} {v}" for k, v in report["versions"].items())
         + f", {report['date']}. `{report['command']}`",
         "",
-        "MiB above the weights (K/V cache included) / milliseconds; "-": out of memory.",
+        "MiB above the weights (K/V cache included) / milliseconds; -: out of memory.",
         "",
         "| tokens | " + " | ".join(names) + " |",
         "|---" * (len(names) + 1) + "|",

@@ -261,6 +261,7 @@ class PagedCache(Cache):
         Raises:
             RuntimeError: a sliding window has passed tokens that are needed again, and the cache was not recording.
         """
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 hands over a tensor
         if tokens_to_remove > 0:
             raise ValueError(
                 f"tokens_to_remove must be 0 or negative, the number of columns to remove, got {tokens_to_remove}."

@@ -17,7 +17,8 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedM
 
 sys.path.insert(0, str(Path(__file__).parent))
 sys.path.insert(0, str(Path(__file__).parent.parent / "ops"))
-from explicit_models import prompts, tiny_model
+from explicit_models import prompts
+from explicit_models import tiny_model as tiny_model_on_cpu
 from helpers import DEVICE, TOLERANCE, error, softmax_attention
 
 import hf_paged
@@ -27,6 +28,11 @@ GREEDY = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=None,
 LENGTHS = (1, 5, 23, 40, 11)
 # The size of a page is called page_size from 5.18 on.
 PAGE_SIZE = "page_size" if "page_size" in inspect.signature(ContinuousBatchingConfig).parameters else "block_size"
+
+
+def tiny_model(family: str, attn_implementation: str) -> PreTrainedModel:
+    """On the GPU where there is one: transformers' batching takes streams of whatever accelerator it finds."""
+    return tiny_model_on_cpu(family, attn_implementation).to(DEVICE)
 
 
 def batching_config(page_size: int = 8, **options: Any) -> ContinuousBatchingConfig:
@@ -132,7 +138,7 @@ def block_tables_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("block_tables_on_cpu")
 def test_block_table_decode_gives_the_tokens_of_generate(steps):
     expected = generate_one_by_one(tiny_model("llama", "eager"), prompts(*LENGTHS))
-    model = tiny_model("llama", "paged_flash_2").to(DEVICE)
+    model = tiny_model("llama", "paged_flash_2")
     options = dict(use_cuda_graph=False, max_blocks_per_request=8)
     assert generate_batch(model, prompts(*LENGTHS), **options) == expected
     assert any(step.table and step.seqs == len(LENGTHS) for step in steps), "all requests decode by block table"
@@ -154,8 +160,8 @@ def test_a_page_size_that_the_kernels_lack_fails_the_requests_with_the_reason():
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_generate_batch_on_a_gpu(family, name, use_cuda_graph, steps):
     all_prompts = prompts(*LENGTHS, 70, 3)
-    expected = generate_one_by_one(tiny_model(family, "eager").cuda(), all_prompts)
-    model = tiny_model(family, name).cuda()
+    expected = generate_one_by_one(tiny_model(family, "eager"), all_prompts)
+    model = tiny_model(family, name)
     options = dict(page_size=16, use_cuda_graph=use_cuda_graph, max_blocks_per_request=8)
     assert generate_batch(model, all_prompts, max_batch_tokens=64, **options) == expected
     # transformers has no block table for models with windows.
@@ -296,6 +302,6 @@ def test_the_caches_by_hand_have_the_signatures_of_their_versions():
 
 
 def test_the_alias_is_the_same_implementation():
-    out = [tiny_model("llama", name)(torch.tensor(prompts(9))).logits for name in ("paged_flash", "paged_flash_2")]
+    out = [tiny_model("llama", name)(torch.tensor(prompts(9), device=DEVICE)).logits for name in ("paged_flash", "paged_flash_2")]
     assert torch.equal(*out)
     assert hf_paged.__version__
