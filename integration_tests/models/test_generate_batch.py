@@ -36,8 +36,12 @@ def tiny_model(family: str, attn_implementation: str) -> PreTrainedModel:
 
 
 def batching_config(page_size: int = 8, **options: Any) -> ContinuousBatchingConfig:
-    """A pool that holds all the requests below, and steps of 16 tokens: longer prompts come in chunks."""
-    return ContinuousBatchingConfig(**{PAGE_SIZE: page_size, "num_blocks": 64, "max_batch_tokens": 16} | options)
+    """A pool that holds all the requests below, and steps of 16 tokens: longer prompts come in chunks.
+
+    Without graphs, which pad steps, and which the experts of gpt_oss do not allow.
+    """
+    sizes = {PAGE_SIZE: page_size, "num_blocks": 64, "max_batch_tokens": 16, "use_cuda_graph": False}
+    return ContinuousBatchingConfig(**sizes | options)
 
 
 def generate_one_by_one(model: PreTrainedModel, all_prompts: list[list[int]]) -> list[list[int]]:

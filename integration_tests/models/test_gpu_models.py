@@ -20,7 +20,7 @@ MODELS = {
     "gpt_oss": dict(sliding_window=7, num_local_experts=4, num_experts_per_tok=2),
     "gpt2": dict(n_embd=64, n_head=4, n_layer=2),
     "deepseek_v3": dict(
-        q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, n_group=1,
+        head_dim=8, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=16, v_head_dim=16, n_group=1,
         topk_group=1, n_routed_experts=4, num_experts_per_tok=2, num_key_value_heads=4, moe_intermediate_size=32,
     ),
 }  # fmt: skip
