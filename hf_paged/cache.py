@@ -1,7 +1,7 @@
 """PagedCache: a transformers ``Cache`` whose keys and values live in pages."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from .errors import UnsupportedModelError
 from .layer_group import LayerGroup
 from .paged_layer import PagedHybridLayer, PagedLayer
 from .paged_states import LayerUpdate
-from .paging import PagePool
+from .paging import GONE, GroupMemory, PagePool
 from .transformers_internals import is_dummy_layer
 
 KV_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
@@ -72,6 +72,7 @@ class PagedCache(Cache):
             raise ValueError("page_size, kv_dtype and num_pages are those of the pool: do not give them with pool=.")
         else:
             self.pool = pool
+        self.owns_pool = pool is None
         self.config = config.get_text_config(decoder=True)
         self.page_size = self.pool.page_size
         self.columns = 0
@@ -114,6 +115,10 @@ class PagedCache(Cache):
     def bytes_in_use(self) -> int:
         """Bytes of the pages in use, keys and values of all layers."""
         return self.pool.bytes_in_use
+
+    def memory(self) -> tuple[GroupMemory, ...]:
+        """What the pool's pages are used for, by group of layers: held, shared, cached, free, and bytes."""
+        return tuple(group.memory() for group in self.pool.groups.values())
 
     def check(self) -> None:
         """Prove that every page is owned or free (AssertionError if not)."""
@@ -209,6 +214,96 @@ class PagedCache(Cache):
         for layer in self._paged_layers():
             layer.columns, layer.pending = layer.group.columns, None
 
+    # Prefixes: full pages that are found again by later calls
+
+    def match_prefix(
+        self, input_ids: torch.Tensor | Sequence[int], attention_mask: torch.Tensor | None = None, salt: Hashable = None
+    ) -> int:
+        """Start an empty cache with the longest stored beginning of a prompt; ``generate()`` computes the rest.
+
+        At least the last token is left to compute. Every row of a batch starts with the same number of columns, so the
+        shortest match counts; a left-padded batch of a model with sliding windows starts from nothing.
+
+        Args:
+            input_ids: the prompt, ``[tokens]`` or ``[B, columns]``.
+            attention_mask: ``[B, columns]`` for a left-padded batch.
+            salt: prefixes are found only under the salt they were stored with, to keep tenants apart.
+
+        Returns:
+            Tokens found again, over all rows.
+
+        Raises:
+            ValueError: the cache holds tokens already, or the model keeps states that are not in pages.
+        """
+        rows, pads = self._rows(input_ids, attention_mask)
+        if self.columns:
+            raise ValueError(f"match_prefix needs an empty cache, this one holds {self.columns} columns: call reset().")
+        self._refuse_states("match_prefix")
+        if self.pool.prefixes is None or (any(pads) and set(self.groups) != {None}):
+            return 0
+        matches = [self.pool.prefixes.match(row, salt, max_tokens=len(row) - 1) for row in rows]
+        columns = min(pad + match.num_tokens for pad, match in zip(pads, matches))
+        lengths = [max(0, columns - pad) for pad in pads]
+        for index, group in enumerate(self.groups.values()):
+            group.adopt([match.pages[index] for match in matches], lengths, columns)
+        if not any(lengths):
+            self.reset()
+            return 0
+        if any(pads):
+            self.is_token = torch.arange(columns)[None, :] >= torch.tensor(pads)[:, None]
+        self.columns = columns
+        for layer in self._paged_layers():
+            layer.columns = columns
+        return sum(lengths)
+
+    def store_prefix(
+        self, input_ids: torch.Tensor | Sequence[int], attention_mask: torch.Tensor | None = None, salt: Hashable = None
+    ) -> int:
+        """Keep the full pages of what this cache holds, to be found by :meth:`match_prefix`.
+
+        Args:
+            input_ids: the tokens that the cache holds, ``[tokens]`` or ``[B, columns]``; tokens behind them, which were
+                sampled last and never computed, may follow.
+            attention_mask: ``[B, columns]`` for a left-padded batch.
+            salt: see :meth:`match_prefix`.
+
+        Returns:
+            Pages newly stored.
+        """
+        rows, _ = self._rows(input_ids, attention_mask)
+        self._refuse_states("store_prefix")
+        self._begin_change()
+        stored = 0
+        if len(rows) != self.num_seqs or self.pool.prefixes is None:
+            raise ValueError(f"input_ids must have the {self.num_seqs} rows that the cache holds, got {len(rows)}.")
+        tables = [group.table for group in self.groups.values()]
+        for row, tokens in enumerate(rows):
+            count = min(tables[0].lengths[row], len(tokens)) // self.page_size
+            pages = [[None if page == GONE else page for page in table.pages[row][:count]] for table in tables]
+            stored += self.pool.prefixes.insert(tokens[: count * self.page_size], pages, salt)
+        return stored
+
+    def _rows(
+        self, input_ids: torch.Tensor | Sequence[int], attention_mask: torch.Tensor | None
+    ) -> tuple[list[list[int]], list[int]]:
+        """Tokens of each row without padding, and the columns of padding before them."""
+        ids = torch.as_tensor(input_ids).cpu()
+        ids = ids[None] if ids.ndim == 1 else ids
+        if attention_mask is None:
+            return ids.tolist(), [0] * ids.shape[0]
+        behind = ids.shape[1] - attention_mask.shape[1]  # generated since: all tokens
+        held = torch.nn.functional.pad(attention_mask.bool().cpu(), (0, behind), value=True)
+        if bool((held[:, :-1] & ~held[:, 1:]).any()):
+            raise ValueError("attention_mask must be left-padded: a row has padding behind a token.")
+        return [row[keep].tolist() for row, keep in zip(ids, held)], (~held).sum(1).tolist()
+
+    def _refuse_states(self, what: str) -> None:
+        if any(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
+            raise ValueError(
+                f"{what} is for models whose layers all keep keys and values: the recurrent states of "
+                f"{self.config.model_type} are not in pages."
+            )
+
     # What generation does with a cache
 
     def _paged_layers(self) -> list[PagedLayer]:
@@ -223,14 +318,15 @@ class PagedCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, LinearAttentionLayer)]
 
     def reset(self) -> None:
-        """Give every page back; the cache is as new, for any batch size."""
+        """Give every page back; the cache is as new, for any batch size. Stored prefixes stay."""
         for layer in self._paged_layers():
             layer.columns, layer.pending = 0, None
         for layer in self._begin_change():
             LinearAttentionLayer.reset(layer)
         for group in self.groups.values():
             group.clear()
-        if all(len(pages.tables) == 1 for pages in self.pool.groups.values()):
+        if self.owns_pool and not self.pool.pages_in_use:
+            # The next tokens may be of another dtype or device.
             self.pool.drop_tensors()
         self.columns, self.is_token = 0, None
 

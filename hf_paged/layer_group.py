@@ -64,7 +64,7 @@ class LayerGroup:
         before = list(self.table.lengths)
         is_first = not any(before)
         # A first step attends to its own keys, dense: of a windowed layer only the end is worth keeping.
-        keep_from = self._first_visible(counts) if is_first and not self.recording else None
+        keep_from = self._first_kept(counts) if is_first and not self.recording else None
         self.pages.make_room(self.table.pages_needed(counts, keep_from))
         self._copy(self.table.append(counts, keep_from))
         self.cache.record_columns(update, is_token)
@@ -86,13 +86,19 @@ class LayerGroup:
         self.release()
         return self.plan
 
-    def _first_visible(self, lengths: list[int]) -> list[int] | None:
-        """Per sequence, the first token that a query after ``lengths`` tokens still sees."""
-        return None if self.window is None else [max(0, n - self.window + 1) for n in lengths]
+    def _first_kept(self, lengths: list[int]) -> list[int] | None:
+        """Per sequence, the first token worth keeping after ``lengths`` tokens.
+
+        That is what a query sees at the last page boundary, a little more than the next query does: so the full pages
+        of a sequence can always be stored as a prefix that somebody can go on from.
+        """
+        if self.window is None:
+            return None
+        return [max(0, n // self.page_size * self.page_size - self.window + 1) for n in lengths]
 
     def release(self) -> None:
         """Give back the pages that the window has passed."""
-        first = self._first_visible(self.table.lengths)
+        first = self._first_kept(self.table.lengths)
         if first is not None and not self.recording:
             self.table.release_before(first)
 
@@ -137,10 +143,9 @@ class LayerGroup:
         Raises:
             RuntimeError: the window has passed tokens that the shorter sequences need.
         """
-        for needed, held, length in zip(
-            self._first_visible(lengths) or [], self.table.first_tokens(), self.table.lengths
-        ):
-            if needed < held and held < length + self.page_size:
+        for length, held in zip(lengths, self.table.first_tokens()):
+            needed = self.first_column(length)
+            if needed < held:
                 raise RuntimeError(
                     f"the sliding window of {self.window} tokens has given back token {needed}, which the shorter "
                     f"sequence needs: call activate_past_recording() on the cache before the step to be rolled back."
@@ -148,6 +153,13 @@ class LayerGroup:
         self.table.truncate(lengths)
         self.columns = columns
         self.release()
+
+    def adopt(self, pages: list[list[int | None]], lengths: list[int], columns: int) -> None:
+        """Become sequences of ``lengths`` tokens in pages that the caller owns; what is behind them is given back."""
+        count = [-(-length // self.page_size) for length in lengths]
+        self.table.allocator.free(p for row, n in zip(pages, count) for p in row[n:] if p is not None)
+        self.table.adopt([[GONE if p is None else p for p in row[:n]] for row, n in zip(pages, count)], lengths)
+        self.columns = columns
 
     def clear(self) -> None:
         """Give every page back."""

@@ -109,3 +109,14 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+    from hf_paged.paging import LayerPages
+
+    grow = LayerPages.grow
+
+    def grow_poisoned(self, num_pages):
+        had = self.k.shape[0] if hasattr(self, "k") else 0
+        grow(self, num_pages)
+        self.arena.buffer[had * self.page_bytes : num_pages * self.page_bytes] = 0xFF  # NaN in every float format
+
+    monkeypatch.setattr(LayerPages, "grow", grow_poisoned)

@@ -1,12 +1,13 @@
 """Pages: who owns which, and where a sequence's tokens are. Plain Python and torch; no kernels, no transformers."""
 
 from .allocator import PageAllocator
-from .pool import LayerPages, PageGroup, PagePool
+from .pool import GroupMemory, LayerPages, PageGroup, PagePool
 from .prefix_cache import PrefixCache, PrefixMatch
 from .sequences import GONE, SequenceTable
 
 __all__ = [
     "GONE",
+    "GroupMemory",
     "LayerPages",
     "PageAllocator",
     "PageGroup",

@@ -4,55 +4,95 @@ Layers are grouped by their sliding window: the layers of a group hold the same 
 all, and page ``p`` means the same page in every layer of the group. Groups share one budget.
 """
 
+import copy
+import math
 from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..errors import OutOfPagesError
 from .allocator import PageAllocator
+from .arena import make_arena, reservable_bytes
+from .prefix_cache import PrefixCache
 from .sequences import SequenceTable
 
-FIRST_PAGES = 64
-"""Pages of a growing group when its first token comes."""
+FIRST_PAGES = 16
+"""Pages of a growing group when its first token comes; after that it grows by a quarter."""
+ALIGNMENT = 16
+"""Bytes to which the parts of a page are aligned, the width of the widest load."""
 
 
 class LayerPages:
     """Keys and values of one layer: ``k``, ``v`` ``[num_pages, num_kv_heads, page_size, head_dim]``.
 
-    Quantised pages come with scales ``k_scale``, ``v_scale`` ``[num_pages, num_kv_heads, page_size]`` float32.
+    Quantised pages come with scales ``k_scale``, ``v_scale`` ``[num_pages, num_kv_heads, page_size]`` float32. A page
+    is one run of bytes in an arena, which grows in place::
+
+        page 0                            page 1
+        | k | v | k_scale | v_scale |     | k | v | k_scale | v_scale |     ...  (reserved, not yet committed)
     """
 
-    def __init__(
-        self, key: torch.Tensor, value: torch.Tensor, page_size: int, num_pages: int, dtype: torch.dtype | None
-    ) -> None:
+    def __init__(self, key: torch.Tensor, value: torch.Tensor, page_size: int, dtype: torch.dtype | None) -> None:
         """Pages for keys like ``key`` ``[B, H, L, D]`` and values like ``value``, in ``dtype`` (None: their own)."""
-        heads, device = key.shape[1], key.device
-        self.model_dtype = key.dtype
+        self.model_dtype, self.device = key.dtype, key.device
         self.is_quantized = dtype is not None
+        heads = key.shape[1]
+        self._parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+            "k": ((heads, page_size, key.shape[3]), dtype or key.dtype),
+            "v": ((heads, page_size, value.shape[3]), dtype or value.dtype),
+        }
+        if self.is_quantized:
+            self._parts |= dict.fromkeys(("k_scale", "v_scale"), ((heads, page_size), torch.float32))
+        self._offsets: dict[str, int] = {}
+        self.page_bytes = 0
+        for name, (shape, part_dtype) in self._parts.items():
+            self._offsets[name] = self.page_bytes
+            size = math.prod(shape) * part_dtype.itemsize
+            self.page_bytes += -(-size // ALIGNMENT) * ALIGNMENT
+        self.k_scale: torch.Tensor | None = None
+        self.v_scale: torch.Tensor | None = None
         # Tensors born in inference mode could not be written outside of it.
         with torch.inference_mode(False):
-            self.k, self.v = (
-                torch.empty(num_pages, heads, page_size, x.shape[3], dtype=dtype or x.dtype, device=device)
-                for x in (key, value)
-            )
-            self.k_scale: torch.Tensor | None = None
-            self.v_scale: torch.Tensor | None = None
-            if self.is_quantized:
-                self.k_scale, self.v_scale = (torch.empty(num_pages, heads, page_size, device=device) for _ in "kv")
+            self.arena = make_arena(key.device, reservable_bytes(key.device) // self.page_bytes * self.page_bytes)
+        self.grow(0)
+
+    def grow(self, num_pages: int) -> None:
+        """Have ``num_pages`` pages; what is there stays where it is.
+
+        Raises:
+            torch.OutOfMemoryError: the device has no memory left; the pages are as before.
+        """
+        with torch.inference_mode(False):
+            self.arena.commit(num_pages * self.page_bytes)
+            for name, (shape, dtype) in self._parts.items():
+                strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+                view = self.arena.buffer.view(dtype).as_strided(
+                    (num_pages, *shape),
+                    (self.page_bytes // dtype.itemsize, *strides),
+                    self._offsets[name] // dtype.itemsize if num_pages else 0,
+                )
+                setattr(self, name, view)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "LayerPages":
+        """The copy has an arena of its own; copying the views would copy the whole reservation."""
+        twin = copy.copy(self)
+        twin.arena = copy.deepcopy(self.arena, memo)
+        twin.grow(self.k.shape[0])
+        return twin
+
+    k: torch.Tensor
+    v: torch.Tensor
 
     @property
     def tensors(self) -> list[torch.Tensor]:
         """Every tensor, keys and values first."""
         return [x for x in (self.k, self.v, self.k_scale, self.v_scale) if x is not None]
 
-    @property
-    def page_bytes(self) -> int:
-        """Bytes of one page, keys, values and scales."""
-        return sum(t.stride(0) * t.element_size() for t in self.tensors)
-
     def check_like(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """New keys and values must be of the kind that the pages were made for."""
-        expected = (self.k.shape[1], self.k.shape[3], self.v.shape[3], self.model_dtype, self.k.device)
+        expected = (self.k.shape[1], self.k.shape[3], self.v.shape[3], self.model_dtype, self.device)
         got = (key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
         if expected != got:
             raise ValueError(
@@ -60,15 +100,40 @@ class LayerPages:
                 f"reset() on the cache, or give the model a pool of its own."
             )
 
-    def grow(self, num_pages: int) -> None:
-        """Have ``num_pages`` pages; what is there stays."""
-        for name in ("k", "v", "k_scale", "v_scale"):
-            old = getattr(self, name)
-            if old is not None:
-                with torch.inference_mode(False):
-                    grown = old.new_empty(num_pages, *old.shape[1:])
-                    grown[: old.shape[0]] = old
-                setattr(self, name, grown)
+
+@dataclass(frozen=True, slots=True)
+class GroupMemory:
+    """What the pages of one group of layers are used for, in pages and bytes of all its layers.
+
+    Attributes:
+        window: the group's sliding window in tokens; None: full attention.
+        num_layers: layers of the group.
+        page_bytes: bytes of one page over these layers.
+        held: pages that sequences hold; each counts once.
+        shared: of these, pages with several owners.
+        cached: pages that only the prefix cache holds.
+        free: pages that nobody holds.
+        committed_bytes: memory taken from the device, in steps larger than pages.
+    """
+
+    window: int | None
+    num_layers: int
+    page_bytes: int
+    held: int
+    shared: int
+    cached: int
+    free: int
+    committed_bytes: int
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the pages that sequences hold."""
+        return self.held * self.page_bytes
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of the pages that only the prefix cache holds."""
+        return self.cached * self.page_bytes
 
 
 class PageGroup:
@@ -84,34 +149,56 @@ class PageGroup:
         """The pages of a layer, made for keys like ``key`` the first time."""
         if index not in self.layers:
             pool = self.pool
-            self.layers[index] = LayerPages(key, value, pool.page_size, self.allocator.num_pages, pool.page_dtype)
+            self.layers[index] = LayerPages(key, value, pool.page_size, pool.page_dtype)
+            self.layers[index].grow(self.allocator.num_pages)
         return self.layers[index]
 
     def make_room(self, count: int) -> None:
-        """Have ``count`` free pages, growing within the pool's budget.
+        """Have ``count`` free pages, growing within the pool's budget. Growing copies nothing.
 
         Raises:
             OutOfPagesError: the budget is spent.
+            torch.OutOfMemoryError: the device has no memory left. Nothing was changed.
         """
         missing = count - self.allocator.num_free
         if missing <= 0:
             return
         old = self.allocator.num_pages
-        wanted = max(FIRST_PAGES, 2 * old, old + missing)
+        wanted = old + max(FIRST_PAGES, old // 4, missing)
         limit = self.pool.pages_left(self)
         if limit is not None:
             if missing > limit:
+                self.pool.evict(self, missing - limit)
+                missing = count - self.allocator.num_free
+                if missing <= 0:
+                    return
+            if missing > limit:
                 raise OutOfPagesError(count, self.allocator.num_free + limit, old + limit)
             # What one group takes, the others cannot have: no more than it needs, unless it is alone.
-            wanted = old + (limit if len(self.pool.groups) == 1 else missing)
-        self.allocator.grow(wanted)
+            wanted = min(wanted, old + limit) if len(self.pool.groups) == 1 else old + missing
         for pages in self.layers.values():
             pages.grow(wanted)
+        self.allocator.grow(wanted)
 
     def held(self) -> Iterable[int]:
         """Every page reference of the sequences in this group."""
         for table in self.tables:
             yield from table.held()
+
+    def memory(self) -> GroupMemory:
+        """What the pages are used for."""
+        held = set(self.held())
+        used = self.allocator.num_used
+        return GroupMemory(
+            window=self.window,
+            num_layers=self.num_layers,
+            page_bytes=self.page_bytes,
+            held=len(held),
+            shared=sum(self.allocator.is_shared(page) for page in held),
+            cached=used - len(held),
+            free=self.allocator.num_free,
+            committed_bytes=sum(pages.arena.committed for pages in self.layers.values()),
+        )
 
     @property
     def page_bytes(self) -> int:
@@ -127,6 +214,10 @@ class PagePool:
         num_pages: a budget: pages of the whole model (every layer). Groups of layers draw on it as they need, a page of
             one layer being the unit; None: the pool grows as tokens come.
         page_dtype: dtype of quantised pages (float8_e4m3fn or int8); None: that of the model's keys and values.
+
+    Attributes:
+        prefixes: full pages kept after use, to be found again; see :meth:`PagedCache.store_prefix`. With a budget, the
+            least recently used make room for new tokens.
     """
 
     def __init__(
@@ -134,11 +225,15 @@ class PagePool:
     ) -> None:
         self.page_size, self.num_pages, self.page_dtype = page_size, num_pages, page_dtype
         self.groups: dict[int | None, PageGroup] = {}
+        self.prefixes: PrefixCache | None = None
 
     def set_layers(self, windows: dict[int | None, int]) -> None:
         """Make the groups of a model: number of layers by sliding window. A shared pool serves one kind of model."""
         if not self.groups:
             self.groups = {window: PageGroup(self, window, count) for window, count in windows.items()}
+            if self.groups:
+                allocators = [group.allocator for group in self.groups.values()]
+                self.prefixes = PrefixCache(self.page_size, allocators, list(self.groups))
         have = {window: group.num_layers for window, group in self.groups.items()}
         if have != windows:
             raise ValueError(
@@ -152,6 +247,11 @@ class PagePool:
             return None
         budget = self.num_pages * sum(g.num_layers for g in self.groups.values())
         return (budget - sum(g.allocator.num_pages * g.num_layers for g in self.groups.values())) // group.num_layers
+
+    def evict(self, group: PageGroup, count: int) -> None:
+        """Let the prefix cache give back up to ``count`` pages of a group."""
+        if self.prefixes is not None:
+            self.prefixes.evict(list(self.groups.values()).index(group), count)
 
     @property
     def pages_in_use(self) -> int:
@@ -175,11 +275,12 @@ class PagePool:
 
     def check(self) -> None:
         """Prove that every page of every group is owned or free; see :meth:`PageAllocator.check`."""
-        for group in self.groups.values():
-            group.allocator.check(group.held())
+        for index, group in enumerate(self.groups.values()):
+            cached = self.prefixes.held(index) if self.prefixes is not None else ()
+            group.allocator.check([*group.held(), *cached])
             for pages in group.layers.values():
                 for tensor in pages.tensors:
-                    assert tensor.shape[0] == group.allocator.num_pages, "a layer has other pages than its group"
+                    assert tensor.shape[0] >= group.allocator.num_pages, "a layer has fewer pages than its group"
             for table in group.tables:
                 for held, length in zip(table.pages, table.lengths):
                     assert len(held) == -(-length // table.page_size), "a sequence has other pages than it needs"

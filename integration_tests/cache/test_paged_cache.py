@@ -443,3 +443,85 @@ def test_caches_share_a_pool():
         hf_paged.PagedCache(m.config, pool=pool, page_size=8)
     with pytest.raises(ValueError, match="a pool of its own"):
         hf_paged.PagedCache(model(kind="mistral").config, pool=pool)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("page_size", [8, 16])
+def test_a_chat_computes_only_the_new_turn(poison, kind, page_size):
+    """Ten turns, each a fresh cache on a shared pool: the history is found again, and tokens equal eager's."""
+    m, eager = model(kind=kind), model("eager", kind)
+    pool = hf_paged.PagePool(page_size)
+    history, before = torch.randint(1, 97, (1, 21)), 0
+    for turn in range(10):
+        cache = hf_paged.PagedCache(m.config, pool=pool)
+        reused = cache.match_prefix(history)
+        # The last sampled token of a turn was never computed.
+        assert reused == (0 if turn == 0 else (before - 1) // page_size * page_size), turn
+        options = {"attention_mask": torch.ones_like(history), "max_new_tokens": 9, "do_sample": False}
+        out = m.generate(history, past_key_values=cache, **options)
+        assert torch.equal(out, eager.generate(history, **options)), turn
+        cache.store_prefix(out)
+        pool.check()
+        before = out.shape[1]
+        history = torch.cat([out, torch.randint(1, 97, (1, 5))], 1)
+        del cache
+        gc.collect()
+    assert pool.prefixes.stats.hits == 9
+    other = hf_paged.PagedCache(m.config, pool=pool)
+    assert other.match_prefix(history, salt="another tenant") == 0
+    assert other.match_prefix(history) > 0
+    with pytest.raises(ValueError, match="needs an empty cache"):
+        other.match_prefix(history)
+    other.reset()
+    pool.check()
+
+
+def test_prefixes_of_a_padded_batch(poison):
+    m = model()
+    pool = hf_paged.PagePool(8)
+    ids, mask = padded_batch()
+    cache = hf_paged.PagedCache(m.config, pool=pool)
+    out = m.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, past_key_values=cache)
+    cache.store_prefix(out, mask)
+    longer = torch.cat([mask, mask.new_ones(3, 20)], 1)
+    again = hf_paged.PagedCache(m.config, pool=pool)
+    reused = again.match_prefix(out, longer)
+    # Row 2 has 2 + 19 computed tokens, 16 of them in full pages behind 19 columns of padding; row 1 ends at 32 of 40.
+    assert again.columns == min(5 + 32, 0 + 40, 19 + 16)
+    assert reused == sum(again.columns - pad for pad in (5, 0, 19))
+    pool.check()
+    expected = m.generate(out, attention_mask=longer, max_new_tokens=12, do_sample=False)
+    got = m.generate(out, attention_mask=longer, max_new_tokens=12, do_sample=False, past_key_values=again)
+    assert torch.equal(got, expected)
+    pool.check()
+
+
+def test_stored_prefixes_make_room_for_new_tokens():
+    m = model()
+    pool = hf_paged.PagePool(8, 6)
+    cache = hf_paged.PagedCache(m.config, pool=pool)
+    ids = torch.randint(1, 97, (1, 33))
+    with torch.no_grad():
+        m(ids, past_key_values=cache)
+        assert cache.store_prefix(ids) == 4
+        cache.reset()
+        assert [group.cached for group in cache.memory()] == [4]
+        m(torch.randint(1, 97, (1, 40)), past_key_values=cache)
+    pool.check()
+    assert pool.prefixes.stats.evictions >= 3
+    memory = cache.memory()[0]
+    assert (memory.held, memory.cached + memory.free) == (5, 1)
+    assert memory.held_bytes == 5 * memory.page_bytes
+    assert memory.committed_bytes >= 6 * memory.page_bytes
+
+
+def test_memory_counts_shared_pages_once():
+    m = model(kind="mistral")
+    cache = hf_paged.PagedCache(m.config, page_size=8)
+    with torch.no_grad():
+        m(torch.randint(1, 97, (1, 20)), past_key_values=cache)
+    cache.batch_repeat_interleave(4)
+    (memory,) = cache.memory()
+    assert (memory.window, memory.num_layers) == (7, 2)
+    assert (memory.held, memory.shared) == (2, 2)  # tokens 14 to 19
+    assert memory.page_bytes == 2 * 2 * 2 * 8 * 16 * 4

@@ -1,5 +1,6 @@
 """Allocator, sequence table and pool against a dictionary model."""
 
+import copy
 import random
 
 import pytest
@@ -144,8 +145,13 @@ def test_a_growing_pool_keeps_what_it_holds():
     states = torch.randn(1, 2, 3, 4)
     layer = group.layer(0, states, states)
     layer.k[3] = 7.0
-    before = group.allocator.num_pages
+    before, address = group.allocator.num_pages, layer.k.data_ptr()
     group.make_room(before + 1)
+    assert layer.k.data_ptr() == address, "growing moves nothing"
+    twin = copy.deepcopy(pool).groups[None].layers[0]
+    layer.k[3, 0, 0, 0] += 1
+    assert float(twin.k[3, 0, 0, 0]) == 7.0
+    layer.k[3, 0, 0, 0] -= 1
     assert group.allocator.num_pages >= before + 1
     assert torch.equal(group.layer(0, states, states).k[3], torch.full((2, 8, 4), 7.0))
     pool.check()
