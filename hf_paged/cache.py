@@ -12,6 +12,7 @@ from transformers.cache_utils import (
     DynamicLayer,
     DynamicSlidingWindowLayer,
     LinearAttentionAndFullAttentionLayer,
+    LinearAttentionAndSlidingWindowAttentionLayer,
     LinearAttentionLayer,
 )
 
@@ -20,8 +21,10 @@ from .layer_group import LayerGroup
 from .paged_layer import PagedHybridLayer, PagedLayer
 from .paged_states import LayerUpdate
 from .paging import GONE, GroupMemory, PagePool
+from .swap import SwappedSequence, swap_in, swap_out
 from .transformers_internals import is_dummy_layer
 
+HYBRID = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
 KV_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
@@ -78,6 +81,7 @@ class PagedCache(Cache):
         self.columns = 0
         # bool [B, columns] on CPU, True where a column is a token; None while every column is.
         self.is_token: torch.Tensor | None = None
+        self.swapped: dict[int, SwappedSequence] = {}
 
         templates = DynamicCache(config=self.config).layers
         windows = [_window(template, i, self.config) for i, template in enumerate(templates)]
@@ -95,7 +99,7 @@ class PagedCache(Cache):
     def _layer(self, index: int, template: Any, window: Any) -> Any:
         if window == "none":
             return template
-        if type(template) is LinearAttentionAndFullAttentionLayer:
+        if type(template) in HYBRID:
             return PagedHybridLayer(self, self.groups[window], index, template.number_of_states)
         return PagedLayer(self, self.groups[window], index)
 
@@ -138,6 +142,7 @@ class PagedCache(Cache):
             raise ValueError(
                 f"keys and values must be [batch, heads, tokens, head_dim], got {list(key.shape)}, {list(value.shape)}."
             )
+        self._refuse_swapped()
         if self.num_seqs and key.shape[0] != self.num_seqs:
             raise ValueError(
                 f"the cache holds {self.num_seqs} sequences, the step brings {key.shape[0]}: call reset(), "
@@ -304,6 +309,52 @@ class PagedCache(Cache):
                 f"{self.config.model_type} are not in pages."
             )
 
+    # Swapping: a sequence's pages in host memory
+
+    def swap_out(self, row: int) -> SwappedSequence:
+        """Move a sequence's pages to host memory (pinned, and without waiting, on a GPU) and give them back.
+
+        The cache takes no step, and no change but ``reset``, until every sequence is back.
+
+        Raises:
+            ValueError: there is no such row, or it is swapped out already.
+        """
+        for layer in self._paged_layers():
+            layer.flush()
+        self._refuse_states("swap_out")
+        if not 0 <= row < self.num_seqs or row in self.swapped:
+            raise ValueError(f"row must be 0 to {self.num_seqs - 1} and not swapped out yet, got {row}.")
+        for group in self.groups.values():
+            group.plan = group.plan_mask = None
+        length = next(iter(self.groups.values())).table.lengths[row]
+        pages = {window: swap_out(group, row) for window, group in self.groups.items()}
+        self.swapped[row] = SwappedSequence(row, length, pages)
+        return self.swapped[row]
+
+    def swap_in(self, sequence: SwappedSequence) -> None:
+        """Bring a sequence back into pages.
+
+        Raises:
+            OutOfPagesError: the pool has too few pages; the sequence stays swapped out.
+            ValueError: the sequence is not swapped out of this cache.
+        """
+        if self.swapped.get(sequence.row) is not sequence:
+            raise ValueError(f"row {sequence.row} of this cache is not swapped out as this sequence.")
+        for window, group in self.groups.items():
+            try:
+                swap_in(group, sequence.row, sequence.length, sequence.groups[window])
+            except Exception:
+                for other in self.groups.values():
+                    if other is group:
+                        break
+                    swap_out(other, sequence.row)
+                raise
+        del self.swapped[sequence.row]
+
+    def _refuse_swapped(self) -> None:
+        if self.swapped:
+            raise ValueError(f"rows {sorted(self.swapped)} are swapped out: swap_in() them first.")
+
     # What generation does with a cache
 
     def _paged_layers(self) -> list[PagedLayer]:
@@ -311,6 +362,7 @@ class PagedCache(Cache):
 
     def _begin_change(self) -> list[Any]:
         """Write what is pending, drop the plans; returns the layers that keep states of their own."""
+        self._refuse_swapped()
         for layer in self._paged_layers():
             layer.flush()
         for group in self.groups.values():
@@ -319,10 +371,14 @@ class PagedCache(Cache):
 
     def reset(self) -> None:
         """Give every page back; the cache is as new, for any batch size. Stored prefixes stay."""
+        self.swapped.clear()
         for layer in self._paged_layers():
             layer.columns, layer.pending = 0, None
         for layer in self._begin_change():
-            LinearAttentionLayer.reset(layer)
+            # Made anew, not filled with zeros as transformers does: the next batch may be of another size.
+            recording = layer.record_past
+            LinearAttentionLayer.__init__(layer, number_of_states=layer.number_of_states)
+            layer.record_past = recording
         for group in self.groups.values():
             group.clear()
         if self.owns_pool and not self.pool.pages_in_use:
@@ -344,7 +400,9 @@ class PagedCache(Cache):
 
     def _select(self, rows: list[int]) -> None:
         for layer in self._begin_change():
-            LinearAttentionLayer.reorder_cache(layer, torch.tensor(rows))
+            states = [x for x in (*layer.conv_states.values(), *layer.recurrent_states.values()) if x is not None]
+            if states:
+                LinearAttentionLayer.reorder_cache(layer, torch.tensor(rows, device=states[0].device))
         for group in self.groups.values():
             if len(group.table):
                 group.select(rows)
@@ -396,7 +454,7 @@ def _window(template: Any, index: int, config: PreTrainedConfig) -> Any:
     """The sliding window of one of DynamicCache's layers, None for full attention, "none" where it has no keys."""
     if type(template) in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
         return None
-    if type(template) is DynamicSlidingWindowLayer:
+    if type(template) in (DynamicSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer):
         return template.sliding_window
     if type(template) is LinearAttentionLayer or is_dummy_layer(template):
         return "none"

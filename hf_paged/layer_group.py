@@ -83,7 +83,8 @@ class LayerGroup:
         )
         self.plan_mask = mask
         # The plan holds what this step reads; pages that no later query sees are free for the next step.
-        self.release()
+        if not self.recording:
+            self.release()
         return self.plan
 
     def _first_kept(self, lengths: list[int]) -> list[int] | None:
@@ -99,7 +100,7 @@ class LayerGroup:
     def release(self) -> None:
         """Give back the pages that the window has passed."""
         first = self._first_kept(self.table.lengths)
-        if first is not None and not self.recording:
+        if first is not None:
             self.table.release_before(first)
 
     def _copy(self, copies: list[tuple[int, int]]) -> None:

@@ -22,7 +22,7 @@ def register() -> None:
         # Without a mask function transformers would hand over None, and padding would take part in attention.
         AttentionMaskInterface.register(name, paged_flash_mask)
         AttentionMaskInterface.register(PACKED_PREFIX + name, paged_flash_mask)
-    install(all_functions, default_cache)
+    install(all_functions, default_cache, PagedCache)
 
 
 def default_cache(config: Any) -> PagedCache | None:

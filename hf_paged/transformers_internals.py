@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
+from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
 
 from transformers import cache_utils, masking_utils, modeling_flash_attention_utils  # isort: skip
 from transformers.utils import logging
@@ -53,16 +53,19 @@ def touch(owner: Any, name: str) -> Any:
 def install(
     flash_functions: Callable[[], tuple[Callable, Callable, Callable, Callable, Callable]],
     make_cache: Callable[[Any], Any],
+    cache_class: type[Cache],
 ) -> None:
-    """Wrap the three functions of transformers that an attention name containing "flash" meets. Idempotent.
+    """Wrap the functions of transformers that an attention name containing "flash", or our cache, meets. Idempotent.
 
     Args:
         flash_functions: returns our (dense, varlen, with-kvcache, pad, unpad) functions.
         make_cache: makes the default cache of ``generate()`` from a config, or returns None to keep transformers'.
+        cache_class: what can stand for a DynamicCache inside an EncoderDecoderCache.
     """
     _wrap(modeling_flash_attention_utils, "_lazy_imports", functools.partial(_lazy_imports, flash_functions))
     _wrap(PreTrainedModel, "_check_and_adjust_attn_implementation", _check_and_adjust)
     _wrap(GenerationMixin, "_prepare_cache_for_generation", functools.partial(_prepare_cache, make_cache))
+    _wrap(EncoderDecoderCache, "check_dynamic_cache", functools.partial(_check_dynamic_cache, cache_class))
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable) -> None:
@@ -132,6 +135,8 @@ def _prepare_cache(
         paged = make_cache(decoder_config)
         if paged is not None:
             made.self_attention_cache = paged
+            if generation_config.is_assistant:
+                paged.activate_past_recording()
     elif _is_plain(made):
         paged = make_cache(decoder_config)
         if paged is not None:
@@ -139,6 +144,13 @@ def _prepare_cache(
             if generation_config.is_assistant:
                 paged.activate_past_recording()
     return result
+
+
+def _check_dynamic_cache(cache_class: type[Cache], original: Callable, cache: EncoderDecoderCache, method: str) -> None:
+    """Encoder-decoder caches crop, repeat and select only DynamicCaches, by their class; ours does the same."""
+    parts = (cache.self_attention_cache, cache.cross_attention_cache)
+    if not all(isinstance(part, (DynamicCache, cache_class)) for part in parts):
+        original(cache, method)
 
 
 def _is_plain(cache: Any) -> bool:

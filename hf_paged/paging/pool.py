@@ -75,6 +75,11 @@ class LayerPages:
                 )
                 setattr(self, name, view)
 
+    def raw(self) -> torch.Tensor:
+        """All pages as bytes, uint8 ``[num_pages, page_bytes]``."""
+        num_pages = self.k.shape[0]
+        return self.arena.buffer[: num_pages * self.page_bytes].view(num_pages, self.page_bytes)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "LayerPages":
         """The copy has an arena of its own; copying the views would copy the whole reservation."""
         twin = copy.copy(self)

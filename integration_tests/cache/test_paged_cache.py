@@ -525,3 +525,55 @@ def test_memory_counts_shared_pages_once():
     assert (memory.window, memory.num_layers) == (7, 2)
     assert (memory.held, memory.shared) == (2, 2)  # tokens 14 to 19
     assert memory.page_bytes == 2 * 2 * 2 * 8 * 16 * 4
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_swapping_a_sequence_out_and_in(poison, kind, device):
+    m = model(kind=kind).to(device)
+    ids, mask = (x.to(device) for x in padded_batch())
+    new, longer = ids[:, -1:], torch.cat([mask, mask[:, -1:]], 1)
+    with torch.no_grad():
+        expected = hf_paged.PagedCache(m.config, page_size=8)
+        m(ids, attention_mask=mask, past_key_values=expected)
+        logits = m(new, attention_mask=longer, past_key_values=expected).logits
+        cache = hf_paged.PagedCache(m.config, page_size=8, num_pages=7)
+        m(ids, attention_mask=mask, past_key_values=cache)
+        used = cache.pages_in_use
+        out = [cache.swap_out(1), cache.swap_out(0)]
+        cache.check()
+        assert cache.pages_in_use < used
+        assert out[0].length == 21
+        held = {window: pages.held.count(True) for window, pages in out[0].groups.items()}
+        assert out[0].num_bytes == sum(held[window] * group.pages.page_bytes for window, group in cache.groups.items())
+        for group in cache.groups.values():
+            free = sorted(set(range(group.table.allocator.num_pages)) - set(group.table.held()))
+            for layer in group.pages.layers.values():  # what was given back may be overwritten
+                layer.raw()[free] = 0xFF
+        with pytest.raises(ValueError, match=r"rows \[0, 1\] are swapped out: swap_in"):
+            m(new, attention_mask=longer, past_key_values=cache)
+        with pytest.raises(ValueError, match="not swapped out yet, got 1"):
+            cache.swap_out(1)
+        for sequence in out:
+            cache.swap_in(sequence)
+        cache.check()
+        assert torch.equal(m(new, attention_mask=longer, past_key_values=cache).logits, logits)
+        with pytest.raises(ValueError, match="not swapped out as this sequence"):
+            cache.swap_in(out[0])
+
+
+def test_swapping_in_without_room():
+    m = model()
+    pool = hf_paged.PagePool(8, 4)
+    one, two = (hf_paged.PagedCache(m.config, pool=pool) for _ in range(2))
+    with torch.no_grad():
+        m(torch.randint(1, 97, (1, 20)), past_key_values=one)
+        sequence = one.swap_out(0)
+        m(torch.randint(1, 97, (1, 20)), past_key_values=two)
+        with pytest.raises(hf_paged.OutOfPagesError):
+            one.swap_in(sequence)
+        pool.check()
+        two.reset()
+        one.swap_in(sequence)
+        m(torch.randint(1, 97, (1, 1)), past_key_values=one)
+    pool.check()
