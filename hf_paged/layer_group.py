@@ -6,7 +6,7 @@ import torch
 from hf_paged_kernels.ops import copy_pages_op
 
 from .errors import UnsupportedModelError
-from .paging import GONE, PageGroup, SequenceTable
+from .paging import GONE, DeviceTable, PageGroup, SequenceTable
 from .step_plan import StepPlan
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class LayerGroup:
         self.plan_mask: torch.Tensor | None = None
         self.columns = 0
         self.recording = False
+        self.device_tables: dict[torch.device, DeviceTable] = {}
 
     # A step
 
@@ -86,6 +87,12 @@ class LayerGroup:
         if not self.recording:
             self.release()
         return self.plan
+
+    def on_device(self, plan: StepPlan, device: torch.device) -> StepPlan:
+        """A plan with its tensors on ``device``; of the page table only what changed is sent."""
+        if device not in self.device_tables:
+            self.device_tables[device] = DeviceTable(device)
+        return plan.on(device, self.device_tables[device].update)
 
     def _first_kept(self, lengths: list[int]) -> list[int] | None:
         """Per sequence, the first token worth keeping after ``lengths`` tokens.

@@ -107,7 +107,7 @@ class PagedLayer(CacheLayerMixin):
         except Exception:
             self.cache.forget_pending()
             raise
-        plan = plan.on(update.key.device)
+        plan = self.group.on_device(plan, update.key.device)
         if not update.written:
             write_pages_op(
                 plan.pack(update.key), plan.pack(update.value), pages.k, pages.v, plan.slot_mapping, pages.k_scale,

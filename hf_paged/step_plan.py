@@ -1,5 +1,6 @@
 """The tensors of one step, built once and shared by all layers of a cache."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -38,13 +39,16 @@ class StepPlan:
     token_index: torch.Tensor | None
     _copies: dict[torch.device, "StepPlan"] = field(default_factory=dict)
 
-    def on(self, device: torch.device) -> "StepPlan":
-        """The plan with its tensors on ``device``; one copy per device, made once."""
+    def on(self, device: torch.device, place_table: Callable[[torch.Tensor], torch.Tensor]) -> "StepPlan":
+        """The plan with its tensors on ``device``; one copy per device, made once.
+
+        ``place_table`` brings the page table there, which is kept from step to step.
+        """
         if device not in self._copies:
             move = lambda x: None if x is None else x.to(device, non_blocking=True)  # noqa: E731
             self._copies[device] = StepPlan(
                 self.start, self.num_new, self.is_first, self.max_query_len, move(self.slot_mapping),
-                move(self.page_table), move(self.seq_lens), move(self.cu_seqlens_q), move(self.token_index),
+                place_table(self.page_table), move(self.seq_lens), move(self.cu_seqlens_q), move(self.token_index),
             )  # fmt: skip
         return self._copies[device]
 

@@ -2,6 +2,8 @@
 
 import copy
 import gc
+import random
+from collections import Counter
 
 import pytest
 import torch
@@ -576,4 +578,80 @@ def test_swapping_in_without_room():
         two.reset()
         one.swap_in(sequence)
         m(torch.randint(1, 97, (1, 1)), past_key_values=one)
+    pool.check()
+
+
+def test_ten_thousand_operations_on_a_cache(poison):
+    """Random steps, forks, crops, swaps and stored prefixes against plain tensors; the books are right after each."""
+    rng = random.Random(0)
+    config = LlamaConfig(**(SHAPE | {"num_hidden_layers": 1, "num_key_value_heads": 1, "head_dim": 4}))
+    config._attn_implementation = "sdpa"
+    pool = hf_paged.PagePool(8, 40)
+    cache = hf_paged.PagedCache(config, pool=pool)
+    # The model: the token ids of each row; a token's key is made from its whole history, as in a real model.
+    rows: list[list[int]] = []
+    stored: list[int] = []
+
+    def states(row, first):
+        keys = [(hash(tuple(row[: i + 1])) % 1009) / 7 for i in range(first, len(row))]
+        return torch.tensor(keys)[:, None] * torch.ones(4)
+
+    def step(count):
+        first = len(rows[0])
+        for row in rows:
+            row.extend(rng.randrange(3) for _ in range(count))
+        new = torch.stack([states(row, first) for row in rows])[:, None]
+        try:
+            keys, values = cache.update(new, -new, 0)
+        except hf_paged.OutOfPagesError:
+            for row in rows:
+                del row[first:]
+            return
+        expected = torch.stack([states(row, 0) for row in rows])[:, None]
+        assert torch.equal(keys, expected)
+        assert torch.equal(values, -expected)
+
+    counts = Counter()
+    for _ in range(10_000):
+        action = rng.choice(["step"] * 6 + ["reorder", "repeat", "crop", "swap", "store", "restart", "restart"])
+        if not rows or action == "restart" or len(rows[0]) > 60:
+            action = "restart"
+            cache.reset()
+            prompt = [rng.randrange(3) for _ in range(rng.choice([1, 9, 30]))]
+            if rng.random() < 0.7:
+                prompt = stored + prompt
+            found = cache.match_prefix(prompt)
+            counts["found"] += found > 0
+            rows = [prompt[:found]]
+            if found:
+                assert torch.equal(cache.layers[0].keys[0, 0], states(rows[0], 0))
+            step(1)
+        elif action == "step":
+            step(rng.choice([1, 1, 2, 11]))
+        elif action == "reorder":
+            order = [rng.randrange(len(rows)) for _ in rows]
+            cache.reorder_cache(torch.tensor(order))
+            rows = [list(rows[i]) for i in order]
+        elif action == "repeat" and len(rows) < 4:
+            cache.batch_repeat_interleave(2)
+            rows = [list(row) for row in rows for _ in range(2)]
+        elif action == "crop":
+            remove = rng.randint(0, len(rows[0]) - 1)
+            cache.crop(-remove)
+            rows = [row[: len(row) - remove] for row in rows]
+        elif action == "swap":
+            sequence = cache.swap_out(rng.randrange(len(rows)))
+            pool.check()
+            cache.swap_in(sequence)
+        elif action == "store":
+            stored = list(rows[0])
+            cache.store_prefix(torch.tensor(rows))
+        counts[action] += 1
+        if not rows[0]:
+            rows = []
+        pool.check()
+    assert min(counts[x] for x in ("step", "reorder", "repeat", "crop", "swap", "store", "restart", "found")) > 100
+    cache.reset()
+    pool.prefixes.clear()
+    assert pool.pages_in_use == 0
     pool.check()

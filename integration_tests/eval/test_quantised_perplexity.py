@@ -19,11 +19,11 @@ def decode():
     model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="paged_flash", dtype="float32")
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = tokenizer((ASSETS / "heldout.txt").read_text(encoding="utf-8")[:9000], return_tensors="pt").input_ids[0]
-    rows = ids[: len(ids) // 256 * 256]
+    rows = ids[: len(ids) // 128 * 128]
 
     def run(kv_dtype: str) -> PerplexityResult:
         return perplexity(
-            model, rows, window=256, stride=256, convention="gptq", path="decode", batch_size=16,
+            model, rows, window=128, stride=128, convention="gptq", path="decode", batch_size=32,
             cache_factory=lambda: hf_paged.PagedCache(model.config, kv_dtype=kv_dtype),
         )  # fmt: skip
 
