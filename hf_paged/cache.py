@@ -82,6 +82,7 @@ class PagedCache(Cache):
         # bool [B, columns] on CPU, True where a column is a token; None while every column is.
         self.is_token: torch.Tensor | None = None
         self.swapped: dict[int, SwappedSequence] = {}
+        self._repeats = 1
 
         templates = DynamicCache(config=self.config).layers
         windows = [_window(template, i, self.config) for i, template in enumerate(templates)]
@@ -193,6 +194,24 @@ class PagedCache(Cache):
                 f"the mask from the first call on, or start with a new PagedCache."
             )
         return None if bool(new.all()) else new
+
+    def expect_repeats(self, repeats: int) -> None:
+        """Say that every prompt of the first step comes ``repeats`` times in a row: those rows will share its pages.
+
+        ``generate()`` says so for beams and ``num_return_sequences``, which it makes by repeating rows.
+        """
+        self._repeats = repeats if self.columns == 0 else 1
+
+    def repeats_in(self, update: LayerUpdate) -> int:
+        """How many rows in a row are the same prompt in a first step: what was said, if the keys agree."""
+        repeats, num_seqs = self._repeats, update.key.shape[0]
+        if repeats == 1 or num_seqs % repeats:
+            return 1
+        same = [
+            (x.reshape(num_seqs // repeats, repeats, -1) == x[::repeats].reshape(num_seqs // repeats, 1, -1)).all()
+            for x in (update.key, update.value)
+        ]
+        return repeats if bool(same[0] & same[1]) else 1
 
     def record_columns(self, update: LayerUpdate, is_token: torch.Tensor | None) -> None:
         """Remember which columns of a step are tokens; called once by each group of layers."""
@@ -384,7 +403,7 @@ class PagedCache(Cache):
         if self.owns_pool and not self.pool.pages_in_use:
             # The next tokens may be of another dtype or device.
             self.pool.drop_tensors()
-        self.columns, self.is_token = 0, None
+        self.columns, self.is_token, self._repeats = 0, None, 1
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes the old row ``beam_idx[i]``; table rows move, keys and values do not."""

@@ -66,11 +66,18 @@ class LayerGroup:
         is_first = not any(before)
         # A first step attends to its own keys, dense: of a windowed layer only the end is worth keeping.
         keep_from = self._first_kept(counts) if is_first and not self.recording else None
-        self.pages.make_room(self.table.pages_needed(counts, keep_from))
-        self._copy(self.table.append(counts, keep_from))
+        repeats = self.cache.repeats_in(update) if is_first else 1
+        own = [0 if row % repeats else count for row, count in enumerate(counts)]
+        self.pages.make_room(self.table.pages_needed(own, keep_from))
+        self._copy(self.table.append(own, keep_from))
+        if repeats > 1:
+            self.table.select([row - row % repeats for row in range(num_seqs)])
         self.cache.record_columns(update, is_token)
         self.columns += num_new
-        slots = [self.slots(row, first, first + count) for row, (first, count) in enumerate(zip(before, counts))]
+        slots = [
+            self.slots(row, first, first + count) if own[row] == count else torch.full((count,), -1)
+            for row, (first, count) in enumerate(zip(before, counts))
+        ]
         self.plan = StepPlan(
             start=update.start,
             num_new=num_new,

@@ -126,6 +126,19 @@ def _prepare_cache(
 ) -> Any:  # fmt: skip
     """Put a PagedCache where ``generate()`` has just made a DynamicCache for a model on "paged_flash"."""
     given = model_kwargs.get("past_key_values")
+    result = _prepared(make_cache, original, given, model, generation_config, model_kwargs, *args, **kwargs)
+    cache: Any = model_kwargs.get("past_key_values")
+    cache = getattr(cache, "self_attention_cache", cache)
+    if hasattr(cache, "expect_repeats"):
+        # Beams and samples are repeated rows, which generate() makes before the first forward.
+        cache.expect_repeats(max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1))
+    return result
+
+
+def _prepared(
+    make_cache: Callable, original: Callable, given: Any, model: Any, generation_config: Any,
+    model_kwargs: dict[str, Any], *args: Any, **kwargs: Any,
+) -> Any:  # fmt: skip
     result = original(model, generation_config, model_kwargs, *args, **kwargs)
     made = model_kwargs.get("past_key_values")
     decoder_config = model.config.get_text_config(decoder=True)

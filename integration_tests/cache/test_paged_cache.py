@@ -655,3 +655,46 @@ def test_ten_thousand_operations_on_a_cache(poison):
     pool.prefixes.clear()
     assert pool.pages_in_use == 0
     pool.check()
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+@pytest.mark.parametrize(
+    "mode", [{"num_beams": 4}, {"num_return_sequences": 4, "do_sample": True}], ids=["beams", "samples"]
+)
+def test_beams_and_samples_share_the_prompt(poison, kind, mode):
+    """One generate(): the prompt's pages are taken once, and tokens equal eager's."""
+    ids, mask = padded_batch()
+    tokens = []
+    for attn in ("eager", "paged_flash"):
+        m = model(attn, kind)
+        torch.manual_seed(5)
+        out = m.generate(ids, attention_mask=mask, max_new_tokens=2, return_dict_in_generate=True, **mode)
+        tokens.append(out.sequences)
+    assert torch.equal(*tokens)
+    cache = out.past_key_values
+    cache.check()
+    if kind == "llama":
+        # Prompts of 16, 21 and 2 tokens, and one new token in each of the 12 rows: only the last pages are their own.
+        assert cache.pages_in_use <= (1 + 1 + 0) + 12
+        assert cache.num_seqs == 12
+
+
+def test_rows_that_differ_are_not_shared(poison):
+    m = model()
+    cache = hf_paged.PagedCache(m.config, page_size=8)
+    cache.expect_repeats(2)
+    ids = torch.randint(1, 97, (4, 17))
+    ids[1] = ids[0]
+    with torch.no_grad():
+        m(ids, past_key_values=cache)
+        assert cache.pages_in_use == 4 * 3
+        cache.reset()
+        cache.expect_repeats(2)
+        ids[3] = ids[2]
+        m(ids, past_key_values=cache)
+        assert cache.pages_in_use == 2 * 3
+        logits = m(ids[:, :1], past_key_values=cache).logits
+        expected = m(torch.cat([ids, ids[:, :1]], 1), use_cache=False).logits[:, -1:]
+    assert cache.pages_in_use == 2 * 2 + 4
+    assert torch.allclose(logits, expected, atol=1e-4)
+    cache.check()
