@@ -223,6 +223,11 @@ def _with_padding(
     num_seqs, _, num_queries, _ = query.shape
     if mask.shape[1] > key.shape[2]:
         raise ValueError(f"attention_mask has {mask.shape[1]} columns, the keys {key.shape[2]}: it must not have more.")
+    if mask.shape[1] < key.shape[2] and not options.causal:
+        raise ValueError(
+            f"attention_mask has {mask.shape[1]} columns for {key.shape[2]} keys that are all seen (cross-attention): "
+            f"it must cover them; prefill_chunk_size cuts the encoder's mask."
+        )
     # A static cache hands over keys that are not filled yet: the mask says how many count.
     key, value = key[:, :, : mask.shape[1]], value[:, :, : mask.shape[1]]
     if mask.dtype == torch.int32:

@@ -202,10 +202,10 @@ class PagedCache(Cache):
         """
         self._repeats = repeats if self.columns == 0 else 1
 
-    def repeats_in(self, update: LayerUpdate) -> int:
-        """How many rows in a row are the same prompt in a first step: what was said, if the keys agree."""
+    def repeats_in(self, update: LayerUpdate, counts: list[int]) -> int:
+        """How many rows in a row are the same prompt in a first step: what was said, if lengths and keys agree."""
         repeats, num_seqs = self._repeats, update.key.shape[0]
-        if repeats == 1 or num_seqs % repeats:
+        if repeats == 1 or num_seqs % repeats or any(n != counts[i - i % repeats] for i, n in enumerate(counts)):
             return 1
         same = [
             (x.reshape(num_seqs // repeats, repeats, -1) == x[::repeats].reshape(num_seqs // repeats, 1, -1)).all()
@@ -217,6 +217,8 @@ class PagedCache(Cache):
         """Remember which columns of a step are tokens; called once by each group of layers."""
         if self.columns != update.start:
             return
+        if update.start:
+            self._repeats = 1  # it was said of a first step
         num_seqs, _, num_new, _ = update.key.shape
         if self.is_token is not None or is_token is not None:
             held = torch.ones(num_seqs, self.columns, dtype=torch.bool) if self.is_token is None else self.is_token

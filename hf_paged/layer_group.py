@@ -66,7 +66,7 @@ class LayerGroup:
         is_first = not any(before)
         # A first step attends to its own keys, dense: of a windowed layer only the end is worth keeping.
         keep_from = self._first_kept(counts) if is_first and not self.recording else None
-        repeats = self.cache.repeats_in(update) if is_first else 1
+        repeats = self.cache.repeats_in(update, counts) if is_first else 1
         own = [0 if row % repeats else count for row, count in enumerate(counts)]
         self.pages.make_room(self.table.pages_needed(own, keep_from))
         self._copy(self.table.append(own, keep_from))

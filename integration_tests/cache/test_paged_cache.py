@@ -691,6 +691,13 @@ def test_rows_that_differ_are_not_shared(poison):
         cache.reset()
         cache.expect_repeats(2)
         ids[3] = ids[2]
+        mask = torch.ones_like(ids)
+        mask[1, :9] = 0  # the same keys at layer 0, another number of tokens
+        m(ids, attention_mask=mask, position_ids=torch.arange(17).expand(4, -1), past_key_values=cache)
+        assert cache.pages_in_use == 3 + 1 + 2 * 3
+        cache.crop(-17)
+        cache.reset()
+        cache.expect_repeats(2)
         m(ids, past_key_values=cache)
         assert cache.pages_in_use == 2 * 3
         logits = m(ids[:, :1], past_key_values=cache).logits

@@ -40,9 +40,7 @@ def test_tokens_equal_eagers(family):
     tokens = {}
     for name in ("eager", "paged_flash"):
         model.set_attn_implementation(name)
-        out = model.generate(
-            ids, attention_mask=mask, max_new_tokens=30, do_sample=False, return_dict_in_generate=True
-        )
+        out = model.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False, return_dict_in_generate=True)
         again = model.generate(
             torch.cat([out.sequences, ids[:, :3]], 1), past_key_values=out.past_key_values, max_new_tokens=8,
             attention_mask=torch.cat([mask, mask.new_ones(3, 33)], 1), do_sample=False,
@@ -67,3 +65,42 @@ def test_modes_on_the_gpu(mode):
         model.set_attn_implementation(name)
         tokens.append(model.generate(ids, max_new_tokens=40, do_sample=False, **mode))
     assert torch.equal(*tokens)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.parametrize("family", ["llama", "mistral", "falcon_h1"])
+def test_layers_on_two_devices(family, tmp_path):
+    """A model split by ``device_map``: each layer's pages are on its device, and tokens are those of one device."""
+    pytest.importorskip("accelerate")
+    torch.manual_seed(1)
+    changes = {
+        "mistral": dict(sliding_window=7),
+        "falcon_h1": dict(mamba_d_ssm=128, mamba_n_heads=8, mamba_d_head=16, mamba_d_state=16, mamba_chunk_size=8),
+    }
+    config = AutoConfig.for_model(family, **(BASE | dict(num_hidden_layers=4) | changes.get(family, {})))
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.save_pretrained(tmp_path)
+    # What stands before the layers goes with the first ones, what comes after with the last ones.
+    devices = {name: 1 for name, _ in model.model.named_children() if name != "layers"} | {"embed_tokens": 0}
+    devices = {f"model.{name}": device for name, device in devices.items()} | {"lm_head": 1, "model.rotary_emb": 0}
+    devices |= {f"model.layers.{i}": i // 2 for i in range(4)}
+    ids = torch.randint(1, 97, (3, 40), device="cuda:0")
+    mask = torch.ones_like(ids)
+    mask[0, :11], mask[2, :38] = 0, 0
+    for options in ({}, dict(num_beams=3)):
+        tokens = []
+        for device_map in ({"": 0}, devices):
+            placed = AutoModelForCausalLM.from_pretrained(
+                tmp_path, attn_implementation="paged_flash", dtype=torch.float32, device_map=device_map
+            ).eval()
+            out = placed.generate(
+                ids, attention_mask=mask, max_new_tokens=30, do_sample=False, return_dict_in_generate=True, **options
+            )
+            tokens.append(out.sequences)
+        assert torch.equal(*tokens)
+        cache = out.past_key_values
+        assert [layer.pages().k.device.index for layer in cache.layers] == [0, 0, 1, 1]
+        cache.check()

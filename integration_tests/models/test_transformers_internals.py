@@ -39,6 +39,7 @@ WRAPPED = [
     (modeling_flash_attention_utils, "_lazy_imports"),
     (PreTrainedModel, "_check_and_adjust_attn_implementation"),
     (GenerationMixin, "_prepare_cache_for_generation"),
+    (EncoderDecoderCache, "check_dynamic_cache"),
 ]
 
 
@@ -59,7 +60,7 @@ def test_a_missing_attribute_of_the_batching_cache_is_reported():
     assert internals.touch_attr(types.SimpleNamespace(key_cache=3), "key_cache") == 3
 
 
-# The three wraps
+# The wraps
 
 
 @pytest.mark.parametrize(("owner", "name"), WRAPPED, ids=lambda x: x if isinstance(x, str) else x.__name__)
