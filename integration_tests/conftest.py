@@ -7,6 +7,9 @@ import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One process a core: several with all threads each wait for one another, many times slower.
+    torch.set_num_threads(1)
 if not HAS_GPU:
     # Must be set before any kernel file is imported: @triton.jit reads it when it decorates.
     os.environ["TRITON_INTERPRET"] = "1"
@@ -106,6 +109,10 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
             return tensor.fill_(float("nan")) if tensor.is_floating_point() else tensor
 
         return wrapper
+
+    # torch.device as a context remembers the allocators of its first use: those must not be the ones made here.
+    with torch.device("meta"):
+        torch.empty(0)
 
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
