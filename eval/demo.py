@@ -23,7 +23,7 @@ def main() -> None:
     parser.add_argument("--model", default=str(ASSETS / "small_model"))
     parser.add_argument("--prompt", default=PROMPT)
     parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--tokens", type=int, default=2048, help="tokens of the held-out text to score")
+    parser.add_argument("--tokens", type=int, default=1024, help="tokens of the held-out text to score")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     device = "cuda" if torch.cuda.is_available() else "cpu"
