@@ -1,5 +1,6 @@
 """The attention and mask functions that transformers calls for ``attn_implementation="paged_flash"``."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from transformers.utils import logging
 from .errors import UnsupportedModelError
 from .layer_group import check_window
 from .paged_states import PagedStates
+from .step_states import StepStates
 from .transformers_internals import batching_update, is_causal_mask, is_plain_mask, packed_segments
 
 logger = logging.get_logger(__name__)
@@ -22,7 +24,7 @@ NO_EFFECT = frozenset(
     {
         "position_ids", "cache_position", "position_embeddings", "use_cache", "past_key_values", "return_dict",
         "output_hidden_states", "output_router_logits", "logits_to_keep", "num_items_in_batch", "num_logits_to_keep",
-        "deterministic", "layer_idx", "input_ids", "inputs_embeds", "labels", "token_type_ids", "mm_token_type_ids",
+        "layer_idx", "input_ids", "inputs_embeds", "labels", "token_type_ids", "mm_token_type_ids",
         "logits_indices", "logits_processor_args", "per_layer_input", "per_layer_inputs", "shared_kv_states",
         "or_mask_function", "padding_mask", "target_dtype", "is_first_iteration", "conv_mask", "seq_idx",
     }
@@ -36,6 +38,22 @@ UNSAID: Any = object()
 VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
+def _take_back_on_error(attention: Callable) -> Callable:
+    """A step that attention refuses must not be placed in the cache by the next one."""
+
+    @functools.wraps(attention)
+    def wrapped(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return attention(module, query, key, *args, **kwargs)
+        except Exception:
+            if isinstance(key, PagedStates):
+                key.update.layer.cache.forget_pending()
+            raise
+
+    return wrapped
+
+
+@_take_back_on_error
 def paged_flash_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -49,6 +67,7 @@ def paged_flash_attention(
     is_causal: bool | None = None,
     s_aux: torch.Tensor | None = None,
     cache: Any = None,
+    deterministic: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention for transformers' interface, through this package's kernels.
@@ -67,6 +86,7 @@ def paged_flash_attention(
         is_causal: hide later keys.
         s_aux: ``[Hq]`` attention sinks.
         cache: the cache of transformers' own continuous batching.
+        deterministic: gradients with the same bits every time.
         kwargs: packed lengths (``cu_seq_lens_q`` ...), and arguments without an effect on attention.
 
     Returns:
@@ -78,17 +98,21 @@ def paged_flash_attention(
     _refuse_unsupported(module, dropout, kwargs)
     if sliding_window is UNSAID:
         if attention_mask is None or attention_mask.ndim != 4:
-            _refuse_hidden_window(module, key.shape[2])
+            _refuse_hidden_window(module, key.layer.longest if isinstance(key, StepStates) else key.shape[2])
         sliding_window = None
     causal = getattr(module, "is_causal", True) if is_causal is None else bool(is_causal)
     sinks = None if s_aux is None else s_aux.reshape(-1)
-    options = _Options(resolve_scale(scaling, query.shape[-1]), sliding_window, check_softcap(softcap), causal, sinks)
+    scale, softcap = resolve_scale(scaling, query.shape[-1]), check_softcap(softcap)
+    options = _Options(scale, sliding_window, softcap, causal, sinks, bool(deterministic))
+    if isinstance(key, StepStates):
+        return _over_step(query, key, value, attention_mask, options), None
     if cache is not None:
         return _batched(module, query, key, value, cache, options, kwargs), None
     if attention_mask is not None and attention_mask.ndim == 4:
         return _with_dense_mask(query, key, value, attention_mask, options), None
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(f"attention_mask must be 2D or 4D, got the shape {list(attention_mask.shape)}.")
+    _refuse_two_packings(query, key, attention_mask, causal, module, kwargs)
     # A model that changes one of them after the cache (latent attention, repeated heads) has gathered it: all is dense.
     if isinstance(key, PagedStates) and isinstance(value, PagedStates):
         if kwargs.get("cu_seq_lens_q") is not None:
@@ -108,19 +132,26 @@ def paged_flash_attention(
 class _Options:
     """What every call of a kernel needs beside tensors."""
 
-    __slots__ = ("causal", "left", "right", "scale", "sinks", "softcap", "window")
+    __slots__ = ("causal", "deterministic", "left", "right", "scale", "sinks", "softcap", "window")
 
     def __init__(
-        self, scale: float, window: int | None, softcap: float | None, causal: bool, sinks: torch.Tensor | None
+        self,
+        scale: float,
+        window: int | None,
+        softcap: float | None,
+        causal: bool,
+        sinks: torch.Tensor | None,
+        deterministic: bool,
     ) -> None:
         self.scale, self.window, self.softcap, self.causal, self.sinks = scale, window, softcap, causal, sinks
+        self.deterministic = deterministic
         self.left, self.right = resolve_window(window, causal)
 
     def flash(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **lengths: Any) -> torch.Tensor:
         """Dense ``[B, L, H, D]`` or packed ``[T, H, D]``."""
         out = flash_attention(
             q, k, v, causal=self.causal, window=self.window, softcap=self.softcap, sinks=self.sinks, scale=self.scale,
-            **lengths,
+            deterministic=self.deterministic, **lengths,
         )  # fmt: skip
         assert isinstance(out, torch.Tensor)
         return out
@@ -167,6 +198,41 @@ def _refuse_hidden_window(module: torch.nn.Module, num_keys: int) -> None:
         )
 
 
+def _refuse_two_packings(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    mask: torch.Tensor | None,
+    causal: bool,
+    module: torch.nn.Module,
+    kwargs: dict[str, Any],
+) -> None:
+    """Refuse a padding mask beside packed lengths, and packed positions of which no mask or length tells.
+
+    transformers tells packed sequences from ``position_ids`` only for models that hand them to their mask (gpt_oss does
+    not), and never beside a cache. Looked at in the first layer: the others get the same.
+    """
+    if kwargs.get("cu_seq_lens_q") is not None:
+        # An int32 mask has the same sequences, told from position_ids.
+        if mask is not None and mask.dtype != torch.int32:
+            raise ValueError(
+                f"a padding mask {list(mask.shape)} was given together with cu_seq_lens_q, and only one of them can "
+                f"say which keys belong together: leave attention_mask out for packed sequences."
+            )
+        return
+    positions, length = kwargs.get("position_ids"), query.shape[2]
+    if mask is not None or not causal or positions is None or getattr(module, "layer_idx", None) != 0:
+        return
+    if positions.ndim != 2 or positions.shape[1] != length or key.shape[2] != length or length == 1:
+        return
+    if torch.compiler.is_compiling() or (positions.is_cuda and torch.cuda.is_current_stream_capturing()):
+        return  # Their values cannot be looked at.
+    if bool((positions.diff() <= 0).any()):
+        raise ValueError(
+            f"position_ids restart, as for packed sequences, but {type(module).__name__} gets no mask that separates "
+            f"them: pass {', '.join(VARLEN)} and use_cache=False, or one sequence a row with its attention_mask."
+        )
+
+
 def _over_pages(
     query: torch.Tensor, key: PagedStates, value: PagedStates, mask: torch.Tensor | None, options: _Options
 ) -> torch.Tensor:
@@ -189,7 +255,7 @@ def _over_pages(
         # Nothing is cached yet: the new keys are all there is, contiguous and exact.
         out, _ = flash_attention_op(
             packed_query, plan.pack(update.key), plan.pack(update.value), plan.cu_seqlens_q, plan.cu_seqlens_q,
-            plan.max_query_len, left, right, options.softcap, sinks, options.scale,
+            plan.max_query_len, left, right, options.softcap, sinks, options.scale, options.deterministic,
         )  # fmt: skip
     else:
         pages = update.layer.pages()
@@ -198,6 +264,28 @@ def _over_pages(
             left, right, options.softcap, sinks, options.scale, pages.k_scale, pages.v_scale,
         )  # fmt: skip
     return plan.unpack(out)
+
+
+def _over_step(
+    query: torch.Tensor, key: StepStates, value: torch.Tensor, mask: torch.Tensor | None, options: _Options
+) -> torch.Tensor:
+    """A step of the engine: its new tokens are in the pages already, packed over ``[B, L]``."""
+    layer = key.layer
+    if not isinstance(value, StepStates) or value.layer is not layer or mask is not None:
+        raise UnsupportedModelError(
+            f"layer {layer.index} attends with a mask, or with values of its own making, which the engine cannot "
+            f"serve: use the model's generate()."
+        )
+    is_wider = layer.window is not None and (options.window is None or options.window > layer.window)
+    if is_wider and layer.longest > layer.window:  # type: ignore[operator]
+        raise UnsupportedModelError(
+            f"layer {layer.index} attends over {options.window or 'all'} tokens, the config says {layer.window}: the "
+            f"engine cannot serve this model, use its generate()."
+        )
+    out = layer.attend(
+        query.transpose(1, 2).flatten(0, 1), options.left, options.right, options.softcap, options.sinks, options.scale
+    )
+    return out.view(query.shape[0], query.shape[2], *out.shape[1:])
 
 
 def _packed(

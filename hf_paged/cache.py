@@ -20,7 +20,7 @@ from .errors import UnsupportedModelError
 from .layer_group import LayerGroup
 from .paged_layer import PagedHybridLayer, PagedLayer
 from .paged_states import LayerUpdate
-from .paging import GONE, GroupMemory, PagePool
+from .paging import GONE, GroupMemory, PagePool, SequenceTable
 from .swap import SwappedSequence, swap_in, swap_out
 from .transformers_internals import is_dummy_layer
 
@@ -83,9 +83,11 @@ class PagedCache(Cache):
         self.is_token: torch.Tensor | None = None
         self.swapped: dict[int, SwappedSequence] = {}
         self._repeats = 1
+        # An error has ended a step after some states that are not in pages may have taken it.
+        self._states_are_ahead = False
 
         templates = DynamicCache(config=self.config).layers
-        windows = [_window(template, i, self.config) for i, template in enumerate(templates)]
+        windows = [layer_window(template, i, self.config) for i, template in enumerate(templates)]
         counts: dict[int | None, int] = {}
         for window in windows:
             if window != "none":
@@ -144,6 +146,11 @@ class PagedCache(Cache):
                 f"keys and values must be [batch, heads, tokens, head_dim], got {list(key.shape)}, {list(value.shape)}."
             )
         self._refuse_swapped()
+        if self._states_are_ahead:
+            raise ValueError(
+                f"an error has ended an earlier step, and the recurrent states of {self.config.model_type} cannot be "
+                f"taken back: call reset()."
+            )
         if self.num_seqs and key.shape[0] != self.num_seqs:
             raise ValueError(
                 f"the cache holds {self.num_seqs} sequences, the step brings {key.shape[0]}: call reset(), "
@@ -191,34 +198,59 @@ class PagedCache(Cache):
             row, column = hidden.nonzero()[0].tolist()
             raise ValueError(
                 f"attention_mask hides column {first + column} of row {row}, which the cache holds as a token: pass "
-                f"the mask from the first call on, or start with a new PagedCache."
+                f"the mask from the first call on, or start with a new PagedCache. If you passed no mask, generate() "
+                f"made one that hides every pad_token_id in input_ids, generated ones too: pass "
+                f"attention_mask=torch.ones_like(input_ids)."
             )
         return None if bool(new.all()) else new
 
-    def expect_repeats(self, repeats: int) -> None:
-        """Say that every prompt of the first step comes ``repeats`` times in a row: those rows will share its pages.
+    def begin_rows(self, num_seqs: int) -> None:
+        """Have ``num_seqs`` rows in every group of layers, empty where there were none."""
+        for group in self.groups.values():
+            if not len(group.table):
+                group.table.adopt([[] for _ in range(num_seqs)], [0] * num_seqs)
 
-        ``generate()`` says so for beams and ``num_return_sequences``, which it makes by repeating rows.
+    def make_room(self, counts: list[int], leaders: list[int] | None) -> None:
+        """Have free pages for a step in every group that has not taken its tokens yet.
+
+        The first group of a step asks for all: where one of them cannot have its pages, none takes tokens.
+
+        Raises:
+            OutOfPagesError: the pool has too few; no sequence was changed.
         """
-        self._repeats = repeats if self.columns == 0 else 1
+        behind = min(group.columns for group in self.groups.values())
+        waiting = [group for group in self.groups.values() if group.columns == behind]
+        self.pool.make_room({group.pages: group.pages_needed(counts, leaders) for group in waiting})
 
-    def repeats_in(self, update: LayerUpdate, counts: list[int]) -> int:
-        """How many rows in a row are the same prompt in a first step: what was said, if lengths and keys agree."""
+    def expect_repeats(self, repeats: int) -> None:
+        """Say that every prompt comes ``repeats`` times in a row: those rows share all pages until they differ.
+
+        ``generate()`` says so for beams and ``num_return_sequences``, which it makes by repeating rows. It holds for
+        the steps from here on, the chunks of a prefill and what follows a matched prefix, up to the first in which the
+        rows are not the same.
+        """
+        self._repeats = repeats
+
+    def leaders(self, update: LayerUpdate, is_token: torch.Tensor | None, table: SequenceTable) -> list[int] | None:
+        """Per row, the first row of the same prompt, in whose pages a step's tokens go; None: every row for itself.
+
+        What :meth:`expect_repeats` said is believed only if the rows hold the same pages, bring the same keys and
+        values, and have their tokens in the same columns.
+        """
         repeats, num_seqs = self._repeats, update.key.shape[0]
-        if repeats == 1 or num_seqs % repeats or any(n != counts[i - i % repeats] for i, n in enumerate(counts)):
-            return 1
-        same = [
-            (x.reshape(num_seqs // repeats, repeats, -1) == x[::repeats].reshape(num_seqs // repeats, 1, -1)).all()
-            for x in (update.key, update.value)
-        ]
-        return repeats if bool(same[0] & same[1]) else 1
+        if repeats == 1:
+            return None
+        leaders = [row - row % repeats for row in range(num_seqs)]
+        same = num_seqs % repeats == 0 and table.are_alike(leaders)
+        if same and all(_is_repeated(x, repeats) for x in (is_token, update.key, update.value) if x is not None):
+            return leaders
+        self._repeats = 1  # Rows that differ once do not become the same again: later steps need not compare.
+        return None
 
     def record_columns(self, update: LayerUpdate, is_token: torch.Tensor | None) -> None:
         """Remember which columns of a step are tokens; called once by each group of layers."""
         if self.columns != update.start:
             return
-        if update.start:
-            self._repeats = 1  # it was said of a first step
         num_seqs, _, num_new, _ = update.key.shape
         if self.is_token is not None or is_token is not None:
             held = torch.ones(num_seqs, self.columns, dtype=torch.bool) if self.is_token is None else self.is_token
@@ -236,9 +268,27 @@ class PagedCache(Cache):
         return rows, columns + first, (is_token.cumsum(1) - 1)[rows, columns + first]
 
     def forget_pending(self) -> None:
-        """Take back updates that could not be placed, so that every layer agrees with its table again."""
-        for layer in self._paged_layers():
-            layer.columns, layer.pending = layer.group.columns, None
+        """Take back a step that an error has ended: updates that wait to be placed, and what other layers have placed.
+
+        The second is not possible where a sliding window has passed what the shorter sequences need, or a layer keeps
+        states that are not in pages: then the next step is refused.
+        """
+        self._states_are_ahead = self._keeps_states()
+        layers = self._paged_layers()
+        for layer in layers:
+            if layer.pending is not None:
+                layer.columns, layer.pending = layer.pending.start, None
+        start = min(layer.columns for layer in layers)
+        if not start:
+            for group in self.groups.values():
+                group.clear()  # rows of a first step, which may come again with another batch size
+            self.columns, self.is_token = 0, None
+            for layer in layers:
+                layer.columns = 0
+        elif start < self.columns and not self._states_are_ahead:
+            lengths = self._lengths(start)
+            if not any(group.lost_token(lengths) is not None for group in self.groups.values()):
+                self.crop(start - self.columns)
 
     # Prefixes: full pages that are found again by later calls
 
@@ -324,11 +374,15 @@ class PagedCache(Cache):
         return [row[keep].tolist() for row, keep in zip(ids, held)], (~held).sum(1).tolist()
 
     def _refuse_states(self, what: str) -> None:
-        if any(isinstance(layer, LinearAttentionLayer) for layer in self.layers):
+        if self._keeps_states():
             raise ValueError(
                 f"{what} is for models whose layers all keep keys and values: the recurrent states of "
                 f"{self.config.model_type} are not in pages."
             )
+
+    def _keeps_states(self) -> bool:
+        """Whether a layer keeps states that are not in pages."""
+        return any(isinstance(layer, LinearAttentionLayer) for layer in self.layers)
 
     # Swapping: a sequence's pages in host memory
 
@@ -391,7 +445,10 @@ class PagedCache(Cache):
         return [layer for layer in self.layers if isinstance(layer, LinearAttentionLayer)]
 
     def reset(self) -> None:
-        """Give every page back; the cache is as new, for any batch size. Stored prefixes stay."""
+        """Give every page back; the cache is as new, for any batch size. Stored prefixes stay.
+
+        A pool of its own gives its memory back too (see :meth:`PagePool.trim`).
+        """
         self.swapped.clear()
         for layer in self._paged_layers():
             layer.columns, layer.pending = 0, None
@@ -402,10 +459,12 @@ class PagedCache(Cache):
             layer.record_past = recording
         for group in self.groups.values():
             group.clear()
-        if self.owns_pool and not self.pool.pages_in_use:
+        if self.owns_pool and self.pool.pages_in_use:
+            self.pool.trim()
+        elif self.owns_pool:
             # The next tokens may be of another dtype or device.
             self.pool.drop_tensors()
-        self.columns, self.is_token, self._repeats = 0, None, 1
+        self.columns, self.is_token, self._repeats, self._states_are_ahead = 0, None, 1, False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes the old row ``beam_idx[i]``; table rows move, keys and values do not."""
@@ -414,6 +473,7 @@ class PagedCache(Cache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows ``indices`` (int, or a bool mask)."""
         self._select(torch.arange(self.num_seqs)[torch.as_tensor(indices).cpu()].tolist())
+        self._trim_if_sparse()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row ``repeats`` times in a row; the copies share their pages."""
@@ -445,7 +505,7 @@ class PagedCache(Cache):
             if tokens_to_remove or layer.record_past:
                 LinearAttentionLayer.crop(layer, tokens_to_remove)
         keep = max(0, self.columns + tokens_to_remove)
-        lengths = [keep] * self.num_seqs if self.is_token is None else self.is_token[:, :keep].sum(1).tolist()
+        lengths = self._lengths(keep)
         for group in self.groups.values():
             if len(group.table):
                 group.truncate(lengths, keep)
@@ -454,6 +514,15 @@ class PagedCache(Cache):
         self.columns = keep
         for layer in self._paged_layers():
             layer.columns = keep
+        self._trim_if_sparse()
+
+    def _lengths(self, columns: int) -> list[int]:
+        """Tokens of each row in the first ``columns`` columns."""
+        return [columns] * self.num_seqs if self.is_token is None else self.is_token[:, :columns].sum(1).tolist()
+
+    def _trim_if_sparse(self) -> None:
+        if self.owns_pool:
+            self.pool.trim(only_sparse=True)
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Position of the next query (asked for by transformers 5.23)."""
@@ -471,7 +540,7 @@ def make_pool(page_size: int = 16, kv_dtype: str = "auto", num_pages: int | None
     return PagePool(page_size, num_pages, KV_DTYPES[kv_dtype])
 
 
-def _window(template: Any, index: int, config: PreTrainedConfig) -> Any:
+def layer_window(template: Any, index: int, config: PreTrainedConfig) -> Any:
     """The sliding window of one of DynamicCache's layers, None for full attention, "none" where it has no keys."""
     if type(template) in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
         return None
@@ -483,6 +552,11 @@ def _window(template: Any, index: int, config: PreTrainedConfig) -> Any:
         f"PagedCache does not hold layers of type {type(template).__name__} (layer {index} of {config.model_type}); "
         f"leave past_key_values out, or pass a DynamicCache(config=model.config)."
     )
+
+
+def _is_repeated(x: torch.Tensor, repeats: int) -> bool:
+    """Whether the rows of ``x`` come ``repeats`` times in a row."""
+    return bool((x.unflatten(0, (-1, repeats)) == x[::repeats, None]).all())
 
 
 def _release(tables: Sequence[tuple[Any, Any]]) -> None:

@@ -20,3 +20,7 @@ class OutOfPagesError(RuntimeError):
             f"the step needs {needed} more pages, {free} of {total} are free: give the cache more with num_pages=, "
             f"free sequences, or leave num_pages=None for a pool that grows."
         )
+
+
+class RequestError(ValueError):
+    """A request that the engine cannot take, or had to end; the message names what was asked and what is possible."""

@@ -21,6 +21,7 @@ def flash_attn_func(
     window_size: Window = (-1, -1),
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    deterministic: bool = False,
 ) -> torch.Tensor:
     """Dense attention: q ``[B, Lq, Hq, D]``, k and v ``[B, Lk, Hk, *]`` -> ``[B, Lq, Hq, Dv]``.
 
@@ -29,11 +30,13 @@ def flash_attn_func(
         window_size: neighbours seen to the left and right, -1 for all.
         softcap: None or 0: no softcap.
         s_aux: ``[Hq]`` attention sinks.
+        deterministic: gradients with the same bits every time.
     """
     _refuse_dropout(dropout_p)
     return flash_attention(
-        q, k, v, causal=causal, window=_window(window_size), softcap=softcap or None, sinks=s_aux, scale=softmax_scale
-    )  # type: ignore[return-value]
+        q, k, v, causal=causal, window=_window(window_size), softcap=softcap or None, sinks=s_aux, scale=softmax_scale,
+        deterministic=deterministic,
+    )  # type: ignore[return-value]  # fmt: skip
 
 
 def flash_attn_varlen_func(
@@ -50,13 +53,14 @@ def flash_attn_varlen_func(
     window_size: Window = (-1, -1),
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
+    deterministic: bool = False,
 ) -> torch.Tensor:
     """Packed attention: q ``[Tq, Hq, D]``, k and v ``[Tk, Hk, *]``, prefix sums int32 ``[num_seqs + 1]``."""
     _refuse_dropout(dropout_p)
     return flash_attention(
         q, k, v, cu_seqlens_q=cu_seqlens_q.to(torch.int32), cu_seqlens_k=cu_seqlens_k.to(torch.int32),
         max_seqlen_q=int(max_seqlen_q), max_seqlen_k=int(max_seqlen_k), causal=causal, window=_window(window_size),
-        softcap=softcap or None, sinks=s_aux, scale=softmax_scale,
+        softcap=softcap or None, sinks=s_aux, scale=softmax_scale, deterministic=deterministic,
     )  # type: ignore[return-value]  # fmt: skip
 
 

@@ -1,7 +1,9 @@
 """Layers that hold the same tokens: one page table, one step plan."""
 
+from itertools import accumulate
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from hf_paged_kernels.ops import copy_pages_op
 
@@ -56,37 +58,28 @@ class LayerGroup:
         if update.start != self.columns:
             raise ValueError(
                 f"layer {update.layer.index} holds {update.start} columns, its group {self.columns}: PagedCache serves "
-                f"models whose layers all see the same tokens."
+                f"models whose layers all see the same tokens. If an error ended an earlier step half way, take it "
+                f"back with crop(), or call reset()."
             )
         is_token = self.cache.step_columns(update, mask)
         counts = [num_new] * num_seqs if is_token is None else is_token.sum(1).tolist()
-        if not len(self.table):
-            self.table.adopt([[] for _ in range(num_seqs)], [0] * num_seqs)
+        self.cache.begin_rows(num_seqs)
+        leaders = self.cache.leaders(update, is_token, self.table)
+        self.cache.make_room(counts, leaders)
         before = list(self.table.lengths)
-        is_first = not any(before)
-        # A first step attends to its own keys, dense: of a windowed layer only the end is worth keeping.
-        keep_from = self._first_kept(counts) if is_first and not self.recording else None
-        repeats = self.cache.repeats_in(update, counts) if is_first else 1
-        own = [0 if row % repeats else count for row, count in enumerate(counts)]
-        self.pages.make_room(self.table.pages_needed(own, keep_from))
-        self._copy(self.table.append(own, keep_from))
-        if repeats > 1:
-            self.table.select([row - row % repeats for row in range(num_seqs)])
+        self._copy(self.table.append(counts, self._keep_from(counts), leaders))
         self.cache.record_columns(update, is_token)
         self.columns += num_new
-        slots = [
-            self.slots(row, first, first + count) if own[row] == count else torch.full((count,), -1)
-            for row, (first, count) in enumerate(zip(before, counts))
-        ]
+        table = self.table.as_tensor()
         self.plan = StepPlan(
             start=update.start,
             num_new=num_new,
-            is_first=is_first,
+            is_first=not any(before),
             max_query_len=max([1, *counts]),
-            slot_mapping=torch.cat(slots) if slots else torch.empty(0, dtype=torch.int64),
+            slot_mapping=torch.from_numpy(_slots(table.numpy(), before, counts, self.page_size, leaders)),
             page_table=self.page_table(),
             seq_lens=torch.tensor(self.table.lengths, dtype=torch.int32),
-            cu_seqlens_q=torch.tensor([0, *torch.tensor(counts).cumsum(0).tolist()], dtype=torch.int32),
+            cu_seqlens_q=torch.tensor([0, *accumulate(counts)], dtype=torch.int32),
             token_index=None if is_token is None else is_token.flatten().nonzero().squeeze(1),
         )
         self.plan_mask = mask
@@ -94,6 +87,19 @@ class LayerGroup:
         if not self.recording:
             self.release()
         return self.plan
+
+    def pages_needed(self, counts: list[int], leaders: list[int] | None) -> int:
+        """Pages that a step of ``counts`` tokens takes; see :meth:`SequenceTable.append`."""
+        if leaders is not None and not self.table.are_alike(leaders):
+            leaders = None
+        return self.table.pages_needed(counts, self._keep_from(counts), leaders)
+
+    def _keep_from(self, counts: list[int]) -> list[int] | None:
+        """Per sequence, the first of a step's ``counts`` tokens worth keeping; None: all.
+
+        A first step attends to its own keys, dense: of a windowed layer only the end is worth keeping.
+        """
+        return self._first_kept(counts) if not self.recording and not any(self.table.lengths) else None
 
     def on_device(self, plan: StepPlan, device: torch.device) -> StepPlan:
         """A plan with its tensors on ``device``; of the page table only what changed is sent."""
@@ -126,21 +132,11 @@ class LayerGroup:
             device = pages.k.device
             copy_pages_op(pages.k, pages.v, source.to(device), target.to(device))
             if pages.k_scale is not None and pages.v_scale is not None:
-                copy_pages_op(
-                    pages.k_scale[..., None], pages.v_scale[..., None], source.to(device), target.to(device)
-                )
+                copy_pages_op(pages.k_scale[..., None], pages.v_scale[..., None], source.to(device), target.to(device))
 
     def page_table(self) -> torch.Tensor:
         """int32 ``[num_seqs, max_pages]`` on CPU; 0 where there is no page."""
-        width = max((len(pages) for pages in self.table.pages), default=0)
-        rows = [[max(page, 0) for page in pages] + [0] * (width - len(pages)) for pages in self.table.pages]
-        return torch.tensor(rows, dtype=torch.int32).view(len(rows), width)
-
-    def slots(self, row: int, first: int, last: int) -> torch.Tensor:
-        """int64 slots of the tokens first..last of a row, -1 where the page is gone."""
-        tokens = torch.arange(first, last)
-        pages = torch.tensor(self.table.pages[row], dtype=torch.int64)[tokens // self.page_size]
-        return torch.where(pages == GONE, -1, pages * self.page_size + tokens % self.page_size)
+        return self.table.as_tensor().clamp(min=0)
 
     # Between steps
 
@@ -158,16 +154,22 @@ class LayerGroup:
         Raises:
             RuntimeError: the window has passed tokens that the shorter sequences need.
         """
-        for length, held in zip(lengths, self.table.first_tokens()):
-            needed = self.first_column(length)
-            if needed < held:
-                raise RuntimeError(
-                    f"the sliding window of {self.window} tokens has given back token {needed}, which the shorter "
-                    f"sequence needs: call activate_past_recording() on the cache before the step to be rolled back."
-                )
+        lost = self.lost_token(lengths)
+        if lost is not None:
+            raise RuntimeError(
+                f"the sliding window of {self.window} tokens has given back token {lost}, which the shorter "
+                f"sequence needs: call activate_past_recording() on the cache before the step to be rolled back."
+            )
         self.table.truncate(lengths)
         self.columns = columns
         self.release()
+
+    def lost_token(self, lengths: list[int]) -> int | None:
+        """A token that the window has passed and that sequences of these lengths need; None if there is no such."""
+        for length, held in zip(lengths, self.table.first_tokens()):
+            if self.first_column(length) < held:
+                return self.first_column(length)
+        return None
 
     def adopt(self, pages: list[list[int | None]], lengths: list[int], columns: int) -> None:
         """Become sequences of ``lengths`` tokens in pages that the caller owns; what is behind them is given back."""
@@ -180,6 +182,27 @@ class LayerGroup:
         """Give every page back."""
         self.table.clear()
         self.columns, self.plan, self.plan_mask = 0, None, None
+
+
+def _slots(
+    table: np.ndarray, before: list[int], counts: list[int], page_size: int, leaders: list[int] | None
+) -> np.ndarray:
+    """Slots of ``counts[i]`` new tokens behind ``before[i]``, int64 ``[num_tokens]``.
+
+    -1, do not write, where the page is gone and where a leader of the row writes the same.
+    """
+    if max(counts, default=0) == min(counts, default=0) == 1:  # every decode step without padding
+        rows, tokens = np.arange(len(counts)), np.array(before)
+    else:
+        rows = np.repeat(np.arange(len(counts)), np.array(counts, dtype=np.int64))
+        # A row's first token minus the tokens packed before it: added to the packed index it gives the token.
+        offsets = np.array(before) - np.array([0, *accumulate(counts)][:-1], dtype=np.int64)
+        tokens = np.arange(len(rows)) + offsets[rows]
+    pages = table[rows, tokens // page_size].astype(np.int64)
+    slots = np.where(pages == GONE, -1, pages * page_size + tokens % page_size)
+    if leaders is not None:
+        slots[np.array(leaders)[rows] != rows] = -1
+    return slots
 
 
 def check_window(update: "LayerUpdate", window: int | None, num_columns: int) -> None:

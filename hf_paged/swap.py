@@ -54,9 +54,7 @@ def swap_out(group: "LayerGroup", row: int) -> SwappedPages:
         # Queued on the stream that will overwrite the pages, so the pages can be given back at once.
         layers[index] = host.copy_(raw, non_blocking=True)
     swapped = SwappedPages([page != GONE for page in group.table.pages[row]], layers)
-    group.table.allocator.free(pages)
-    group.table.pages[row] = []
-    group.table.lengths[row] = 0
+    group.table.vacate(row)
     return swapped
 
 
@@ -73,5 +71,4 @@ def swap_in(group: "LayerGroup", row: int, length: int, swapped: SwappedPages) -
         device_pages = torch.tensor(taken, dtype=torch.int64, device=layer.device)
         layer.raw()[device_pages] = host.to(layer.device, non_blocking=True)
     remaining = iter(taken)
-    group.table.pages[row] = [next(remaining) if held else GONE for held in swapped.held]
-    group.table.lengths[row] = length
+    group.table.refill(row, [next(remaining) if held else GONE for held in swapped.held], length)

@@ -4,6 +4,8 @@ Each touch names the attribute it needs; when a transformers version has moved i
 message that names the version, and the test of that touch fails. Read in the sources of 5.17.0 and 5.23.0.
 """
 
+import copy
+import dataclasses
 import functools
 import inspect
 from collections.abc import Callable
@@ -11,7 +13,24 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import Cache, DynamicCache, EncoderDecoderCache, GenerationMixin, PreTrainedModel
+from transformers import (
+    Cache,
+    DynamicCache,
+    EncoderDecoderCache,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    SynthIDTextWatermarkLogitsProcessor,
+)
+from transformers.generation import (
+    EncoderNoRepeatNGramLogitsProcessor,
+    EncoderRepetitionPenaltyLogitsProcessor,
+    GenerationMode,
+    PrefixConstrainedLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+)
 
 from transformers import cache_utils, masking_utils, modeling_flash_attention_utils  # isort: skip
 from transformers.utils import logging
@@ -144,18 +163,18 @@ def _prepared(
     decoder_config = model.config.get_text_config(decoder=True)
     if made is None or made is given or not uses_paged_flash(decoder_config):
         return result
-    if type(made) is EncoderDecoderCache and _is_plain(made.self_attention_cache):
-        paged = make_cache(decoder_config)
-        if paged is not None:
-            made.self_attention_cache = paged
-            if generation_config.is_assistant:
-                paged.activate_past_recording()
-    elif _is_plain(made):
-        paged = make_cache(decoder_config)
-        if paged is not None:
-            model_kwargs["past_key_values"] = paged
-            if generation_config.is_assistant:
-                paged.activate_past_recording()
+    is_pair = type(made) is EncoderDecoderCache
+    if not _is_plain(made.self_attention_cache if is_pair else made):
+        return result
+    paged = make_cache(decoder_config)
+    if paged is None:
+        return result
+    if generation_config.is_assistant:
+        paged.activate_past_recording()
+    if is_pair:
+        made.self_attention_cache = paged
+    else:
+        model_kwargs["past_key_values"] = paged
     return result
 
 
@@ -268,3 +287,159 @@ def touch_attr(obj: Any, name: str) -> Any:
     if not hasattr(obj, name):
         touch(obj, name)
     return getattr(obj, name)
+
+
+# What generate() makes of a GenerationConfig
+
+
+@dataclasses.dataclass(slots=True)
+class PreparedGeneration:
+    """What ``generate()`` hands to its decoding loop: the resolved config, the processors and the stopping criteria.
+
+    The config is a private copy whose lengths are final and whose special tokens are tensors
+    (:func:`special_tokens`).
+    """
+
+    config: GenerationConfig
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+
+
+def resolve_generation_config(
+    model: Any, generation_config: GenerationConfig | None, **kwargs: Any
+) -> tuple[GenerationConfig, dict[str, Any]]:
+    """A copy of a config completed by the model's own defaults, as ``generate()`` does it, and unused keywords."""
+    touch(GenerationMixin, "_prepare_generation_config")
+    return model._prepare_generation_config(generation_config, **kwargs)
+
+
+def prepare_generation(
+    model: Any,
+    generation_config: GenerationConfig | None,
+    prompt: torch.Tensor,
+    *,
+    logits_processor: list[Any] | None = None,
+    stopping_criteria: list[Any] | None = None,
+    prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
+    tokenizer: Any = None,
+) -> PreparedGeneration:
+    """Everything that ``model.generate(prompt, generation_config)`` prepares before its decoding loop.
+
+    Args:
+        model: the model; its ``generation_config`` gives what the given one leaves open.
+        generation_config: None means the model's own.
+        prompt: ``[1, L]`` int64 on the model's device, without padding.
+        logits_processor, stopping_criteria, prefix_allowed_tokens_fn, tokenizer: as for ``generate()``.
+
+    Raises:
+        ValueError: ``generate()`` would raise it for the same arguments.
+    """
+    for name in (
+        "_prepare_special_tokens", "_prepare_generated_length", "_validate_generated_length", "_get_logits_processor",
+        "_get_stopping_criteria",
+    ):  # fmt: skip
+        touch(GenerationMixin, name)
+
+    def is_default(name: str) -> bool:
+        given = None if generation_config is None else getattr(generation_config, name)
+        return given is None and getattr(model.generation_config, name) is None
+
+    has_default_max_length, has_default_min_length = is_default("max_length"), is_default("min_length")
+    config, _ = resolve_generation_config(model, generation_config)
+    model._prepare_special_tokens(config, True, device=prompt.device, batch_size=1)
+    config = model._prepare_generated_length(
+        generation_config=config,
+        has_default_max_length=has_default_max_length,
+        has_default_min_length=has_default_min_length,
+        model_input_name="input_ids",
+        inputs_tensor=prompt,
+        input_ids_length=prompt.shape[1],
+    )
+    model._validate_generated_length(config, prompt.shape[1], has_default_max_length)
+    processors = model._get_logits_processor(
+        generation_config=config,
+        input_ids_seq_length=prompt.shape[1],
+        encoder_input_ids=prompt,
+        prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+        logits_processor=LogitsProcessorList(logits_processor or []),
+        device=prompt.device,
+        model_kwargs={},
+    )
+    criteria = model._get_stopping_criteria(
+        generation_config=config,
+        stopping_criteria=StoppingCriteriaList(stopping_criteria or []),
+        tokenizer=tokenizer,
+    )
+    return PreparedGeneration(config, processors, criteria)
+
+
+def special_tokens(config: GenerationConfig) -> tuple[tuple[int, ...], int | None]:
+    """(eos token ids, pad token id) of a prepared config."""
+    eos, pad = touch_attr(config, "_eos_token_tensor"), touch_attr(config, "_pad_token_tensor")
+    return () if eos is None else tuple(eos.tolist()), None if pad is None else int(pad)
+
+
+def processor_of_row(processor: Any, row: int, num_rows: int, padding: int, batch_index: int) -> Any:
+    """A processor made for a batch, as one for a row of it, ``[1, L]``, or for the row's beams, ``[num_beams, L]``.
+
+    Only four of transformers' processors know about the batch; every other object is returned as it is.
+
+    Args:
+        processor: a logits processor.
+        row: its row of the batch that ``generate()`` was called with, before rows were repeated.
+        num_rows: rows of that batch.
+        padding: tokens of padding at the row's left.
+        batch_index: the batch index that ``prefix_allowed_tokens_fn`` is called with for this row.
+    """
+    if type(processor) is RepetitionPenaltyLogitsProcessor:
+        if isinstance(processor.prompt_ignore_length, torch.Tensor):
+            return RepetitionPenaltyLogitsProcessor(processor.penalty, prompt_ignore_length=padding)
+    elif type(processor) is PrefixConstrainedLogitsProcessor:
+        allowed = touch_attr(processor, "_prefix_allowed_tokens_fn")
+        num_beams = touch_attr(processor, "_num_beams")
+        return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(batch_index, ids), num_beams)
+    elif type(processor) is EncoderRepetitionPenaltyLogitsProcessor and num_rows > 1:
+        clone = copy.copy(processor)
+        clone.encoder_input_ids = touch_attr(processor, "encoder_input_ids")[row : row + 1]
+        return clone
+    elif type(processor) is EncoderNoRepeatNGramLogitsProcessor and num_rows > 1:
+        clone = copy.copy(processor)
+        clone.batch_size = 1
+        clone.generated_ngrams = touch_attr(processor, "generated_ngrams")[row : row + 1]
+        return clone
+    elif type(processor) is SynthIDTextWatermarkLogitsProcessor:
+        return copy.deepcopy(processor)  # It remembers what it saw.
+    return processor
+
+
+def uses_attention_interface(model: PreTrainedModel) -> bool:
+    """Whether "paged_flash" would take the place of a model's attention; see :func:`_check_and_adjust`."""
+    can_set = touch(PreTrainedModel, "_can_set_attn_implementation").__get__(None, type(model))()
+    return bool(can_set and touch(type(model), "_supports_flash_attn"))
+
+
+def attention_of(config: Any) -> dict[str, Any] | str | None:
+    """A config's attention implementation, with those of its sub-configs as ``set_attn_implementation`` takes them."""
+    own = getattr(config, "_attn_implementation", None)
+    nested = {name: attention_of(getattr(config, name)) for name in config.sub_configs if getattr(config, name, None)}
+    return {"": own, **nested} if nested else own
+
+
+def own_decoding_loop(model: Any, config: GenerationConfig) -> Callable[..., Any]:
+    """transformers' own loop for a prepared config, called as ``custom_generate`` is.
+
+    Raises:
+        ValueError: a mode that has no loop in transformers itself.
+    """
+    loops = {
+        GenerationMode.GREEDY_SEARCH: "_sample",
+        GenerationMode.SAMPLE: "_sample",
+        GenerationMode.BEAM_SEARCH: "_beam_search",
+        GenerationMode.BEAM_SAMPLE: "_beam_search",
+        GenerationMode.ASSISTED_GENERATION: "_assisted_decoding",
+    }
+    mode = config.get_generation_mode()
+    if mode not in loops:
+        raise ValueError(f"transformers has no loop for {mode.value.replace('_', ' ')}: leave custom_generate out.")
+    touch(GenerationMixin, loops[mode])
+    return getattr(type(model), loops[mode])

@@ -10,7 +10,7 @@ class PageAllocator:
     """Hands out page ids ``0 .. num_pages - 1``; a page with several owners is shared.
 
     Taking and giving back a page is O(1). A fixed allocator raises :class:`OutOfPagesError` when it is empty; one
-    that may grow is given more ids by its owner (:meth:`grow`).
+    that may grow is given more ids by its owner (:meth:`grow`), and rid of those at the end (:meth:`shrink`).
     """
 
     def __init__(self, num_pages: int) -> None:
@@ -62,6 +62,35 @@ class PageAllocator:
             self._owners[page] -= 1
             if self._owners[page] == 0:
                 self._free.append(page)
+
+    @property
+    def end(self) -> int:
+        """The id behind the last page with an owner; 0 where no page has one."""
+        end = self.num_pages
+        while end and self._owners[end - 1] == 0:
+            end -= 1
+        return end
+
+    def num_left(self, keep_free: int = 0) -> int:
+        """Pages that can be left by :meth:`shrink`, with ``keep_free`` free ones among them if there are as many."""
+        end = self.end
+        return min(self.num_pages, end + max(0, keep_free - (end - self.num_used)))
+
+    def shrink(self, num_pages: int) -> None:
+        """Forget the ids from ``num_pages`` on, all of them free.
+
+        Raises:
+            ValueError: one of them has an owner.
+        """
+        if not self.end <= num_pages <= self.num_pages:
+            raise ValueError(f"num_pages must be {self.end} to {self.num_pages}, got {num_pages}.")
+        self._free = sorted((page for page in self._free if page < num_pages), reverse=True)  # as grow(): low ids first
+        del self._owners[num_pages:]
+        self.num_pages = num_pages
+
+    def num_owners(self, page: int) -> int:
+        """Owners of a page, 0 if it is free."""
+        return self._owners[page]
 
     def is_shared(self, page: int) -> bool:
         """Whether a page has more than one owner, so that writing into it needs a copy first."""

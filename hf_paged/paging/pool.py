@@ -6,7 +6,7 @@ all, and page ``p`` means the same page in every layer of the group. Groups shar
 
 import copy
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,8 +64,21 @@ class LayerPages:
         Raises:
             torch.OutOfMemoryError: the device has no memory left; the pages are as before.
         """
+        self.arena.commit(num_pages * self.page_bytes)
+        self._view(num_pages)
+
+    def shrink(self, num_pages: int) -> None:
+        """Have ``num_pages`` pages, no more than there are; the memory behind them goes back to the device.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured; the pages are as before.
+        """
+        self.arena.decommit(num_pages * self.page_bytes)
+        self._view(num_pages)
+
+    def _view(self, num_pages: int) -> None:
+        """Make the tensors that look at the first pages of the arena."""
         with torch.inference_mode(False):
-            self.arena.commit(num_pages * self.page_bytes)
             for name, (shape, dtype) in self._parts.items():
                 strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
                 view = self.arena.buffer.view(dtype).as_strided(
@@ -185,6 +198,19 @@ class PageGroup:
             pages.grow(wanted)
         self.allocator.grow(wanted)
 
+    @property
+    def is_sparse(self) -> bool:
+        """Whether at most a quarter of the pages have an owner, all of them in the first half."""
+        count = self.allocator.num_pages
+        return 4 * self.allocator.num_used <= count and 2 * self.allocator.end <= count
+
+    def trim(self, keep_free: int = 0) -> None:
+        """Give back what is behind the last page with an owner; ``keep_free`` pages stay free if there are as many."""
+        left = self.allocator.num_left(keep_free)
+        for pages in self.layers.values():
+            pages.shrink(left)
+        self.allocator.shrink(left)
+
     def held(self) -> Iterable[int]:
         """Every page reference of the sequences in this group."""
         for table in self.tables:
@@ -253,10 +279,57 @@ class PagePool:
         budget = self.num_pages * sum(g.num_layers for g in self.groups.values())
         return (budget - sum(g.allocator.num_pages * g.num_layers for g in self.groups.values())) // group.num_layers
 
+    def make_room(self, needs: Mapping[PageGroup, int]) -> None:
+        """Have ``needs[group]`` free pages in each group, or raise and leave all that is held as it is.
+
+        Where the budget is spent, what other groups have free at their ends is taken.
+
+        Raises:
+            OutOfPagesError, torch.OutOfMemoryError: see :meth:`PageGroup.make_room`.
+        """
+        try:
+            for group, count in needs.items():
+                group.make_room(count)
+        except OutOfPagesError:
+            if len(self.groups) == 1:
+                raise
+            for group in self.groups.values():
+                group.trim(keep_free=needs.get(group, 0))
+            for group, count in needs.items():
+                group.make_room(count)
+
     def evict(self, group: PageGroup, count: int) -> None:
         """Let the prefix cache give back up to ``count`` pages of a group."""
         if self.prefixes is not None:
             self.prefixes.evict(list(self.groups.values()).index(group), count)
+
+    @property
+    def committed_bytes(self) -> int:
+        """Memory taken from the devices, pages without an owner included."""
+        return sum(pages.arena.committed for group in self.groups.values() for pages in group.layers.values())
+
+    def trim(self, only_sparse: bool = False) -> int:
+        """Give memory that no page with an owner needs back to the devices: of each group, what is behind its last one.
+
+        No page moves, so a page near the end keeps all before it. A GPU is waited for. A pool that a
+        :class:`PagedCache` made for itself is trimmed by its ``reset``, and by ``crop`` and ``batch_select_indices``
+        when they leave it sparse; a pool that was given to it is not.
+
+        Args:
+            only_sparse: trim only groups that use at most a quarter of their pages, all in the first half: then what
+                is given back is much more than what the next tokens take again.
+
+        Returns:
+            Bytes given back.
+
+        Raises:
+            RuntimeError: a CUDA graph is being captured; nothing was changed.
+        """
+        before = self.committed_bytes
+        for group in self.groups.values():
+            if not only_sparse or group.is_sparse:
+                group.trim()
+        return before - self.committed_bytes
 
     @property
     def pages_in_use(self) -> int:
@@ -277,6 +350,7 @@ class PagePool:
         """Forget the page tensors, for example because the next tokens are of another dtype or device."""
         for group in self.groups.values():
             group.layers.clear()
+        self.trim()
 
     def check(self) -> None:
         """Prove that every page of every group is owned or free; see :meth:`PageAllocator.check`."""

@@ -242,7 +242,9 @@ def test_a_mask_that_hides_stored_tokens_is_refused():
     with torch.no_grad():
         m(torch.randint(1, 97, (1, 6)), past_key_values=cache)
         mask[0, 1] = 0
-        with pytest.raises(ValueError, match="hides column 1 of row 0, which the cache holds as a token"):
+        with pytest.raises(
+            ValueError, match=r"hides column 1 of row 0, which the cache holds as a token.*every pad_token_id"
+        ):
             m(torch.randint(1, 97, (1, 1)), attention_mask=mask, past_key_values=cache)
         with pytest.raises(ValueError, match=r"must cover the 6 columns in the cache and the 1 new ones, \[1, 7\]"):
             m(torch.randint(1, 97, (1, 1)), attention_mask=torch.tensor([[0, 1, 1]]), past_key_values=cache)
@@ -700,8 +702,9 @@ def test_rows_that_differ_are_not_shared(poison):
         cache.expect_repeats(2)
         m(ids, past_key_values=cache)
         assert cache.pages_in_use == 2 * 3
-        logits = m(ids[:, :1], past_key_values=cache).logits
-        expected = m(torch.cat([ids, ids[:, :1]], 1), use_cache=False).logits[:, -1:]
+        new = torch.arange(1, 5)[:, None]
+        logits = m(new, past_key_values=cache).logits
+        expected = m(torch.cat([ids, new], 1), use_cache=False).logits[:, -1:]
     assert cache.pages_in_use == 2 * 2 + 4
     assert torch.allclose(logits, expected, atol=1e-4)
     cache.check()

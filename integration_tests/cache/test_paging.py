@@ -24,24 +24,37 @@ class SequenceMachine(RuleBasedStateMachine):
         self.memory = {}
         self.next_token = 0
 
-    @rule(data=st.data())
-    def append(self, data):
+    @rule(data=st.data(), together=st.booleans())
+    def append(self, data, together):
+        """New tokens of their own, or the same ones for sequences that have the same pages."""
+        leaders = None
+        if together:
+            kinds = list(zip(self.table.pages, self.table.lengths))
+            leaders = [kinds.index(kind) if data.draw(st.booleans()) else i for i, kind in enumerate(kinds)]
+            leaders = [leader if leaders[leader] == leader else i for i, leader in enumerate(leaders)]
         counts = [data.draw(st.sampled_from([0, 1, 1, 3, 20])) for _ in self.tokens]
+        if leaders is not None:
+            counts = [counts[leader] for leader in leaders]
         before = [list(p) for p in self.table.pages], list(self.table.lengths), self.allocator.num_free
-        needed = self.table.pages_needed(counts)
+        needed = self.table.pages_needed(counts, leaders=leaders)
         if needed > self.allocator.num_free:
             with pytest.raises(OutOfPagesError) as caught:
-                self.table.append(counts)
+                self.table.append(counts, leaders=leaders)
             assert (caught.value.needed, caught.value.free) == (needed, self.allocator.num_free)
             assert before == ([list(p) for p in self.table.pages], self.table.lengths, self.allocator.num_free)
             return
         starts = list(self.table.lengths)
         size = self.table.page_size
-        for source, target in self.table.append(counts):
+        for source, target in self.table.append(counts, leaders=leaders):
             for slot in range(size):
                 if (source, slot) in self.memory:
                     self.memory[target, slot] = self.memory[source, slot]
         for i, count in enumerate(counts):
+            leader = i if leaders is None else leaders[i]
+            if leader != i:
+                assert self.table.pages[i] == self.table.pages[leader]
+                self.tokens[i] = list(self.tokens[leader])
+                continue
             for position in range(starts[i], starts[i] + count):
                 self.memory[self.table.pages[i][position // size], position % size] = self.next_token
                 self.tokens[i].append(self.next_token)
@@ -71,6 +84,41 @@ class SequenceMachine(RuleBasedStateMachine):
             found = [self.memory[self.table.pages[i][p // size], p % size] for p in range(first, len(tokens))]
             assert found == tokens[first:]
         self.allocator.check(self.table.held())
+
+    @rule()
+    def shrink(self):
+        """Ids behind the last page in use are forgotten; there are as many again later."""
+        before, free = self.allocator.num_pages, self.allocator.num_free
+        self.allocator.shrink(self.allocator.num_left(keep_free=2))
+        assert self.allocator.num_free >= min(2, free)
+        self.allocator.shrink(self.allocator.num_left())
+        assert self.allocator.num_pages == self.allocator.end == max([-1, *self.table.held()]) + 1
+        self.allocator.grow(before)
+
+    @precondition(lambda self: hasattr(self, "tokens"))
+    @rule()
+    def the_tensor_has_the_same_pages(self):
+        width = max(map(len, self.table.pages))
+        assert self.table.as_tensor().tolist() == [pages + [GONE] * (width - len(pages)) for pages in self.table.pages]
+
+    @precondition(lambda self: hasattr(self, "tokens"))
+    @rule(data=st.data())
+    def vacate_and_refill(self, data):
+        """Out of the pages and into others, as swapping does."""
+        i = data.draw(st.integers(0, len(self.tokens) - 1))
+        pages, length, first = list(self.table.pages[i]), self.table.lengths[i], self.table.first_tokens()[i]
+        self.table.vacate(i)
+        taken = self.allocator.allocate(min(sum(page != GONE for page in pages), self.allocator.num_free))
+        if len(taken) < sum(page != GONE for page in pages):
+            self.allocator.free(taken)
+            self.tokens[i] = []
+            return
+        moved = iter(taken)
+        moved = [GONE if page == GONE else next(moved) for page in pages]
+        self.table.refill(i, moved, length)
+        size = self.table.page_size
+        for position in range(first, length):
+            self.memory[moved[position // size], position % size] = self.tokens[i][position]
 
 
 SequenceMachine.TestCase.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
@@ -110,6 +158,52 @@ def test_sharers_that_write_together_keep_one_page():
     assert len({pages[0] for pages in table.pages}) == 3
 
 
+def test_sequences_that_write_the_same_share_what_they_write():
+    """The page that nobody else has is written in place; one that others have is copied once for all of them."""
+    allocator = PageAllocator(16)
+    table = SequenceTable(allocator, 8, 1)
+    table.append([5])
+    table.select([0, 0, 0])
+    assert table.pages_needed([9, 9, 9], leaders=[0, 0, 0]) == 1
+    assert table.append([9, 9, 9], leaders=[0, 0, 0]) == []
+    assert (allocator.num_used, table.lengths) == (2, [14] * 3)
+    table.select([0, 1, 2, 0])
+    source = table.pages[0][1]
+    ((copied, target),) = table.append([1, 1, 1, 0], leaders=[0, 0, 0, 3])
+    assert (copied, allocator.num_owners(source), allocator.num_owners(target)) == (source, 1, 3)
+    assert [pages[1] for pages in table.pages] == [target, target, target, source]
+    table.append([1, 1, 1, 1])
+    assert allocator.num_used == 1 + 4
+    table.clear()
+    assert allocator.num_used == 0
+
+
+def test_a_reorder_touches_only_what_beams_have_of_their_own():
+    """Counts of owners are right without visiting the pages of the prompt."""
+    allocator = PageAllocator(1100)
+    table = SequenceTable(allocator, 8, 2)
+    table.append([4000, 4000])
+    table.select([0, 0, 0, 1, 1, 1])
+    table.append([9] * 6)
+    touched = []
+    for name in ("share", "free"):
+        original = getattr(allocator, name)
+
+        def counted(pages, original=original):
+            pages = list(pages)
+            touched.extend(pages)
+            original(pages)
+
+        setattr(allocator, name, counted)
+    table.select([2, 0, 0, 3, 5, 5])
+    allocator.check(table.held())
+    assert len(touched) == 2 * (2 + 2)
+    table.select([5, 5, 5, 5, 5, 5])
+    allocator.check(table.held())
+    table.clear()
+    assert allocator.num_used == 0
+
+
 def test_full_pages_stay_shared():
     allocator = PageAllocator(8)
     table = SequenceTable(allocator, 8, 1)
@@ -130,9 +224,16 @@ def test_the_allocator_refuses_nonsense():
         allocator.share(page)
     with pytest.raises(ValueError, match="can only grow"):
         allocator.grow(1)
+    with pytest.raises(ValueError, match="num_pages must be 0 to 2, got 3"):
+        allocator.shrink(3)
     with pytest.raises(OutOfPagesError, match=r"needs 3 more pages, 2 of 2 are free: .* num_pages="):
         allocator.allocate(3)
     allocator.allocate(1)
+    table = SequenceTable(allocator, 8, 1)
+    table.append([3])
+    with pytest.raises(ValueError, match=r"sequence 0 holds 3 tokens: vacate\(\) it first"):
+        table.refill(0, [1], 3)
+    table.clear()
     with pytest.raises(AssertionError, match="counts 1 owners, 0 hold it"):
         allocator.check([])
 
