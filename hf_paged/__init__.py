@@ -5,11 +5,40 @@
 """
 
 from .cache import PagedCache
-from .errors import OutOfPagesError, UnsupportedModelError
+from .engine import (
+    Engine,
+    EngineConfig,
+    EngineStats,
+    RequestHandle,
+    RequestOutput,
+    RequestTiming,
+    SequenceOutput,
+    is_supported,
+)
+from .errors import OutOfPagesError, RequestError, UnsupportedModelError
+from .generate_patch import generate, patch_generate, unpatch_generate
 from .paging import PagePool
 from .registration import register
 
 __version__ = "0.1.0"
-__all__ = ["OutOfPagesError", "PagePool", "PagedCache", "UnsupportedModelError", "__version__"]
+__all__ = [
+    "Engine",
+    "EngineConfig",
+    "EngineStats",
+    "OutOfPagesError",
+    "PagePool",
+    "PagedCache",
+    "RequestError",
+    "RequestHandle",
+    "RequestOutput",
+    "RequestTiming",
+    "SequenceOutput",
+    "UnsupportedModelError",
+    "__version__",
+    "generate",
+    "is_supported",
+    "patch_generate",
+    "unpatch_generate",
+]
 
 register()

@@ -335,8 +335,8 @@ def prepare_generation(
         ValueError: ``generate()`` would raise it for the same arguments.
     """
     for name in (
-        "_prepare_special_tokens", "_prepare_generated_length", "_validate_generated_length", "_get_logits_processor",
-        "_get_stopping_criteria",
+        "_validate_generation_mode", "_prepare_special_tokens", "_prepare_generated_length",
+        "_validate_generated_length", "_get_logits_processor", "_get_stopping_criteria",
     ):  # fmt: skip
         touch(GenerationMixin, name)
 
@@ -346,6 +346,7 @@ def prepare_generation(
 
     has_default_max_length, has_default_min_length = is_default("max_length"), is_default("min_length")
     config, _ = resolve_generation_config(model, generation_config)
+    model._validate_generation_mode(config.get_generation_mode(), config, {})
     model._prepare_special_tokens(config, True, device=prompt.device, batch_size=1)
     config = model._prepare_generated_length(
         generation_config=config,

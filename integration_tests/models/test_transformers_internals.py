@@ -17,6 +17,7 @@ from transformers import (
     BartForConditionalGeneration,
     DynamicCache,
     EncoderDecoderCache,
+    GenerationConfig,
     GenerationMixin,
     Llama4TextConfig,
     PreTrainedModel,
@@ -350,3 +351,173 @@ def test_one_module_touches_private_names():
     assert len(touches.pop("transformers_internals.py")) > 3, "the check sees what it looks for"
     assert {path: names for path, names in touches.items() if names} == {}
     assert all("continuous_batching" not in path.read_text("utf-8") for path in paths), "not even the one module"
+
+
+# What generate() prepares
+
+
+PREPARED = [
+    "_prepare_generation_config", "_validate_generation_mode", "_prepare_special_tokens", "_prepare_generated_length",
+    "_validate_generated_length", "_get_logits_processor", "_get_stopping_criteria",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PREPARED)
+def test_a_missing_step_of_generate_is_reported(name, monkeypatch):
+    model = tiny_model("llama", "eager", num_hidden_layers=1)
+    monkeypatch.delattr(GenerationMixin, name)
+    with pytest.raises(ImportError, match=rf"GenerationMixin\.{name}"):
+        internals.prepare_generation(model, None, torch.tensor([[5]]))
+
+
+PROMPT = torch.tensor([[5, 6, 7, 5]])
+
+
+def prepared_by_generate(model, prompt, config, **kwargs):
+    """What ``generate()`` hands to a decoding loop that is given as ``custom_generate``."""
+    found = {}
+
+    def loop(model, input_ids, logits_processor, stopping_criteria, generation_config, **model_kwargs):
+        found.update(config=generation_config, processors=logits_processor, criteria=stopping_criteria)
+        return input_ids
+
+    model.generate(prompt, generation_config=config, custom_generate=loop, **kwargs)
+    return found
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(max_new_tokens=4),
+        dict(max_length=12, min_length=6, eos_token_id=[3, 4], pad_token_id=0),
+        dict(),
+        dict(max_new_tokens=4, min_new_tokens=2, eos_token_id=3, do_sample=True, temperature=0.5, min_p=0.1),
+        dict(num_beams=3, num_return_sequences=2, repetition_penalty=1.5, do_sample=True, eos_token_id=3, max_time=9.0),
+    ],
+    ids=str,
+)
+def test_prepared_as_generate_prepares_it(options):
+    model = tiny_model("llama", "eager", num_hidden_layers=1)
+
+    def mine(input_ids, scores):
+        return scores
+
+    expected = prepared_by_generate(
+        model, PROMPT, GenerationConfig(**options), logits_processor=[mine], stopping_criteria=[mine]
+    )
+    got = internals.prepare_generation(
+        model, GenerationConfig(**options), PROMPT, logits_processor=[mine], stopping_criteria=[mine]
+    )
+    for name in ("max_length", "min_length", "num_beams", "do_sample", "temperature", "top_k", "num_return_sequences"):
+        assert getattr(got.config, name) == getattr(expected["config"], name), name
+    assert internals.special_tokens(got.config) == internals.special_tokens(expected["config"])
+    assert [type(item) for item in got.processors] == [type(item) for item in expected["processors"]]
+    assert [type(item) for item in got.criteria] == [type(item) for item in expected["criteria"]]
+    assert got.criteria.max_length == expected["criteria"].max_length
+    scores, ids = torch.randn(1, 97), PROMPT.repeat(3, 1)[: options.get("num_beams", 1)]
+    scores = scores.repeat(len(ids), 1)
+    expected_scores = expected["processors"](ids, scores.clone())
+    assert torch.equal(got.processors(ids, scores.clone()), expected_scores)
+
+
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_processors_of_a_batch_serve_its_rows(num_beams):
+    """Each row alone gets the scores that it gets in its batch; the processors of the batch stay as they are."""
+    model = tiny_model("llama", "eager", num_hidden_layers=1)
+    batch = torch.tensor([[0, 0, 5, 6, 7], [9, 8, 9, 8, 9], [0, 11, 12, 11, 13]])
+    mask = (batch != 0).long()
+    config = GenerationConfig(
+        repetition_penalty=1.5, encoder_repetition_penalty=1.2 if num_beams == 1 else None, max_new_tokens=4,
+        encoder_no_repeat_ngram_size=2, no_repeat_ngram_size=2, num_beams=num_beams, bad_words_ids=[[5, 6], [30]],
+    )  # fmt: skip
+    calls = []
+
+    def allowed(batch_id, ids):
+        calls.append((batch_id, ids.tolist()))
+        return list(range(batch_id, 90))
+
+    prepared = prepared_by_generate(model, batch, config, attention_mask=mask, prefix_allowed_tokens_fn=allowed)
+    history = torch.cat([batch, torch.tensor([[6], [9], [11]])], dim=1).repeat_interleave(num_beams, 0)
+    scores = torch.randn(3 * num_beams, 97)
+    expected = prepared["processors"](history, scores.clone())
+    in_batch = list(calls)
+    calls.clear()
+    for row in range(3):
+        processors = [
+            internals.processor_of_row(p, row, 3, int((batch[row] == 0).sum()), row) for p in prepared["processors"]
+        ]
+        part = slice(row * num_beams, (row + 1) * num_beams)
+        got = scores[part].clone()
+        for processor in processors:
+            got = processor(history[part], got)
+        assert torch.equal(got, expected[part])
+    assert calls == in_batch
+    assert torch.equal(prepared["processors"](history, scores.clone()), expected)
+
+
+def test_a_processor_that_remembers_is_copied_for_each_row():
+    config = transformers.SynthIDTextWatermarkingConfig(ngram_len=3, keys=[4, 5])
+    processor = config.construct_processor(97, "cpu")
+    rows = [internals.processor_of_row(processor, 0, 1, 0, row) for row in range(2)]
+    assert processor is not rows[0] is not rows[1]
+    other = object()
+    assert internals.processor_of_row(other, 0, 2, 0, 0) is other
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (dict(), "_sample"),
+        (dict(do_sample=True), "_sample"),
+        (dict(num_beams=2), "_beam_search"),
+        (dict(num_beams=2, do_sample=True), "_beam_search"),
+        (dict(prompt_lookup_num_tokens=3), "_assisted_decoding"),
+    ],
+    ids=str,
+)
+def test_the_loop_that_generate_would_run(options, name, monkeypatch):
+    """What ``generate()`` gives with its own loop handed to it is what it gives without."""
+    model = tiny_model("llama", "eager", num_hidden_layers=1)
+    config = GenerationConfig(max_new_tokens=5, **options)
+    loop = internals.own_decoding_loop(model, internals.resolve_generation_config(model, config)[0])
+    assert loop is getattr(GenerationMixin, name)
+    torch.manual_seed(0)
+    expected = model.generate(PROMPT, config)
+    torch.manual_seed(0)
+    assert torch.equal(model.generate(PROMPT, config, custom_generate=loop), expected)
+    monkeypatch.delattr(GenerationMixin, name)
+    with pytest.raises(ImportError, match=name):
+        internals.own_decoding_loop(model, internals.resolve_generation_config(model, config)[0])
+
+
+def test_a_mode_without_a_loop_is_refused():
+    model = tiny_model("llama", "eager", num_hidden_layers=1)
+    config = internals.resolve_generation_config(model, GenerationConfig(penalty_alpha=0.5, top_k=4))[0]
+    with pytest.raises(ValueError, match="contrastive search"):
+        internals.own_decoding_loop(model, config)
+
+
+# The engine
+
+
+@pytest.mark.parametrize(("family", "expected"), [("llama", True), ("gpt_oss", True), ("bloom", False)])
+def test_the_attention_interface_is_known_by_the_class(family, expected):
+    with torch.device("meta"):
+        config = CONFIG_MAPPING[family]()
+        model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    assert internals.uses_attention_interface(model) is expected
+
+
+def test_an_implementation_read_can_be_set_again():
+    model = tiny_model("llama", "sdpa")
+    before = internals.attention_of(model.config)
+    assert before == "sdpa"
+    model.set_attn_implementation("paged_flash")
+    assert internals.attention_of(model.config) == "paged_flash"
+    model.set_attn_implementation(before)
+    assert internals.attention_of(model.config) == "sdpa"
+    config = transformers.Gemma3Config()
+    config.text_config._attn_implementation = "sdpa"
+    config.vision_config._attn_implementation = "eager"
+    read = internals.attention_of(config)
+    assert (read["text_config"], read["vision_config"]) == ("sdpa", "eager")

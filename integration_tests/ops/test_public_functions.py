@@ -148,12 +148,13 @@ def test_custom_ops_pass_opcheck():
     q, k = torch.randn(2, 3, 4, 16), torch.randn(2, 5, 2, 16)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        ops.flash_attention_op, (q, k, k, None, None, 3, None, 0, None, None, 0.25), test_utils=tests
+        ops.flash_attention_op, (q, k, k, None, None, 3, None, 0, None, None, 0.25, False), test_utils=tests
     )
     packed = torch.randn(6, 4, 16)
     cu = ints(0, 2, 6)
     torch.library.opcheck(
-        ops.flash_attention_op, (packed, packed, packed, cu, cu, 4, 2, 0, 5.0, torch.randn(4), 0.25), test_utils=tests
+        ops.flash_attention_op, (packed, packed, packed, cu, cu, 4, 2, 0, 5.0, torch.randn(4), 0.25, False),
+        test_utils=tests,
     )
     p = paged()
     torch.library.opcheck(
@@ -193,10 +194,10 @@ def test_torch_compile_traces_through_without_a_break():
     assert torch.equal(arguments[3], other[3])
 
 
-def test_backward_says_that_there_is_none():
-    q = torch.randn(1, 3, 2, 16, requires_grad=True)
-    out = kernels.flash_attention(q, q, q, causal=True)
-    with pytest.raises(RuntimeError, match="no backward pass yet"):
+def test_backward_over_pages_says_that_there_is_none():
+    p = paged()
+    out = kernels.paged_attention(**p | {"q": p["q"].requires_grad_()})
+    with pytest.raises(RuntimeError, match="attention over pages has no backward pass"):
         out.sum().backward()
 
 

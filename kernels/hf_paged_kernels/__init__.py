@@ -5,11 +5,26 @@ take. This package needs torch and, on an accelerator, triton; it never imports 
 
     flash_attention         dense or packed queries and keys
     paged_attention         packed queries over pages, in place: prefill, decode, mixed
+    make_split_plan         the work list of a decode step, for all its layers
     write_pages             new keys and values into their slots
     copy_pages              whole pages inside a pool
     merge_attention_states  two results over disjoint keys into one
 """
 
-from .api import copy_pages, flash_attention, merge_attention_states, paged_attention, write_pages
+from .api import (
+    copy_pages,
+    flash_attention,
+    make_split_plan,
+    merge_attention_states,
+    paged_attention,
+    write_pages,
+)
 
-__all__ = ["copy_pages", "flash_attention", "merge_attention_states", "paged_attention", "write_pages"]
+__all__ = [
+    "copy_pages",
+    "flash_attention",
+    "make_split_plan",
+    "merge_attention_states",
+    "paged_attention",
+    "write_pages",
+]

@@ -4,6 +4,7 @@ import torch
 
 from . import checks, ops
 from .checks import check_tensor, require
+from .settings import split_plan_size
 
 
 def flash_attention(
@@ -21,8 +22,9 @@ def flash_attention(
     sinks: torch.Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    deterministic: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-    """Exact attention without an attention matrix, dense or of packed sequences.
+    """Exact attention without an attention matrix, dense or of packed sequences; differentiable.
 
     The last query is aligned with the last key. With 2 queries, 4 keys and ``causal=True`` query row sees key column::
 
@@ -43,7 +45,9 @@ def flash_attention(
         softcap: ``softcap * tanh(scores / softcap)`` before the mask (Gemma 2).
         sinks: ``[Hq]``, one learned logit per head that takes part in the softmax without a value (gpt-oss).
         scale: factor on ``q @ k``; default ``D ** -0.5``.
-        return_lse: also return the log-sum-exp of the scaled scores, sinks included.
+        return_lse: also return the log-sum-exp of the scaled scores, sinks included; it is differentiable too.
+        deterministic: a backward pass with the same bits every time, without atomics; also on wherever
+            ``torch.use_deterministic_algorithms`` is. The forward pass always is deterministic.
 
     Returns:
         Attention ``[B, Lq, Hq, Dv]`` or ``[Tq, Hq, Dv]`` in q's dtype; a query without keys gives zeros. With
@@ -52,7 +56,7 @@ def flash_attention(
     Raises:
         ValueError: shapes, devices, lengths or options that do not fit; TypeError: dtypes that are not supported.
 
-    Source: Dao, "FlashAttention-2" (2023), algorithm 1.
+    Source: Dao, "FlashAttention-2" (2023), algorithms 1 and 2.
     """
     varlen = cu_seqlens_q is not None
     dims = ("[Tq, Hq, D]", "[Tk, Hk, D]") if varlen else ("[B, Lq, Hq, D]", "[B, Lk, Hk, D]")
@@ -84,7 +88,7 @@ def flash_attention(
     out, lse = ops.flash_attention_op(
         _unit_stride(q), _unit_stride(k), _unit_stride(v), cu_seqlens_q, cu_seqlens_k,
         max_seqlen_q if max_seqlen_q is not None else q.shape[1], window_left, window_right,
-        checks.check_softcap(softcap), sinks, checks.resolve_scale(scale, q.shape[-1]),
+        checks.check_softcap(softcap), sinks, checks.resolve_scale(scale, q.shape[-1]), deterministic,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -105,6 +109,7 @@ def paged_attention(
     scale: float | None = None,
     k_scale: torch.Tensor | None = None,
     v_scale: torch.Tensor | None = None,
+    plan: torch.Tensor | None = None,
     return_lse: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Attention of new tokens to all tokens of their sequence, read in place from pages: prefill, decode and mixed.
@@ -134,6 +139,7 @@ def paged_attention(
         k_scale: float32 ``[num_pages, Hk, page_size]`` for quantised pages; a key is ``page * scale``, multiplied
             inside the kernel.
         v_scale: the same for values.
+        plan: from :func:`make_split_plan`, made once for all layers of a step; None: made in the call where needed.
         return_lse: also return the log-sum-exp of the scaled scores, sinks included.
 
     Returns:
@@ -169,6 +175,12 @@ def paged_attention(
         cu_seqlens_q=cu_seqlens_q, sinks=sinks,
     )  # fmt: skip
     checks.check_scales(k_pages, k_scale, v_scale)
+    size = split_plan_size(num_seqs, page_table.shape[1] * k_pages.shape[2])
+    require(
+        plan is None or (plan.dtype == torch.int32 and plan.shape == (size,) and plan.device == q.device),
+        f"plan must be what make_split_plan() gave for this page table, int32 {[size]}, "
+        f"got {None if plan is None else (plan.dtype, list(plan.shape), plan.device)}.",
+    )
     window_left, window_right = checks.resolve_window(window, causal)
     if checks.may_read_values(q):
         checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_query_len)
@@ -178,9 +190,52 @@ def paged_attention(
     out, lse = ops.paged_attention_op(
         _unit_stride(q), k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, max_query_len,
         window_left, window_right, checks.check_softcap(softcap), sinks, checks.resolve_scale(scale, q.shape[-1]),
-        k_scale, v_scale,
+        k_scale, v_scale, plan,
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def make_split_plan(
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    page_table: torch.Tensor,
+    page_size: int,
+    *,
+    causal: bool = True,
+    window: int | tuple[int | None, int | None] | None = None,
+) -> torch.Tensor:
+    """The work list of a decode step, made on the device: pass it to :func:`paged_attention` of every layer.
+
+    A sequence is cut into splits of a length that depends on the sequence alone, so a row's result never depends on
+    what else is in the batch. The list is as long as the page table allows, so it can be made inside a captured graph.
+    On a GPU without the Gluon kernel it is not read.
+
+    Args:
+        seq_lens: int32 ``[num_seqs]``, as in :func:`paged_attention`.
+        cu_seqlens_q: int32 ``[num_seqs + 1]``.
+        page_table: int32 ``[num_seqs, max_pages_per_seq]``; its width bounds the lengths.
+        page_size: tokens of a page.
+        causal: as in :func:`paged_attention`.
+        window: of the layers that will use the plan. A plan without a window serves every layer, only slower.
+
+    Returns:
+        int32, to be passed on as it is.
+
+    Raises:
+        ValueError, TypeError: tensors of other shapes or dtypes.
+    """
+    check_tensor("seq_lens", seq_lens, "[num_seqs]", (torch.int32,))
+    checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q)
+    check_tensor("page_table", page_table, "[num_seqs, max_pages_per_seq]", (torch.int32,))
+    require(
+        page_table.shape[0] == seq_lens.shape[0] == cu_seqlens_q.shape[0] - 1,
+        f"page_table, seq_lens and cu_seqlens_q must speak of the same sequences, got {page_table.shape[0]} rows, "
+        f"{seq_lens.shape[0]} lengths and {cu_seqlens_q.shape[0]} prefix sums (one more than sequences).",
+    )
+    checks.check_same_device(seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q, page_table=page_table)
+    require(page_size in checks.PAGE_SIZES, f"page_size must be one of {checks.PAGE_SIZES}, got {page_size!r}.")
+    window_left, _ = checks.resolve_window(window, causal)
+    return ops.split_plan_op(seq_lens, cu_seqlens_q, page_table.shape[1] * page_size, window_left)
 
 
 def write_pages(
@@ -261,9 +316,7 @@ def copy_pages(k_pages: torch.Tensor, v_pages: torch.Tensor, source: torch.Tenso
         sources, targets = source.tolist(), target.tolist()
         for name, values in (("source", sources), ("target", targets)):
             bad = [page for page in values if not 0 <= page < num_pages]
-            require(
-                not bad, f"{name} holds page {bad[0] if bad else 0}, outside of the pool (0 to {num_pages - 1})."
-            )
+            require(not bad, f"{name} holds page {bad[0] if bad else 0}, outside of the pool (0 to {num_pages - 1}).")
         require(len(set(targets)) == len(targets), "target holds a page twice: which copy wins would be undefined.")
         both = set(sources) & set(targets)
         require(not both, f"page {min(both, default=0)} is in source and in target: the copies would race.")

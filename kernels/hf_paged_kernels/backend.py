@@ -1,10 +1,14 @@
 """Which implementation a tensor takes, and the device a launch runs under."""
 
+import os
 from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from importlib.util import find_spec
 
 import torch
 
 TRITON_DEVICES = ("cuda", "xpu")
+GLUON_HEAD_DIMS = (64, 128, 256)
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:
@@ -17,3 +21,36 @@ def device_guard(tensor: torch.Tensor) -> AbstractContextManager:
     if tensor.device.type == "cpu":
         return nullcontext()
     return torch.get_device_module(tensor.device).device(tensor.device)
+
+
+@lru_cache
+def _has_gluon(device: torch.device) -> bool:
+    """Whether the Gluon kernels run on ``device``: Hopper and a Triton that has Gluon, not switched off."""
+    if device.type != "cuda" or torch.version.cuda is None or os.environ.get("HF_PAGED_GLUON") == "0":
+        return False
+    return torch.cuda.get_device_capability(device) == (9, 0) and find_spec("triton.experimental.gluon") is not None
+
+
+def uses_gluon(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> bool:
+    """Whether attention takes the Gluon kernel: a Hopper GPU, and tensors that TMA and wgmma can read.
+
+    ``HF_PAGED_GLUON=0`` in the environment keeps everything on portable Triton.
+    """
+    head_dim = q.shape[-1]
+    group = q.shape[-2] // max(1, k.shape[-2 if k.ndim == q.ndim else 1])
+    return (
+        _has_gluon(q.device)
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and k.dtype == v.dtype == q.dtype
+        and head_dim == v.shape[-1]
+        and head_dim in GLUON_HEAD_DIMS
+        and group <= 64
+        and scale > 0
+        and all(_is_aligned(x) for x in (q, k, v))
+    )
+
+
+def _is_aligned(x: torch.Tensor) -> bool:
+    """Rows of 16-byte multiples, as TMA descriptors need them."""
+    elements = 16 // x.element_size()
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % elements == 0 for s in x.stride()[:-1])

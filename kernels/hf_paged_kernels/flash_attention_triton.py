@@ -88,7 +88,7 @@ def _attend(
     return accumulator, running_max, running_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "stride_lb", "stride_lh", "window_left", "window_right"])
 def _flash_forward(
     q,
     k,

@@ -1,14 +1,16 @@
 """The kernels as ``torch.library`` custom ops (namespace ``hf_paged``), with fake implementations.
 
 Arguments are taken as checked: the public functions of the package check them, and so does whoever builds a step plan.
-Each op picks its implementation by device: Triton on an accelerator, the PyTorch reference on CPU. No argument has a
-default: torch 2.11 does not fill in defaults of mutated arguments.
+Each op picks its implementation by device: Triton on an accelerator, the PyTorch reference on CPU. No op that mutates has
+a default: torch 2.11 does not fill them in there.
 """
+
+from typing import Any
 
 import torch
 
 from . import reference
-from .backend import uses_triton
+from .backend import uses_gluon, uses_triton
 
 
 @torch.library.custom_op("hf_paged::flash_attention", mutates_args=())
@@ -24,11 +26,16 @@ def flash_attention_op(
     softcap: float | None,
     sinks: torch.Tensor | None,
     scale: float,
+    deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``flash_attention_launch`` for the arguments."""
+    """See ``flash_attention_launch`` for the arguments; ``deterministic`` is for the backward pass."""
     arguments = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, window_left, window_right, softcap, sinks, scale)
     if not uses_triton(q):
         return reference.flash_attention_reference(*arguments)
+    if uses_gluon(q, k, v, scale):
+        from .attention_hopper_gluon import hopper_flash_launch
+
+        return hopper_flash_launch(*arguments)
     from .flash_attention_triton import flash_attention_launch
 
     return flash_attention_launch(*arguments)
@@ -47,10 +54,62 @@ def _(
     softcap: float | None,
     sinks: torch.Tensor | None,
     scale: float,
+    deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse_shape = (q.shape[1], q.shape[0]) if cu_seqlens_q is not None else (q.shape[0], q.shape[2], q.shape[1])
     return out, q.new_empty(lse_shape, dtype=torch.float32)
+
+
+@torch.library.custom_op("hf_paged::flash_attention_backward", mutates_args=())
+def flash_attention_backward_op(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See ``flash_attention_backward_launch`` for the arguments; the reference is always deterministic."""
+    arguments = (
+        q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, window_left, window_right, softcap, sinks, scale,
+    )  # fmt: skip
+    if not uses_triton(q):
+        return reference.flash_attention_backward_reference(*arguments)
+    from .flash_attention_backward_triton import flash_attention_backward_launch
+
+    return flash_attention_backward_launch(*arguments, deterministic)
+
+
+@flash_attention_backward_op.register_fake
+def _(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    deterministic: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    return dq, dk, dv, q.new_empty(q.shape[-2] if sinks is not None else 0, dtype=torch.float32)
 
 
 @torch.library.custom_op("hf_paged::paged_attention", mutates_args=())
@@ -69,14 +128,19 @@ def paged_attention_op(
     scale: float,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
+    plan: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``paged_attention_launch`` for the arguments."""
+    """See ``paged_attention_launch`` for the arguments, and ``split_plan_op`` for ``plan``."""
     arguments = (
         q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, max_query_len,
         window_left, window_right, softcap, sinks, scale, k_scale, v_scale,
     )  # fmt: skip
     if not uses_triton(q):
         return reference.paged_attention_reference(*arguments)
+    if k_scale is None and uses_gluon(q, k_pages, v_pages, scale):
+        from .attention_hopper_gluon import hopper_paged_launch
+
+        return hopper_paged_launch(*arguments[:12], plan)
     from .paged_attention_triton import paged_attention_launch
 
     return paged_attention_launch(*arguments)
@@ -98,9 +162,33 @@ def _(
     scale: float,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
+    plan: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = q.new_empty(*q.shape[:2], v_pages.shape[-1])
     return out, q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+
+
+@torch.library.custom_op("hf_paged::split_plan", mutates_args=())
+def split_plan_op(
+    seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor, max_tokens: int, window_left: int | None
+) -> torch.Tensor:
+    """The work list of a step of short queries: see ``make_split_plan_launch``. Only the Gluon kernel reads it.
+
+    Made once per step and window and passed to :func:`paged_attention_op` by every layer; without it each call makes
+    its own.
+    """
+    if not uses_triton(seq_lens):
+        return reference.split_plan_reference(seq_lens, cu_seqlens_q, max_tokens, window_left)
+    from .split_plan_triton import make_split_plan_launch
+
+    return make_split_plan_launch(seq_lens, cu_seqlens_q, max_tokens, window_left)
+
+
+@split_plan_op.register_fake
+def _(seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor, max_tokens: int, window_left: int | None) -> torch.Tensor:
+    from .settings import split_plan_size
+
+    return seq_lens.new_empty(split_plan_size(seq_lens.shape[0], max_tokens))
 
 
 @torch.library.custom_op("hf_paged::write_pages", mutates_args=("k_pages", "v_pages", "k_scale", "v_scale"))
@@ -154,11 +242,35 @@ def _(
 
 def _no_backward(ctx: object, *grads: torch.Tensor) -> None:
     raise RuntimeError(
-        "hf_paged's attention has no backward pass yet: wrap inference in torch.no_grad(), or train with "
-        'attn_implementation="sdpa" or "flash_attention_2".'
+        "attention over pages has no backward pass: wrap inference in torch.no_grad(); to train, call the model with "
+        "use_cache=False, whose attention (flash_attention) has one."
     )
 
 
+def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    q, k, v, cu_seqlens_q, cu_seqlens_k, _, window_left, window_right, softcap, sinks, scale, deterministic = inputs
+    ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, sinks)
+    ctx.options = window_left, window_right, softcap, scale, deterministic
+    # A result that nothing used has no gradient, rather than one of zeros to read.
+    ctx.set_materialize_grads(False)
+
+
+def _flash_attention_backward(
+    ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks = ctx.saved_tensors
+    window_left, window_right, softcap, scale, deterministic = ctx.options
+    if dout is None:
+        dout = torch.zeros_like(out)
+    dq, dk, dv, dsinks = flash_attention_backward_op(
+        q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, window_left, window_right, softcap, sinks, scale,
+        deterministic,
+    )  # fmt: skip
+    # In the order of the op's arguments.
+    return dq, dk, dv, None, None, None, None, None, None, None if sinks is None else dsinks.to(sinks.dtype), None, None
+
+
+flash_attention_op.register_autograd(_flash_attention_backward, setup_context=_save_for_backward)
 # Without this, autograd would silently treat the outputs as constants in some dispatch modes.
-for _op in (flash_attention_op, paged_attention_op, merge_attention_states_op):
+for _op in (paged_attention_op, merge_attention_states_op, flash_attention_backward_op):
     _op.register_autograd(_no_backward)

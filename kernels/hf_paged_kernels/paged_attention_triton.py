@@ -128,7 +128,7 @@ def _attend_pages(
     return accumulator, running_max, running_sum
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "stride_table", "stride_lt", "stride_lh", "stride_ls", "window_left", "window_right"])
 def _paged_forward(
     q,
     k_pages,
@@ -281,7 +281,7 @@ def _paged_forward(
     tl.store(lse + packed * stride_lt + heads * stride_lh + split * stride_ls, row_lse, mask=row_valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs", "stride_plt", "stride_plh", "stride_pls", "stride_lt", "stride_lh"])
 def _merge_splits(
     parts,
     part_lse,

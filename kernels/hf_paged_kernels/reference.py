@@ -4,10 +4,12 @@ They are also what CPU tensors take. Everything runs in at least float32; float6
 """
 
 import math
+from itertools import pairwise
+from typing import Any
 
 import torch
 
-from .settings import LARGEST
+from .settings import LARGEST, MAX_SPLITS, SHORTEST_SPLIT, split_plan_size
 
 ROWS_AT_A_TIME = 1024
 
@@ -21,33 +23,44 @@ def attend(
     softcap: float | None,
     sinks: torch.Tensor | None,
     scale: float,
-    key_start: int = 0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attention of one sequence: q ``[Lq, Hq, D]``, k ``[Lk, Hk, D]``, v ``[Lk, Hk, Dv]``.
 
     The last query sits on the last key. Query position p sees keys ``p - window_left .. p + window_right``; None is no
-    bound. ``key_start`` is the position of ``k[0]``, for callers that leave out keys no query sees.
+    bound. A caller may leave out leading keys that no query sees: only distances count.
 
     Returns:
         ``(out [Lq, Hq, Dv] in q's dtype, lse [Hq, Lq] float32)``; a row without keys gives zeros and -inf.
     """
     num_queries, num_q_heads, _ = q.shape
     num_keys, _, v_dim = v.shape
-    key_positions = torch.arange(key_start, key_start + num_keys, device=q.device)
-    query_positions = torch.arange(num_queries, device=q.device) + (key_start + num_keys - num_queries)
     out = q.new_empty(num_queries, num_q_heads, v_dim)
     lse = q.new_empty(num_q_heads, num_queries, dtype=torch.float32)
     # Rows are independent: taking them in chunks keeps memory linear in the number of keys.
     for first in range(0, num_queries, ROWS_AT_A_TIME):
         rows = slice(first, first + ROWS_AT_A_TIME)
-        distance = query_positions[rows, None] - key_positions[None, :]  # > 0: the key is to the left
-        hidden = torch.zeros_like(distance, dtype=torch.bool)
-        if window_left is not None:
-            hidden |= distance > window_left
-        if window_right is not None:
-            hidden |= distance < -window_right
+        hidden = hidden_keys(rows, num_queries, num_keys, window_left, window_right, q.device)
         out[rows], lse[:, rows] = attend_rows(q[rows], k, v, hidden, softcap, sinks, scale)
     return out, lse
+
+
+def hidden_keys(
+    rows: slice,
+    num_queries: int,
+    num_keys: int,
+    window_left: int | None,
+    window_right: int | None,
+    device: torch.device,
+) -> torch.Tensor:
+    """Bool ``[rows, num_keys]``: keys that the query rows do not see; the last query sits on the last key."""
+    positions = torch.arange(num_queries, device=device)[rows] + (num_keys - num_queries)
+    distance = positions[:, None] - torch.arange(num_keys, device=device)  # > 0: the key is to the left
+    hidden = torch.zeros_like(distance, dtype=torch.bool)
+    if window_left is not None:
+        hidden |= distance > window_left
+    if window_right is not None:
+        hidden |= distance < -window_right
+    return hidden
 
 
 def attend_rows(
@@ -121,6 +134,96 @@ def flash_attention_reference(
     return out, lse
 
 
+def attend_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of :func:`attend`: dout ``[Lq, Hq, Dv]``, dlse ``[Hq, Lq]`` or None.
+
+    Returns:
+        ``(dq, dk, dv, dsinks [Hq])`` in the dtype of computation; dsinks is of use only with sinks.
+    """
+    num_queries, num_q_heads, _ = q.shape
+    num_keys, num_kv_heads, _ = k.shape
+    group = num_q_heads // num_kv_heads
+    compute = torch.promote_types(q.dtype, torch.float32)
+    # [Hk, Lk, D], [Hk, Lk, Dv]
+    keys, values = (x.to(compute).transpose(0, 1) for x in (k, v))
+    dq, dk, dv = (torch.zeros(x.shape, dtype=compute, device=q.device) for x in (q, keys, values))
+    dsinks = torch.zeros(num_q_heads, dtype=compute, device=q.device)
+    for first in range(0, num_queries, ROWS_AT_A_TIME):
+        rows = slice(first, first + ROWS_AT_A_TIME)
+        # [Hk, group, rows, *]: query head h reads key/value head h // group.
+        queries, results, grads = (
+            x[rows].to(compute).unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3) for x in (q, out, dout)
+        )
+        row_lse = lse[:, rows].to(compute).unflatten(0, (num_kv_heads, group))
+        logits = queries @ keys[:, None].mT * scale
+        slope = 1.0
+        if softcap is not None:
+            slope = 1.0 - torch.tanh(logits / softcap) ** 2
+            logits = softcap * torch.tanh(logits / softcap)
+        hidden = hidden_keys(rows, num_queries, num_keys, window_left, window_right, q.device)
+        # A row without keys has lse -inf; all of its weights are 0.
+        pivot = row_lse.masked_fill(row_lse == -math.inf, 0.0)
+        weights = torch.exp(logits.masked_fill(hidden, -math.inf) - pivot[..., None])
+        delta = (results * grads).sum(-1)
+        if dlse is not None:
+            delta = delta - dlse[:, rows].to(compute).unflatten(0, (num_kv_heads, group))
+        dv += (weights.mT @ grads).sum(1)
+        dscores = weights * (grads @ values[:, None].mT - delta[..., None]) * slope
+        dk += (dscores.mT @ queries).sum(1) * scale
+        dq[rows] = (dscores @ keys[:, None] * scale).permute(2, 0, 1, 3).flatten(1, 2)
+        if sinks is not None:
+            dsinks -= (torch.exp(sinks.to(compute)[:, None] - pivot.flatten(0, 1)) * delta.flatten(0, 1)).sum(1)
+    return dq, dk.transpose(0, 1), dv.transpose(0, 1), dsinks
+
+
+def flash_attention_backward_reference(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Sequence by sequence; arguments and results as ``flash_attention_backward_launch``."""
+    rest = (window_left, window_right, softcap, sinks, scale)
+    dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
+    dsinks = q.new_zeros(q.shape[-2] if sinks is not None else 0, dtype=torch.float32)
+    if cu_seqlens_q is None or cu_seqlens_k is None:
+        # Indices of one sequence after another: of q, out, dout, dq; of k, v, dk, dv; of lse, dlse.
+        sequences: list[Any] = [(b, b, b) for b in range(q.shape[0])]
+    else:
+        ends = zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()))
+        sequences = [(slice(*rows), slice(*keys), (slice(None), slice(*rows))) for rows, keys in ends]
+    for i, j, row in sequences:
+        row_dlse = None if dlse is None else dlse[row]
+        grads = attend_backward(q[i], k[j], v[j], out[i], lse[row], dout[i], row_dlse, *rest)
+        dq[i], dk[j], dv[j] = grads[:3]
+        if sinks is not None:
+            dsinks += grads[3]
+    return dq, dk, dv, dsinks
+
+
 def paged_attention_reference(
     q: torch.Tensor,
     k_pages: torch.Tensor,
@@ -156,9 +259,7 @@ def paged_attention_reference(
             dequantize(x[pages], None if s is None else s[pages], q.dtype).transpose(1, 2).flatten(0, 1)[held]
             for x, s in ((k_pages, k_scale), (v_pages, v_scale))
         )
-        out[rows], lse[:, rows] = attend(
-            q[rows], keys, values, window_left, window_right, softcap, sinks, scale, key_start=first_key
-        )
+        out[rows], lse[:, rows] = attend(q[rows], keys, values, window_left, window_right, softcap, sinks, scale)
     return out, lse
 
 
@@ -223,3 +324,35 @@ def merge_attention_states_reference(
         weight = torch.exp(part_lse - pivot).T[..., None].to(compute)
         out += torch.where(weight == 0, 0.0, part.to(compute)) * weight
     return out.to(out_a.dtype), lse
+
+
+def split_plan_reference(
+    seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor, max_tokens: int, window_left: int | None
+) -> torch.Tensor:
+    """The split plan: see ``split_plan_triton``. Numbers that mean nothing are 0."""
+    num_seqs = seq_lens.shape[0]
+    items: list[list[int]] = []
+    tails: list[list[int]] = []
+    sequences: list[int] = []
+    place = 0
+    full: dict[int, list[list[int]]] = {}
+    for seq, (num_keys, query_len) in enumerate(zip(seq_lens.tolist(), cu_seqlens_q.diff().tolist())):
+        length = SHORTEST_SPLIT
+        while length * MAX_SPLITS < num_keys:
+            length *= 2
+        first = 0 if window_left is None else max(num_keys - query_len - window_left, 0) // length
+        count = max(-(-num_keys // length) - first, 1) if query_len else 0
+        for split in range(first, first + count):
+            item = [seq, split, place + split - first]
+            is_full = (split + 1) * length <= num_keys
+            (full.setdefault(min(length, 2048), []) if is_full else tails).append(item)
+        sequences += [place, count]
+        place += count
+    for length in sorted(full, reverse=True):
+        items += sorted(full[length])
+    items += tails
+    plan = torch.zeros(split_plan_size(num_seqs, max_tokens), dtype=torch.int32)
+    plan[0] = len(items)
+    plan[4 : 4 + 3 * len(items)] = torch.tensor(items, dtype=torch.int32).flatten()
+    plan[-2 * num_seqs :] = torch.tensor(sequences, dtype=torch.int32)
+    return plan.to(seq_lens.device)

@@ -5,6 +5,7 @@ reproducible. Blocks of keys never change a row's reduction order with the batch
 """
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 
@@ -18,12 +19,34 @@ its own length only."""
 
 @dataclass(frozen=True, slots=True)
 class AttentionSettings:
-    """Tile sizes of one attention launch: query rows, keys, warps and software-pipelining stages."""
+    """Tile sizes of one attention launch: query rows, keys, warps and software-pipelining stages.
+
+    ``max_registers`` a thread, where the compiler's own choice would let fewer programs share a multiprocessor.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class BackwardSettings:
+    """Tile sizes of the backward pass.
+
+    Attributes:
+        keys: the kernel of dk and dv.
+        queries: the kernel of dq.
+        fused: the kernel of dk and dv that also adds dq by atomics, used unless the result must be deterministic;
+            None where two kernels are faster.
+        descriptors: load tiles through tensor descriptors where the strides allow (TMA).
+    """
+
+    keys: AttentionSettings
+    queries: AttentionSettings
+    fused: AttentionSettings | None
+    descriptors: bool
 
 
 def shared_memory_limit(device: torch.device) -> int:
@@ -52,6 +75,53 @@ def choose_flash_settings(head_dim: int, element_size: int, shared_memory: int) 
     if head_dim <= 256:
         return AttentionSettings(128, 64, 8, 2) if large else AttentionSettings(64, 32, 4, 2)
     return AttentionSettings(64, 32, 8, 1) if large else AttentionSettings(16, 32, 4, 1)
+
+
+HOPPER_BACKWARD: list[tuple[int, BackwardSettings]] = [
+    (64, BackwardSettings(
+        keys=AttentionSettings(64, 64, 4, 3),
+        queries=AttentionSettings(128, 64, 8, 3),
+        fused=AttentionSettings(64, 64, 4, 3),
+        descriptors=True,
+    )),
+    (128, BackwardSettings(
+        keys=AttentionSettings(64, 64, 4, 2),
+        queries=AttentionSettings(64, 64, 4, 2),
+        fused=AttentionSettings(64, 128, 8, 3),
+        descriptors=True,
+    )),
+    (256, BackwardSettings(
+        keys=AttentionSettings(32, 64, 8, 3),
+        queries=AttentionSettings(128, 32, 8, 2),
+        fused=None,
+        descriptors=True,
+    )),
+]  # fmt: skip
+"""Settings up to a head dim, with 200 KiB of shared memory."""
+
+
+def flash_backward_settings(device: torch.device, head_dim: int, v_dim: int, element_size: int) -> BackwardSettings:
+    """Settings of the backward kernels of the dense and varlen forward kernel."""
+    hopper = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
+    return choose_flash_backward_settings(max(head_dim, v_dim), element_size, shared_memory_limit(device), hopper)
+
+
+def choose_flash_backward_settings(
+    head_dim: int, element_size: int, shared_memory: int, hopper: bool
+) -> BackwardSettings:
+    """Pure part of :func:`flash_backward_settings`. ``hopper``: matrix units that read shared memory, and TMA."""
+    if element_size == 4:
+        tile = AttentionSettings(32, 32, 4, 1) if head_dim <= 128 else AttentionSettings(16, 16, 4, 1)
+        return BackwardSettings(keys=tile, queries=tile, fused=None, descriptors=False)
+    if hopper and shared_memory >= 200 * 1024 and head_dim <= 256:
+        return next(chosen for limit, chosen in HOPPER_BACKWARD if head_dim <= limit)
+    if head_dim <= 64:
+        keys = queries = AttentionSettings(64, 64, 4, 2)
+    elif head_dim <= 128:
+        keys, queries = AttentionSettings(32, 64, 4, 2), AttentionSettings(64, 32, 4, 2)
+    else:
+        keys = queries = AttentionSettings(32, 32, 4, 1) if head_dim <= 256 else AttentionSettings(16, 16, 4, 1)
+    return BackwardSettings(keys, queries, fused=None, descriptors=False)
 
 
 def paged_settings(
@@ -99,3 +169,56 @@ def choose_paged_settings(
         # Rows of one block are GROUP heads of the same tokens; a wide group may need more rows than the table has.
         settings = AttentionSettings(block_m, settings.block_n, settings.num_warps, settings.num_stages)
     return settings, max(1, settings.block_m // group)
+
+
+@dataclass(frozen=True, slots=True)
+class HopperSettings:
+    """Settings of the Gluon kernel: consumer warp groups of 64 rows, keys per tile, stages, registers per thread."""
+
+    consumers: int
+    block_n: int
+    stages: int
+    q_stages: int = 1
+    programs_per_sm: int = 1
+    max_registers: int | None = None
+
+
+def hopper_settings(head_dim: int, max_query_len: int, split: bool = False) -> HopperSettings:
+    """Settings of the Gluon kernel by head dim: decode over splits, or prefill of at most ``max_query_len`` tokens."""
+    if split:
+        return {
+            64: HopperSettings(1, 128, 3, 1, 2, 128),
+            128: HopperSettings(1, 64, 2, 1, 2, 128),
+            256: HopperSettings(1, 64, 2, 1, 1, 256),
+        }[head_dim]
+    return {
+        64: HopperSettings(3, 128, 3, 1) if max_query_len > 8192 else HopperSettings(2, 128, 3, 2),
+        128: HopperSettings(2, 128, 2, 1),
+        256: HopperSettings(2, 64, 2, 1),
+    }[head_dim]
+
+
+@lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Multiprocessors of a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+MAX_SPLITS = 32
+SHORTEST_SPLIT = 256
+"""Of the Gluon decode: a sequence is cut into splits of 256 keys, doubled until there are at most 32."""
+
+
+def max_splits(max_tokens: int) -> int:
+    """Upper bound of the splits of a sequence of at most ``max_tokens`` tokens."""
+    return max(1, min(MAX_SPLITS, -(-max_tokens // SHORTEST_SPLIT)))
+
+
+def max_split_items(num_seqs: int, max_tokens: int) -> int:
+    """Upper bound of the splits of ``num_seqs`` sequences of at most ``max_tokens`` tokens; a multiple of 4."""
+    return -(-num_seqs * max_splits(max_tokens) // 4) * 4
+
+
+def split_plan_size(num_seqs: int, max_tokens: int) -> int:
+    """Numbers in a split plan: a head of 4, three per item, two per sequence."""
+    return 4 + 3 * max_split_items(num_seqs, max_tokens) + 2 * num_seqs

@@ -1,0 +1,18 @@
+"""The continuous-batching engine: requests, scheduler, steps, tokens."""
+
+from .config import EngineConfig
+from .engine import Engine, EngineStats
+from .handle import RequestHandle
+from .request import RequestOutput, RequestTiming, SequenceOutput
+from .support import is_supported
+
+__all__ = [
+    "Engine",
+    "EngineConfig",
+    "EngineStats",
+    "RequestHandle",
+    "RequestOutput",
+    "RequestTiming",
+    "SequenceOutput",
+    "is_supported",
+]

@@ -1,0 +1,99 @@
+"""The engine's options, each checked when it is given."""
+
+import math
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from hf_paged_kernels.checks import PAGE_SIZES
+
+from ..cache import KV_DTYPES
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """Options of an :class:`Engine`.
+
+    Attributes:
+        page_size: tokens of a page: 8, 16, 32, 64, 128 or 256.
+        num_pages: pages of the whole model (of every layer); None: as many as ``memory_fraction`` allows, and no more
+            than ``max_num_seqs`` sequences of ``max_model_len`` tokens can use.
+        memory_fraction: the part of the device's free memory that pages may take where ``num_pages`` is None.
+        max_batch_tokens: tokens that one step computes at most; longer prompts are computed in chunks.
+        max_num_seqs: sequences that run at a time (a request with 4 beams counts as 4).
+        max_model_len: prompt and new tokens of a request; None: what the model's config says.
+        prefix_caching: keep full pages after use, and find them again for prompts that begin alike.
+        kv_dtype: "auto": the model's; "fp8" or "int8": quantised pages.
+        swap_space_gib: host memory for the pages of preempted requests; 0: they are computed again.
+        seed: makes requests without a seed of their own repeatable, in the order in which they are submitted; None:
+            their seeds come from torch's global generator.
+        ageing_s: a request of priority p is served like one of priority 0 that came ``p * ageing_s`` seconds earlier,
+            so nobody waits forever behind later ones.
+        self_check: compare a few short prompts with the model's own forward before serving.
+        trace_steps: steps that :meth:`Engine.trace` remembers.
+        cuda_graphs, compile, batch_invariant: not available yet; must be False.
+
+    Raises:
+        ValueError, TypeError: an option is not one of those accepted.
+    """
+
+    page_size: int = 16
+    num_pages: int | None = None
+    memory_fraction: float = 0.9
+    max_batch_tokens: int = 4096
+    max_num_seqs: int = 256
+    max_model_len: int | None = None
+    prefix_caching: bool = True
+    kv_dtype: str = "auto"
+    swap_space_gib: float = 0.0
+    seed: int | None = None
+    ageing_s: float = 60.0
+    self_check: bool = True
+    trace_steps: int = 100_000
+    cuda_graphs: bool = False
+    compile: bool = False
+    batch_invariant: bool = False
+
+    def __post_init__(self) -> None:
+        if self.page_size not in PAGE_SIZES:
+            raise ValueError(f"page_size must be one of {PAGE_SIZES}, got {self.page_size!r}.")
+        if self.kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype must be one of {tuple(KV_DTYPES)}, got {self.kv_dtype!r}.")
+        for name in ("num_pages", "max_model_len"):
+            if getattr(self, name) is not None:
+                _check_int(name, getattr(self, name), 1, "None or ")
+        for name in ("max_batch_tokens", "max_num_seqs", "trace_steps"):
+            _check_int(name, getattr(self, name), 1)
+        if self.max_batch_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_batch_tokens must be at least max_num_seqs, one token of each running sequence, got "
+                f"{self.max_batch_tokens} and {self.max_num_seqs}."
+            )
+        if self.seed is not None:
+            _check_int("seed", self.seed, 0, "None or ")
+        _check_number("memory_fraction", self.memory_fraction)
+        if not 0 < self.memory_fraction <= 1:
+            raise ValueError(f"memory_fraction must be above 0 and at most 1, got {self.memory_fraction!r}.")
+        for name in ("swap_space_gib", "ageing_s"):
+            value = getattr(self, name)
+            _check_number(name, value)
+            if value < 0 or (name == "ageing_s" and value == 0):
+                raise ValueError(f"{name} must be {'above' if name == 'ageing_s' else 'at least'} 0, got {value!r}.")
+        for name in ("prefix_caching", "self_check", "cuda_graphs", "compile", "batch_invariant"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
+        for name in ("cuda_graphs", "compile", "batch_invariant"):
+            if getattr(self, name):
+                raise ValueError(f"{name}=True is not available yet: leave it False.")
+
+
+def _check_int(name: str, value: Any, least: int, also: str = "") -> None:
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be {also}an int of at least {least}, got {value!r}.")
+    if value < least:
+        raise ValueError(f"{name} must be {also}an int of at least {least}, got {value!r}.")
+
+
+def _check_number(name: str, value: Any) -> None:
+    if not isinstance(value, Real) or isinstance(value, bool) or not math.isfinite(value):
+        raise TypeError(f"{name} must be a number, got {value!r}.")

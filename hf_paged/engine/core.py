@@ -1,0 +1,496 @@
+"""One step after the other over the sequences in slots: plan, launch, collect. Knows nothing of threads.
+
+    plan()      host: which rows compute how many tokens, pages for them
+    launch()    device: forward, choice of tokens; nothing is waited for
+    collect()   host: tokens into histories, who has ended
+
+A step may be planned before the one ahead of it is collected, as far as it needs none of its tokens on the host.
+"""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..cache import KV_DTYPES
+from ..paging import GONE, PagePool
+from .beam_search import BeamSearch
+from .config import EngineConfig
+from .engine_cache import EngineCache
+from .logprobs import prompt_logprobs
+from .memory import split_pages
+from .request import Request, RequestOutput, RequestTiming, Row, SequenceOutput, State
+from .runner import Runner, StepLogits
+from .scheduler import Scheduler, StepWork
+from .selection import Selection, TokenSelector, invalid_scores_error
+from .slot_pages import SlotPages
+from .slots import Slots
+from .step_inputs import SlotTables
+
+
+@dataclass(slots=True)
+class Launched:
+    """A step whose results are on their way.
+
+    Attributes:
+        work: its rows.
+        slots: int64 ``[n]`` on the host: rows whose tokens ``selection`` has.
+        selection: their tokens, None where there are none.
+        drafted: rows whose candidates are verified, with their logits ``[candidates + 1, vocab]``.
+        beams: rows of beam searches, with their logits ``[1, vocab]``.
+        prompts: rows whose prompt's log-probabilities were asked for: row, first token computed, logits.
+    """
+
+    work: StepWork
+    slots: np.ndarray
+    selection: Selection | None
+    drafted: list[tuple[Row, torch.Tensor]] = field(default_factory=list)
+    beams: dict[Request, list[tuple[Row, torch.Tensor]]] = field(default_factory=dict)
+    prompts: list[tuple[Row, int, torch.Tensor]] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class SwappedRow:
+    """A row's pages in host memory.
+
+    Attributes:
+        computed: tokens in the pages.
+        held: for each group, whether each logical page was held.
+        layers: for each group, layer index -> uint8 ``[pages, page_bytes]``.
+        num_bytes: host memory.
+    """
+
+    computed: int
+    held: list[list[bool]]
+    layers: list[dict[int, torch.Tensor]]
+    num_bytes: int
+
+
+class EngineCore:
+    """The sequences of one model, and the steps over them.
+
+    Args:
+        model: runs under "paged_flash" already.
+        config: options.
+        num_pages: pages of every layer.
+        max_model_len: tokens of a request at most.
+        clock: seconds.
+
+    Attributes:
+        finished: requests that have ended since the caller last emptied it.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        config: EngineConfig,
+        num_pages: int,
+        max_model_len: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.model, self.config, self.clock, self.max_model_len = model, config, clock, max_model_len
+        self.device = model.get_input_embeddings().weight.device
+        self.vocab_size = model.config.get_text_config(decoder=True).vocab_size
+        self.pool = PagePool(config.page_size, None, KV_DTYPES[config.kv_dtype])
+        num_slots = config.max_num_seqs
+        self.cache = EngineCache(model.config, self.pool, num_slots)
+        self.slots = Slots(num_slots, capacity=min(1024, max_model_len + 1))
+        width = -(-max_model_len // config.page_size)
+        on_host = self.device.type == "cpu"
+        self.pages = SlotPages(self.pool, num_slots, width, self.cache.copy_page, track_changes=not on_host)
+        useful = [
+            num_slots * self.pages.most_pages(table, max_model_len, config.max_batch_tokens) + 1
+            for table in self.pages.tables
+        ]
+        groups = list(self.pool.groups.values())
+        for group, count in zip(groups, split_pages(num_pages, [g.num_layers for g in groups], useful)):
+            group.allocator.grow(count)
+        self.tables = SlotTables(self.slots, self.pages, self.device)
+        self.runner = Runner(model, self.cache, self.slots, self.tables)
+        self.selector = TokenSelector(num_slots, self.vocab_size, self.device)
+        self.scheduler = Scheduler(
+            self.slots,
+            self.pages,
+            max_batch_tokens=config.max_batch_tokens,
+            whole_prompts=self.cache.has_states,
+            prefix_caching=config.prefix_caching and not self.cache.has_states,
+            on_admit=self._admit,
+            on_release=self._release,
+            swap_out=self._swap_out,
+            swap_in=self._swap_in,
+            clock=clock,
+        )
+        self.swap_left = int(config.swap_space_gib * 2**30)
+        self.wants_prompt = np.zeros(num_slots, dtype=bool)
+        self.finished: list[Request] = []
+
+    # Slots come and go
+
+    def _admit(self, row: Row) -> None:
+        rules = row.request.rules
+        self.selector.admit(row.slot, rules, row.index)
+        self.tables.stale[row.slot] = True
+        self.wants_prompt[row.slot] = rules.num_prompt_logprobs is not None and row.index == 0
+
+    def _release(self, row: Row) -> None:
+        self.selector.release(row.slot)
+        self.wants_prompt[row.slot] = False
+
+    def _swap_out(self, row: Row) -> SwappedRow | None:
+        """Copy a row's pages to host memory; None where there is no room for them, or it has states beside them."""
+        slot = row.slot
+        if self.cache.has_states or not self.swap_left:
+            return None
+        held = [[page != GONE for page in table.pages[slot]] for table in self.pages.tables]
+        num_bytes = sum(sum(h) * table.group.page_bytes for h, table in zip(held, self.pages.tables))
+        if num_bytes > self.swap_left:
+            return None
+        layers = []
+        for table in self.pages.tables:
+            ids = torch.tensor([page for page in table.pages[slot] if page != GONE], dtype=torch.int64)
+            copies = {}
+            for index, pages in table.group.layers.items():
+                raw = pages.raw()[ids.to(pages.device)]
+                host = torch.empty(raw.shape, dtype=raw.dtype, pin_memory=raw.device.type == "cuda")
+                # Queued on the stream that will overwrite the pages, so they can be given back at once.
+                copies[index] = host.copy_(raw, non_blocking=True)
+            layers.append(copies)
+        self.swap_left -= num_bytes
+        return SwappedRow(int(self.slots.computed[slot]), held, layers, num_bytes)
+
+    def _swap_in(self, row: Row) -> bool:
+        swapped: SwappedRow = row.swapped
+        self.swap_left += swapped.num_bytes
+        if not self.pages.make_room([sum(held) for held in swapped.held]):
+            return False
+        adopted: list[list[int | None]] = []
+        for table, held, layers in zip(self.pages.tables, swapped.held, swapped.layers):
+            taken = table.allocator.allocate(sum(held))
+            for index, host in layers.items():
+                pages = table.group.layers[index]
+                ids = torch.tensor(taken, dtype=torch.int64, device=pages.device)
+                pages.raw()[ids] = host.to(pages.device, non_blocking=True)
+            remaining = iter(taken)
+            adopted.append([next(remaining) if is_held else None for is_held in held])
+        self.pages.adopt(row.slot, adopted)
+        self.slots.computed[row.slot] = swapped.computed
+        return True
+
+    def forget_swapped(self) -> None:
+        """Drop what is in host memory: those requests are computed again."""
+        for _, request in self.scheduler.waiting:
+            for row in request.rows:
+                self._drop_swapped(row)
+
+    def _drop_swapped(self, row: Row) -> None:
+        if row.swapped is not None:
+            self.swap_left += row.swapped.num_bytes
+            row.swapped = None
+
+    # Steps
+
+    def plan(self) -> StepWork | None:
+        """The next step, or None; requests that cannot go on are ended."""
+        work = self.scheduler.schedule()
+        while self.scheduler.impossible:
+            request, error = self.scheduler.impossible.pop()
+            self.end(request, "error", error)
+            if work is None:
+                work = self.scheduler.schedule()
+        return work
+
+    def run(self, work: StepWork) -> StepLogits:
+        """The forward of a step."""
+        num_logits = work.samples.astype(np.int64)
+        decode = work.num_decode
+        if decode and int(work.counts[:decode].max()) > 1:
+            num_logits[:decode] = work.counts[:decode]
+        chunks = work.slots[decode:]
+        asked = self.wants_prompt[chunks]
+        if asked.any():
+            num_logits[decode:][asked] = work.counts[decode:][asked]
+        return self.runner.run(work, num_logits)
+
+    def launch(self, work: StepWork, result: StepLogits) -> Launched:
+        """Choose the tokens of a step whose forward has been queued."""
+        slots, logits = self.slots, result.logits
+        starts = slots.computed[work.slots]
+        forks = self.scheduler.launched(work)
+        for leader, others in forks:
+            if self.cache.has_states and others:
+                self.cache.copy_states([row.slot for row in others], [leader.slot] * len(others))
+        sampled = np.flatnonzero(work.samples)
+        chosen = work.slots[sampled]
+        index = result.last[sampled] - 1
+        together = slots.is_row[chosen]
+        launched = Launched(work, chosen, None)
+        if not together.all():
+            for i in sampled[~together].tolist():
+                row = slots.row(work.slots[i])
+                if row.request.rules.mode == "beams":
+                    entry = (row, logits[result.last[i] - 1 : result.last[i]])
+                    launched.beams.setdefault(row.request, []).append(entry)
+                else:
+                    # Without candidates these are the logits of its last token.
+                    wanted = int(slots.draft[row.slot]) + 1
+                    launched.drafted.append((row, logits[result.last[i] - wanted : result.last[i]]))
+            chosen, index = chosen[together], index[together]
+        for leader, others in forks:
+            place = np.flatnonzero(chosen == leader.slot)
+            if len(place) and others:
+                # Fresh samples of one prompt: each chooses its first token from the same logits.
+                more = np.array([row.slot for row in others], dtype=np.int64)
+                chosen = np.concatenate([chosen, more])
+                index = np.concatenate([index, np.full(len(more), index[place[0]])])
+        asked = self.wants_prompt[work.slots[work.num_decode :]]
+        for i in (np.flatnonzero(asked) + work.num_decode).tolist():
+            row = slots.row(work.slots[i])
+            launched.prompts.append((row, int(starts[i]), logits[result.first[i] : result.last[i]]))
+        launched.slots = chosen
+        if len(chosen):
+            if len(index) != logits.shape[0] or not np.array_equal(index, np.arange(len(index))):
+                logits = logits[torch.from_numpy(index).to(logits.device)]
+            launched.selection = self.selector.select(logits, chosen, slots.history, slots.length)
+            ids = launched.selection.token_ids
+            self.tables.last_token[torch.from_numpy(chosen).to(self.device)] = ids.clamp(min=0).to(self.device)
+        return launched
+
+    def collect(self, launched: Launched) -> None:
+        """Take the tokens of a step; requests that end are put in ``finished``."""
+        now = self.clock()
+        for slot in launched.work.slots[launched.work.num_decode :][launched.work.samples[launched.work.num_decode :]]:
+            request = self.slots.row(slot).request
+            request.first_token = now if request.first_token is None else request.first_token
+        for row, start, logits in launched.prompts:
+            self._take_prompt_logprobs(row, start, logits)
+        if launched.selection is not None:
+            self._take_tokens(launched.slots, launched.selection)
+        for row, logits in launched.drafted:
+            self._guarded(row.request, self._verify, row, logits)
+        for request, rows in launched.beams.items():
+            if request.state is State.RUNNING:
+                rows.sort(key=lambda entry: entry[0].index)
+                self._guarded(request, self._step_beams, request, torch.cat([logits for _, logits in rows]))
+
+    def _guarded(self, request: Request, function: Callable[..., None], *args: Any) -> None:
+        """Whatever a request's own code raises ends that request alone."""
+        try:
+            function(*args)
+        except Exception as error:
+            self.end(request, "error", error)
+
+    def _take_tokens(self, slots: np.ndarray, selection: Selection) -> None:
+        """One token for each of ``slots``."""
+        ids = selection.token_ids.cpu().numpy()
+        errors: dict[int, Exception] = dict(selection.errors)
+        for slot in slots[ids < 0].tolist():
+            errors.setdefault(slot, invalid_scores_error(slot))
+        if errors:
+            slots, ids = self._drop_failed(slots, ids, errors)
+            if not len(slots):
+                return
+        host = self.slots
+        lengths = host.length[slots]
+        host.reserve(int(lengths.max()) + 2)
+        host.history[slots, lengths] = ids
+        lengths = lengths + 1
+        host.length[slots] = lengths
+        host.decoding[slots] = True
+        if selection.logprobs:
+            for slot, logprobs in selection.logprobs.items():
+                if host.rows[slot] is not None:
+                    host.row(slot).logprobs.append(logprobs)
+        is_eos = (ids[:, None] == host.eos[slots]).any(1)
+        ended = is_eos | (lengths >= host.max_length[slots])
+        if host.watched[slots].any():
+            stopped, errors = self.selector.stopped(slots[host.watched[slots]], host.history, host.length)
+            if errors:
+                self._end_failed(errors)
+            is_eos |= np.isin(slots, list(stopped))
+            ended |= is_eos
+        if ended.any():
+            for slot, is_stop in zip(slots[ended].tolist(), is_eos[ended].tolist()):
+                ended_row = host.rows[slot]
+                if ended_row is not None:
+                    self._finish_row(ended_row, "stop" if is_stop else "length")
+
+    def _end_failed(self, errors: dict[int, Exception]) -> None:
+        for slot, error in errors.items():
+            row = self.slots.rows[slot]
+            if row is not None:
+                self.end(row.request, "error", error)
+
+    def _drop_failed(
+        self, slots: np.ndarray, ids: np.ndarray, errors: dict[int, Exception]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """End the requests of failed rows; returns the slots that still run, and their tokens."""
+        self._end_failed(errors)
+        runs = np.array([self.slots.rows[slot] is not None for slot in slots.tolist()], dtype=bool)
+        return slots[runs], ids[runs]
+
+    def _verify(self, row: Row, logits: torch.Tensor) -> None:
+        """Take the tokens of a row that had candidates, and propose the next ones."""
+        host, slot = self.slots, row.slot
+        if slot < 0:
+            return
+        length, draft = int(host.length[slot]), int(host.draft[slot])
+        host.draft[slot] = 0
+        candidates = host.history[slot, length : length + draft].copy()
+        tokens = self.selector.verify(slot, candidates, logits, host.history, length)
+        host.reserve(length + len(tokens) + 1)
+        host.history[slot, length : length + len(tokens)] = tokens
+        length += len(tokens)
+        host.length[slot] = length
+        # What was rejected is behind the sequence's end: its slots are written again.
+        host.computed[slot] = length - 1
+        self.pages.shrink(slot, length - 1)
+        self.tables.stale[slot] = host.decoding[slot] = True
+        is_stop = tokens[-1] in row.request.rules.eos_token_ids
+        if host.watched[slot]:
+            stopped, errors = self.selector.stopped(np.array([slot]), host.history, host.length)
+            if errors:
+                raise errors[slot]
+            is_stop |= slot in stopped
+        if is_stop or length >= host.max_length[slot]:
+            self._finish_row(row, "stop" if is_stop else "length")
+        elif not self.cache.has_states:
+            proposed = self.selector.propose(slot, host.history, length)
+            host.reserve(length + len(proposed) + 1)
+            host.history[slot, length : length + len(proposed)] = proposed
+            host.draft[slot] = len(proposed)
+
+    def _step_beams(self, request: Request, logits: torch.Tensor) -> None:
+        """Move the rows of a beam search; ``logits`` are ``[num_beams, vocab]``, or ``[1, vocab]`` at the start."""
+        if request.beams is None:
+            request.beams = BeamSearch(request.rules, request.prompt.tolist())
+        step = request.beams.step(logits)
+        if step.is_done:
+            self._finish_beams(request)
+            return
+        host = self.slots
+        slots = [row.slot for row in request.rows]
+        parents = [slots[parent] for parent in step.parents]
+        length = int(host.length[slots[0]])
+        host.reserve(length + 2)
+        host.history[slots, :length] = host.history[parents, :length]
+        host.history[slots, length] = step.tokens
+        host.length[slots] = length + 1
+        self.pages.permute(slots, parents)
+        if self.cache.has_states:
+            self.cache.copy_states(slots, parents)
+        host.shares[slots] = host.decoding[slots] = self.tables.stale[slots] = True
+
+    def _finish_beams(self, request: Request) -> None:
+        prompt = len(request.prompt)
+        eos = request.rules.eos_token_ids
+        sequences = []
+        for beam in request.beams.finalize():
+            at_limit = prompt + len(beam.token_ids) >= request.rules.max_length
+            ended = "length" if at_limit and (not beam.token_ids or beam.token_ids[-1] not in eos) else "stop"
+            sequences.append(SequenceOutput(beam.token_ids, ended, None, beam.score, beam.beam_indices))
+        for row in request.rows:
+            row.finish_reason = sequences[0].finish_reason
+            self.scheduler.finish_row(row)
+        self._finalize(request, tuple(sequences))
+
+    def _take_prompt_logprobs(self, row: Row, start: int, logits: torch.Tensor) -> None:
+        request = row.request
+        if request.prompt_logprobs is None:
+            request.prompt_logprobs = [None]
+        known = request.prompt_logprobs
+        # A prompt that is computed again has some of them already.
+        skip = len(known) - 1 - start
+        following = request.prompt[start + 1 + skip : start + 1 + len(logits)]
+        if skip >= 0 and len(following):
+            ids = torch.from_numpy(following).to(logits.device)
+            count = request.rules.num_prompt_logprobs or 0
+            known.extend(prompt_logprobs(logits[skip : skip + len(following)], ids, count))
+
+    # Ends
+
+    def _finish_row(self, row: Row, reason: str) -> None:
+        row.finish_reason = reason
+        self.scheduler.finish_row(row)
+        if not row.request.live:
+            self._finalize(row.request)
+
+    def end(self, request: Request, reason: str, error: BaseException | None = None) -> None:
+        """End a request that has not ended, wherever it is."""
+        if request.state is State.FINISHED:
+            return
+        for row in request.live:
+            row.finish_reason = reason
+            self._drop_swapped(row)
+        self.scheduler.remove(request)
+        request.error = error
+        self._finalize(request)
+
+    def fail(self, work: StepWork, error: BaseException) -> None:
+        """A step's forward has raised: its requests end with the cause, their pages come back."""
+        for slot in work.slots.tolist():
+            row = self.slots.rows[slot]
+            if row is not None:
+                self.end(row.request, "error", error)
+
+    def _finalize(self, request: Request, sequences: tuple[SequenceOutput, ...] | None = None) -> None:
+        now, prompt = self.clock(), len(request.prompt)
+        if sequences is None:
+            sequences = tuple(
+                SequenceOutput(row.tokens[prompt:].tolist(), row.finish_reason or "error", row.logprobs or None)
+                for row in request.rows[: request.rules.num_return_sequences]
+            )
+        first = sequences[0]
+        reason = first.finish_reason
+        for row in request.rows:
+            if row.finish_reason in ("error", "cancelled"):
+                reason = row.finish_reason
+        request.output = RequestOutput(
+            request_id=request.request_id,
+            prompt_ids=request.prompt.tolist(),
+            token_ids=first.token_ids,
+            finish_reason=reason,
+            error=request.error,
+            logprobs=first.logprobs,
+            prompt_logprobs=request.prompt_logprobs,
+            cached_tokens=request.cached_tokens,
+            timing=RequestTiming(
+                queued_s=None if request.started is None else request.started - request.submitted,
+                first_token_s=None if request.first_token is None else request.first_token - request.submitted,
+                total_s=now - request.submitted,
+                preemptions=request.preemptions,
+            ),
+            sequences=sequences,
+        )
+        request.state = State.FINISHED
+        self.finished.append(request)
+
+    def abandon(self, request: Request, error: BaseException) -> None:
+        """Give an output to a request whose books cannot be trusted any more."""
+        for row in request.rows:
+            row.finish_reason = "error"
+            row.saved = request.prompt if row.saved is None else row.saved
+        request.error = error
+        self._finalize(request)
+
+    # Between steps
+
+    def preempt_all(self, allow_swap: bool) -> None:
+        """Take the pages of every running request back; they go on later."""
+        for request in list(self.scheduler.running):
+            self.scheduler.preempt(request, allow_swap)
+        if not allow_swap:
+            self.forget_swapped()
+
+    def drop_prefixes(self) -> None:
+        """Forget every cached prefix."""
+        if self.pool.prefixes is not None:
+            self.pool.prefixes.clear()
+
+    def check(self) -> None:
+        """Prove the books (AssertionError if wrong)."""
+        self.scheduler.check()
+        if self.pool.prefixes is not None:
+            self.pool.prefixes.check()

@@ -1,0 +1,745 @@
+"""The engine: requests in from any thread, tokens out, one loop over steps.
+
+Two locks. ``_drive`` is held by whoever runs a step, or changes what steps run on; everything below it
+(:class:`EngineCore`) is touched under it only. ``_changed`` guards the small state that other threads see: new and
+cancelled requests, streams, outputs. Nobody waits for ``_drive`` while holding ``_changed``.
+"""
+
+import asyncio
+import contextlib
+import heapq
+import itertools
+import threading
+import time
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from numbers import Real
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig
+from transformers.utils.logging import tqdm
+
+from ..errors import RequestError, UnsupportedModelError
+from ..transformers_internals import attention_of
+from .config import EngineConfig
+from .core import EngineCore
+from .handle import RequestHandle
+from .memory import choose_num_pages, model_length
+from .request import Request, RequestOutput, Row
+from .self_check import probe, run_reference
+from .support import is_supported
+from .token_rules import TokenRules
+from .trace import RequestRecord, StepRecord, Trace
+
+SEEDS = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What the engine holds and has done.
+
+    Attributes:
+        running, waiting: requests.
+        rows: sequences in slots.
+        pages_total, pages_used, pages_cached, pages_free: over all groups of layers; cached pages are those in use by
+            the prefix cache alone.
+        steps, prompt_tokens, new_tokens: since the start; prompt tokens without those found in the prefix cache.
+        tokens_per_s: new tokens per second of stepping.
+        prefix_hit_rate: the part of the prompts' tokens that was found in the prefix cache.
+        preemptions: requests that lost their pages, by recomputing and by swapping.
+        recomputed, swapped: the same, apart.
+        finished: requests that have ended, by finish reason.
+    """
+
+    running: int
+    waiting: int
+    rows: int
+    pages_total: int
+    pages_used: int
+    pages_cached: int
+    pages_free: int
+    steps: int
+    prompt_tokens: int
+    new_tokens: int
+    tokens_per_s: float
+    prefix_hit_rate: float
+    preemptions: int
+    recomputed: int
+    swapped: int
+    finished: dict[str, int]
+
+
+class Engine:
+    """Continuous batching for one model: the same weights, the same module objects.
+
+    While the engine lives, the model's attention implementation is "paged_flash"; :meth:`close` and :meth:`pause` put
+    the one before back.
+
+    Args:
+        model: a causal LM of transformers.
+        config: options.
+        background: steps run in a thread of the engine while it has requests. False: they run in the threads that wait
+            for results, or call :meth:`step`.
+
+    Raises:
+        UnsupportedModelError: the model cannot be served exactly; the message says why.
+
+    Example::
+
+        with hf_paged.Engine(model) as engine:
+            handle = engine.submit(prompt_ids, generation_config=GenerationConfig(max_new_tokens=64))
+            for token in handle: ...
+    """
+
+    def __init__(self, model: Any, config: EngineConfig | None = None, *, background: bool = True) -> None:
+        if config is not None and not isinstance(config, EngineConfig):
+            raise TypeError(f"config must be an EngineConfig or None, got {type(config).__name__}.")
+        self.config = EngineConfig() if config is None else config
+        self.model, self.background = model, bool(background)
+        reasons = is_supported(model)
+        if reasons:
+            raise UnsupportedModelError(
+                f"the engine cannot serve this model: {'; '.join(reasons)}. Use the model's own generate()."
+            )
+        self.max_model_len = self.config.max_model_len or model_length(model.config)
+        self._attention = _AttentionSwitch(model)
+        weakref.finalize(self, self._attention.restore)
+        self._core = self._start()
+        self._drive = threading.RLock()
+        self._changed = threading.Condition(threading.Lock())
+        self._incoming: list[Request] = []
+        self._cancels: list[Request] = []
+        self._unfinished: dict[str, Request] = {}
+        self._streams: dict[Request, None] = {}
+        self._sleepers: list[tuple[asyncio.AbstractEventLoop, asyncio.Future]] = []
+        self._deadlines: list[tuple[float, int, Request]] = []
+        self._numbers, self._thread = itertools.count(), None
+        self._stop: str | None = None
+        self._closed = self._in_step = self._paused = self._asleep = False
+        self._broken: BaseException | None = None
+        self._steps = self._new_tokens = self._prompt_tokens = 0
+        self._busy_s = 0.0
+        self._finished: dict[str, int] = {}
+        self._trace = Trace(self.config.trace_steps, self._core.clock())
+
+    _thread: threading.Thread | None
+
+    def _start(self) -> EngineCore:
+        """Check the model, see what a page costs, make the pages."""
+        model, config = self.model, self.config
+        with torch.no_grad():
+            reference = run_reference(model) if config.self_check else None
+            self._attention.use_paged()
+            try:
+                learned = probe(model, config, reference)
+                pages_of_one = -(-self.max_model_len // config.page_size)
+                num_pages = config.num_pages
+                if num_pages is None:
+                    most = config.max_num_seqs * pages_of_one
+                    num_pages = choose_num_pages(learned.page_bytes, config.memory_fraction, most)
+                core = EngineCore(model, config, num_pages, self.max_model_len)
+                core.runner.needs_lengths = learned.needs_lengths
+                return core
+            except BaseException:
+                self._attention.restore()
+                raise
+
+    # Requests
+
+    def submit(
+        self,
+        prompt_ids: Sequence[int] | torch.Tensor,
+        *,
+        generation_config: GenerationConfig | None = None,
+        request_id: str | None = None,
+        priority: float = 0,
+        deadline_s: float | None = None,
+        logits_processor: Sequence[Any] | None = None,
+        stopping_criteria: Sequence[Any] | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
+        seed: int | None = None,
+        tokenizer: Any = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        cache_salt: Any = None,
+        rules: TokenRules | None = None,
+    ) -> RequestHandle:
+        """Hand over a request; it runs as soon as there is room.
+
+        Args:
+            prompt_ids: at least one token; ``[L]`` or ``[1, L]``.
+            generation_config: as for ``generate()``; None: the model's own.
+            request_id: a name, unique among the requests that have not ended; None: one is made.
+            priority: larger goes first; see :class:`EngineConfig` for ageing.
+            deadline_s: seconds from now after which the request ends with what it has.
+            logits_processor, stopping_criteria, prefix_allowed_tokens_fn: as for ``generate()``, called with the full
+                history of one row.
+            seed: of the sampled tokens.
+            tokenizer: needed for ``stop_strings``.
+            logprobs, prompt_logprobs: report log-probabilities, and this many of the best tokens'.
+            cache_salt: cached prefixes are shared only among requests with an equal salt.
+            rules: made beforehand, in the place of the arguments from ``generation_config`` to ``prompt_logprobs``.
+
+        Raises:
+            RequestError: it can never be served (too long for the model or the pool, too many rows), its id is taken,
+                or the engine is closed.
+            ValueError, TypeError: an argument is not valid.
+        """
+        self._check_open()
+        prompt = self._checked_prompt(prompt_ids)
+        if not isinstance(priority, Real):
+            raise TypeError(f"priority must be a number, got {priority!r}.")
+        if deadline_s is not None and (not isinstance(deadline_s, Real) or deadline_s < 0):
+            raise ValueError(f"deadline_s must be None or at least 0, got {deadline_s!r}.")
+        hash(cache_salt)
+        number = next(self._numbers)
+        if rules is None:
+            if seed is None and self.config.seed is not None:
+                seed = (self.config.seed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03) % SEEDS
+            rules = TokenRules.make(
+                self.model, generation_config, prompt_ids=prompt.tolist(), logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn, seed=seed,
+                tokenizer=tokenizer, logprobs=logprobs, prompt_logprobs=prompt_logprobs,
+            )  # fmt: skip
+        self._check_fits(prompt, rules)
+        now = self._core.clock()
+        request = Request(
+            number=number,
+            request_id=f"request-{number}" if request_id is None else str(request_id),
+            prompt=prompt,
+            rules=rules,
+            priority=float(priority),
+            salt=cache_salt,
+            submitted=now,
+            key=(now - float(priority) * self.config.ageing_s, number),
+            deadline=None if deadline_s is None else now + float(deadline_s),
+            is_watched=rules.has_criteria,
+            uses_prefixes=rules.num_prompt_logprobs is None,
+        )
+        request.rows = [Row(request, index) for index in range(rules.num_rows)]
+        with self._changed:
+            self._check_open()
+            if request.request_id in self._unfinished:
+                raise RequestError(
+                    f"request_id {request.request_id!r} is that of a request that has not ended: give another, or None."
+                )
+            self._unfinished[request.request_id] = request
+            self._incoming.append(request)
+            self._wake_loop()
+        return RequestHandle(self, request)
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int] | torch.Tensor],
+        *,
+        generation_config: GenerationConfig | Sequence[GenerationConfig] | None = None,
+        progress: bool = False,
+        **options: Any,
+    ) -> list[RequestOutput]:
+        """Serve many prompts; outputs come in the order of the prompts. A failed request has its error in its output.
+
+        Args:
+            prompts: token ids.
+            generation_config: one for all, or one for each.
+            progress: show a bar.
+            options: as for :meth:`submit`, the same for all.
+
+        Raises:
+            RequestError, ValueError, TypeError: a prompt cannot be served; none of them is then.
+        """
+        prompts = list(prompts)
+        if generation_config is None or isinstance(generation_config, GenerationConfig):
+            configs: list[Any] = [generation_config] * len(prompts)
+        else:
+            configs = list(generation_config)
+        if len(configs) != len(prompts):
+            raise ValueError(
+                f"generation_config must be one, or one for each of {len(prompts)} prompts, got {len(configs)}."
+            )
+        handles: list[RequestHandle] = []
+        try:
+            for prompt, config in zip(prompts, configs):
+                handles.append(self.submit(prompt, generation_config=config, **options))
+            with tqdm(total=len(handles), disable=not progress, desc="generate", unit="prompt") as bar:
+                num_done = 0
+                while progress and num_done < len(handles):
+                    self.wait_for(lambda: sum(handle.is_done for handle in handles) > bar.n, None, "generate")
+                    num_done = sum(handle.is_done for handle in handles)
+                    bar.update(num_done - bar.n)
+                return [handle.result() for handle in handles]
+        except BaseException:
+            for handle in handles:
+                handle.cancel()
+            raise
+
+    def cancel(self, request_id: str) -> bool:
+        """End a request with what it has; returns whether it had not ended yet."""
+        with self._changed:
+            request = self._unfinished.get(request_id)
+            if request is None:
+                return False
+            self._cancels.append(request)
+            self._wake_loop()
+        if not self.background and self._drive.acquire(blocking=False):
+            try:
+                if not self._in_step:
+                    self._intake()
+                    self._publish()
+            finally:
+                self._drive.release()
+        return True
+
+    def _checked_prompt(self, prompt_ids: Any) -> np.ndarray:
+        """int64 ``[L]``."""
+        if isinstance(prompt_ids, torch.Tensor):
+            prompt_ids = prompt_ids.detach().cpu().numpy()
+        prompt = np.asarray(prompt_ids)
+        if prompt.ndim == 2 and prompt.shape[0] == 1:
+            prompt = prompt[0]
+        if prompt.ndim != 1 or (prompt.size and not np.issubdtype(prompt.dtype, np.integer)):
+            raise ValueError(
+                f"prompt_ids must be token ids [L] or [1, L], got the shape {list(prompt.shape)} of {prompt.dtype}."
+            )
+        if not prompt.size:
+            raise ValueError("prompt_ids must have at least one token, got none.")
+        size = self._core.vocab_size
+        bad = np.flatnonzero((prompt < 0) | (prompt >= size))
+        if bad.size:
+            raise ValueError(
+                f"prompt_ids[{bad[0]}] must be 0 to {size - 1}, the model's vocabulary, got {prompt[bad[0]]}."
+            )
+        return prompt.astype(np.int64)
+
+    def _check_fits(self, prompt: np.ndarray, rules: TokenRules) -> None:
+        """Refuse what can never be served."""
+        core = self._core
+        if rules.max_length > self.max_model_len:
+            raise RequestError(
+                f"the prompt of {len(prompt)} tokens and its new ones come to {rules.max_length} tokens, the engine "
+                f"serves {self.max_model_len}: ask for fewer new tokens, or set EngineConfig(max_model_len=)."
+            )
+        if rules.num_rows > self.config.max_num_seqs:
+            raise RequestError(
+                f"the request runs {rules.num_rows} sequences (beams or samples), the engine "
+                f"{self.config.max_num_seqs} at a time: set EngineConfig(max_num_seqs=)."
+            )
+        for group, table in enumerate(core.pages.tables):
+            needed = core.scheduler.pages_for(len(prompt), rules.max_length, rules.num_rows, group)
+            total = table.allocator.num_pages
+            if needed > total:
+                raise RequestError(
+                    f"the request needs up to {needed} pages for {rules.num_rows} sequences of {rules.max_length} "
+                    f"tokens, the pool has {total}: ask for fewer new tokens, or set EngineConfig(num_pages=)."
+                )
+
+    # Waiting, from any thread
+
+    def wait_for(self, predicate: Callable[[], bool], timeout_s: float | None, request_id: str) -> None:
+        """Block until ``predicate()``; without a background loop, run steps meanwhile.
+
+        Raises:
+            TimeoutError: ``timeout_s`` seconds passed.
+        """
+        end = None if timeout_s is None else time.monotonic() + timeout_s
+        while True:
+            with self._changed:
+                if predicate():
+                    return
+                left = None if end is None else end - time.monotonic()
+                if left is not None and left <= 0:
+                    raise TimeoutError(f"{request_id} has not ended in {timeout_s} seconds.")
+                if self.background:
+                    self._wake_loop()
+                    self._changed.wait(1.0 if left is None else min(left, 1.0))
+                    continue
+            if not self._drive.acquire(blocking=False):
+                # Another thread runs a step.
+                with self._changed:
+                    if not predicate():
+                        self._changed.wait(0.01)
+                continue
+            try:
+                moved = self.step()
+            finally:
+                self._drive.release()
+            if not moved:
+                with self._changed:
+                    if not predicate():
+                        self._changed.wait(0.005)
+
+    async def wait_async(self, predicate: Callable[[], bool]) -> None:
+        """As :meth:`wait_for`, without blocking the event loop."""
+        loop = asyncio.get_running_loop()
+        while True:
+            with self._changed:
+                if predicate():
+                    return
+                future = loop.create_future()
+                self._sleepers.append((loop, future))
+                if self.background:
+                    self._wake_loop()
+            if self.background:
+                await future
+            elif not await loop.run_in_executor(None, self.step):
+                await asyncio.sleep(0.001)
+
+    def num_new_tokens(self, request: Request) -> int:
+        """New tokens that a stream of a request can give by now; from the first call on they are collected."""
+        if request.output is not None:
+            return len(request.output.token_ids)
+        self._streams[request] = None
+        return len(request.stream)
+
+    def new_tokens(self, request: Request, given: int) -> list[int]:
+        """New tokens behind the first ``given``."""
+        with self._changed:
+            tokens = request.stream if request.output is None else request.output.token_ids
+            return tokens[given:]
+
+    # The loop
+
+    def _wake_loop(self) -> None:
+        """Have a thread run steps; ``_changed`` is held."""
+        self._changed.notify_all()
+        if self.background and self._thread is None and self._unfinished and not self._closed:
+            self._thread = threading.Thread(
+                target=_run_loop, args=(weakref.ref(self),), name="hf_paged engine", daemon=True
+            )
+            self._thread.start()
+
+    def turn(self) -> bool:
+        """One turn of the background loop; False: the thread may end, there is nothing left to do."""
+        if self.step():
+            return True
+        with self._changed:
+            if self._incoming or self._cancels:
+                return True
+            if not self._unfinished:
+                self._thread = None
+                return False
+            timeout = 1.0
+            if self._deadlines:
+                timeout = min(timeout, max(0.0, self._deadlines[0][0] - self._core.clock()))
+            self._changed.wait(timeout)
+        return True
+
+    def step(self) -> bool:
+        """Run one step, if there is anything to compute; returns whether there was."""
+        with self._drive:
+            if self._in_step:
+                raise RequestError("a step cannot run inside another: do not wait for results in a logits processor.")
+            self._in_step = True
+            try:
+                with torch.no_grad():
+                    return self._step()
+            except Exception as error:
+                # Not a request's fault: the books cannot be trusted any more. Nobody shall wait forever.
+                self._break(error)
+                return True
+            finally:
+                self._in_step = False
+                if self._stop is not None and not self._closed:
+                    self._shut(self._stop)
+
+    def _step(self) -> bool:
+        core, clock = self._core, self._core.clock
+        start = clock()
+        self._intake()
+        self._expire(start)
+        if self._paused or self._closed:
+            self._publish()
+            return False
+        work = core.plan()
+        if work is None:
+            self._publish()
+            return False
+        num_tokens, num_sampled = work.num_tokens, int(work.samples.sum())
+        forward_s = 0.0
+        try:
+            result = core.run(work)
+            forward_s = clock() - start
+            core.collect(core.launch(work, result))
+        except Exception as error:
+            core.fail(work, error)
+        except BaseException as error:
+            core.fail(work, error)
+            self._publish()
+            raise
+        self._steps += 1
+        self._new_tokens += num_sampled
+        self._prompt_tokens += num_tokens - work.num_decode
+        duration = clock() - start
+        self._busy_s += duration
+        self._record(work, start, duration, forward_s, num_tokens)
+        self._publish()
+        return True
+
+    def _record(self, work: Any, start: float, duration: float, forward_s: float, num_tokens: int) -> None:
+        core = self._core
+        counts = core.scheduler.counts
+        self._trace.steps.append(
+            StepRecord(
+                start - self._trace.start,
+                duration,
+                forward_s,
+                len(work.slots),
+                work.num_decode,
+                num_tokens,
+                len(core.scheduler.running),
+                len(core.scheduler.waiting),
+                core.pool.pages_in_use,
+                counts.recomputed + counts.swapped,
+            )
+        )
+
+    def _intake(self) -> None:
+        """Take in what other threads asked for."""
+        with self._changed:
+            incoming, self._incoming = self._incoming, []
+            cancels, self._cancels = self._cancels, []
+        for request in incoming:
+            self._core.scheduler.add(request)
+            if request.deadline is not None:
+                heapq.heappush(self._deadlines, (request.deadline, request.number, request))
+        for request in cancels:
+            self._core.end(request, "cancelled")
+
+    def _expire(self, now: float) -> None:
+        while self._deadlines and self._deadlines[0][0] <= now:
+            _, _, request = heapq.heappop(self._deadlines)
+            assert request.deadline is not None
+            seconds = request.deadline - request.submitted
+            self._core.end(request, "cancelled", RequestError(f"the deadline of {seconds:.3g} seconds has passed."))
+
+    def _publish(self) -> None:
+        """Let other threads see what has happened."""
+        core = self._core
+        if not core.finished and not self._streams and not self._sleepers:
+            return
+        with self._changed:
+            for request in core.finished:
+                self._unfinished.pop(request.request_id, None)
+                self._streams.pop(request, None)
+                output = request.output
+                assert output is not None
+                self._finished[output.finish_reason] = self._finished.get(output.finish_reason, 0) + 1
+                self._record_request(request, output)
+            core.finished.clear()
+            for request in self._streams:
+                row = request.rows[0]
+                tokens = core.slots.tokens(row.slot) if row.slot >= 0 else row.tokens
+                request.stream.extend(tokens[len(request.prompt) + len(request.stream) :].tolist())
+            sleepers, self._sleepers = self._sleepers, []
+            self._changed.notify_all()
+        for loop, future in sleepers:
+            # An event loop that was closed has nobody left to wake.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(_wake, future)
+
+    def _record_request(self, request: Request, output: RequestOutput) -> None:
+        origin, timing = self._trace.start, output.timing
+        at = request.submitted - origin
+        self._trace.requests.append(
+            RequestRecord(
+                request.request_id,
+                at,
+                None if timing.queued_s is None else at + timing.queued_s,
+                None if timing.first_token_s is None else at + timing.first_token_s,
+                at + timing.total_s,
+                len(request.prompt),
+                sum(len(s.token_ids) for s in output.sequences),
+                output.finish_reason,
+                timing.preemptions,
+            )
+        )
+
+    def _break(self, error: BaseException) -> None:
+        self._broken = error
+        with self._changed:
+            self._closed = True
+            unfinished = list(self._unfinished.values())
+        for request in unfinished:
+            with contextlib.suppress(Exception):
+                self._core.end(request, "error", error)
+            if request.output is None:
+                self._core.abandon(request, error)
+        self._publish()
+        self._attention.restore()
+
+    def _broken_message(self) -> str:
+        return f"the engine has stopped with an error of its own: {self._broken!r}."
+
+    # Life
+
+    def close(self, *, drain: bool = False) -> None:
+        """End the engine: what has not ended gets the result "cancelled", the model its attention back.
+
+        Args:
+            drain: let requests end first.
+        """
+        if drain and not self._closed:
+            self.wait_for(lambda: not self._unfinished, None, "the engine")
+        with self._drive:
+            if self._in_step:
+                self._stop = "cancelled"  # Called from a request's own code: at the end of the step.
+                return
+            self._shut("cancelled")
+        thread = self._thread
+        if thread is not None and thread is not threading.current_thread():
+            thread.join()
+
+    def _shut(self, reason: str) -> None:
+        with self._changed:
+            if self._closed:
+                return
+            self._closed = True
+        self._intake()
+        for request in list(self._unfinished.values()):
+            self._core.end(request, reason)
+        self._publish()
+        self._core.drop_prefixes()
+        self._core.cache.drop()
+        self._attention.restore()
+        with self._changed:
+            self._changed.notify_all()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def pause(self) -> None:
+        """Stop once the running step has ended; requests keep their pages, the model gets its attention back."""
+        with self._drive:
+            self._check_open()
+            self._paused = True
+            self._attention.restore()
+
+    def resume(self) -> None:
+        """Go on after :meth:`pause`."""
+        with self._drive:
+            self._check_open()
+            if self._asleep:
+                raise RequestError("the engine sleeps: call wake().")
+            if self._paused:
+                self._attention.use_paged()
+                self._paused = False
+        with self._changed:
+            self._wake_loop()
+
+    def refresh_weights(self) -> None:
+        """Say that the weights have changed: prefixes are dropped, running requests compute their tokens again."""
+        with self._drive:
+            self._check_open()
+            self._core.preempt_all(allow_swap=False)
+            self._core.drop_prefixes()
+
+    def sleep(self) -> None:
+        """Give the memory of the pages back, and pause.
+
+        Requests wait, and compute their tokens again after :meth:`wake`.
+        """
+        with self._drive:
+            self.refresh_weights()
+            self.pause()
+            self._core.cache.drop()
+            self._asleep = True
+
+    def wake(self) -> None:
+        """Go on after :meth:`sleep`."""
+        with self._drive:
+            self._check_open()
+            self._asleep = False
+            self.resume()
+
+    def _check_open(self) -> None:
+        if self._broken is not None:
+            raise RequestError(self._broken_message()) from self._broken
+        if self._closed:
+            raise RequestError("the engine is closed.")
+
+    # Looking in
+
+    def stats(self) -> EngineStats:
+        """What the engine holds and has done."""
+        with self._drive:
+            core, counts = self._core, self._core.scheduler.counts
+            groups = list(core.pool.groups.values())
+            total, used = (sum(getattr(g.allocator, name) for g in groups) for name in ("num_pages", "num_used"))
+            held = sum(len(set(group.held())) for group in groups)
+            with self._changed:
+                waiting = len(core.scheduler.waiting) + len(self._incoming)
+            return EngineStats(
+                running=len(core.scheduler.running),
+                waiting=waiting,
+                rows=core.slots.num_used,
+                pages_total=total,
+                pages_used=used,
+                pages_cached=used - held,
+                pages_free=total - used,
+                steps=self._steps,
+                prompt_tokens=self._prompt_tokens,
+                new_tokens=self._new_tokens,
+                tokens_per_s=self._new_tokens / self._busy_s if self._busy_s else 0.0,
+                prefix_hit_rate=counts.prefix_tokens / counts.prompt_tokens if counts.prompt_tokens else 0.0,
+                preemptions=counts.recomputed + counts.swapped,
+                recomputed=counts.recomputed,
+                swapped=counts.swapped,
+                finished=dict(self._finished),
+            )
+
+    def trace(self, path: str | Path) -> Path:
+        """Write what the engine did: ``.json`` (Chrome trace), ``.csv`` (steps), or ``.png`` (matplotlib)."""
+        with self._drive:
+            return self._trace.write(path)
+
+    def check(self) -> None:
+        """Prove that every page and slot is owned or free (AssertionError if not)."""
+        with self._drive:
+            self._core.check()
+
+    def __repr__(self) -> str:
+        state = "closed" if self._closed else "asleep" if self._asleep else "paused" if self._paused else "open"
+        return f"Engine({type(self.model).__name__}, {state}, {len(self._unfinished)} requests)"
+
+
+class _AttentionSwitch:
+    """Puts a model on "paged_flash", and back on what it had."""
+
+    def __init__(self, model: Any) -> None:
+        self._model = weakref.ref(model)
+        self._before: Any = None
+        self._is_paged = False
+
+    def use_paged(self) -> None:
+        model = self._model()
+        if model is not None and not self._is_paged:
+            # Read each time: its owner may set another while the engine is paused.
+            self._before = attention_of(model.config)
+            model.set_attn_implementation("paged_flash")
+            self._is_paged = True
+
+    def restore(self) -> None:
+        model = self._model()
+        if model is not None and self._is_paged:
+            self._is_paged = False
+            model.set_attn_implementation(self._before)
+
+
+def _run_loop(reference: "weakref.ref[Engine]") -> None:
+    """The background thread; an engine that nobody holds any more ends it."""
+    while True:
+        engine = reference()
+        if engine is None or not engine.turn():
+            return
+        del engine
+
+
+def _wake(future: "asyncio.Future") -> None:
+    if not future.done():
+        future.set_result(None)

@@ -1,0 +1,99 @@
+"""What the caller of submit holds: a stream of tokens, and the result."""
+
+import functools
+from collections.abc import AsyncIterator, Iterator
+from typing import TYPE_CHECKING
+
+from ..errors import RequestError
+from .request import Request, RequestOutput, State
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+class RequestHandle:
+    """A submitted request. Any thread may iterate over it, wait for its result, or cancel it.
+
+    Iteration gives new tokens as they come, from the first on, each time it is started; it raises what ended the
+    request with an error. It is for requests of one sequence; others give theirs with :meth:`result`.
+    """
+
+    def __init__(self, engine: "Engine", request: Request) -> None:
+        self._engine, self._request = engine, request
+
+    @property
+    def request_id(self) -> str:
+        """As given to submit, or made there."""
+        return self._request.request_id
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the result is there."""
+        return self._request.output is not None
+
+    def result(self, timeout_s: float | None = None) -> RequestOutput:
+        """Wait for the end of the request; an error is in ``output.error``, not raised.
+
+        Raises:
+            TimeoutError: ``timeout_s`` seconds passed; the request goes on.
+        """
+        self._engine.wait_for(lambda: self._request.output is not None, timeout_s, self.request_id)
+        assert self._request.output is not None
+        return self._request.output
+
+    def cancel(self) -> None:
+        """End the request; its result comes with the tokens so far and ``finish_reason`` "cancelled"."""
+        self._engine.cancel(self.request_id)
+
+    def __iter__(self) -> Iterator[int]:
+        self._check_streamable()
+        given = 0
+        while True:
+            self._engine.wait_for(functools.partial(self._has_more, given), None, self.request_id)
+            tokens = self._engine.new_tokens(self._request, given)
+            yield from tokens
+            given += len(tokens)
+            if not tokens and self._request.output is not None:
+                break
+        self._raise_error()
+
+    async def __aiter__(self) -> AsyncIterator[int]:
+        self._check_streamable()
+        given = 0
+        while True:
+            await self._engine.wait_async(functools.partial(self._has_more, given))
+            tokens = self._engine.new_tokens(self._request, given)
+            for token in tokens:
+                yield token
+            given += len(tokens)
+            if not tokens and self._request.output is not None:
+                break
+        self._raise_error()
+
+    async def result_async(self) -> RequestOutput:
+        """As :meth:`result`, without blocking the event loop."""
+        await self._engine.wait_async(lambda: self._request.output is not None)
+        assert self._request.output is not None
+        return self._request.output
+
+    def _has_more(self, given: int) -> bool:
+        request = self._request
+        return request.output is not None or self._engine.num_new_tokens(request) > given
+
+    def _check_streamable(self) -> None:
+        rules = self._request.rules
+        if rules.mode == "beams" or rules.num_rows > 1:
+            raise RequestError(
+                f"request {self.request_id} has {rules.num_rows} rows: only requests of one sequence can be streamed, "
+                f"use result()."
+            )
+
+    def _raise_error(self) -> None:
+        output = self._request.output
+        assert output is not None
+        if output.finish_reason == "error" and output.error is not None:
+            raise output.error
+
+    def __repr__(self) -> str:
+        state = self._request.state if self._request.output is None else State.FINISHED
+        return f"RequestHandle({self.request_id!r}, {state.value})"

@@ -1,0 +1,437 @@
+"""Which sequences compute how many tokens in the next step, and who has to wait or give pages back. No tensors here.
+
+There is no prefill phase and no decode phase: each sequence has ``computed`` tokens chasing its ``length``, under one
+budget of tokens for a step. Running sequences go first, then waiting requests in the order of their keys; a key is the
+time of arrival less the priority's advance, so it never changes, and nobody is overtaken forever.
+
+    budget 16     | decode rows: 1 token each | chunks of prompts, best key first        |
+                  | a  b  c  d                | e e e e  (rest of e)   f f f f f f f f   |
+"""
+
+import heapq
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..errors import OutOfPagesError
+from .request import Request, Row, State
+from .slot_pages import SlotPages
+from .slots import Slots
+
+
+@dataclass(slots=True)
+class StepWork:
+    """The rows of one step; decode rows come first.
+
+    Attributes:
+        slots: int64 ``[num_rows]``.
+        counts: int64 ``[num_rows]``, tokens that each computes.
+        num_decode: rows at the front that compute one token and have computed all before it.
+        samples: bool ``[num_rows]``, whether the row's last logits choose a token.
+    """
+
+    slots: np.ndarray
+    counts: np.ndarray
+    num_decode: int
+    samples: np.ndarray
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the step."""
+        return int(self.counts.sum())
+
+
+@dataclass(slots=True)
+class SchedulerCounts:
+    """Counts since the start."""
+
+    recomputed: int = 0
+    swapped: int = 0
+    prefix_tokens: int = 0
+    prompt_tokens: int = 0
+
+
+class Scheduler:
+    """Plans steps over slots and pages.
+
+    Args:
+        slots: sequences that run.
+        pages: their pages.
+        max_batch_tokens: budget of a step.
+        whole_prompts: a prompt is computed in one step (models whose states cannot go on from a chunk).
+        prefix_caching: look for cached prefixes, and store them.
+        on_admit, on_release: called with a row that just got a slot, or is about to lose it.
+        swap_out: called with a row that is preempted; returns what ``swap_in`` needs, or None to recompute it.
+        swap_in: called with such a row in a slot without pages; brings its pages and computed tokens back, or returns
+            False to recompute it.
+        clock: seconds, for timing.
+    """
+
+    def __init__(
+        self,
+        slots: Slots,
+        pages: SlotPages,
+        *,
+        max_batch_tokens: int,
+        whole_prompts: bool = False,
+        prefix_caching: bool = True,
+        on_admit: Callable[[Row], None] = lambda row: None,
+        on_release: Callable[[Row], None] = lambda row: None,
+        swap_out: Callable[[Row], object] = lambda row: None,
+        swap_in: Callable[[Row], bool] = lambda row: False,
+        clock: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        self.slots, self.pages, self.max_batch_tokens = slots, pages, max_batch_tokens
+        self.whole_prompts, self.prefix_caching = whole_prompts, prefix_caching
+        self.on_admit, self.on_release, self.swap_out, self.swap_in = on_admit, on_release, swap_out, swap_in
+        self.clock = clock
+        self.waiting: list[tuple[tuple[float, int], Request]] = []
+        self.running: dict[Request, None] = {}
+        self.prefilling: list[Row] = []
+        self.impossible: list[tuple[Request, Exception]] = []
+        self.counts = SchedulerCounts()
+        self._blocked: tuple[int, int, int] | None = None
+        # Of the step that is being planned: tokens of rows that do not decode yet, and slots that were given up.
+        self._chunks: dict[Row, int] = {}
+        self._vacated: list[int] = []
+
+    # Requests come and go
+
+    def add(self, request: Request) -> None:
+        """Put a request in the queue."""
+        heapq.heappush(self.waiting, (request.key, request))
+        self._blocked = None
+
+    def remove(self, request: Request) -> None:
+        """Take a request out of the queue or out of its slots, its pages with it."""
+        if request.state is State.WAITING:
+            self.waiting = [entry for entry in self.waiting if entry[1] is not request]
+            heapq.heapify(self.waiting)
+        for row in request.rows:
+            if row.slot >= 0:
+                self._leave(row)
+            row.swapped = None
+        self.running.pop(request, None)
+        self._blocked = None
+
+    def finish_row(self, row: Row) -> None:
+        """A row has ended: store its full pages as a prefix, give its slot and pages back."""
+        if row.slot >= 0:
+            self._store_prefix(row)
+            self._leave(row)
+        if not row.request.live:
+            self.running.pop(row.request, None)
+        self._blocked = None
+
+    def pages_for(self, prompt: int, total: int, num_rows: int, group: int) -> int:
+        """Pages of a group that a request holds at most: a prompt that ``num_rows`` rows of ``total`` tokens share."""
+        table, pages = self.pages.tables[group], self.pages
+        chunk = prompt if self.whole_prompts else pages.page_size
+        if num_rows == 1:
+            return pages.most_pages(table, total, chunk)
+        if table.window is not None or self.whole_prompts:
+            return num_rows * pages.most_pages(table, total, chunk)
+        shared = prompt // pages.page_size
+        return shared + num_rows * (pages.pages_of(total) - shared) + 1
+
+    # A step
+
+    def schedule(self) -> StepWork | None:
+        """Plan a step and take its pages; None when there is nothing to compute.
+
+        Requests that turn out impossible are put in ``impossible``; they hold their pages until removed.
+        """
+        decode = self._plan_decode()
+        budget = self.max_batch_tokens - int((1 + self.slots.draft[decode]).sum())
+        chunks = self._chunks
+        chunks.clear()
+        self._vacated.clear()
+        for row in list(self.prefilling):
+            budget -= self._plan_chunk(row, budget)
+        while budget > 0 and self.waiting:
+            admitted = self._admit()
+            if admitted is None:
+                break
+            for row in admitted:
+                budget -= self._plan_chunk(row, budget)
+        if self._vacated:
+            # What was preempted for a chunk is out of the step, whoever has its slot now.
+            decode = decode[~np.isin(decode, self._vacated)]
+        if not len(decode) and not chunks:
+            if self.prefilling:
+                self._give_up(min(self.running, key=lambda r: r.key))
+            return None
+        slots = np.concatenate([decode, np.array([row.slot for row in chunks], dtype=np.int64)])
+        counts = np.concatenate([1 + self.slots.draft[decode], np.array(list(chunks.values()), dtype=np.int64)])
+        samples = self.slots.computed[slots] + counts >= self.slots.length[slots]
+        return StepWork(slots, counts, len(decode), samples)
+
+    def launched(self, work: StepWork) -> list[tuple[Row, list[Row]]]:
+        """A planned step was launched: its tokens count as computed.
+
+        Returns:
+            Requests whose prompt is now computed for one row, as (that row, the rows that share it from here on).
+        """
+        self.slots.computed[work.slots] += work.counts
+        forks = []
+        for slot in work.slots[work.num_decode :].tolist():
+            row = self.slots.row(slot)
+            computed = self.slots.computed[slot]
+            if computed == len(row.request.prompt):
+                # Others with the same beginning find it while this one still runs.
+                self._store_prefix(row)
+            if not row.request.forked and computed >= len(row.request.prompt):
+                forks.append((row, self._fork(row)))
+            if computed >= self._target(row):
+                self.prefilling.remove(row)
+                self._start_together(row.request)
+        return forks
+
+    def _target(self, row: Row) -> int:
+        """Tokens that a row computes before it decodes."""
+        length, prompt = int(self.slots.length[row.slot]), len(row.request.prompt)
+        if not row.request.forked:
+            return prompt  # The other rows go on from the prompt that the first computes.
+        if row.request.rules.mode == "beams" and length > prompt:
+            return length - 1  # Beams choose their tokens together, so they wait for one another.
+        return length
+
+    def _start_together(self, request: Request) -> None:
+        """Let beams that were computed again decode once all of them are ready."""
+        slots, host = [row.slot for row in request.live], self.slots
+        if request.rules.mode != "beams" or (host.length[slots] == len(request.prompt)).any():
+            return
+        if (host.computed[slots] == host.length[slots] - 1).all():
+            host.decoding[slots] = True
+
+    def _plan_decode(self) -> np.ndarray:
+        """Slots that compute one token (and their drafts), with pages for it."""
+        slots, pages = self.slots, self.pages
+        while True:
+            decode = np.flatnonzero(slots.decoding)
+            if int((1 + slots.draft[decode]).sum()) > self.max_batch_tokens:
+                slots.draft[decode] = 0
+            ends = slots.computed[decode] + 1 + slots.draft[decode]
+            missing = -(-ends // pages.page_size) - pages.num_pages[decode]
+            short = decode[missing > 0]
+            copies = [s for s in decode[slots.shares[decode]].tolist() if pages.shares_page(s, int(slots.computed[s]))]
+            needed = int(missing[missing > 0].sum()) + len(copies)
+            if needed == 0:
+                break
+            pages.pass_window(short.tolist(), slots.computed)
+            if pages.make_room(needed):
+                if (missing[missing > 0] == 1).all():
+                    pages.extend_one(short)
+                else:
+                    for slot, end in zip(short.tolist(), ends[missing > 0].tolist()):
+                        pages.extend(slot, end)
+                for slot in copies:
+                    pages.own_page(slot, int(slots.computed[slot]))
+                break
+            if not self._preempt_worst():
+                break
+        slots.shares[decode] = False
+        return decode
+
+    def _plan_chunk(self, row: Row, budget: int) -> int:
+        """Plan the next tokens of a row whose prompt is not computed; returns how many."""
+        if row.slot < 0:
+            return 0  # It was preempted for a better one just now.
+        slots, pages, slot = self.slots, self.pages, row.slot
+        computed = int(slots.computed[slot])
+        count = self._target(row) - computed
+        if not self.whole_prompts:
+            count = min(count, budget)
+        elif count > budget and (self._chunks or budget < self.max_batch_tokens):
+            return 0  # A prompt longer than the budget has a step for itself.
+        if count <= 0:
+            return 0
+        pages.pass_window([slot], slots.computed)
+        if slots.shares[slot]:
+            while pages.shares_page(slot, computed):
+                if pages.make_room(1):
+                    pages.own_page(slot, computed)
+                elif not self._preempt_worst(better_than=row):
+                    return 0
+            slots.shares[slot] = False
+        while True:
+            missing = pages.pages_of(computed + count) - int(pages.num_pages[slot])
+            if missing <= 0 or pages.make_room(missing):
+                break
+            fits = (int(pages.num_pages[slot]) + pages.num_free()) * pages.page_size - computed
+            if fits > 0 and not self.whole_prompts:
+                count = min(count, fits)
+                break
+            if not self._preempt_worst(better_than=row):
+                return 0
+        pages.extend(slot, computed + count)
+        self._chunks[row] = count
+        return count
+
+    def _admit(self) -> list[Row] | None:
+        """Let the first waiting request run if it can; returns its rows that have tokens to compute before they decode.
+
+        None: it has to wait.
+        """
+        request = self.waiting[0][1]
+        state = (self.pages.num_free(), self.slots.num_free, len(self.running))
+        if self._blocked == state:
+            return None
+        while not self._can_start(request):
+            worst = max(self.running, key=lambda r: r.key, default=None)
+            if worst is None or worst.priority >= request.priority or worst.key < request.key:
+                self._blocked = (self.pages.num_free(), self.slots.num_free, len(self.running))
+                return None
+            self.preempt(worst)
+        # Preempted requests of a lower priority are behind this one in the queue.
+        heapq.heappop(self.waiting)
+        request.state = State.RUNNING
+        request.started = self.clock() if request.started is None else request.started
+        self.running[request] = None
+        rows = request.live
+        # States cannot go on from a prompt that is computed again: each row computes all that it has.
+        has_more = max(len(row.tokens) for row in rows) > len(request.prompt)
+        request.forked = len(rows) == 1 or (self.whole_prompts and has_more)
+        for row in rows:
+            self.slots.admit(row)
+            self.on_admit(row)
+        # Otherwise the others share the prompt that the first one computes.
+        return [row for row in (rows if request.forked else rows[:1]) if self._begin(row)]
+
+    def _begin(self, row: Row) -> bool:
+        """Give a row that just got its slot what is known of its beginning.
+
+        Returns:
+            Whether it has tokens to compute before it decodes.
+        """
+        is_back = False
+        slot = row.slot
+        if row.swapped is not None and self.swap_in(row):
+            is_back = True
+        elif self.prefix_caching and row.request.uses_prefixes and self.pages.pool.prefixes is not None:
+            tokens = self.slots.tokens(slot)
+            limit = min(len(tokens) - 1, len(row.request.prompt) - 1 if not row.request.forked else len(tokens))
+            match = self.pages.pool.prefixes.match(tokens.tolist(), row.request.salt, max_tokens=limit)
+            self.pages.adopt(slot, match.pages)
+            self.slots.computed[slot] = match.num_tokens
+            if not row.request.preemptions:
+                row.request.cached_tokens = match.num_tokens
+                self.counts.prefix_tokens += match.num_tokens
+                self.counts.prompt_tokens += len(tokens)
+        row.swapped = None
+        if is_back and self.slots.computed[slot] + 1 == self.slots.length[slot]:
+            self.slots.decoding[slot] = True
+            return False
+        self.prefilling.append(row)
+        return True
+
+    def _can_start(self, request: Request) -> bool:
+        """Whether there are slots, and pages for all tokens that the request has, beside what others still need."""
+        rows = request.live
+        if len(rows) > self.slots.num_free:
+            return False
+        if not self.running:
+            return True
+        pages = self.pages
+        most = max(len(row.tokens) for row in rows)
+        needed = []
+        for group, table in enumerate(pages.tables):
+            # One more page, so that it is not preempted at once.
+            count = self.pages_for(len(request.prompt), most + 1, len(rows), group)
+            for row in self.prefilling:
+                missing = pages.pages_of(int(self.slots.length[row.slot])) - int(pages.num_pages[row.slot])
+                whole = pages.most_pages(table, int(self.slots.length[row.slot]), pages.page_size)
+                count += min(missing, whole)
+            needed.append(count)
+        return pages.make_room(needed)
+
+    def _fork(self, leader: Row) -> list[Row]:
+        """Let the other rows of a request share the prompt that ``leader`` has computed."""
+        request = leader.request
+        others = [row for row in request.live if row is not leader]
+        self.pages.fork(leader.slot, [row.slot for row in others])
+        request.forked = True
+        prompt = len(request.prompt)
+        for row in [leader, *others]:
+            self.slots.shares[row.slot] = prompt % self.pages.page_size != 0
+        for row in others:
+            self.slots.computed[row.slot] = prompt
+            if self._target(row) > prompt:
+                self.prefilling.append(row)
+        return others
+
+    # Giving back
+
+    def _preempt_worst(self, better_than: Row | None = None) -> bool:
+        """Preempt the running request with the worst key; False if there is none to preempt.
+
+        Args:
+            better_than: preempt only a request whose key is worse than this row's.
+        """
+        worst = max(self.running, key=lambda r: r.key, default=None)
+        if worst is None or (better_than is not None and worst.key <= better_than.request.key):
+            return False
+        if len(self.running) == 1:
+            self._give_up(worst)
+        else:
+            self.preempt(worst)
+        return True
+
+    def _give_up(self, request: Request) -> None:
+        """Admission checks promise that a request alone always fits: a broken promise ends it, not the loop."""
+        free = self.pages.num_free()
+        error = OutOfPagesError(free + 1, free, sum(table.allocator.num_pages for table in self.pages.tables))
+        self.impossible.append((request, error))
+        for row in request.live:
+            self.slots.decoding[row.slot] = False
+            if row in self.prefilling:
+                self.prefilling.remove(row)
+        self.running.pop(request)
+
+    def preempt(self, request: Request, allow_swap: bool = True) -> None:
+        """Take slots and pages back from a running request; it waits for them in the queue again."""
+        rows = request.live
+        # Rows that share pages would each come back with a copy: they are computed again, and share again.
+        can_swap = allow_swap and len(request.rows) == 1 and self.slots.computed[rows[0].slot] > 0
+        swapped = self.swap_out(rows[0]) if can_swap else None
+        if swapped is not None:
+            rows[0].swapped = swapped
+            self.counts.swapped += 1
+        else:
+            self.counts.recomputed += 1
+            for row in rows:
+                self._store_prefix(row)
+        for row in rows:
+            self._leave(row)
+        request.preemptions += 1
+        request.state = State.WAITING
+        self.running.pop(request, None)
+        self.add(request)
+
+    def _leave(self, row: Row) -> None:
+        self.on_release(row)
+        if row in self.prefilling:
+            self.prefilling.remove(row)
+        self._chunks.pop(row, None)
+        self._vacated.append(row.slot)
+        self.pages.free(row.slot)
+        self.slots.release(row)
+
+    def _store_prefix(self, row: Row) -> None:
+        if not self.prefix_caching or row.slot < 0:
+            return
+        computed = int(self.slots.computed[row.slot])
+        self.pages.store_prefix(row.slot, self.slots.tokens(row.slot)[:computed], row.request.salt)
+
+    def check(self) -> None:
+        """Prove the books (AssertionError if wrong)."""
+        self.slots.check()
+        self.pages.check()
+        for row in self.prefilling:
+            assert row.slot >= 0, "a row without a slot is to be computed"
+        for request in self.running:
+            assert request.state is State.RUNNING, "a request that does not run is among those that do"
+        for _, request in self.waiting:
+            assert request.state is State.WAITING, "a request that does not wait is in the queue"
+            assert all(row.slot < 0 for row in request.rows), "a waiting request has a slot"

@@ -1,0 +1,220 @@
+"""From logits to tokens for every row of a step: plain rows together, rows with processors one by one."""
+
+import dataclasses
+
+import numpy as np
+import torch
+from hf_paged_kernels.sampling_reference import INVALID_TOKEN, choose_tokens
+
+from . import prompt_lookup
+from .logprobs import TokenLogprobs, token_logprobs
+from .sampling import SlotSampling
+from .stopping import history_tensor, is_stopped
+from .token_rules import TokenRules
+
+__all__ = ["INVALID_TOKEN", "Selection", "TokenRules", "TokenSelector", "invalid_scores_error"]
+
+
+@dataclasses.dataclass(slots=True)
+class Selection:
+    """What a step chose.
+
+    Attributes:
+        token_ids: ``[num_rows]`` int64 on the device; :data:`INVALID_TOKEN` for a row that must end with its entry of
+            ``errors``, or, where it has none, with :func:`invalid_scores_error`.
+        logprobs: of the slots whose requests asked for them.
+        errors: what a row's processor raised, by slot; other rows are not affected.
+    """
+
+    token_ids: torch.Tensor
+    logprobs: dict[int, TokenLogprobs] | None = None
+    errors: dict[int, Exception] = dataclasses.field(default_factory=dict)
+
+
+def invalid_scores_error(slot: int) -> ValueError:
+    """The error of a row for which :data:`INVALID_TOKEN` was chosen."""
+    return ValueError(
+        f"no token can be chosen: the scores of the row in slot {slot} have NaN, or leave no token with a probability. "
+        f"The model's logits, or a logits processor of the request, made them so."
+    )
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Row:
+    """What a slot runs."""
+
+    rules: TokenRules
+    row: int
+
+
+class TokenSelector:
+    """Chooses the next token of each row from its logits, by the rules of its request.
+
+    A row's token depends on its own logits, history and rules only, never on the rest of the batch.
+    """
+
+    def __init__(self, num_slots: int, vocab_size: int, device: torch.device | str) -> None:
+        self.device = torch.device(device)
+        self.vocab_size = vocab_size
+        self.sampling = SlotSampling(num_slots, self.device)
+        self.is_plain = np.zeros(num_slots, np.bool_)
+        self.has_logprobs = np.zeros(num_slots, np.bool_)
+        self._rows: dict[int, _Row] = {}
+        self._verified: dict[int, bool] = {}  # slots whose criteria verify() has asked, and their answer
+
+    def grow(self, num_slots: int) -> None:
+        """Make room for more slots; those there stay as they are."""
+        more = np.zeros(num_slots - len(self.is_plain), np.bool_)
+        self.is_plain = np.concatenate([self.is_plain, more])
+        self.has_logprobs = np.concatenate([self.has_logprobs, more])
+        self.sampling.grow(num_slots)
+
+    def admit(self, slot: int, rules: TokenRules, row: int) -> None:
+        """Give a slot to a row of a request, the first time or after a preemption.
+
+        Nothing of the row's past is needed: noise is a function of the position, and processors get the history.
+        """
+        self._rows[slot] = _Row(rules, row)
+        self.sampling.set(slot, rules, row)
+        self.is_plain[slot] = rules.plain is not None
+        self.has_logprobs[slot] = rules.num_logprobs is not None
+
+    def release(self, slot: int) -> None:
+        """Take a slot back; its parameters stay until the next admission."""
+        del self._rows[slot]
+        self._verified.pop(slot, None)
+        self.is_plain[slot] = self.has_logprobs[slot] = False
+
+    def select(self, logits: torch.Tensor, slots: np.ndarray, history: np.ndarray, lengths: np.ndarray) -> Selection:
+        """Choose a token for each row.
+
+        Args:
+            logits: ``[num_rows, vocab]`` on the device, any float dtype, not written.
+            slots: ``[num_rows]`` int, admitted.
+            history: ``[num_slots, capacity]`` int64.
+            lengths: ``[num_slots]`` int, tokens in the history.
+        """
+        slots = np.asarray(slots)
+        positions = lengths[slots].astype(np.int64, copy=False)
+        is_plain = self.is_plain[slots]
+        errors: dict[int, Exception] = {}
+        if is_plain.all():
+            token_ids = self.sampling.choose(logits, slots, positions)
+        else:
+            token_ids = torch.full((len(slots),), INVALID_TOKEN, dtype=torch.int64, device=logits.device)
+            rows = np.flatnonzero(is_plain)
+            if rows.size:
+                index = torch.from_numpy(rows).to(logits.device)
+                token_ids[index] = self.sampling.choose(logits[index], slots[rows], positions[rows])
+            for i in np.flatnonzero(~is_plain).tolist():
+                slot = int(slots[i])
+                try:
+                    token_ids[i : i + 1] = self._choose_alone(slot, logits[i : i + 1], history[slot, : positions[i]])
+                except Exception as error:  # whatever a request's own code raises ends that request alone
+                    errors[slot] = error
+        return Selection(token_ids, self._logprobs(logits, slots, token_ids), errors)
+
+    def stopped(
+        self, slots: np.ndarray, history: np.ndarray, lengths: np.ndarray
+    ) -> tuple[set[int], dict[int, Exception]]:
+        """Which of these rows their own stopping criteria end, called once after each token of a row.
+
+        Args:
+            slots: ``[num_rows]`` int, of requests with ``rules.has_criteria``.
+            history: ``[num_slots, capacity]`` int64.
+            lengths: ``[num_slots]`` int, the new token included.
+
+        Returns:
+            The slots that stop, and what a criterion raised, by slot.
+        """
+        stopped: set[int] = set()
+        errors: dict[int, Exception] = {}
+        for slot in np.asarray(slots).tolist():
+            try:
+                if slot in self._verified:
+                    is_last = self._verified.pop(slot)
+                    stopped.update({slot} if is_last else ())
+                elif is_stopped(self._rows[slot].rules, history[slot, : lengths[slot]], self.device):
+                    stopped.add(slot)
+            except Exception as error:
+                errors[slot] = error
+        return stopped, errors
+
+    def propose(self, slot: int, history: np.ndarray, length: int) -> np.ndarray:
+        """Candidates ``[k]`` int64 for an assisted row; none where its maximum length leaves no room."""
+        rules = self._rows[slot].rules
+        room = rules.max_length - length - 1
+        if room <= 0:
+            return prompt_lookup.NO_CANDIDATES
+        count = min(rules.config.prompt_lookup_num_tokens, room)
+        return prompt_lookup.propose(history[slot, :length], count, rules.config.max_matching_ngram_size or 2)
+
+    def verify(
+        self, slot: int, candidates: np.ndarray, logits: torch.Tensor, history: np.ndarray, length: int
+    ) -> list[int]:
+        """The tokens of an assisted row after a forward over its last token and the candidates.
+
+        Args:
+            slot: of the row.
+            candidates: ``[k]`` int64.
+            logits: ``[k + 1, vocab]``.
+            history: ``[num_slots, capacity]`` int64.
+            length: tokens in the history, candidates not counted.
+
+        Returns:
+            1 to k + 1 tokens, none after eos, beyond the maximum length, or after one that a criterion stops at; the
+            next :meth:`stopped` of the slot tells of the criteria without asking them again.
+
+        Raises:
+            Exception: what a processor raised.
+            ValueError: no token can be chosen.
+        """
+        rules = self._rows[slot].rules
+        tokens = np.concatenate([history[slot, :length], candidates])
+        if rules.plain is not None:
+            positions = np.arange(length, length + len(candidates) + 1, dtype=np.int64)
+            chosen = self.sampling.choose(logits, np.full(len(positions), slot), positions).tolist()
+            choose = chosen.__getitem__
+        else:
+
+            def choose(index: int) -> int:
+                return int(self._choose_alone(slot, logits[index : index + 1], tokens[: length + index]))
+
+        def checked(index: int) -> int:
+            token = choose(index)
+            if token == INVALID_TOKEN:
+                raise invalid_scores_error(slot)
+            return token
+
+        def is_last(index: int, token: int) -> bool:
+            is_stop = False
+            if rules.has_criteria:
+                taken = np.concatenate([tokens[: length + index], [token]])
+                is_stop = self._verified[slot] = is_stopped(rules, taken, self.device)
+            return is_stop or token in rules.eos_token_ids or length + index + 1 >= rules.max_length
+
+        return prompt_lookup.accept(candidates, checked, is_last)
+
+    def _choose_alone(self, slot: int, logits: torch.Tensor, tokens: np.ndarray) -> torch.Tensor:
+        """The token ``[1]`` of a row with processors of its own, from logits ``[1, vocab]``."""
+        rules, row = self._rows[slot].rules, self._rows[slot].row
+        ids = history_tensor(rules, tokens, logits.device)
+        scores = rules.processors_of_row(row)(ids, logits.to(torch.float32, copy=True))
+        noise = None
+        if rules.do_sample:
+            noise = self.sampling.noise(np.array([slot]), np.array([len(tokens)], np.int64), scores.shape[-1])
+        return choose_tokens(scores, noise)
+
+    def _logprobs(
+        self, logits: torch.Tensor, slots: np.ndarray, token_ids: torch.Tensor
+    ) -> dict[int, TokenLogprobs] | None:
+        wanted = np.flatnonzero(self.has_logprobs[slots])
+        if not wanted.size:
+            return None
+        index = torch.from_numpy(wanted).to(logits.device)
+        counts = [self._rows[slot].rules.num_logprobs or 0 for slot in slots[wanted].tolist()]
+        entries = token_logprobs(logits[index], token_ids[index], max(counts))
+        return {
+            slot: dataclasses.replace(entry, top_ids=entry.top_ids[:count], top_logprobs=entry.top_logprobs[:count])
+            for slot, count, entry in zip(slots[wanted].tolist(), counts, entries)
+        }

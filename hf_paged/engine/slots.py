@@ -1,0 +1,109 @@
+"""What the host knows of every running sequence, in arrays: a decode step costs no Python per sequence."""
+
+import numpy as np
+
+from .request import Row
+
+NO_EOS = -1
+
+
+class Slots:
+    """``num_slots`` places for running sequences. A sequence keeps its slot until it ends or is preempted.
+
+    Attributes (arrays ``[num_slots]``, int64 unless said):
+        length: tokens in the history.
+        computed: tokens whose keys and values are in pages, or will be once the steps launched so far have run.
+        prompt_length: tokens of the prompt.
+        max_length: prompt and new tokens at most.
+        draft: candidate tokens behind the history that the next step verifies.
+        eos: ``[num_slots, most ids of one sequence]``, padded with -1.
+        decoding: bool, the next step computes the last token only.
+        watched: bool, has stopping criteria beyond eos and length.
+        shares: bool, may share its last, partly filled page with another sequence.
+        is_row: bool, tokens are chosen row by row (False: beams, verified drafts).
+        history: int64 ``[num_slots, capacity]``, grown by doubling.
+        rows: the sequence in each slot, or None.
+    """
+
+    def __init__(self, num_slots: int, capacity: int = 256) -> None:
+        self.num_slots = num_slots
+        self.length, self.computed, self.prompt_length, self.max_length, self.draft = (
+            np.zeros(num_slots, dtype=np.int64) for _ in range(5)
+        )
+        self.decoding, self.watched, self.shares, self.is_row = (np.zeros(num_slots, dtype=bool) for _ in range(4))
+        self.eos = np.full((num_slots, 1), NO_EOS, dtype=np.int64)
+        self.history = np.zeros((num_slots, capacity), dtype=np.int64)
+        self.rows: list[Row | None] = [None] * num_slots
+        # Low slots first: a small batch stays in the front of every table.
+        self._free = list(range(num_slots - 1, -1, -1))
+
+    @property
+    def num_free(self) -> int:
+        """Slots without a sequence."""
+        return len(self._free)
+
+    @property
+    def num_used(self) -> int:
+        """Slots with a sequence."""
+        return self.num_slots - len(self._free)
+
+    def admit(self, row: Row) -> int:
+        """Give a row a slot and put its tokens there; returns the slot."""
+        slot = self._free.pop()
+        request = row.request
+        tokens = row.tokens
+        self.reserve(len(tokens) + 1)
+        self.history[slot, : len(tokens)] = tokens
+        self.length[slot] = len(tokens)
+        self.computed[slot] = self.draft[slot] = 0
+        self.prompt_length[slot] = len(request.prompt)
+        self.max_length[slot] = request.rules.max_length
+        self.decoding[slot] = self.shares[slot] = False
+        self.watched[slot] = request.is_watched
+        self.is_row[slot] = request.rules.mode == "rows"
+        eos = request.rules.eos_token_ids
+        if len(eos) > self.eos.shape[1]:
+            wider = np.full((self.num_slots, len(eos)), NO_EOS, dtype=np.int64)
+            wider[:, : self.eos.shape[1]] = self.eos
+            self.eos = wider
+        self.eos[slot] = NO_EOS
+        self.eos[slot, : len(eos)] = eos
+        self.rows[slot] = row
+        row.slot, row.saved = slot, None
+        return slot
+
+    def release(self, row: Row) -> None:
+        """Take a row's slot back; its tokens stay with the row."""
+        slot = row.slot
+        row.saved = self.history[slot, : self.length[slot]].copy()
+        self.rows[slot] = None
+        self.decoding[slot] = self.shares[slot] = False
+        self.length[slot] = self.computed[slot] = self.draft[slot] = 0
+        row.slot = -1
+        self._free.append(slot)
+
+    def reserve(self, capacity: int) -> None:
+        """Have room for ``capacity`` tokens of history in every slot."""
+        old = self.history.shape[1]
+        if capacity > old:
+            history = np.zeros((self.num_slots, max(capacity, 2 * old)), dtype=np.int64)
+            history[:, :old] = self.history
+            self.history = history
+
+    def row(self, slot: int) -> Row:
+        """The sequence in a slot that has one."""
+        row = self.rows[slot]
+        assert row is not None, f"slot {slot} is empty"
+        return row
+
+    def tokens(self, slot: int) -> np.ndarray:
+        """int64 ``[length]``, a view."""
+        return self.history[slot, : self.length[slot]]
+
+    def check(self) -> None:
+        """Prove the books (AssertionError if wrong)."""
+        used = [slot for slot, row in enumerate(self.rows) if row is not None]
+        assert sorted(self._free + used) == list(range(self.num_slots)), "a slot is lost"
+        for slot in used:
+            assert self.row(slot).slot == slot, f"slot {slot} holds a row that believes to be elsewhere"
+            assert 0 <= self.computed[slot] <= self.length[slot], f"slot {slot} computed more tokens than it has"

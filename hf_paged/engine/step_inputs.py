@@ -1,0 +1,195 @@
+"""The tensors of one step, built in one place from tables by slot that live on the device.
+
+The host sends which slots run and what it changed; everything else is computed from the tables::
+
+    slots [n]  ->  positions = computed[slots]   input_ids = last_token[slots]      decode rows
+    chunks     ->  their tokens and positions from the host                        prompts
+
+Between two decode steps of the same slots nothing changes but what the device itself writes: ``computed`` grows by one
+and ``last_token`` is the token just chosen.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from .cpu_attention import RowGroup
+from .scheduler import StepWork
+from .slot_pages import SlotPages
+from .slots import Slots
+
+
+@dataclass(frozen=True, slots=True)
+class GroupInputs:
+    """Where a group's layers find and put keys and values.
+
+    Attributes:
+        page_table: int32 ``[num_rows, width]``.
+        slot_mapping: int64 ``[num_tokens]``.
+    """
+
+    page_table: torch.Tensor
+    slot_mapping: torch.Tensor
+
+
+@dataclass(slots=True)
+class StepInputs:
+    """One forward over packed rows.
+
+    Attributes:
+        slots: int64 ``[num_rows]``, on the host.
+        input_ids, position_ids: int64 ``[1, num_tokens]``, or ``[num_rows, 1]`` for a batched decode.
+        seq_lens: int32 ``[num_rows]``, tokens of each row with the new ones.
+        cu_seqlens_q: int32 ``[num_rows + 1]``.
+        max_query_len: tokens of the row that has most in this step.
+        longest: tokens of the longest row.
+        num_keys: tokens of all rows together.
+        groups: per group of layers.
+        cpu_groups: rows that attend together on a CPU, by group of layers and window; filled by the layers.
+    """
+
+    slots: np.ndarray
+    input_ids: torch.Tensor
+    position_ids: torch.Tensor
+    seq_lens: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    max_query_len: int
+    longest: int
+    num_keys: int
+    groups: list[GroupInputs]
+    cpu_groups: dict[tuple[int, int | None], list[RowGroup]] = field(default_factory=dict)
+    _copies: dict[torch.device, "StepInputs"] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> "StepInputs":
+        """The inputs on another device of the model, copied once."""
+        if device == self.seq_lens.device:
+            return self
+        if device not in self._copies:
+            self._copies[device] = StepInputs(
+                self.slots, self.input_ids, self.position_ids, self.seq_lens.to(device), self.cu_seqlens_q.to(device),
+                self.max_query_len, self.longest, self.num_keys,
+                [GroupInputs(g.page_table.to(device), g.slot_mapping.to(device)) for g in self.groups],
+            )  # fmt: skip
+        return self._copies[device]
+
+    @property
+    def cu_seqlens_k(self) -> torch.Tensor:
+        """int32 ``[num_rows + 1]``, prefix sums of the rows' tokens."""
+        return torch.nn.functional.pad(self.seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+class SlotTables:
+    """Tables by slot on the model's first device.
+
+    Attributes:
+        computed: int64 ``[num_slots]``, as in :class:`Slots`.
+        last_token: int64 ``[num_slots]``.
+        page_tables: int32 ``[num_slots, width]`` for each group of layers.
+        stale: bool ``[num_slots]`` on the host: the device's ``computed`` and ``last_token`` are not the host's.
+    """
+
+    def __init__(self, slots: Slots, pages: SlotPages, device: torch.device) -> None:
+        self.slots, self.pages, self.device = slots, pages, device
+        self.computed = torch.zeros(slots.num_slots, dtype=torch.int64, device=device)
+        self.last_token = torch.zeros(slots.num_slots, dtype=torch.int64, device=device)
+        self.stale = np.ones(slots.num_slots, dtype=bool)
+        # On CPU the host's tables are the device's.
+        self.page_tables = [torch.from_numpy(table.rows).to(device) for table in pages.tables]
+        self._range = torch.arange(slots.num_slots + 1, dtype=torch.int32, device=device)
+
+    def sync(self) -> None:
+        """Send the page-table entries that changed."""
+        for table, tensor in zip(self.pages.tables, self.page_tables):
+            changes = table.take_changes()
+            if changes is not None:
+                rows, columns, values = (self._send(np.ascontiguousarray(x)) for x in changes)
+                tensor.index_put_((rows.long(), columns.long()), values)
+
+    def _send(self, array: np.ndarray) -> torch.Tensor:
+        tensor = torch.from_numpy(array)
+        if self.device.type == "cuda":
+            return tensor.pin_memory().to(self.device, non_blocking=True)
+        return tensor.to(self.device)
+
+    def decode_inputs(self, slots: np.ndarray, batched: bool = False) -> StepInputs:
+        """One token for each of ``slots``; their ``computed`` on the device counts it from then on."""
+        stale = slots[self.stale[slots]]
+        if len(stale):
+            host = self.slots
+            index = self._send(stale)
+            self.computed[index] = self._send(host.computed[stale])
+            self.last_token[index] = self._send(host.history[stale, host.computed[stale]])
+            self.stale[stale] = False
+        index = self._send(slots)
+        positions = self.computed[index]
+        ids = self.last_token[index]
+        self.computed[index] = positions + 1
+        groups = self._groups(index, int(self.pages.num_pages[slots].max(initial=1)), positions, None)
+        lengths = self.slots.computed[slots] + 1
+        shape = (-1, 1) if batched else (1, -1)
+        return StepInputs(
+            slots, ids.view(shape), positions.view(shape), (positions + 1).to(torch.int32),
+            self._range[: len(slots) + 1], 1, int(lengths.max()), int(lengths.sum()), groups,
+        )  # fmt: skip
+
+    def inputs(self, work: StepWork) -> StepInputs:
+        """The whole step as one packed row."""
+        if work.num_decode == len(work.slots) and int(work.counts.max()) == 1:
+            return self.decode_inputs(work.slots)
+        host, slots, counts = self.slots, work.slots, work.counts
+        decode = work.slots[: work.num_decode]
+        if work.num_decode and int(counts[: work.num_decode].max()) == 1:
+            first = self.decode_inputs(decode)
+            rest, rest_counts = slots[work.num_decode :], counts[work.num_decode :]
+        else:
+            # Drafts: the host knows every token.
+            first, rest, rest_counts = None, slots, counts
+        starts = host.computed[rest]
+        bounds = np.concatenate([[0], rest_counts.cumsum()])
+        row = np.repeat(np.arange(len(rest)), rest_counts)
+        offset = np.arange(bounds[-1]) - bounds[row]
+        position = starts[row] + offset
+        self.stale[rest] = True
+        index, sent_row, positions, ids = (
+            self._send(x) for x in (rest, row, position, host.history[rest[row], position])
+        )
+        lengths = starts + rest_counts
+        groups = self._groups(index, int(self.pages.num_pages[slots].max(initial=1)), positions, sent_row)
+        seq_lens = self._send(lengths.astype(np.int32))
+        num_keys, longest = int(lengths.sum()), int(lengths.max())
+        if first is not None:
+            ids, positions = torch.cat([first.input_ids[0], ids]), torch.cat([first.position_ids[0], positions])
+            seq_lens = torch.cat([first.seq_lens, seq_lens])
+            width = groups[0].page_table.shape[1] if groups else 0
+            groups = [
+                GroupInputs(
+                    torch.cat(
+                        [torch.nn.functional.pad(a.page_table, (0, width - a.page_table.shape[1])), b.page_table]
+                    ),
+                    torch.cat([a.slot_mapping, b.slot_mapping]),
+                )
+                for a, b in zip(first.groups, groups)
+            ]
+            num_keys, longest = num_keys + first.num_keys, max(longest, first.longest)
+        cu_seqlens = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
+        return StepInputs(
+            slots, ids.view(1, -1), positions.view(1, -1), seq_lens, self._send(cu_seqlens), int(counts.max()),
+            longest, num_keys, groups,
+        )  # fmt: skip
+
+    def _groups(
+        self, slots: torch.Tensor, width: int, positions: torch.Tensor, row: torch.Tensor | None
+    ) -> list[GroupInputs]:
+        """Tables and slot mappings; ``row`` is each token's row, None: one token a row."""
+        page_size = self.pages.page_size
+        column, offset = positions // page_size, positions % page_size
+        groups = []
+        for table in self.page_tables:
+            rows = table[:, :width][slots]
+            if row is None:
+                page = rows.gather(1, column[:, None]).squeeze(1)
+            else:
+                page = rows[row, column]
+            groups.append(GroupInputs(rows, page.long() * page_size + offset))
+        return groups

@@ -1,0 +1,53 @@
+"""Which models the engine can serve, told before anything runs."""
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from ..errors import UnsupportedModelError
+from ..paging import PagePool
+from ..transformers_internals import uses_attention_interface
+from .engine_cache import EngineCache
+
+
+def is_supported(model: Any) -> list[str]:
+    """Why the engine cannot serve a model: reasons, an empty list where it can.
+
+    Told from the model's class and config; the engine's self-check, which runs the model, may refuse more.
+    """
+    if not isinstance(model, PreTrainedModel):
+        return [f"it is a {type(model).__name__}, not a transformers PreTrainedModel"]
+    config = model.config
+    reasons = []
+    if getattr(config, "is_encoder_decoder", False):
+        reasons.append("it is an encoder-decoder model")
+    if model.main_input_name != "input_ids":
+        reasons.append(f"its main input is {model.main_input_name}, not input_ids")
+    if not model.can_generate():
+        reasons.append(f"{type(model).__name__} has no generate()")
+    if not uses_attention_interface(model):
+        reasons.append(
+            f"{type(model).__name__} does not run its attention through transformers' attention interface, or does "
+            f"not support flash attention there"
+        )
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "is_causal", True) is False:
+        reasons.append("its attention is not causal")
+    reasons += _rope_reasons(text)
+    if not reasons:
+        try:
+            EngineCache(config, PagePool(), num_slots=1)
+        except UnsupportedModelError as error:
+            reasons.append(str(error))
+    return reasons
+
+
+def _rope_reasons(config: Any) -> list[str]:
+    """Rotary frequencies that depend on the longest sequence would mix the sequences of a step."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in parameters.values() if isinstance(value, dict)]
+    kinds = {str(entry.get("rope_type")) for entry in (nested or [parameters])}
+    return [
+        f"its rotary embedding ({kind}) depends on the longest sequence of a batch"
+        for kind in sorted(kinds & {"dynamic", "longrope"})
+    ]

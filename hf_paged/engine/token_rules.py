@@ -1,0 +1,347 @@
+"""What one request does with its logits: the whole of its GenerationConfig, resolved once, at submit."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    EosTokenCriteria,
+    GenerationConfig,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    MinPLogitsWarper,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation import GenerationMode
+
+from ..transformers_internals import PreparedGeneration, prepare_generation, processor_of_row, special_tokens
+
+Mode = Literal["rows", "beams", "assisted"]
+
+SEED_LIMIT = 2**64
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Sampling:
+    """Parameters of a row that needs no more than the vectorised path: the meaning of transformers' warpers.
+
+    ``temperature`` 1, ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 change nothing.
+    """
+
+    do_sample: bool
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class TokenRules:
+    """What one request does with its logits. Made by :meth:`make`, or :meth:`from_prepared` inside ``generate()``.
+
+    Attributes:
+        config: the resolved config, lengths final.
+        mode: "rows" (greedy or sampled), "beams" or "assisted" (prompt lookup).
+        num_rows: sequences that run: ``num_return_sequences``, or ``num_beams``.
+        max_length: the most tokens of a row, prompt included, padding not.
+        eos_token_ids: tokens that end a row.
+        pad_token_id: what ``generate()`` fills finished rows with, if anything.
+        plain: parameters of the vectorised path, None where a processor asks for more.
+        processors: as ``generate()`` made them, in its order.
+        criteria: stopping criteria beyond ``max_length`` and eos.
+        all_criteria: with those two, as ``generate()`` made them; lengths count padding.
+        seed: of the first row; :meth:`seed_of_row` gives the others'.
+        num_logprobs: sampled and this many best log-probabilities of each new token; None for none.
+        num_prompt_logprobs: the same for the prompt's tokens.
+        padding_ids: padding that processors and criteria see before the prompt, as in a padded batch.
+    """
+
+    config: GenerationConfig
+    mode: Mode
+    num_rows: int
+    max_length: int
+    eos_token_ids: tuple[int, ...]
+    pad_token_id: int | None
+    plain: Sampling | None
+    processors: LogitsProcessorList
+    criteria: StoppingCriteriaList
+    all_criteria: StoppingCriteriaList
+    seed: int
+    num_logprobs: int | None
+    num_prompt_logprobs: int | None
+    padding_ids: tuple[int, ...]
+    batch_row: int
+    batch_rows: int
+    _row_processors: dict[int, LogitsProcessorList] = dataclasses.field(default_factory=dict, repr=False)
+
+    @classmethod
+    def make(
+        cls,
+        model: Any,
+        generation_config: GenerationConfig | None,
+        *,
+        prompt_ids: Sequence[int] | torch.Tensor,
+        logits_processor: Sequence[Any] | None = None,
+        stopping_criteria: Sequence[Any] | None = None,
+        prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
+        seed: int | None = None,
+        tokenizer: Any = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+    ) -> "TokenRules":
+        """Resolve a config against the model's own exactly as ``model.generate(prompt)`` does.
+
+        Args:
+            model: a causal LM.
+            generation_config: None means the model's own.
+            prompt_ids: the prompt's tokens, ``[L]``, at least one.
+            logits_processor, stopping_criteria: objects called with the full history of their row, ``[1, L]``, and its
+                scores, ``[1, vocab]``, on the model's device.
+            prefix_allowed_tokens_fn: gives the allowed next tokens from (batch index, history ``[L]``).
+            seed: of the sampled tokens, 0 <= seed < 2**64; None draws one from torch's global generator.
+            tokenizer: needed for ``stop_strings``.
+            logprobs: report log-probabilities of new tokens and of this many best ones.
+            prompt_logprobs: the same for the prompt.
+
+        Raises:
+            ValueError, TypeError: an argument is not valid, or is not served; the message names it.
+        """
+        if generation_config is not None and not isinstance(generation_config, GenerationConfig):
+            raise TypeError(f"generation_config is {generation_config!r}: a GenerationConfig or None is accepted.")
+        tokens = _checked_prompt(model, prompt_ids)
+        processors = _checked_callables("logits_processor", logits_processor)
+        criteria = _checked_callables("stopping_criteria", stopping_criteria)
+        if prefix_allowed_tokens_fn is not None and not callable(prefix_allowed_tokens_fn):
+            raise TypeError(
+                f"prefix_allowed_tokens_fn is {prefix_allowed_tokens_fn!r}: a callable or None is accepted."
+            )
+        prepared = prepare_generation(
+            model,
+            generation_config,
+            torch.tensor([tokens], dtype=torch.int64, device=model.device),
+            logits_processor=processors,
+            stopping_criteria=criteria,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+            tokenizer=tokenizer,
+        )
+        return cls.from_prepared(prepared, seed=seed, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+
+    @classmethod
+    def from_prepared(
+        cls,
+        prepared: PreparedGeneration,
+        *,
+        seed: int | None = None,
+        logprobs: int | None = None,
+        prompt_logprobs: int | None = None,
+        padding_ids: Sequence[int] = (),
+        batch_row: int = 0,
+        batch_rows: int = 1,
+    ) -> "TokenRules":
+        """Rules of one row of a batch that ``generate()`` has prepared.
+
+        Args:
+            prepared: the config, processors and criteria of the batch.
+            seed, logprobs, prompt_logprobs: as in :meth:`make`.
+            padding_ids: the padding at the left of the row.
+            batch_row: which row of the batch, before rows are repeated for beams and samples.
+            batch_rows: rows of that batch.
+
+        Raises:
+            ValueError: as :meth:`make`.
+        """
+        config = prepared.config
+        reason = unserved_reason(config)
+        if reason is not None:
+            raise ValueError(f"generation_config: {reason}")
+        mode = mode_of(config)
+        if logprobs is not None and mode != "rows":
+            raise ValueError(
+                f"logprobs={logprobs!r} is reported for greedy and sampled requests only, not for {mode}: leave it out."
+            )
+        do_sample = bool(config.do_sample)
+        eos_token_ids, pad_token_id = special_tokens(config)
+        max_length = prepared.criteria.max_length
+        by_type = [c for c in prepared.criteria if type(c) is EosTokenCriteria]
+        return cls(
+            config=config,
+            mode=mode,
+            num_rows=config.num_beams if mode == "beams" else config.num_return_sequences,
+            max_length=(config.max_length if max_length is None else max_length) - len(padding_ids),
+            eos_token_ids=tuple(int(token) for c in by_type for token in c.eos_token_id),
+            pad_token_id=pad_token_id if pad_token_id is not None or not eos_token_ids else eos_token_ids[0],
+            plain=_plain_sampling(prepared.processors, do_sample) if mode != "beams" else None,
+            processors=prepared.processors,
+            criteria=StoppingCriteriaList(
+                c for c in prepared.criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)
+            ),
+            all_criteria=prepared.criteria,
+            seed=_checked_seed(seed, do_sample),
+            num_logprobs=_checked_count("logprobs", logprobs),
+            num_prompt_logprobs=_checked_count("prompt_logprobs", prompt_logprobs),
+            padding_ids=tuple(padding_ids),
+            batch_row=batch_row,
+            batch_rows=batch_rows,
+        )
+
+    @property
+    def do_sample(self) -> bool:
+        """Whether tokens are drawn."""
+        return bool(self.config.do_sample)
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the vectorised path serves its rows."""
+        return self.plain is not None and self.mode == "rows"
+
+    @property
+    def has_criteria(self) -> bool:
+        """Whether anything but eos and the maximum length can end a row."""
+        return len(self.criteria) > 0
+
+    @property
+    def num_beams(self) -> int:
+        """Beams; 1 for every other mode."""
+        return self.config.num_beams if self.mode == "beams" else 1
+
+    @property
+    def num_return_sequences(self) -> int:
+        """Sequences that the caller gets."""
+        return self.config.num_return_sequences
+
+    def seed_of_row(self, row: int) -> int:
+        """The rows of a request draw independently of each other."""
+        return derived_seed(self.seed, row)
+
+    def processors_of_row(self, row: int) -> LogitsProcessorList:
+        """The processors of one row, to be called with ``[1, L]``; the same objects at every call.
+
+        For beams, those of the whole request (``row`` 0), to be called with ``[num_beams, L]``.
+        """
+        if row not in self._row_processors:
+            index = self.batch_row if self.mode == "beams" else self.batch_row * self.num_rows + row
+            self._row_processors[row] = LogitsProcessorList(
+                processor_of_row(p, self.batch_row, self.batch_rows, len(self.padding_ids), index)
+                for p in self.processors
+            )
+        return self._row_processors[row]
+
+
+MODES: dict[GenerationMode, Mode] = {
+    GenerationMode.GREEDY_SEARCH: "rows",
+    GenerationMode.SAMPLE: "rows",
+    GenerationMode.BEAM_SEARCH: "beams",
+    GenerationMode.BEAM_SAMPLE: "beams",
+    GenerationMode.ASSISTED_GENERATION: "assisted",
+}
+
+
+def mode_of(config: GenerationConfig) -> Mode:
+    """How the engine runs a config that it serves (:func:`unserved_reason` is None)."""
+    return MODES[config.get_generation_mode()]
+
+
+def unserved_reason(config: GenerationConfig) -> str | None:
+    """Why the engine does not run a resolved config; None if it does."""
+    mode = config.get_generation_mode()
+    if mode not in MODES:
+        return f"{mode.value.replace('_', ' ')} is not served by the engine; only the original generate() runs it."
+    if mode == GenerationMode.ASSISTED_GENERATION and config.prompt_lookup_num_tokens is None:
+        return "assisted generation is served with prompt_lookup_num_tokens only, not with an assistant model."
+    for name in ("token_healing", "output_attentions", "output_hidden_states", "low_memory", "is_assistant"):
+        if getattr(config, name, None):
+            return f"{name}={getattr(config, name)!r} is not served by the engine; leave it out."
+    if config.guidance_scale not in (None, 1, 1.0):
+        return f"guidance_scale={config.guidance_scale!r} needs a second forward a token, which the engine has not."
+    if config.cache_implementation in ("quantized", "paged"):
+        return (
+            f"cache_implementation={config.cache_implementation!r} is not served by the engine, which has its own "
+            f'pages; quantised ones are EngineConfig(kv_dtype="fp8" or "int8").'
+        )
+    return None
+
+
+def derived_seed(seed: int, index: int) -> int:
+    """The seed of the ``index``-th member of a family; the first has the family's own seed.
+
+    One step of SplitMix64 (Steele, Lea, Flood 2014) on integers below 2**64.
+    """
+    if index == 0:
+        return seed
+    z = (seed + index * 0x9E3779B97F4A7C15) % SEED_LIMIT
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % SEED_LIMIT
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % SEED_LIMIT
+    return z ^ (z >> 31)
+
+
+def _plain_sampling(processors: Sequence[Any], do_sample: bool) -> Sampling | None:
+    """The parameters of a list of processors that is nothing but the four plain warpers, each once, in order."""
+    order = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
+    kinds = [type(processor) for processor in processors]
+    if kinds != [kind for kind in order if kind in kinds] or (kinds and not do_sample):
+        return None
+    values: dict[str, Any] = {}
+    for kind, name, processor in (
+        (kind, name, processor)
+        for processor in processors
+        for kind, name in zip(order, ("temperature", "top_k", "top_p", "min_p"))
+        if type(processor) is kind
+    ):
+        is_stock = getattr(processor, "filter_value", -math.inf) == -math.inf
+        if not is_stock or (kind is not TopKLogitsWarper and getattr(processor, "min_tokens_to_keep", 1) != 1):
+            return None
+        values[name] = getattr(processor, name)
+    return Sampling(do_sample=do_sample, **values)
+
+
+def _checked_prompt(model: Any, prompt_ids: Any) -> list[int]:
+    """The prompt as a list of ints.
+
+    Raises:
+        ValueError: it is empty, not one sequence, or has an id outside the vocabulary.
+    """
+    tokens = prompt_ids.tolist() if hasattr(prompt_ids, "tolist") else list(prompt_ids)
+    if not tokens:
+        raise ValueError("prompt_ids is empty: at least one token is needed (the model's bos_token_id, for example).")
+    if not all(isinstance(token, int) for token in tokens):
+        raise ValueError(f"prompt_ids is one sequence of token ids [L]; got {type(prompt_ids).__name__} {tokens[:3]}.")
+    embeddings = model.get_input_embeddings()
+    vocab_size = getattr(embeddings, "num_embeddings", None) or model.config.get_text_config().vocab_size
+    if min(tokens) < 0 or max(tokens) >= vocab_size:
+        bad = next(token for token in tokens if not 0 <= token < vocab_size)
+        raise ValueError(f"prompt_ids has {bad}: ids from 0 to {vocab_size - 1} are accepted.")
+    return tokens
+
+
+def _checked_callables(name: str, objects: Sequence[Any] | None) -> list[Any]:
+    """Raises TypeError: not a list of callables."""
+    if objects is None:
+        return []
+    if callable(objects) and not isinstance(objects, (list, tuple)):
+        raise TypeError(f"{name} is {objects!r}: a list of callables is accepted, [{name}] for one.")
+    for item in objects:
+        if not callable(item):
+            raise TypeError(f"{name} has {item!r}: callables are accepted.")
+    return list(objects)
+
+
+def _checked_seed(seed: int | None, do_sample: bool) -> int:
+    """Raises ValueError: not an integer from 0 to 2**64 - 1."""
+    if seed is None:
+        # Drawn only where it is used: a greedy request leaves torch's global generator alone.
+        return int(torch.randint(0, 2**63 - 1, ())) if do_sample else 0
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < SEED_LIMIT:
+        raise ValueError(f"seed is {seed!r}: an integer from 0 to 2**64 - 1, or None, is accepted.")
+    return seed
+
+
+def _checked_count(name: str, count: int | None) -> int | None:
+    """Raises ValueError: not a count."""
+    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
+        raise ValueError(f"{name} is {count!r}: a number of tokens from 0, or None, is accepted.")
+    return count

@@ -1,0 +1,149 @@
+"""What the engine did, step by step: a Chrome trace, a CSV, or a picture."""
+
+import csv
+import json
+from collections import deque
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+KINDS = (".json", ".csv", ".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step.
+
+    Attributes:
+        start_s: seconds since the engine started.
+        duration_s: of the whole step.
+        forward_s: of its forward, as far as the host waited for it.
+        num_rows: rows of the step.
+        num_decode: of these, rows that computed one token.
+        num_tokens: tokens computed.
+        running: requests that ran.
+        waiting: requests in the queue.
+        pages_used: pages with an owner, over all groups of layers.
+        preemptions: since the engine started.
+    """
+
+    start_s: float
+    duration_s: float
+    forward_s: float
+    num_rows: int
+    num_decode: int
+    num_tokens: int
+    running: int
+    waiting: int
+    pages_used: int
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRecord:
+    """One request that has ended; seconds since the engine started."""
+
+    request_id: str
+    submitted_s: float
+    started_s: float | None
+    first_token_s: float | None
+    finished_s: float
+    prompt_tokens: int
+    new_tokens: int
+    finish_reason: str
+    preemptions: int
+
+
+class Trace:
+    """The last steps and requests of an engine.
+
+    Args:
+        max_steps: how many of each are remembered.
+        start: the clock's time that counts as 0.
+    """
+
+    def __init__(self, max_steps: int, start: float) -> None:
+        self.start = start
+        self.steps: deque[StepRecord] = deque(maxlen=max_steps)
+        self.requests: deque[RequestRecord] = deque(maxlen=max_steps)
+
+    def write(self, path: str | Path) -> Path:
+        """Write ``.json`` (Chrome trace: chrome://tracing, Perfetto), ``.csv`` (steps), or a picture (matplotlib).
+
+        Raises:
+            ValueError: the path ends in none of these.
+            ImportError: a picture without matplotlib (the extra "eval").
+        """
+        path = Path(path)
+        if path.suffix == ".json":
+            path.write_text(json.dumps({"traceEvents": self.events(), "displayTimeUnit": "ms"}), encoding="utf-8")
+        elif path.suffix == ".csv":
+            with path.open("w", newline="", encoding="utf-8") as file:
+                writer = csv.DictWriter(file, [field.name for field in fields(StepRecord)])
+                writer.writeheader()
+                writer.writerows(asdict(step) for step in self.steps)
+        elif path.suffix in KINDS:
+            self._draw(path)
+        else:
+            raise ValueError(f"path must end in one of {', '.join(KINDS)}, got {str(path)!r}.")
+        return path
+
+    def events(self) -> list[dict[str, Any]]:
+        """Chrome trace events: process 1 has the steps and counters, process 2 one track for each request."""
+        events: list[dict[str, Any]] = [
+            {"ph": "M", "name": "process_name", "pid": 1, "args": {"name": "steps"}},
+            {"ph": "M", "name": "process_name", "pid": 2, "args": {"name": "requests"}},
+        ]
+        for step in self.steps:
+            name = "decode" if step.num_decode == step.num_rows else "mixed" if step.num_decode else "prefill"
+            at = step.start_s * 1e6
+            args = {key: value for key, value in asdict(step).items() if not key.endswith("_s")}
+            events.append(
+                {"ph": "X", "name": name, "pid": 1, "tid": 1, "ts": at, "dur": step.duration_s * 1e6, "args": args}
+            )
+            for counter in ("running", "waiting", "pages_used", "num_tokens"):
+                events.append({"ph": "C", "name": counter, "pid": 1, "ts": at, "args": {counter: args[counter]}})
+        for track, request in enumerate(self.requests):
+            parts: list[tuple[str, float | None, float | None]] = [
+                ("queued", request.submitted_s, request.started_s),
+                ("prompt", request.started_s, request.first_token_s),
+                ("tokens", request.first_token_s, request.finished_s),
+            ]
+            for name, first, last in parts:
+                if first is not None:
+                    last = request.finished_s if last is None else last
+                    events.append(
+                        {"ph": "X", "name": f"{request.request_id} {name}", "pid": 2, "tid": track, "ts": first * 1e6,
+                         "dur": (last - first) * 1e6, "args": asdict(request)}
+                    )  # fmt: skip
+        return events
+
+    def _draw(self, path: Path) -> None:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        import matplotlib.pyplot as plt
+
+        figure, (bars, rows, pages) = plt.subplots(
+            3, 1, figsize=(10, 8), sharex=True, height_ratios=(3, 1, 1), layout="constrained"
+        )
+        colours = ("#c8c8c8", "#f2a65a", "#3a7ca5")
+        for track, request in enumerate(sorted(self.requests, key=lambda r: r.submitted_s)):
+            ends = (request.submitted_s, request.started_s, request.first_token_s, request.finished_s)
+            for colour, first, last in zip(colours, ends, ends[1:]):
+                if first is not None:
+                    last = request.finished_s if last is None else last
+                    bars.barh(track, last - first, left=first, height=0.9, color=colour)
+        handles = [plt.Rectangle((0, 0), 1, 1, color=colour) for colour in colours]
+        bars.legend(handles, ("waits", "prompt", "new tokens"), loc="lower right")
+        bars.set_ylabel("requests, as they came")
+        times = [step.start_s for step in self.steps]
+        rows.step(times, [step.num_rows for step in self.steps], where="post", color=colours[2], label="rows")
+        rows.step(times, [step.waiting for step in self.steps], where="post", color=colours[0], label="waiting")
+        rows.legend(loc="upper right")
+        rows.set_ylabel("a step")
+        pages.step(times, [step.pages_used for step in self.steps], where="post", color=colours[2])
+        pages.set_ylabel("pages in use")
+        pages.set_xlabel("seconds")
+        figure.savefig(path, dpi=120)
+        plt.close(figure)

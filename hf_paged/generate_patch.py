@@ -1,0 +1,258 @@
+"""``patch_generate``: a model's ``generate()`` runs in the engine, with the arguments and results it always had."""
+
+import contextlib
+import copy
+import functools
+import inspect
+import threading
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+from transformers.utils import logging
+
+from .engine import Engine, EngineConfig, is_supported
+from .errors import RequestError, UnsupportedModelError
+from .generate_loop import log_original, run_loop
+from .generate_reasons import reason_in_arguments, reason_in_config, reason_in_model
+from .transformers_internals import resolve_generation_config
+
+logger = logging.get_logger(__name__)
+
+SIGNATURE = inspect.signature(GenerationMixin.generate)
+
+
+class PatchedGenerate:
+    """What stands in the place of ``model.generate``: transformers' preparation around the engine's loop.
+
+    Kept in the model's ``__dict__``, from where :func:`unpatch_generate` takes it away again. Copies and pickles of the
+    model have the original ``generate``.
+    """
+
+    def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
+        self._model = weakref.ref(model)
+        self.config = config
+        self.engine: Engine | None = None
+        self._refusal: str | None = None
+        self._is_checked = False
+        self._num_calls = 0
+        self._lock = threading.Lock()
+        functools.update_wrapper(self, type(model).generate, updated=())
+        self.__signature__ = inspect.signature(self.original)
+
+    @property
+    def original(self) -> Any:
+        """The model's own ``generate``, as it was before."""
+        model = self._model()
+        if model is None:
+            raise ReferenceError("the patched model is gone.")
+        return type(model).generate.__get__(model)
+
+    def __call__(self, *args: Any, seed: int | None = None, **kwargs: Any) -> Any:
+        """``GenerationMixin.generate``, and ``seed``: of the sampled tokens, 0 <= seed < 2**64."""
+        original = self.original
+        model = original.__self__
+        arguments = SIGNATURE.bind(model, *args, **kwargs).arguments
+        if arguments.get("custom_generate") is generate:
+            # That is what a patched model does anyway.
+            arguments.pop("custom_generate")
+            kwargs.pop("custom_generate", None)
+        config_keywords = dict(arguments.pop("kwargs", {}))
+        tokenizer = config_keywords.pop("tokenizer", None)
+        config_keywords.pop("trust_remote_code", None)
+        streamer = arguments.get("streamer")
+        config, rest = resolve_generation_config(model, arguments.get("generation_config"), **config_keywords)
+        reason = (
+            self._why_unsupported(model)
+            or reason_in_arguments(model, arguments, rest)
+            or reason_in_config(config, streamer is not None)
+        )
+        if reason is not None:
+            if seed is not None:
+                raise ValueError(
+                    f"seed={seed!r} is for calls that the engine runs, and this one it does not: {reason}. Use "
+                    f"torch.manual_seed."
+                )
+            log_original(reason)
+            return original(*args, **kwargs)
+        if config.stop_strings is not None and tokenizer is not None:
+            # transformers does not hand the tokenizer on to a loop that is given to it.
+            _stop_strings_as_criterion(arguments, kwargs, config, tokenizer, model)
+        kwargs.pop("inputs", None)
+        kwargs |= {name: value for name, value in arguments.items() if name not in ("self", "inputs")}
+        kwargs["custom_generate"] = functools.partial(run_loop, self.serving, seed=seed, streamer=streamer)
+        return original(arguments.get("inputs"), **kwargs)
+
+    def _why_unsupported(self, model: Any) -> str | None:
+        """Told once from the model's class and config, and by the engine that refused it."""
+        if not self._is_checked:
+            self._is_checked = True
+            self._refusal = "; ".join(is_supported(model)) or None
+        return self._refusal
+
+    @contextlib.contextmanager
+    def serving(self) -> Iterator[Engine]:
+        """The engine, made by the first call that needs it; it sleeps between calls.
+
+        Calls from several threads share it. Once the last has ended, its pages are given back and the model has its own
+        attention implementation, so that training and everything else find the model as it was.
+
+        Raises:
+            UnsupportedModelError: it cannot serve the model; every later call goes to transformers at once.
+        """
+        with self._lock:
+            engine = self._awake_engine()
+            self._num_calls += 1
+        try:
+            yield engine
+        finally:
+            with self._lock:
+                self._num_calls -= 1
+                if self._num_calls == 0 and engine is self.engine:
+                    with contextlib.suppress(RequestError):  # it was closed meanwhile, or has broken
+                        engine.sleep()
+
+    def _awake_engine(self) -> Engine:
+        if self.engine is not None:
+            try:
+                self.engine.wake()
+                return self.engine
+            except RequestError as error:
+                logger.warning(f"generate() starts a new engine: {error}")
+        try:
+            # Steps run in the calling threads: hooks, contexts and thread-local settings are those of the call.
+            self.engine = Engine(self._model(), self.config, background=False)
+        except UnsupportedModelError as error:
+            self._refusal = str(error).rstrip(".")
+            raise
+        return self.engine
+
+    def close(self) -> None:
+        """End the engine; a call that is in flight in another thread ends with what it has."""
+        with self._lock:
+            if self.engine is not None:
+                self.engine.close()
+                self.engine = None
+
+    def __reduce__(self) -> Any:
+        # Unpickled before the model has its state: what is found then is the method of its class.
+        return getattr, (self._model(), "generate")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self._model()))
+        return self if copied is None else type(copied).generate.__get__(copied)
+
+
+def _stop_strings_as_criterion(
+    arguments: dict[str, Any], kwargs: dict[str, Any], config: GenerationConfig, tokenizer: Any, model: Any
+) -> None:
+    """Replace stop strings, in place, by the criterion that ``generate()`` makes of them."""
+    criterion = StopStringCriteria(stop_strings=config.stop_strings, tokenizer=tokenizer)
+    arguments["stopping_criteria"] = StoppingCriteriaList([*(arguments.get("stopping_criteria") or []), criterion])
+    given = arguments.get("generation_config")
+    if given is not None and given.stop_strings is not None:
+        given = copy.deepcopy(given)
+        given.stop_strings = None
+        arguments["generation_config"] = given
+    if "stop_strings" in kwargs or given is None or model.generation_config.stop_strings is not None:
+        kwargs["stop_strings"] = None
+
+
+def patch_generate(model: Any, config: EngineConfig | None = None) -> None:
+    """Let ``model.generate()`` run in continuous batches.
+
+    Same signature, arguments and results as before, and one argument more: ``seed``. Each prompt of a batch is
+    computed without its padding and leaves the batch when it ends. Calls that the engine does not run (contrastive
+    search, inputs that are not text, scores asked for, a model that it cannot serve, ...) go to transformers' own loop,
+    with one line in the log that says why.
+
+    Samples are drawn by noise from the call's seed, which comes from torch's global generator where none is given:
+    repeatable by ``torch.manual_seed``, but not the samples of ``torch.multinomial``. A logits processor of another
+    library is called with one row, ``[1, L]``, at a time: in a batch of several it must have an attribute
+    ``row_wise = True``, or the call goes to transformers. Stopping criteria of another library see the whole batch
+    after each step, as always.
+
+    Args:
+        model: a causal LM of transformers, or a PEFT model around one.
+        config: the engine's options. Patching a patched model again takes the new ones.
+
+    Raises:
+        TypeError: not such a model, or not an :class:`EngineConfig`.
+        ValueError: something else has replaced ``model.generate``.
+    """
+    base = _base_model(model)
+    if config is not None and not isinstance(config, EngineConfig):
+        raise TypeError(f"config is {config!r}: an EngineConfig or None is accepted.")
+    unpatch_generate(base)
+    other = base.__dict__.get("generate")
+    if other is not None and getattr(other, "__func__", None) is not type(base).generate:
+        raise ValueError(f"model.generate has been replaced by {other!r}: undo that first, only one can stand there.")
+    base.generate = PatchedGenerate(base, config or EngineConfig())
+
+
+def unpatch_generate(model: Any) -> None:
+    """Undo :func:`patch_generate`: the original ``generate``, the original attention implementation, no pages held.
+
+    A model that is not patched stays as it is.
+    """
+    base = _base_model(model)
+    patched = base.__dict__.get("generate")
+    if isinstance(patched, PatchedGenerate):
+        del base.generate
+        patched.close()
+
+
+def generate(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: Any,
+    stopping_criteria: Any,
+    generation_config: GenerationConfig,
+    seed: int | None = None,
+    **model_kwargs: Any,
+) -> Any:
+    """The engine for one call, without a patch: ``model.generate(..., custom_generate=hf_paged.generate)``.
+
+    ``seed`` may be given to that ``generate`` as well. A patched model's engine is used where there is one; otherwise
+    an engine lives as long as the call. transformers does not hand a streamer on to a loop of this kind: with one, use
+    :func:`patch_generate`.
+    """
+    patched = model.__dict__.get("generate")
+
+    @contextlib.contextmanager
+    def temporary() -> Iterator[Engine]:
+        reason = reason_in_model(model)
+        if reason is not None:
+            raise UnsupportedModelError(reason)
+        # No larger than the call can use.
+        rows = min(len(input_ids), EngineConfig().max_num_seqs)
+        config = EngineConfig(max_num_seqs=rows, max_model_len=generation_config.max_length)
+        with Engine(model, config, background=False) as engine:
+            yield engine
+
+    return run_loop(
+        patched.serving if isinstance(patched, PatchedGenerate) else temporary,
+        model,
+        input_ids,
+        logits_processor=logits_processor,
+        stopping_criteria=stopping_criteria,
+        generation_config=generation_config,
+        seed=seed,
+        **model_kwargs,
+    )
+
+
+def _base_model(model: Any) -> PreTrainedModel:
+    """The transformers model inside a PEFT model, whose ``generate`` PEFT calls; any other as it is.
+
+    Raises:
+        TypeError: not a transformers model that can generate.
+    """
+    base = (
+        model if isinstance(model, PreTrainedModel) or not hasattr(model, "get_base_model") else model.get_base_model()
+    )
+    if not isinstance(base, PreTrainedModel) or not isinstance(base, GenerationMixin):
+        raise TypeError(f"model is a {type(model).__name__}: a transformers model with generate() is accepted.")
+    return base

@@ -1,0 +1,208 @@
+"""On a Hopper GPU: the Gluon kernel against float64, and how often attention kernels are compiled."""
+
+import random
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from helpers import error, make_pages, prefix_sums
+from hf_paged_kernels import flash_attention, make_split_plan, paged_attention
+from hf_paged_kernels.backend import uses_gluon
+
+pytestmark = pytest.mark.gpu
+BOUND = {torch.bfloat16: 6e-3, torch.float16: 8e-4}
+"""Some 1.5 times the rounding of weights and results to the dtype (2^-9, 2^-12 on average)."""
+
+
+def needs_gluon(q, k, v):
+    if not uses_gluon(q, k, v, 1.0):
+        pytest.skip("the Gluon kernel needs a Hopper GPU")
+
+
+def attend(q, k, v, *, left, right, softcap=None, sinks=None):
+    """Float64 ``(out [L, H, D], lse [H, L])`` of one sequence, the last query on the last key."""
+    group = q.shape[1] // k.shape[1]
+    q, k, v = (x.double().transpose(0, 1) for x in (q, k, v))
+    k, v = (x.repeat_interleave(group, 0) for x in (k, v))
+    scores = q @ k.mT * q.shape[-1] ** -0.5
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    at = torch.arange(q.shape[1], device=q.device)[:, None] + k.shape[1] - q.shape[1]
+    key = torch.arange(k.shape[1], device=q.device)[None]
+    if left is not None:
+        scores = scores.masked_fill(key < at - left, float("-inf"))
+    if right is not None:
+        scores = scores.masked_fill(key > at + right, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.double()[:, None, None].expand(-1, q.shape[1], 1)], -1)
+    weights = scores.softmax(-1).nan_to_num()
+    return (weights[..., : k.shape[1]] @ v).transpose(0, 1), scores.logsumexp(-1)
+
+
+def check(out, lse, expected, expected_lse):
+    assert error(out, expected) < BOUND[out.dtype]
+    seen = expected_lse.isfinite()
+    assert torch.equal(lse.isfinite(), seen)
+    assert float((lse - expected_lse)[seen].abs().max()) < 2e-4 if bool(seen.any()) else True
+
+
+OPTIONS = [
+    {"causal": True},
+    {"causal": False},
+    {"causal": True, "window": 70},
+    {"causal": True, "softcap": 20.0, "sinks": True},
+    {"causal": True, "window": 130, "softcap": 20.0, "sinks": True},
+]
+
+
+def split_options(options, heads, dtype):
+    options = dict(options)
+    if options.get("sinks"):
+        options["sinks"] = torch.randn(heads, dtype=dtype, device="cuda")
+    bounds = {
+        "left": None if "window" not in options else options["window"] - 1,
+        "right": 0 if options["causal"] else None,
+        "softcap": options.get("softcap"),
+        "sinks": options.get("sinks"),
+    }
+    return options, bounds
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "heads"),
+    [((2, 300, 300), (4, 4)), ((1, 1, 77), (4, 2)), ((2, 129, 1000), (6, 2)), ((3, 200, 64), (2, 1))],
+    ids=str,
+)
+def test_dense(poison, dtype, dim, options, shape, heads):
+    batch, lq, lk = shape
+    q = torch.randn(batch, lq, heads[0], dim, dtype=dtype, device="cuda")
+    k, v = (torch.randn(batch, lk, heads[1], dim, dtype=dtype, device="cuda") for _ in range(2))
+    needs_gluon(q, k, v)
+    options, bounds = split_options(options, heads[0], dtype)
+    out, lse = flash_attention(q, k, v, return_lse=True, **options)
+    for b in range(batch):
+        check(out[b], lse[b], *attend(q[b], k[b], v[b], **bounds))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+def test_packed(poison, dtype, dim, options):
+    q_lens, k_lens, heads = [1, 63, 0, 300, 129], [40, 63, 5, 300, 400], (4, 2)
+    q = torch.randn(sum(q_lens), heads[0], dim, dtype=dtype, device="cuda")
+    k, v = (torch.randn(sum(k_lens), heads[1], dim, dtype=dtype, device="cuda") for _ in range(2))
+    # Sequence 1 is NaN: nobody else may see it.
+    k[40:103], v[40:103] = float("nan"), float("nan")
+    needs_gluon(q, k, v)
+    options, bounds = split_options(options, heads[0], dtype)
+    cu_q, cu_k = prefix_sums(q_lens, "cuda"), prefix_sums(k_lens, "cuda")
+    out, lse = flash_attention(
+        q, k, v, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, max_seqlen_q=300, max_seqlen_k=400, return_lse=True, **options
+    )
+    for i in (0, 3, 4):
+        rows, keys = slice(cu_q[i], cu_q[i + 1]), slice(cu_k[i], cu_k[i + 1])
+        check(out[rows], lse[:, rows], *attend(q[rows], k[keys], v[keys], **bounds))
+
+
+@pytest.mark.parametrize("dim", [64, 128, 256])
+@pytest.mark.parametrize(
+    ("page_size", "layout"), [(8, "page-head"), (16, "slot-head"), (64, "page-head"), (256, "page-head")]
+)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize(
+    ("heads", "q_lens"),
+    [((8, 2), [1] * 5), ((14, 2), [1] * 5), ((4, 4), [3, 1, 7, 0, 2]), ((8, 2), [1, 40, 200, 30, 99])],
+    ids=["decode", "decode-7", "verify", "mixed"],
+)
+def test_pages(poison, dim, page_size, layout, options, heads, q_lens):
+    lens = [7, 700, 3000, 37, 9000]
+    keys, values = ([torch.randn(n, heads[1], dim, dtype=torch.bfloat16, device="cuda") for n in lens] for _ in "kv")
+    lens = [max(n, m) for n, m in zip(lens, q_lens)]
+    keys = [torch.cat([k, torch.randn_like(k)])[:n] if len(k) < n else k for k, n in zip(keys, lens)]
+    values = [torch.cat([v, torch.randn_like(v)])[:n] if len(v) < n else v for v, n in zip(values, lens)]
+    q = torch.randn(sum(q_lens), heads[0], dim, dtype=torch.bfloat16, device="cuda")
+    k_pages, v_pages, table = make_pages(keys, values, page_size, layout)
+    needs_gluon(q, k_pages, v_pages)
+    options, bounds = split_options(options, heads[0], torch.bfloat16)
+    if "window" in options:
+        for row, (n, m) in enumerate(zip(lens, q_lens)):
+            table[row, : max(0, n - m - options["window"] + 1) // page_size] = -2  # given back
+    seq_lens, cu = torch.tensor(lens, dtype=torch.int32, device="cuda"), prefix_sums(q_lens, "cuda")
+    window = options.get("window")
+    plan = make_split_plan(seq_lens, cu, table, page_size, causal=options["causal"], window=window)
+    for given in (None, plan):
+        out, lse = paged_attention(
+            q, k_pages, v_pages, table, seq_lens, cu, max_query_len=max(q_lens), plan=given, return_lse=True, **options
+        )
+        for i, n in enumerate(q_lens):
+            if n:
+                rows = slice(cu[i], cu[i + 1])
+                check(out[rows], lse[:, rows], *attend(q[rows], keys[i], values[i], **bounds))
+
+
+def test_a_row_does_not_depend_on_the_batch(poison):
+    """Bit for bit: alone, and among others."""
+    lens = [5000, 17, 800, 300, 12_000]
+    keys, values = ([torch.randn(n, 2, 128, dtype=torch.bfloat16, device="cuda") for n in lens] for _ in "kv")
+    q = torch.randn(5, 8, 128, dtype=torch.bfloat16, device="cuda")
+    k_pages, v_pages, table = make_pages(keys, values, 16)
+    needs_gluon(q, k_pages, v_pages)
+    seq_lens = torch.tensor(lens, dtype=torch.int32, device="cuda")
+    together = paged_attention(q, k_pages, v_pages, table, seq_lens, prefix_sums([1] * 5, "cuda"), max_query_len=1)
+    for i in range(5):
+        alone = paged_attention(
+            q[i : i + 1], k_pages, v_pages, table[i : i + 1], seq_lens[i : i + 1], prefix_sums([1], "cuda"),
+            max_query_len=1,
+        )  # fmt: skip
+        assert torch.equal(alone[0], together[i])
+
+
+@pytest.mark.parametrize("gluon", [True, False])
+def test_one_compilation_whatever_the_lengths(monkeypatch, gluon):
+    """200 random mixes of lengths: dense, packed, prefill over pages, decode. One compilation for each kernel."""
+    import triton
+    from hf_paged_kernels import ops
+
+    if not gluon:
+        monkeypatch.setattr(ops, "uses_gluon", lambda *_: False)
+    compiled: list[str] = []
+    monkeypatch.setattr(
+        triton.knobs.runtime, "jit_post_compile_hook", lambda **kwargs: compiled.append(kwargs["fn"].name)
+    )
+    draw = random.Random(0)
+    pages = torch.randn(2, 5000, 2, 16, 128, dtype=torch.bfloat16, device="cuda")
+    table = torch.randint(0, 5000, (40, 512), dtype=torch.int32, device="cuda")
+
+    def mix(kind):
+        count = draw.randint(1, 40)
+        lens = [draw.randint(1, 2000) for _ in range(count)]
+        make = lambda n, h: torch.randn(n, h, 128, dtype=torch.bfloat16, device="cuda")  # noqa: E731
+        if kind == "dense":
+            batch, lq, lk = draw.randint(1, 4), draw.randint(1, 700), draw.randint(700, 2000)
+            q, k = (torch.randn(batch, n, h, 128, dtype=torch.bfloat16, device="cuda") for n, h in ((lq, 8), (lk, 2)))
+            return flash_attention(q, k, k, causal=True)
+        if kind == "packed":
+            cu = prefix_sums(lens, "cuda")
+            q, k = make(sum(lens), 8), make(sum(lens), 2)
+            return flash_attention(
+                q, k, k, causal=True, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=2000, max_seqlen_k=2000
+            )
+        queries = [1] * count if kind == "decode" else [draw.randint(1, min(n, 300)) for n in lens]
+        return paged_attention(
+            make(sum(queries), 8), *pages, table[:count], torch.tensor(lens, dtype=torch.int32, device="cuda"),
+            prefix_sums(queries, "cuda"), max_query_len=1 if kind == "decode" else 300,
+        )  # fmt: skip
+
+    kinds = ["dense", "packed", "prefill", "decode"]
+    for i in range(200):
+        mix(kinds[i % 4])
+    for name in set(compiled):
+        # One kernel serves several of the four kinds, each with features of its own (the split plan: by batch size).
+        allowed = {"_flash_forward": 2, "_hopper_forward": 4, "_paged_forward": 2, "_plan_splits": 3}
+        assert compiled.count(name) <= allowed.get(name, 1), compiled

@@ -1,0 +1,119 @@
+"""The split plan and the merge of parts: kernels (in the interpreter on CPU) against plain Python and float64."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from helpers import DEVICE, error, prefix_sums
+from hf_paged_kernels import make_split_plan
+from hf_paged_kernels.ops import split_plan_op
+from hf_paged_kernels.settings import SHORTEST_SPLIT, max_split_items, split_plan_size
+from hf_paged_kernels.split_plan_triton import SplitPlan, make_split_plan_launch, merge_parts_launch
+
+MIXES = [
+    ([1], [1]),
+    ([256], [1]),
+    ([257, 0, 3000, 1, 255, 512], [1, 0, 1, 1, 4, 1]),
+    ([70_000, 17, 9000, 8192, 8193, 600], [1, 1, 3, 1, 1, 0]),
+    ([0, 0], [0, 0]),
+]
+
+
+def parts_of(plan: torch.Tensor, num_seqs: int, max_tokens: int):
+    """``(items, sequences)`` as lists; what follows the items that count is not looked at."""
+    view = SplitPlan.of(plan, num_seqs, max_tokens)
+    count = int(view.num_items)
+    items = view.items.view(-1, 3)[:count].tolist()
+    return items, view.sequences.view(-1, 2).tolist()
+
+
+@pytest.mark.parametrize(("seq_lens", "q_lens"), MIXES, ids=str)
+@pytest.mark.parametrize("window_left", [None, 0, 300, 5000])
+def test_the_plan_cuts_every_sequence_once(poison, seq_lens, q_lens, window_left):
+    num_seqs, max_tokens = len(seq_lens), 80_000
+    lens = torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE)
+    cu = prefix_sums(q_lens, DEVICE)
+    plan = make_split_plan_launch(lens, cu, max_tokens, window_left)
+    assert plan.shape == (split_plan_size(num_seqs, max_tokens),)
+    items, sequences = parts_of(plan, num_seqs, max_tokens)
+    assert len(items) <= max_split_items(num_seqs, max_tokens)
+    # Places are the numbers 0, 1, 2 ..., one run per sequence, in the order of its splits.
+    assert sorted(place for _, _, place in items) == list(range(len(items)))
+    weights = []
+    for seq, split, place in items:
+        first, count = sequences[seq]
+        assert first <= place < first + count
+        length = SHORTEST_SPLIT
+        while length * 32 < seq_lens[seq]:
+            length *= 2
+        weights.append(min(seq_lens[seq], (split + 1) * length) - split * length)
+        behind = 0 if window_left is None else max(0, seq_lens[seq] - q_lens[seq] - window_left) // length
+        assert place - first == split - behind
+    for seq, (count, query_len) in enumerate(zip((c for _, c in sequences), q_lens)):
+        assert sum(item[0] == seq for item in items) == count
+        assert (count > 0) == (query_len > 0)
+    # Full splits by falling length (up to 2,048 keys counted apart), then tails.
+    reference_items, reference_sequences = parts_of(
+        split_plan_op(lens.cpu(), cu.cpu(), max_tokens, window_left), num_seqs, max_tokens
+    )
+    assert items == reference_items
+    assert sequences == reference_sequences
+
+
+def test_many_sequences():
+    lens = torch.randint(1, 5000, (700,), dtype=torch.int32)
+    cu = torch.arange(701, dtype=torch.int32)
+    got = parts_of(make_split_plan_launch(lens.to(DEVICE), cu.to(DEVICE), 5000, None), 700, 5000)
+    assert got == parts_of(split_plan_op(lens, cu, 5000, None), 700, 5000)
+
+
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize(("group", "pack"), [(1, 1), (4, 4), (7, 8)], ids=str)
+def test_parts_add_up(poison, group, pack, sinks):
+    """Parts of a softmax, cut anywhere, give the whole; rows of sequences with one split are not touched."""
+    seq_lens, q_lens, kv_heads, dim = [600, 40, 900], [1, 1, 2], 2, 16
+    lens, cu = torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE), prefix_sums(q_lens, DEVICE)
+    plan = SplitPlan.of(make_split_plan_launch(lens, cu, 1000, None), 3, 1000)
+    rows = 2 * pack
+    count = plan.max_items * kv_heads
+    parts = torch.full((count, rows, dim), float("nan"), device=DEVICE)
+    part_lse = torch.full((count, 2, rows), float("nan"), device=DEVICE)
+    scores = [torch.randn(kv_heads, rows, n, dtype=torch.float64) * 3 for n in seq_lens]
+    values = [torch.randn(kv_heads, n, dim, dtype=torch.float64) for n in seq_lens]
+    for seq, split, place in plan.items.view(-1, 3)[: int(plan.num_items)].tolist():
+        for head in range(kv_heads):
+            s = scores[seq][head, :, split * SHORTEST_SPLIT : (split + 1) * SHORTEST_SPLIT]
+            top = s.max(1).values
+            weights = (s - top[:, None]).exp()
+            slot = place * kv_heads + head
+            parts[slot] = weights @ values[seq][head, split * SHORTEST_SPLIT : (split + 1) * SHORTEST_SPLIT]
+            part_lse[slot] = torch.stack([top * 1.4426950408889634, weights.sum(1)])
+    heads, tokens = kv_heads * group, sum(q_lens)
+    out = torch.full((tokens, heads, dim), float("nan"), device=DEVICE)
+    lse = torch.full((heads, tokens), float("nan"), device=DEVICE)
+    sink = torch.randn(heads, device=DEVICE) if sinks else None
+    merge_parts_launch(parts, part_lse, plan, cu, sink, out, lse, group, pack)
+    assert bool(out[1].isnan().all())
+    for seq, first in ((0, 0), (2, 2)):
+        for token in range(q_lens[seq]):
+            for head in range(heads):
+                s = scores[seq][head // group, token * pack + head % group]
+                if sink is not None:
+                    s = torch.cat([s, sink[head].double().cpu().view(1)])
+                expected = s.softmax(0)[: seq_lens[seq]] @ values[seq][head // group]
+                assert error(out[first + token, head], expected) < 1e-5
+                assert abs(float(lse[head, first + token]) - float(s.logsumexp(0))) < 1e-5
+
+
+def test_bad_arguments():
+    lens, cu, table = torch.ones(2, dtype=torch.int32), prefix_sums([1, 1], "cpu"), torch.zeros(2, 4, dtype=torch.int32)
+    assert make_split_plan(lens, cu, table, 16).dtype == torch.int32
+    with pytest.raises(ValueError, match="page_size must be one of"):
+        make_split_plan(lens, cu, table, 12)
+    with pytest.raises(ValueError, match="same sequences"):
+        make_split_plan(lens, cu, table[:1], 16)
+    with pytest.raises(TypeError, match="seq_lens"):
+        make_split_plan(lens.long(), cu, table, 16)

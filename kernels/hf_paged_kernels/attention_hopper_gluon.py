@@ -1,0 +1,809 @@
+"""Attention for Hopper GPUs in Gluon: TMA loads by one producer warp, wgmma by one to three consumer warp groups.
+
+One kernel serves dense, packed and paged prefill, and split-KV decode; it computes what ``_flash_forward`` and
+``_paged_forward`` compute, and is chosen where it is faster (see ``settings.hopper_settings``).
+
+A program walks through tiles of work. Per tile, consumer ``c`` owns the 64 query rows ``64 * c ...``; row ``m`` is query
+token ``m // PACK`` and query head ``m % PACK`` of the group that shares a key/value head::
+
+    producer    | Q | K0 | V0 | K1 | V1 | ...          waits for `empty` barriers, TMA signals `full` barriers
+    consumer 0      S0=QK0  softmax  | S1=QK1, O+=P0V0 | softmax | S2=QK2, O+=P1V1 | ...
+    consumer 1         the same on its rows
+
+While a consumer's softmax runs, the tensor cores work on the product of the tile before and on the other consumer's
+(Shah et al. 2024, "FlashAttention-3"). Keys are walked from left to right: programs that start together on blocks of one
+head read the same keys at the same time, from the L2 cache.
+
+Tiles in shared memory are stored as runs of 64 columns, ``[HEAD_DIM / 64][BLOCK_N][64]`` with 128-byte swizzling, which
+is both what wgmma reads as ``[BLOCK_N, HEAD_DIM]`` and what TMA writes page by page::
+
+    column half 0: | page a | page b | ... |    column half 1: | page a | page b | ... |
+"""
+
+import torch
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from . import tiles_triton
+from .backend import device_guard
+from .settings import LOG2_E, HopperSettings, hopper_settings, multiprocessors
+from .split_plan_triton import SplitPlan, make_split_plan_launch, merge_parts_launch
+
+key_bounds = gluon.jit(tiles_triton.key_bounds.fn)
+unmasked_bounds = gluon.jit(tiles_triton.unmasked_bounds.fn)
+find_sequence = gluon.jit(tiles_triton.find_sequence.fn)
+# Names of Triton 3.6 (right) and of 3.7 and 3.9 (left).
+load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
+
+
+@gluon.jit
+def view(smem, DTYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
+    """The same shared memory under another shape and layout; the method was made public in Triton 3.9."""
+    if HAS_REINTERPRET:
+        seen = smem.reinterpret(DTYPE, SHAPE, LAYOUT)
+    else:
+        seen = smem._reinterpret(DTYPE, SHAPE, LAYOUT)
+    return seen
+
+
+
+
+@gluon.jit
+def split_length(seq_len):
+    """Keys of one split of a sequence: a function of its own length, so that a row's sum never depends on the batch.
+
+    256 keys, doubled until there are at most 32 splits.
+    """
+    length = seq_len * 0 + 256
+    while length * 32 < seq_len:
+        length = length * 2
+    return length
+
+
+@gluon.jit
+def _schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
+    """The scheduler warp: finds out what this program does next and hands it out, a tile ahead of the others.
+
+    Splits weigh the same, so programs take them in turn; other tiles go to who asks first. ``queue``: two slots of 16
+    numbers in shared memory with their full and empty barriers, and the counter of tiles handed out to all programs.
+    """
+    MODE: gl.constexpr = OPTIONS[0]
+    PACK: gl.constexpr = OPTIONS[2]
+    CONSUMERS: gl.constexpr = OPTIONS[9]
+    HAS_LEFT: gl.constexpr = OPTIONS[10]
+    HAS_RIGHT: gl.constexpr = OPTIONS[11]
+    BLOCK_Q: gl.constexpr = 64 * CONSUMERS // PACK
+    turn = 0
+    tile = gl.program_id(0)
+    while tile < work[0]:
+        if MODE == "split":
+            upcoming = tile + gl.num_programs(0)
+        else:
+            upcoming = gl.num_programs(0) + gl.atomic_add(handed_out, 1, sem="relaxed")
+        found = _find_work(tile, lengths, work, MODE, BLOCK_Q, HAS_LEFT, HAS_RIGHT)
+        _hand_out(found, turn, queue)
+        tile = upcoming
+        turn += 1
+    nothing = tile * 0
+    _hand_out(
+        (nothing - 1, nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing),
+        turn, queue,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _hand_out(found, turn, queue):
+    slots, full, empty = queue
+    layout: gl.constexpr = gl.BlockedLayout([16], [32], [gl.num_warps()], [0])
+    index = gl.arange(0, 16, layout=layout)
+    numbers = gl.zeros([16], gl.int32, layout)
+    for i in gl.static_range(11):
+        numbers = gl.where(index == i, found[i], numbers)
+    mbarrier.wait(empty.index(turn % 2), (turn // 2 & 1) ^ 1)
+    slots.index(turn % 2).store(numbers)
+    mbarrier.arrive(full.index(turn % 2))
+
+
+@gluon.jit
+def _receive(turn, queue):
+    """What ``_find_work`` found for this turn; a negative sequence: nothing is left."""
+    slots, full, empty = queue
+    layout: gl.constexpr = gl.BlockedLayout([16], [32], [gl.num_warps()], [0])
+    index = gl.arange(0, 16, layout=layout)
+    mbarrier.wait(full.index(turn % 2), turn // 2 & 1)
+    numbers = slots.index(turn % 2).load(layout)
+    mbarrier.arrive(empty.index(turn % 2))
+    found = ()
+    for i in gl.static_range(11):
+        # Every thread holds all numbers: this picks a register.
+        found = found + (gl.sum(gl.where(index == i, numbers, 0), 0),)
+    return found
+
+
+@gluon.jit
+def _find_work(
+    tile,
+    lengths,
+    work,
+    MODE: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    HAS_LEFT: gl.constexpr,
+    HAS_RIGHT: gl.constexpr,
+):
+    """What tile ``tile`` is: ``(seq, head, first_token, query_len, q_start, num_keys, k_start, start, stop, place,
+    num_parts)``.
+
+    ``start..stop`` are the keys that the tile's rows see; one of ``num_parts`` splits leaves its sums at ``place``.
+    Heads are taken in sections whose keys and values fit in the L2 cache; within a section the last blocks, which see
+    most keys, come first.
+    """
+    cu_seqlens_q, cu_seqlens_k, seq_lens, items, sequences = lengths
+    _num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, section, window_left, window_right = work
+    split = tile * 0
+    place = tile * 0
+    if MODE == "split":
+        head = tile % num_heads
+        item = items + 3 * (tile // num_heads)
+        seq = gl.load(item)
+        split = gl.load(item + 1)
+        place = gl.load(item + 2)
+        first_token = tile * 0
+    else:
+        num_columns = num_heads * num_seqs if MODE == "dense" else num_heads
+        start_column = tile // (section * num_blocks) * section
+        rest = tile % (section * num_blocks)
+        width = gl.minimum(section, num_columns - start_column)
+        block = num_blocks - 1 - rest // width
+        column = start_column + rest % width
+        head = column % num_heads
+        if MODE == "dense":
+            seq = column // num_heads
+            first_token = block * BLOCK_Q
+        else:
+            seq = find_sequence(cu_seqlens_q, block, num_seqs, BLOCK_Q)
+            first_token = (block - gl.load(cu_seqlens_q + seq) // BLOCK_Q - seq) * BLOCK_Q
+    if MODE == "dense":
+        q_start = tile * 0
+        k_start = tile * 0
+        query_len = seqlen_q
+        num_keys = seqlen_k
+    else:
+        q_start = gl.load(cu_seqlens_q + seq)
+        query_len = gl.load(cu_seqlens_q + seq + 1) - q_start
+        if MODE == "varlen":
+            k_start = gl.load(cu_seqlens_k + seq)
+            num_keys = gl.load(cu_seqlens_k + seq + 1) - k_start
+        else:
+            k_start = tile * 0
+            num_keys = gl.load(seq_lens + seq)
+    context_len = num_keys - query_len
+    last_token = gl.minimum(first_token + BLOCK_Q, query_len) - 1
+    start, stop = key_bounds(
+        context_len + first_token, context_len + last_token, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
+    )
+    num_parts = tile * 0 + 1
+    if MODE == "split":
+        num_parts = gl.load(sequences + 2 * seq + 1)
+        length = split_length(num_keys)
+        start = gl.maximum(start, split * length)
+        stop = gl.minimum(stop, (split + 1) * length)
+    if first_token >= query_len:
+        stop = start
+    return seq, head, first_token, query_len, q_start, num_keys, k_start, start, stop, place, num_parts
+
+
+@gluon.jit
+def _find_pages(
+    table_row, key, start, stop, PAGE_SIZE: gl.constexpr, CHUNKS: gl.constexpr, CHUNK: gl.constexpr
+):
+    """``(pages, slots)`` of a tile's chunks. Outside of start..stop the table may hold anything: a slot past the page's
+    end is given, which reads as zeros."""
+    pages = ()
+    slots = ()
+    for chunk in gl.static_range(CHUNKS):
+        first = key + chunk * CHUNK
+        inside = (first + CHUNK > start) & (first < stop)
+        pages = pages + (gl.load(table_row + first // PAGE_SIZE, mask=inside, other=0),)
+        slots = slots + (gl.where(inside, first % PAGE_SIZE, PAGE_SIZE),)
+    return pages, slots
+
+
+@gluon.jit
+def _produce(tensors, OPERAND: gl.constexpr, OPTIONS: gl.constexpr):
+    """A producer warp: copies keys (OPERAND 0, with the queries) or values (1) into shared memory, ahead of consumers."""
+    q_desc, desc, page_table, stride_table, q_smem, smem, barriers, queue = tensors
+    MODE: gl.constexpr = OPTIONS[0]
+    GROUP: gl.constexpr = OPTIONS[1]
+    PACK: gl.constexpr = OPTIONS[2]
+    PAGE_SIZE: gl.constexpr = OPTIONS[3]
+    HEAD_DIM: gl.constexpr = OPTIONS[4]
+    BLOCK_N: gl.constexpr = OPTIONS[5]
+    STAGES: gl.constexpr = OPTIONS[7]
+    Q_STAGES: gl.constexpr = OPTIONS[8]
+    CONSUMERS: gl.constexpr = OPTIONS[9]
+    PAGED: gl.constexpr = MODE == "paged" or MODE == "split"
+    HALVES: gl.constexpr = HEAD_DIM // 64
+    CHUNK: gl.constexpr = min(PAGE_SIZE, BLOCK_N)
+    CHUNKS: gl.constexpr = BLOCK_N // CHUNK
+    dtype: gl.constexpr = q_desc.dtype
+    piece: gl.constexpr = gl.NVMMASharedLayout(128, 16, 4)
+    if OPERAND == 0:
+        q_full, q_empty, full, empty, _v_full, _v_empty = barriers
+    else:
+        q_full, q_empty, _k_full, _k_empty, full, empty = barriers
+    q_pieces = view(q_smem, dtype, [Q_STAGES * CONSUMERS * HALVES, 1, 64 // PACK, PACK, 64], piece)
+    if PAGED:
+        pieces = view(smem, dtype, [STAGES * HALVES * CHUNKS, 1, 1, CHUNK, 64], piece)
+    else:
+        pieces = view(smem, dtype, [STAGES * HALVES * CHUNKS, 1, CHUNK, 1, 64], piece)
+
+    q_count = 0
+    count = 0
+    turn = 0
+    seq, head, first_token, _query_len, q_start, _num_keys, k_start, start, stop, _, _ = _receive(turn, queue)
+    while seq >= 0:
+        if stop > start:
+            kv_head = head // GROUP if PACK == 1 else head
+            batch = seq if MODE == "dense" else 0
+            if OPERAND == 0:
+                first_head = head if PACK == 1 else head * GROUP
+                q_stage = q_count % Q_STAGES
+                mbarrier.wait(q_empty.index(q_stage), (q_count // Q_STAGES & 1) ^ 1)
+                mbarrier.expect(q_full.index(q_stage), 64 * CONSUMERS * HEAD_DIM * 2)
+                for consumer in gl.static_range(CONSUMERS):
+                    for half in gl.static_range(HALVES):
+                        load_async(
+                            q_desc, [batch, q_start + first_token + consumer * (64 // PACK), first_head, half * 64],
+                            q_full.index(q_stage), q_pieces.index((q_stage * CONSUMERS + consumer) * HALVES + half),
+                        )  # fmt: skip
+                q_count += 1
+            if PAGED:
+                table_row = page_table + gl.cast(seq, gl.int64) * stride_table
+                key = start // BLOCK_N * BLOCK_N
+                pages, slots = _find_pages(table_row, key, start, stop, PAGE_SIZE, CHUNKS, CHUNK)
+                while key < stop:
+                    # The next tile's pages are looked up before this one's are waited for.
+                    next_pages, next_slots = _find_pages(
+                        table_row, key + BLOCK_N, start, stop, PAGE_SIZE, CHUNKS, CHUNK
+                    )
+                    stage = count % STAGES
+                    mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
+                    mbarrier.expect(full.index(stage), BLOCK_N * HEAD_DIM * 2)
+                    for chunk in gl.static_range(CHUNKS):
+                        for half in gl.static_range(HALVES):
+                            load_async(
+                                desc, [pages[chunk], kv_head, slots[chunk], half * 64], full.index(stage),
+                                pieces.index(stage * (HALVES * CHUNKS) + half * CHUNKS + chunk),
+                            )  # fmt: skip
+                    pages = next_pages
+                    slots = next_slots
+                    key += BLOCK_N
+                    count += 1
+            else:
+                for index in range(start // BLOCK_N, gl.cdiv(stop, BLOCK_N)):
+                    stage = count % STAGES
+                    mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
+                    mbarrier.expect(full.index(stage), BLOCK_N * HEAD_DIM * 2)
+                    for half in gl.static_range(HALVES):
+                        load_async(
+                            desc, [batch, k_start + index * BLOCK_N, kv_head, half * 64], full.index(stage),
+                            pieces.index(stage * HALVES + half),
+                        )  # fmt: skip
+                    count += 1
+        turn += 1
+        seq, head, first_token, _query_len, q_start, _num_keys, k_start, start, stop, _, _ = _receive(turn, queue)
+
+
+@gluon.jit
+def _softmax(
+    scores, running_max, running_sum, positions, key, stop, scale_log2, softcap, window_left, window_right,
+    MASKED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax on raw scores: ``(weights, correction, running_max, running_sum)``.
+
+    The running maximum is of raw scores (of capped ones with a softcap); ``scale_log2`` must be positive.
+    """
+    if HAS_SOFTCAP:
+        # softcap * tanh(x): see tiles_triton.scale_scores.
+        scores = softcap * (1.0 - 2.0 / (gl.exp2(scores * scale_log2) + 1.0))
+        factor: gl.constexpr = 1.4426950408889634
+    else:
+        factor = scale_log2
+    if MASKED:
+        keys = key + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(0, LAYOUT))
+        visible = (keys < stop)[None, :]
+        if HAS_LEFT:
+            visible = visible & (keys[None, :] >= positions[:, None] - window_left)
+        if HAS_RIGHT:
+            visible = visible & (keys[None, :] <= positions[:, None] + window_right)
+        scores = gl.where(visible, scores, float("-inf"))
+    new_max = gl.maximum(running_max, gl.max(scores, 1))
+    if MASKED:
+        # A row that has seen no key yet keeps -inf; a finite pivot keeps NaN out of it.
+        pivot = gl.where(new_max == float("-inf"), 0.0, new_max * factor)
+    else:
+        pivot = new_max * factor
+    weights = gl.exp2(scores * factor - pivot[:, None])
+    correction = gl.exp2(running_max * factor - pivot)
+    return weights, correction, new_max, running_sum * correction + gl.sum(weights, 1)
+
+
+@gluon.jit
+def _step(
+    o, p, running_max, running_sum, q_tile, k_tiles, v_tiles, barriers, count, key, positions, stop,
+    scale_log2, softcap, window_left, window_right,
+    MASKED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
+    P_LAYOUT: gl.constexpr,
+):  # fmt: skip
+    """Scores of tile ``count``, while the weights ``p`` of tile ``count - 1`` are multiplied with its values."""
+    _q_full, _q_empty, k_full, k_empty, v_full, v_empty = barriers
+    stage = count % STAGES
+    last = (count - 1) % STAGES
+    mbarrier.wait(k_full.index(stage), count // STAGES & 1)
+    zeros = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
+    s = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+    mbarrier.wait(v_full.index(last), (count - 1) // STAGES & 1)
+    o = warpgroup_mma(p, v_tiles.index(last), o, is_async=True)
+    s = warpgroup_mma_wait(1, deps=[s])
+    mbarrier.arrive(k_empty.index(stage))
+    weights, correction, running_max, running_sum = _softmax(
+        s, running_max, running_sum, positions, key, stop, scale_log2, softcap, window_left, window_right,
+        MASKED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BLOCK_N, S_LAYOUT,
+    )  # fmt: skip
+    o = warpgroup_mma_wait(0, deps=[o])
+    mbarrier.arrive(v_empty.index(last))
+    o = o * gl.convert_layout(correction, gl.SliceLayout(1, O_LAYOUT))[:, None]
+    p = gl.convert_layout(weights.to(p.dtype), P_LAYOUT)
+    return o, p, running_max, running_sum
+
+
+@gluon.jit
+def _clear_rows(pieces, first_piece, first_row, HALVES: gl.constexpr, CHUNKS: gl.constexpr, CHUNK: gl.constexpr):
+    """Zero the rows from ``first_row`` on in one chunk of a tile of values.
+
+    They belong to nobody or to another sequence; a weight of 0 would not silence a NaN there.
+    """
+    layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    rows = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))
+    for half in gl.static_range(HALVES):
+        tile = pieces.index(first_piece + half * CHUNKS)
+        values = tile.load(layout)
+        tile.store(gl.where((rows < first_row)[:, None], values, gl.zeros_like(values)))
+    fence_async_shared()
+    barrier()
+
+
+@gluon.jit
+def _consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
+    """A consumer warp group: 64 rows of every tile."""
+    (
+        out, lse, sinks, parts, part_lse, q_smem, k_smem, v_smem, barriers, queue, num_heads, strides,
+        scale_log2, softcap, window_left, window_right,
+    ) = tensors  # fmt: skip
+    MODE: gl.constexpr = OPTIONS[0]
+    GROUP: gl.constexpr = OPTIONS[1]
+    PACK: gl.constexpr = OPTIONS[2]
+    PAGE_SIZE: gl.constexpr = OPTIONS[3]
+    HEAD_DIM: gl.constexpr = OPTIONS[4]
+    BLOCK_N: gl.constexpr = OPTIONS[5]
+    ROWS: gl.constexpr = OPTIONS[6]
+    STAGES: gl.constexpr = OPTIONS[7]
+    Q_STAGES: gl.constexpr = OPTIONS[8]
+    CONSUMERS: gl.constexpr = OPTIONS[9]
+    HAS_LEFT: gl.constexpr = OPTIONS[10]
+    HAS_RIGHT: gl.constexpr = OPTIONS[11]
+    HAS_SOFTCAP: gl.constexpr = OPTIONS[12]
+    HAS_SINKS: gl.constexpr = OPTIONS[13]
+    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh = strides
+    dtype: gl.constexpr = q_smem.dtype
+    HALVES: gl.constexpr = HEAD_DIM // 64
+    CHUNK: gl.constexpr = min(PAGE_SIZE, BLOCK_N)
+    CHUNKS: gl.constexpr = BLOCK_N // CHUNK
+    BLOCK_Q: gl.constexpr = 64 * CONSUMERS // PACK
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
+    P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
+    ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    if MODE == "split":
+        STORE_LAYOUT: gl.constexpr = O_LAYOUT
+    else:
+        STORE_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+    v_pieces = view(v_smem, dtype, [STAGES * HALVES * CHUNKS, CHUNK, 64], gl.NVMMASharedLayout(128, 16, 2))
+    rows = WHICH * 64 + gl.arange(0, 64, layout=ROW_LAYOUT)
+
+    q_count = 0
+    count = 0
+    turn = 0
+    seq, head, first_token, query_len, q_start, num_keys, _k_start, start, stop, place, num_parts = _receive(
+        turn, queue
+    )
+    while seq >= 0:
+        context_len = num_keys - query_len
+        last_token = gl.minimum(first_token + BLOCK_Q, query_len) - 1
+        tokens = first_token + rows // PACK
+        # Rows past the end repeat the last token's position, so that they never widen the mask.
+        positions = context_len + gl.minimum(tokens, last_token)
+        o = gl.zeros([64, HEAD_DIM], gl.float32, O_LAYOUT)
+        running_max = gl.full([64], float("-inf"), gl.float32, ROW_LAYOUT)
+        running_sum = gl.zeros([64], gl.float32, ROW_LAYOUT)
+        if stop > start:
+            q_stage = q_count % Q_STAGES
+            mbarrier.wait(q_full.index(q_stage), q_count // Q_STAGES & 1)
+            q_tile = q_smem.index(q_stage * CONSUMERS + WHICH)
+            if MODE == "split":
+                # Short work: with the queries in registers, those of the next tile can come in meanwhile.
+                q_tile = q_tile.load(gl.DotOperandLayout(0, S_LAYOUT, 2))
+                mbarrier.arrive(q_empty.index(q_stage))
+            low = start // BLOCK_N
+            high = gl.cdiv(stop, BLOCK_N)
+            full_start, full_stop = unmasked_bounds(
+                context_len + first_token, context_len + last_token, low * BLOCK_N, stop, window_left, window_right,
+                HAS_LEFT, HAS_RIGHT, BLOCK_N,
+            )  # fmt: skip
+
+            # The first tile: its product with the values waits for the next tile.
+            stage = count % STAGES
+            mbarrier.wait(k_full.index(stage), count // STAGES & 1)
+            zeros = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
+            s = warpgroup_mma(q_tile, k_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=[s])
+            mbarrier.arrive(k_empty.index(stage))
+            weights, _correction, running_max, running_sum = _softmax(
+                s, running_max, running_sum, positions, low * BLOCK_N, stop, scale_log2, softcap, window_left,
+                window_right, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BLOCK_N, S_LAYOUT,
+            )  # fmt: skip
+            p = gl.convert_layout(weights.to(dtype), P_LAYOUT)
+            count += 1
+
+            full_low = gl.minimum(gl.maximum(full_start // BLOCK_N, low + 1), high)
+            full_high = gl.maximum(full_stop // BLOCK_N, full_low)
+            if HAS_LEFT:
+                for index in range(low + 1, full_low):
+                    o, p, running_max, running_sum = _step(
+                        o, p, running_max, running_sum, q_tile, k_smem, v_smem, barriers, count, index * BLOCK_N,
+                        positions, stop, scale_log2, softcap, window_left, window_right, True, HAS_LEFT, HAS_RIGHT,
+                        HAS_SOFTCAP, BLOCK_N, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+                    )  # fmt: skip
+                    count += 1
+            for index in range(full_low, full_high):
+                o, p, running_max, running_sum = _step(
+                    o, p, running_max, running_sum, q_tile, k_smem, v_smem, barriers, count, index * BLOCK_N, positions,
+                    stop, scale_log2, softcap, window_left, window_right, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                    BLOCK_N, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+                )  # fmt: skip
+                count += 1
+            for index in range(full_high, high):
+                o, p, running_max, running_sum = _step(
+                    o, p, running_max, running_sum, q_tile, k_smem, v_smem, barriers, count, index * BLOCK_N, positions,
+                    stop, scale_log2, softcap, window_left, window_right, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
+                    BLOCK_N, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+                )  # fmt: skip
+                count += 1
+            if MODE != "split":
+                mbarrier.arrive(q_empty.index(q_stage))
+            q_count += 1
+            last = (count - 1) % STAGES
+            mbarrier.wait(v_full.index(last), (count - 1) // STAGES & 1)
+            if MODE != "dense":
+                if num_keys < high * BLOCK_N:
+                    first_row = num_keys - (high - 1) * BLOCK_N
+                    chunk = (stop - 1 - (high - 1) * BLOCK_N) // CHUNK
+                    _clear_rows(
+                        v_pieces, last * (HALVES * CHUNKS) + chunk, first_row - chunk * CHUNK, HALVES, CHUNKS, CHUNK
+                    )
+            o = warpgroup_mma(p, v_smem.index(last), o, is_async=True)
+            o = warpgroup_mma_wait(0, deps=[o])
+            mbarrier.arrive(v_empty.index(last))
+
+        if HAS_SOFTCAP:
+            factor: gl.constexpr = 1.4426950408889634
+        else:
+            factor = scale_log2
+        # From here on the running maximum is in base 2.
+        running_max = running_max * factor
+        heads = (head if PACK == 1 else head * GROUP) + rows % PACK
+        valid = (tokens < query_len) & (rows % PACK < GROUP)
+        if MODE != "split" or num_parts == 1:
+            if HAS_SINKS:
+                sink = gl.load(sinks + heads, mask=valid, other=0.0).to(gl.float32) * 1.4426950408889634
+                new_max = gl.maximum(running_max, sink)
+                correction = gl.exp2(running_max - new_max)
+                running_sum = running_sum * correction + gl.exp2(sink - new_max)
+                o = o * gl.convert_layout(correction, gl.SliceLayout(1, O_LAYOUT))[:, None]
+                running_max = new_max
+            empty = running_sum == 0.0
+            inverse = 1.0 / gl.where(empty, 1.0, running_sum)
+            row_lse = (running_max + gl.log2(gl.where(empty, 1.0, running_sum))) * 0.6931471805599453
+            row_lse = gl.where(empty, float("-inf"), row_lse)
+            o = o * gl.convert_layout(inverse, gl.SliceLayout(1, O_LAYOUT))[:, None]
+            packed = gl.cast(q_start + tokens, gl.int64)
+            batch = gl.cast(seq, gl.int64) if MODE == "dense" else gl.cast(seq * 0, gl.int64)
+            # Rows of 16 bytes a thread: what wgmma leaves would be stored 4 bytes at a time.
+            out_offsets = gl.convert_layout(
+                batch * stride_ob + packed * stride_ot + heads * stride_oh, gl.SliceLayout(1, STORE_LAYOUT)
+            )
+            columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, STORE_LAYOUT))
+            gl.store(
+                out + out_offsets[:, None] + columns[None, :], gl.convert_layout(o.to(dtype), STORE_LAYOUT),
+                mask=gl.convert_layout(valid, gl.SliceLayout(1, STORE_LAYOUT))[:, None],
+            )  # fmt: skip
+            gl.store(lse + batch * stride_lb + packed * stride_lt + heads * stride_lh, row_lse, mask=valid)
+        else:
+            # An unnormalised part of the rows, for merge_parts_launch to add up.
+            slot = gl.cast(place * num_heads + head, gl.int64) * ROWS
+            part_rows = gl.convert_layout(rows, gl.SliceLayout(1, O_LAYOUT))
+            part_columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_LAYOUT))
+            gl.store(
+                parts + slot * HEAD_DIM + part_rows[:, None] * HEAD_DIM + part_columns[None, :], o,
+                mask=(part_rows < ROWS)[:, None],
+            )  # fmt: skip
+            gl.store(part_lse + 2 * slot + rows, running_max, mask=rows < ROWS)
+            gl.store(part_lse + 2 * slot + ROWS + rows, running_sum, mask=rows < ROWS)
+
+        turn += 1
+        seq, head, first_token, query_len, q_start, num_keys, _k_start, start, stop, place, num_parts = _receive(
+            turn, queue
+        )
+
+
+LENGTHS = [
+    "num_tiles", "num_seqs", "seqlen_q", "seqlen_k", "num_blocks", "num_heads", "section", "stride_table",
+    "stride_lb", "stride_lt", "stride_lh", "window_left", "window_right",
+]  # fmt: skip
+"""Arguments whose value must not cause another compilation."""
+
+
+@gluon.jit(do_not_specialize=LENGTHS)
+def _hopper_forward(
+    q_desc, k_desc, v_desc, out, lse, sinks, parts, part_lse, cu_seqlens_q, cu_seqlens_k, seq_lens,
+    page_table, items, sequences, num_items, handed_out, num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, section,
+    stride_table, stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh,
+    scale_log2, softcap, window_left, window_right,
+    MODE: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, PAGE_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
+    BLOCK_N: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
+):  # fmt: skip
+    """``num_warps`` must be 4: the warps that a program starts with are the first consumer."""
+    if MODE == "split":
+        num_tiles = gl.maximum(gl.load(num_items), 1) * num_heads
+    dtype: gl.constexpr = q_desc.dtype
+    tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    q_smem = gl.allocate_shared_memory(dtype, [Q_STAGES * CONSUMERS, 64, HEAD_DIM], tile_layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], tile_layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_N, HEAD_DIM], tile_layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_STAGES, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(Q_STAGES):
+        mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=CONSUMERS)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=CONSUMERS)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(v_empty.index(i), count=CONSUMERS)
+    slots = gl.allocate_shared_memory(gl.int32, [2, 16], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    slot_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    slot_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(2):
+        mbarrier.init(slot_full.index(i), count=1)
+        mbarrier.init(slot_empty.index(i), count=CONSUMERS + 2)
+    fence_async_shared()
+
+    queue = (slots, slot_full, slot_empty)
+    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
+    lengths = (cu_seqlens_q, cu_seqlens_k, seq_lens, items, sequences)
+    work = (num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, section, window_left, window_right)
+    strides = (stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh)
+    tensors = (
+        out, lse, sinks, parts, part_lse, q_smem, k_smem, v_smem, barriers, queue, num_heads, strides,
+        scale_log2, softcap, window_left, window_right,
+    )  # fmt: skip
+    keys = (q_desc, k_desc, page_table, stride_table, q_smem, k_smem, barriers, queue)
+    values = (q_desc, v_desc, page_table, stride_table, q_smem, v_smem, barriers, queue)
+    options: gl.constexpr = (
+        MODE, GROUP, PACK, PAGE_SIZE, HEAD_DIM, BLOCK_N, ROWS, STAGES, Q_STAGES, CONSUMERS,
+        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_SINKS,
+    )  # fmt: skip
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (_consume, (tensors, 0, options)), (_produce, (keys, 0, options)), (_produce, (values, 1, options)),
+                (_schedule, (lengths, work, queue, handed_out, options)),
+            ],
+            [1, 1, 1], [40, 40, 40],
+        )  # fmt: skip
+    elif CONSUMERS == 2:
+        gl.warp_specialize(
+            [
+                (_consume, (tensors, 0, options)), (_consume, (tensors, 1, options)),
+                (_produce, (keys, 0, options)), (_produce, (values, 1, options)),
+                (_schedule, (lengths, work, queue, handed_out, options)),
+            ],
+            [4, 1, 1, 1], [240, 24, 24, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (tensors, 0, options)), (_consume, (tensors, 1, options)), (_consume, (tensors, 2, options)),
+                (_produce, (keys, 0, options)), (_produce, (values, 1, options)),
+                (_schedule, (lengths, work, queue, handed_out, options)),
+            ],
+            [4, 4, 1, 1, 1], [160, 160, 24, 24, 24],
+        )  # fmt: skip
+
+
+TILE_ROWS = 64
+"""Query rows of one consumer warp group: the M of wgmma."""
+L2_BUDGET = 32 * 2**20
+"""Bytes of keys and values that programs work on at a time."""
+ANY = 2**31 - 1
+"""Size of the page axis in a descriptor. A pool may grow under a captured graph, so its size is not part of it."""
+
+
+def _descriptor(tensor: torch.Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
+    return TensorDescriptor(tensor, shape, strides, block, gl.NVMMASharedLayout(128, 16, 4))
+
+
+def _launch(
+    q: torch.Tensor,
+    k: tuple[torch.Tensor, torch.Tensor],
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    mode: str,
+    lengths: tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None],
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    settings: HopperSettings,
+    group: int,
+    pack: int,
+    num_blocks: int,
+    kv_tokens: int,
+    plan: "SplitPlan | None" = None,
+    rows: int = TILE_ROWS,
+) -> None:
+    """Launch on ``q [B, L, Hq, D]`` (packed: B is 1); see the two callers for the rest."""
+    s = settings
+    batch, seqlen_q, num_q_heads, head_dim = q.shape
+    paged = mode in ("paged", "split")
+    num_heads = num_q_heads if pack == 1 else num_q_heads // group
+    cu_seqlens_q, cu_seqlens_k, seq_lens, page_table = lengths
+    num_seqs = batch if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
+    q_desc = _descriptor(q, list(q.shape), list(q.stride()), [1, TILE_ROWS // pack, pack, 64])
+    page_size = k[0].shape[2] if paged else s.block_n
+    chunk = min(page_size, s.block_n)
+    kv_block = [1, 1, chunk, 64] if paged else [1, chunk, 1, 64]
+    k_desc, v_desc = (
+        _descriptor(x, [ANY if paged else x.shape[0], *x.shape[1:]], list(x.stride()), kv_block) for x in k
+    )
+    columns = num_heads * (batch if mode == "dense" else 1)
+    section = max(1, min(columns, L2_BUDGET // max(1, 4 * head_dim * kv_tokens // (group if pack == 1 else 1))))
+    num_tiles = num_blocks * columns
+    parts = part_lse = None
+    items = sequences = num_items = handed_out = None
+    programs = multiprocessors(q.device) * s.programs_per_sm
+    if plan is not None:
+        items, sequences, num_items = plan.items, plan.sequences, plan.num_items
+        num_tiles = plan.max_items * num_heads
+        parts = q.new_empty(num_tiles, rows, head_dim, dtype=torch.float32)
+        part_lse = q.new_empty(num_tiles, 2, rows, dtype=torch.float32)
+    else:
+        handed_out = torch.zeros(1, dtype=torch.int32, device=q.device)
+    scale_log2 = scale * LOG2_E if softcap is None else 2.0 * scale / softcap * LOG2_E
+    with device_guard(q):
+        _hopper_forward[(min(programs, num_tiles),)](
+            q_desc, k_desc, v_desc, out, lse, sinks, parts, part_lse, cu_seqlens_q, cu_seqlens_k, seq_lens,
+            page_table, items, sequences, num_items, handed_out, num_tiles, num_seqs, seqlen_q, k[0].shape[1], num_blocks, num_heads, section,
+            0 if page_table is None else page_table.stride(0), *out.stride()[:3],
+            lse.stride(0) if mode == "dense" else 0, lse.stride(-1), lse.stride(-2),
+            scale_log2, softcap or 0.0, window_left or 0, window_right or 0,
+            MODE=mode, GROUP=group, PACK=pack, PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_N=s.block_n, ROWS=rows,
+            STAGES=s.stages, Q_STAGES=s.q_stages, CONSUMERS=s.consumers, HAS_LEFT=window_left is not None,
+            HAS_RIGHT=window_right is not None, HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None,
+            num_warps=4, maxnreg=s.max_registers,
+        )  # fmt: skip
+    if plan is not None and plan.max_parts > 1:
+        assert parts is not None and part_lse is not None and cu_seqlens_q is not None
+        merge_parts_launch(parts, part_lse, plan, cu_seqlens_q, sinks, out[0], lse, group, pack)
+
+
+def hopper_flash_launch(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    max_seqlen_q: int,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    settings: HopperSettings | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Dense ``[B, L, H, D]`` or packed ``[T, H, D]``; arguments and result as of ``flash_attention_launch``."""
+    head_dim = q.shape[-1]
+    s = settings or hopper_settings(head_dim, max_seqlen_q)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    group = q.shape[-2] // k.shape[-2]
+    block_m = TILE_ROWS * s.consumers
+    if cu_seqlens_q is None:
+        lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
+        mode, num_blocks, kv_tokens = "dense", triton.cdiv(q.shape[1], block_m), k.shape[1]
+        tensors = (q, k, v, out)
+    else:
+        lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
+        num_blocks = q.shape[0] // block_m + cu_seqlens_q.shape[0] - 1
+        mode, kv_tokens = "varlen", k.shape[0]
+        tensors = (q[None], k[None], v[None], out[None])
+    if out.numel() == 0:
+        return out, lse
+    if k.numel() == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    _launch(
+        tensors[0], tensors[1:3], tensors[3], lse, mode, (cu_seqlens_q, cu_seqlens_k, None, None),
+        window_left, window_right, softcap, sinks, scale, s, group, 1, num_blocks, kv_tokens,
+    )  # fmt: skip
+    return out, lse
+
+
+def hopper_paged_launch(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    max_query_len: int,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    plan: torch.Tensor | None = None,
+    settings: HopperSettings | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Over pages; arguments and result as of ``paged_attention_launch``."""
+    num_tokens, num_q_heads, head_dim = q.shape
+    num_kv_heads, page_size = k_pages.shape[1:3]
+    group = num_q_heads // num_kv_heads
+    pack = triton.next_power_of_2(group)
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    lse = q.new_empty(num_q_heads, num_tokens, dtype=torch.float32)
+    if out.numel() == 0:
+        return out, lse
+    rows = triton.next_power_of_2(max_query_len * pack)
+    split = rows <= TILE_ROWS and max_query_len <= 16
+    s = settings or hopper_settings(head_dim, max_query_len, split)
+    split_plan = None
+    if split:
+        if plan is None:
+            plan = make_split_plan_launch(seq_lens, cu_seqlens_q, page_table.shape[1] * page_size, window_left)
+        split_plan = SplitPlan.of(plan, seq_lens.shape[0], page_table.shape[1] * page_size)
+    num_blocks = num_tokens // (TILE_ROWS * s.consumers // pack) + seq_lens.shape[0]
+    _launch(
+        q[None], (k_pages, v_pages), out[None], lse, "split" if split else "paged",
+        (cu_seqlens_q, None, seq_lens, page_table), window_left, window_right, softcap, sinks, scale, s, group, pack,
+        num_blocks, page_table.shape[1] * page_size, split_plan, rows if split else TILE_ROWS,
+    )  # fmt: skip
+    return out, lse

@@ -1,0 +1,167 @@
+"""Choosing tokens from logits, in plain torch: what any sampling kernel must reproduce.
+
+A token is drawn by the Gumbel-max trick (Gumbel 1954; Yellott 1977): with independent standard Gumbel noise g,
+argmax(logits + g) is distributed as softmax(logits). The noise is a pure function of (seed, position in the sequence,
+token id), so a draw does not depend on what else is in the batch, on the order of rows, or on how the vocabulary is cut
+into tiles::
+
+    key  = splitmix64(splitmix64(seed) ^ position)              64 bits a row      (Steele, Lea, Flood 2014)
+    bits = mix32(mix32(token ^ low32(key)) + high32(key))       32 bits a token    ("lowbias32" of Wellons 2018)
+    u    = (bits + 0.5) / 2**32                                 exact in float64
+    g    = float32(-log(-log(u)))                               float64 logarithms
+
+Everything up to u is integer arithmetic and the same on every device. The logarithms are taken in float64 and rounded
+once, so that two libraries which differ in the last bits of a float64 still give the same float32.
+
+Warpers keep exactly the tokens that transformers' TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper and
+MinPLogitsWarper keep when applied in that order: the same operations in the same order, with a parameter per row.
+"""
+
+import torch
+
+GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
+SPLITMIX_A = -4658895280553007687  # 0xBF58476D1CE4E5B9
+SPLITMIX_B = -7723592293110705685  # 0x94D049BB133111EB
+MIX_A = 0x7FEB352D
+MIX_B = -2073254261  # 0x846CA68B
+"""Unsigned constants as the signed integers that torch has; products wrap as unsigned ones do."""
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift of a signed integer tensor."""
+    width = 64 if x.dtype == torch.int64 else 32
+    return (x >> bits) & ((1 << (width - bits)) - 1)
+
+
+def splitmix64(x: torch.Tensor) -> torch.Tensor:
+    """One step of the SplitMix64 generator on int64 ``[...]``, read as unsigned."""
+    z = x + GOLDEN
+    z = (z ^ _shift_right(z, 30)) * SPLITMIX_A
+    z = (z ^ _shift_right(z, 27)) * SPLITMIX_B
+    return z ^ _shift_right(z, 31)
+
+
+def mix32_(x: torch.Tensor) -> torch.Tensor:
+    """The integer hash "lowbias32" on int32 ``[...]``, read as unsigned, in place."""
+    x ^= _shift_right(x, 16)
+    x *= MIX_A
+    x ^= _shift_right(x, 15)
+    x *= MIX_B
+    x ^= _shift_right(x, 16)
+    return x
+
+
+def row_keys(seeds: torch.Tensor, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The noise key of each row.
+
+    Args:
+        seeds: ``[num_rows]`` int64.
+        positions: ``[num_rows]`` int64, index in its sequence of the token that is drawn.
+
+    Returns:
+        Low and high half of the key, int32 ``[num_rows]`` each.
+    """
+    key = splitmix64(splitmix64(seeds) ^ positions)
+    return key.to(torch.int32), (key >> 32).to(torch.int32)
+
+
+def uniform_noise(seeds: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """An odd multiple of 2**-33 between 0 and 1 for every row and token, equally likely to be any of them.
+
+    Args:
+        seeds, positions: ``[num_rows]`` int64.
+        token_ids: ``[num_tokens]`` int32, in any order.
+
+    Returns:
+        ``[num_rows, num_tokens]`` float64, exact.
+    """
+    low, high = row_keys(seeds, positions)
+    bits = mix32_(token_ids[None, :] ^ low[:, None])
+    bits += high[:, None]
+    mix32_(bits)
+    # A signed 32-bit word is its unsigned value, or 2**32 below it.
+    u = (bits < 0).double()
+    u *= 2.0**32
+    u += bits
+    u += 0.5
+    u *= 2.0**-32
+    return u
+
+
+def gumbel_noise(seeds: torch.Tensor, positions: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
+    """Standard Gumbel noise of every row and token: arguments as for :func:`uniform_noise`.
+
+    Returns:
+        ``[num_rows, num_tokens]`` float32, all finite.
+    """
+    return uniform_noise(seeds, positions, token_ids).log_().neg_().log_().neg_().float()
+
+
+def warp_logits(
+    logits: torch.Tensor,
+    *,
+    temperature: torch.Tensor | None = None,
+    top_k: torch.Tensor | None = None,
+    max_top_k: int = 0,
+    top_p: torch.Tensor | None = None,
+    min_p: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Temperature, then top-k, top-p and min-p, each with its own parameter per row; None where no row uses it.
+
+    Args:
+        logits: ``[num_rows, vocab]`` float32, not written.
+        temperature: ``[num_rows]`` float32, 1 leaves a row as it is.
+        top_k: ``[num_rows]`` int64, 0 leaves a row as it is. Ties with the k-th logit are kept.
+        max_top_k: the largest of ``top_k``, known to the host.
+        top_p: ``[num_rows]`` float64, 1 leaves a row as it is (Holtzman et al. 2019).
+        min_p: ``[num_rows]`` float32, 0 leaves a row as it is (Nguyen et al. 2024).
+
+    Returns:
+        ``[num_rows, vocab]`` float32, -inf where a token was removed. At least one token of a row is left.
+    """
+    vocab_size = logits.shape[-1]
+    if temperature is not None:
+        logits = logits / temperature[:, None]
+    if top_k is not None and max_top_k > 0:
+        largest = logits.topk(min(max_top_k, vocab_size), dim=-1).values
+        index = (top_k - 1).clamp(0, largest.shape[-1] - 1)
+        kth = largest.gather(1, index[:, None])
+        kth = torch.where(top_k[:, None] > 0, kth, -torch.inf)
+        logits = logits.masked_fill(logits < kth, -torch.inf)
+    if top_p is not None:
+        # Not a stable sort: among ties at the border, the one that transformers' own call keeps is kept.
+        ascending, order = torch.sort(logits, dim=-1)
+        below = ascending.softmax(dim=-1).cumsum(dim=-1)
+        # 1 - top_p is rounded once, as in transformers. A row with top_p = 1 loses nothing, not even probability 0.
+        threshold = torch.where(top_p < 1, 1 - top_p, -1.0).float()
+        removed = below <= threshold[:, None]
+        removed[:, -1] = False
+        logits = logits.masked_fill(torch.empty_like(removed).scatter_(1, order, removed), -torch.inf)
+    if min_p is not None:
+        probabilities = logits.softmax(dim=-1)
+        top, best = probabilities.max(dim=-1, keepdim=True)
+        removed = (probabilities < min_p[:, None] * top).scatter_(1, best, False)
+        logits = logits.masked_fill(removed, -torch.inf)
+    return logits
+
+
+INVALID_TOKEN = -1
+"""Stands for a token where none can be chosen."""
+
+
+def choose_tokens(scores: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+    """The token of each row: argmax of the scores, or of scores plus Gumbel noise.
+
+    Args:
+        scores: ``[num_rows, vocab]`` float32.
+        noise: ``[num_rows, vocab]`` float32, or None to take the largest score.
+
+    Returns:
+        ``[num_rows]`` int64; :data:`INVALID_TOKEN` for a row with a NaN score, and for a drawn row without any finite
+        score or with an infinite one, which no distribution has.
+    """
+    if noise is None:
+        best, token_ids = scores.max(dim=-1)
+        return token_ids.masked_fill_(best.isnan(), INVALID_TOKEN)
+    best, token_ids = (scores + noise).max(dim=-1)
+    return token_ids.masked_fill_(~best.isfinite(), INVALID_TOKEN)

@@ -1,0 +1,221 @@
+"""The work list of split-KV decode, made on the device once per step and shared by all layers of a window.
+
+Each sequence's keys are cut into splits whose length depends on the sequence alone (``split_length``)::
+
+    seq 0 (600 keys)     | 0 | 1 | 2.|                items = (0, 0) (0, 1) (2, 0) (2, 1) ... then the tails: (0, 2) (1, 0) ...
+    seq 1 (90 keys)      |0.|
+    seq 2 (9,000 keys)   |  0  |  1  |  2  | ...
+
+Long splits come first and tails last, so that programs that walk through the list end together. Splits behind a sliding
+window are left out.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from .backend import device_guard
+from .settings import max_split_items, max_splits, split_plan_size
+
+
+@triton.jit(do_not_specialize=["num_seqs", "max_items", "window_left"])
+def _plan_splits(
+    seq_lens,
+    cu_seqlens_q,
+    plan,
+    num_seqs,
+    max_items,
+    window_left,
+    HAS_LEFT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One program. ``plan``: number of items, padding, items ``(sequence, split, place)``, then ``(place, parts)`` of each sequence."""
+    seq = tl.arange(0, BLOCK)
+    held = seq < num_seqs
+    num_keys = tl.load(seq_lens + seq, mask=held, other=0)
+    query_len = tl.load(cu_seqlens_q + seq + 1, mask=held, other=0) - tl.load(cu_seqlens_q + seq, mask=held, other=0)
+    length = num_keys * 0 + 256
+    for _ in tl.static_range(18):
+        length = tl.where(length * 32 < num_keys, length * 2, length)
+    first = num_keys * 0
+    if HAS_LEFT:
+        first = tl.maximum(num_keys - query_len - window_left, 0) // length
+    count = tl.where(query_len > 0, tl.cdiv(num_keys, length) - first, 0)
+    # A sequence without keys still has rows to write.
+    count = tl.where(query_len > 0, tl.maximum(count, 1), count)
+    has_tail = (count > 0) & (num_keys % length != 0)
+    num_full = count - has_tail.to(tl.int32)
+    offset = num_keys * 0
+    base = 0
+    for kind in tl.static_range(4):
+        if kind == 0:
+            mine = length >= 2048
+        else:
+            mine = length == 2048 // (2**kind)
+        full = tl.where(mine, num_full, 0)
+        offset = tl.where(mine, base + tl.cumsum(full, 0) - full, offset)
+        base += tl.sum(full, 0)
+    tail = has_tail.to(tl.int32)
+    tail_offset = base + tl.cumsum(tail, 0) - tail
+    # Where a sequence's parts lie: one after the other, whatever the order of the work.
+    place = tl.cumsum(count, 0) - count
+    items = plan + 4
+    tl.store(plan + seq, base + tl.sum(tail, 0), mask=seq == 0)
+    for split in range(0, tl.max(num_full, 0)):
+        tl.store(items + 3 * (offset + split), seq, mask=split < num_full)
+        tl.store(items + 3 * (offset + split) + 1, first + split, mask=split < num_full)
+        tl.store(items + 3 * (offset + split) + 2, place + split, mask=split < num_full)
+    tl.store(items + 3 * tail_offset, seq, mask=has_tail)
+    tl.store(items + 3 * tail_offset + 1, first + num_full, mask=has_tail)
+    tl.store(items + 3 * tail_offset + 2, place + num_full, mask=has_tail)
+    # Without any item, program 0 looks at an empty one.
+    tl.store(items + seq, 0, mask=(seq < 3) & (base + tl.sum(tail, 0) == 0))
+    sequences = items + 3 * max_items
+    tl.store(sequences + 2 * seq, place, mask=held)
+    tl.store(sequences + 2 * seq + 1, count, mask=held)
+
+
+@triton.jit
+def _merge_parts(
+    parts,
+    part_lse,
+    sequences,
+    cu_seqlens_q,
+    sinks,
+    out,
+    lse,
+    stride_ot,
+    stride_oh,
+    stride_lh,
+    GROUP: tl.constexpr,
+    PACK: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_S: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
+):
+    """One program: one row of a sequence and key/value head. Parts are added in an order that the row alone decides."""
+    seq = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    row = tl.program_id(2)
+    num_parts = tl.load(sequences + 2 * seq + 1)
+    if num_parts <= 1:
+        return  # its only split has written the result
+    q_start = tl.load(cu_seqlens_q + seq)
+    token = row // PACK
+    if (token >= tl.load(cu_seqlens_q + seq + 1) - q_start) | (row % PACK >= GROUP):
+        return
+    head = kv_head * GROUP + row % PACK
+    place = tl.load(sequences + 2 * seq)
+    splits = tl.arange(0, BLOCK_S)
+    held = splits < num_parts
+    columns = tl.arange(0, BLOCK_D)
+    slots = tl.cast((place + splits) * tl.num_programs(1) + kv_head, tl.int64)
+    maxima = tl.load(part_lse + slots * 2 * ROWS + row, mask=held, other=float("-inf"))
+    sums = tl.load(part_lse + (slots * 2 + 1) * ROWS + row, mask=held, other=0.0)
+    # [BLOCK_S, BLOCK_D]
+    tile = tl.load(
+        parts + ((slots * ROWS + row) * HEAD_DIM)[:, None] + columns[None, :],
+        mask=held[:, None] & (columns < HEAD_DIM)[None, :],
+        other=0.0,
+    )
+    top = tl.max(maxima, 0)
+    total = top * 0.0
+    if HAS_SINKS:
+        sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        top = tl.maximum(top, sink)
+        total = tl.exp2(sink - top)
+    pivot = tl.where(top == float("-inf"), 0.0, top)
+    if not HAS_SINKS:
+        total = pivot * 0.0
+    weights = tl.exp2(maxima - pivot)
+    total += tl.sum(weights * sums, 0)
+    safe = tl.where(total == 0.0, 1.0, total)
+    result = tl.sum(weights[:, None] * tile, 0) / safe
+    packed = tl.cast(q_start + token, tl.int64)
+    tl.store(
+        out + packed * stride_ot + head * stride_oh + columns, result.to(out.dtype.element_ty), mask=columns < HEAD_DIM
+    )
+    row_lse = tl.where(total == 0.0, float("-inf"), (pivot + tl.log2(safe)) * 0.6931471805599453)
+    tl.store(lse + head * stride_lh + packed, row_lse)
+
+
+def merge_parts_launch(
+    parts: torch.Tensor,
+    part_lse: torch.Tensor,
+    plan: "SplitPlan",
+    cu_seqlens_q: torch.Tensor,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    group: int,
+    pack: int,
+) -> None:
+    """Add up the parts of every sequence with more than one split.
+
+    Args:
+        parts: float32 ``[max_items * num_kv_heads, rows, head_dim]``, unnormalised sums of weighted values.
+        part_lse: float32 ``[max_items * num_kv_heads, 2, rows]``, maxima of the scores in base 2, and sums of weights.
+        out: ``[T, Hq, head_dim]``, written.
+        lse: float32 ``[Hq, T]``, written.
+        group: query heads per key/value head; ``pack`` rows stand for them.
+    """
+    rows, head_dim = parts.shape[1:]
+    num_kv_heads = out.shape[1] // group
+    with device_guard(out):
+        _merge_parts[(plan.sequences.shape[0] // 2, num_kv_heads, rows)](
+            parts, part_lse, plan.sequences, cu_seqlens_q, sinks, out, lse, *out.stride()[:2], lse.stride(0),
+            GROUP=group, PACK=pack, ROWS=rows, HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
+            BLOCK_S=triton.next_power_of_2(plan.max_parts), HAS_SINKS=sinks is not None, num_warps=2,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class SplitPlan:
+    """Views of a plan's parts.
+
+    Attributes:
+        num_items: int32 ``[1]``.
+        items: int32 ``[3 * max_items]``: sequence, split, and where its part lies.
+        sequences: int32 ``[2 * num_seqs]``: where a sequence's first part lies, and their number.
+        max_parts: upper bound of the parts of a sequence.
+    """
+
+    num_items: torch.Tensor
+    items: torch.Tensor
+    sequences: torch.Tensor
+    max_items: int
+    max_parts: int
+
+    @classmethod
+    def of(cls, plan: torch.Tensor, num_seqs: int, max_tokens: int) -> "SplitPlan":
+        """The parts of ``plan`` as made for these bounds."""
+        max_items = max_split_items(num_seqs, max_tokens)
+        sequences = plan[4 + 3 * max_items :]
+        return cls(plan[:1], plan[4 : 4 + 3 * max_items], sequences, max_items, max_splits(max_tokens))
+
+
+def make_split_plan_launch(
+    seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor, max_tokens: int, window_left: int | None
+) -> torch.Tensor:
+    """The plan of a step: int32, see :class:`SplitPlan`.
+
+    Args:
+        seq_lens: int32 ``[num_seqs]``.
+        cu_seqlens_q: int32 ``[num_seqs + 1]``.
+        max_tokens: upper bound of ``seq_lens``: the page table's width in tokens.
+        window_left: the sliding window of the layers, None: they see everything.
+    """
+    num_seqs = seq_lens.shape[0]
+    max_items = max_split_items(num_seqs, max_tokens)
+    plan = torch.empty(split_plan_size(num_seqs, max_tokens), dtype=torch.int32, device=seq_lens.device)
+    block = max(32, triton.next_power_of_2(num_seqs))
+    with device_guard(seq_lens):
+        _plan_splits[(1,)](
+            seq_lens, cu_seqlens_q, plan, num_seqs, max_items, window_left or 0,
+            HAS_LEFT=window_left is not None, BLOCK=block, num_warps=4 if block <= 1024 else 8,
+        )  # fmt: skip
+    return plan
