@@ -2,24 +2,55 @@
 
 `load_text` turns one specification into one string. Rows are joined by two newlines, as the GPTQ code and the
 transformers perplexity guide join WikiText, so a text file, a `.jsonl` file and a `.parquet` file with the same rows
-give the same string. Empty rows are kept (WikiText-2 has many, and published figures count them).
+give the same string. Empty rows are kept (WikiText-2 has many, and published figures count them). `load_documents`
+keeps the rows apart. Datasets with a preprocessing of their own have names: `eval/named_data.py`.
 
-Text and `.jsonl` files need nothing but Python; `.parquet` needs pyarrow, dataset names and folders need `datasets`.
+Text and `.jsonl` files need nothing but Python; `.parquet` and `.arrow` need pyarrow, dataset names and folders need
+`datasets`.
 """
 
 import json
+import re
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from eval.named_data import NAMED_DATA, NamedData
 
 if TYPE_CHECKING:
     from datasets import Dataset
 
 ROW_SEPARATOR = "\n\n"
 ACCEPTED_SPECS = (
-    "a .txt file (any other ending is read as text too), a .jsonl or .parquet file, a dataset folder, "
+    "a .txt file (any other ending is read as text too), a .jsonl, .parquet or .arrow file, a dataset folder, "
+    f"one of {', '.join(NAMED_DATA)} (with a local copy: name@path), "
     "or name:config:split of a dataset, such as wikitext:wikitext-2-raw-v1:test (name::split without a config)"
 )
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Rows of a dataset.
+
+    Attributes:
+        rows: what is scored.
+        num_words: runs of characters without white space, counted as lm-eval does (`re.split`), before preprocessing.
+        num_bytes: of UTF-8, before preprocessing.
+        separator: between rows, where they make one text.
+        max_windows: how many windows the data's convention uses, None: all.
+    """
+
+    rows: tuple[str, ...]
+    num_words: int
+    num_bytes: int
+    separator: str = ROW_SEPARATOR
+    max_windows: int | None = None
+
+    @property
+    def text(self) -> str:
+        """All rows as one text."""
+        return self.separator.join(self.rows)
 
 
 def load_text(spec: str, text_column: str = "text") -> str:
@@ -27,7 +58,9 @@ def load_text(spec: str, text_column: str = "text") -> str:
 
     Args:
         spec: what to read, in this order of trial.
-            - an existing file: `.jsonl`/`.ndjson` (one JSON object a line), `.parquet`, or else UTF-8 text, as it is;
+            - one of `NAMED_DATA`, or `name@path`, if there is no such path;
+            - an existing file: `.jsonl`/`.ndjson` (one JSON object a line), `.parquet`, `.arrow`, or else UTF-8 text, as
+              it is;
             - an existing folder: written by `Dataset.save_to_disk`, or holding data files that
               `datasets.load_dataset` reads; it must have one split only, else name it as below;
             - `name:config:split`: a dataset of the hub or a folder, with one of its splits; the config may be empty.
@@ -39,32 +72,64 @@ def load_text(spec: str, text_column: str = "text") -> str:
             string, or an empty text.
         ImportError: the data needs `datasets` or pyarrow, and it is not installed.
     """
+    return load_documents(spec, text_column).text
+
+
+def load_documents(spec: str, text_column: str = "text") -> Documents:
+    """As `load_text`, the rows apart; a text file is one row. Arguments and errors: `load_text`."""
+    name, _, local = spec.partition("@")
+    named = None if Path(spec).exists() else NAMED_DATA.get(name)
+    if named is not None:
+        column = named.column if text_column == "text" else text_column
+        rows = _rows_of(local, column) if local else _read_named(name, named, column)
+        rows = rows[: named.max_rows]
+    else:
+        rows = _rows_of(spec, text_column)
+    if not any(row.strip() for row in rows):
+        raise ValueError(
+            f"spec (--data) {spec!r} gives an empty text: {len(ROW_SEPARATOR.join(rows))} characters in {len(rows)} "
+            "rows, none but white space; pass a text"
+        )
+    num_words = sum(len(re.split(r"\s+", row)) for row in rows)
+    num_bytes = sum(len(row.encode()) for row in rows)
+    if named is None:
+        return Documents(tuple(rows), num_words, num_bytes)
+    if named.transform is not None:
+        rows = [named.transform(row) for row in rows]
+    return Documents(tuple(rows), num_words, num_bytes, named.separator, named.max_windows)
+
+
+def _rows_of(spec: str, text_column: str) -> list[str]:
+    """The rows of a path or of a dataset named by its parts."""
     path = Path(spec)
     if path.is_file():
-        text = _read_file(path, text_column)
-    elif path.is_dir():
-        text = _read_dataset(spec, None, None, text_column)
-    elif spec.count(":") == 2:
+        return _read_file(path, text_column)
+    if path.is_dir():
+        return _read_dataset(spec, None, None, text_column)
+    if spec.count(":") == 2:
         name, config, split = spec.split(":")
         if not name or not split:
             raise ValueError(f"spec (--data) {spec!r} lacks the {'split' if name else 'name'}; pass {ACCEPTED_SPECS}")
-        text = _read_dataset(name, config or None, split, text_column)
-    elif ":" in spec:
+        return _read_dataset(name, config or None, split, text_column)
+    if ":" in spec:
         parts = spec.count(":") + 1
         raise ValueError(f"spec (--data) {spec!r} is no existing path and has {parts} parts; pass {ACCEPTED_SPECS}")
-    else:
-        raise FileNotFoundError(f"spec (--data) {spec!r}: no such file or folder; pass {ACCEPTED_SPECS}")
-    if not text.strip():
-        raise ValueError(
-            f"spec (--data) {spec!r} gives an empty text: {len(text)} characters, none but white space; pass a text"
-        )
-    return text
+    raise FileNotFoundError(f"spec (--data) {spec!r}: no such file or folder; pass {ACCEPTED_SPECS}")
 
 
-def _read_file(path: Path, text_column: str) -> str:
+def _read_named(name: str, named: NamedData, text_column: str) -> list[str]:
+    dataset = _load_split(named.repository, named.config, named.split, named.data_files, called=name)
+    if text_column not in dataset.column_names:
+        _refuse_column(text_column, f"{name!r} ({named.repository})", dataset.column_names)
+    if named.max_rows is not None:
+        dataset = dataset.select(range(min(named.max_rows, len(dataset))))
+    return _checked_rows(dataset[text_column], name, text_column)
+
+
+def _read_file(path: Path, text_column: str) -> list[str]:
     ending = path.suffix.lower()
-    if ending == ".parquet":
-        return _read_parquet(path, text_column)
+    if ending in (".parquet", ".arrow"):
+        return _read_table(path, text_column)
     if ending == ".json":
         raise ValueError(f"spec (--data) {str(path)!r}: a .json file is neither rows nor text; pass {ACCEPTED_SPECS}")
     try:
@@ -72,10 +137,10 @@ def _read_file(path: Path, text_column: str) -> str:
         text = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"spec (--data) {str(path)!r} is not UTF-8 text: {error}; pass {ACCEPTED_SPECS}") from error
-    return _join_json_lines(text, path, text_column) if ending in (".jsonl", ".ndjson") else text
+    return _read_json_lines(text, path, text_column) if ending in (".jsonl", ".ndjson") else [text]
 
 
-def _join_json_lines(text: str, path: Path, text_column: str) -> str:
+def _read_json_lines(text: str, path: Path, text_column: str) -> list[str]:
     rows = []
     # Not splitlines(): a JSON string may hold U+2028 and its like unescaped, which splitlines() takes for line ends.
     for number, line in enumerate(text.split("\n"), start=1):
@@ -91,34 +156,57 @@ def _join_json_lines(text: str, path: Path, text_column: str) -> str:
         if text_column not in row:
             _refuse_column(text_column, where, row)
         rows.append(row[text_column])
-    return _join_rows(rows, str(path), text_column)
+    return _checked_rows(rows, str(path), text_column)
 
 
-def _read_parquet(path: Path, text_column: str) -> str:
+def _read_table(path: Path, text_column: str) -> list[str]:
+    """A parquet file, or an Arrow file or stream, as `datasets` keeps them."""
     try:
         import pyarrow
         import pyarrow.parquet
     except ImportError as error:
         raise ImportError(f'reading {str(path)!r} needs pyarrow: pip install "hf-paged[eval]"') from error
+    kind = path.suffix.lower().removeprefix(".")
     try:
-        columns = pyarrow.parquet.read_schema(path).names
+        if kind == "parquet":
+            columns = pyarrow.parquet.read_schema(path).names
+            table = None
+        else:
+            table = _read_arrow(path)
+            columns = table.column_names
         if text_column not in columns:
             _refuse_column(text_column, repr(str(path)), columns)
-        rows = pyarrow.parquet.read_table(path, columns=[text_column])[text_column].to_pylist()
+        if table is None:
+            table = pyarrow.parquet.read_table(path, columns=[text_column])
+        rows = table[text_column].to_pylist()
     except pyarrow.ArrowInvalid as error:
-        raise ValueError(f"spec (--data) {str(path)!r} is not a parquet file: {error}") from error
-    return _join_rows(rows, str(path), text_column)
+        article = "an" if kind == "arrow" else "a"
+        raise ValueError(f"spec (--data) {str(path)!r} is not {article} {kind} file: {error}") from error
+    return _checked_rows(rows, str(path), text_column)
 
 
-def _read_dataset(name: str, config: str | None, split: str | None, text_column: str) -> str:
+def _read_arrow(path: Path) -> Any:
+    """A pyarrow.Table; `datasets` writes streams, other programs files."""
+    import pyarrow
+
+    with path.open("rb") as file:
+        is_file = file.read(6) == b"ARROW1"
+    with pyarrow.memory_map(str(path)) as source:
+        reader = pyarrow.ipc.open_file(source) if is_file else pyarrow.ipc.open_stream(source)
+        return reader.read_all()
+
+
+def _read_dataset(name: str, config: str | None, split: str | None, text_column: str) -> list[str]:
     dataset = _load_split(name, config, split)
     if text_column not in dataset.column_names:
         _refuse_column(text_column, repr(name), dataset.column_names)
-    return _join_rows(dataset[text_column], name, text_column)
+    return _checked_rows(dataset[text_column], name, text_column)
 
 
-def _load_split(name: str, config: str | None, split: str | None) -> "Dataset":
-    """One split of a dataset; `split` None means the only split there is."""
+def _load_split(
+    name: str, config: str | None, split: str | None, data_files: str | None = None, called: str | None = None
+) -> "Dataset":
+    """One split of a dataset; `split` None means the only split there is. `called`: what the user called it."""
     try:
         import datasets
     except ImportError as error:
@@ -126,12 +214,17 @@ def _load_split(name: str, config: str | None, split: str | None) -> "Dataset":
 
     is_saved = any((Path(name) / marker).is_file() for marker in ("state.json", "dataset_dict.json"))
     try:
-        loaded = datasets.load_from_disk(name) if is_saved else datasets.load_dataset(name, config)
+        loaded = (
+            datasets.load_from_disk(name)
+            if is_saved
+            else datasets.load_dataset(name, config, **({"data_files": {str(split): data_files}} if data_files else {}))
+        )
     # load_dataset raises errors of the network, of the hub, of its builders and plain ones, with no common class.
     except Exception as error:
         raise ValueError(
-            f"spec (--data): the dataset {name!r} with config {config!r} could not be loaded: {type(error).__name__}: "
-            f"{error}; check the name and the network, or pass a local file: {ACCEPTED_SPECS}"
+            f"spec (--data){f' {called!r}' if called else ''}: the dataset {name!r} with config {config!r} could not be "
+            f"loaded: {type(error).__name__}: {error}; check the name and the network, or pass a local file"
+            f"{f' ({called}@path keeps the preprocessing)' if called else ''}: {ACCEPTED_SPECS}"
         ) from error
 
     if is_saved and config is not None:
@@ -153,7 +246,7 @@ def _load_split(name: str, config: str | None, split: str | None) -> "Dataset":
     return loaded[split]
 
 
-def _join_rows(rows: Iterable[object], source: str, text_column: str) -> str:
+def _checked_rows(rows: Iterable[object], source: str, text_column: str) -> list[str]:
     texts = []
     for index, row in enumerate(rows):
         if not isinstance(row, str):
@@ -162,7 +255,7 @@ def _join_rows(rows: Iterable[object], source: str, text_column: str) -> str:
                 "a string; name a column that has text in every row"
             )
         texts.append(row)
-    return ROW_SEPARATOR.join(texts)
+    return texts
 
 
 def _refuse_column(text_column: str, where: str, columns: Iterable[str]) -> NoReturn:

@@ -26,10 +26,12 @@ NO_EFFECT = frozenset(
         "output_hidden_states", "output_router_logits", "logits_to_keep", "num_items_in_batch", "num_logits_to_keep",
         "layer_idx", "input_ids", "inputs_embeds", "labels", "token_type_ids", "mm_token_type_ids",
         "logits_indices", "logits_processor_args", "per_layer_input", "per_layer_inputs", "shared_kv_states",
-        "or_mask_function", "padding_mask", "target_dtype", "is_first_iteration", "conv_mask", "seq_idx",
+        "or_mask_function", "padding_mask", "target_dtype", "is_first_iteration", "conv_mask", "seq_idx", "deterministic",
     }
 )  # fmt: skip
-"""Keyword arguments that travel through a model to the attention function and do not change attention."""
+"""Keyword arguments that travel through a model to the attention function and do not change attention.
+
+``deterministic`` among them: gradients have the same bits every time anyway."""
 
 BATCHING = frozenset({"read_index", "write_index", "block_table", "max_seqlen_q", "max_seqlen_k"})
 UNSAID: Any = object()
@@ -67,7 +69,6 @@ def paged_flash_attention(
     is_causal: bool | None = None,
     s_aux: torch.Tensor | None = None,
     cache: Any = None,
-    deterministic: bool | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention for transformers' interface, through this package's kernels.
@@ -86,7 +87,6 @@ def paged_flash_attention(
         is_causal: hide later keys.
         s_aux: ``[Hq]`` attention sinks.
         cache: the cache of transformers' own continuous batching.
-        deterministic: gradients with the same bits every time.
         kwargs: packed lengths (``cu_seq_lens_q`` ...), and arguments without an effect on attention.
 
     Returns:
@@ -103,7 +103,7 @@ def paged_flash_attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else bool(is_causal)
     sinks = None if s_aux is None else s_aux.reshape(-1)
     scale, softcap = resolve_scale(scaling, query.shape[-1]), check_softcap(softcap)
-    options = _Options(scale, sliding_window, softcap, causal, sinks, bool(deterministic))
+    options = _Options(scale, sliding_window, softcap, causal, sinks)
     if isinstance(key, StepStates):
         return _over_step(query, key, value, attention_mask, options), None
     if cache is not None:
@@ -132,26 +132,19 @@ def paged_flash_attention(
 class _Options:
     """What every call of a kernel needs beside tensors."""
 
-    __slots__ = ("causal", "deterministic", "left", "right", "scale", "sinks", "softcap", "window")
+    __slots__ = ("causal", "left", "right", "scale", "sinks", "softcap", "window")
 
     def __init__(
-        self,
-        scale: float,
-        window: int | None,
-        softcap: float | None,
-        causal: bool,
-        sinks: torch.Tensor | None,
-        deterministic: bool,
+        self, scale: float, window: int | None, softcap: float | None, causal: bool, sinks: torch.Tensor | None
     ) -> None:
         self.scale, self.window, self.softcap, self.causal, self.sinks = scale, window, softcap, causal, sinks
-        self.deterministic = deterministic
         self.left, self.right = resolve_window(window, causal)
 
     def flash(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **lengths: Any) -> torch.Tensor:
         """Dense ``[B, L, H, D]`` or packed ``[T, H, D]``."""
         out = flash_attention(
             q, k, v, causal=self.causal, window=self.window, softcap=self.softcap, sinks=self.sinks, scale=self.scale,
-            deterministic=self.deterministic, **lengths,
+            **lengths,
         )  # fmt: skip
         assert isinstance(out, torch.Tensor)
         return out
@@ -255,13 +248,14 @@ def _over_pages(
         # Nothing is cached yet: the new keys are all there is, contiguous and exact.
         out, _ = flash_attention_op(
             packed_query, plan.pack(update.key), plan.pack(update.value), plan.cu_seqlens_q, plan.cu_seqlens_q,
-            plan.max_query_len, left, right, options.softcap, sinks, options.scale, options.deterministic,
+            plan.max_query_len, left, right, options.softcap, sinks, options.scale,
         )  # fmt: skip
     else:
         pages = update.layer.pages()
         out, _ = paged_attention_op(
             packed_query, pages.k, pages.v, plan.page_table, plan.seq_lens, plan.cu_seqlens_q, plan.max_query_len,
             left, right, options.softcap, sinks, options.scale, pages.k_scale, pages.v_scale,
+            plan.split_plan(pages.k.shape[2], left),
         )  # fmt: skip
     return plan.unpack(out)
 

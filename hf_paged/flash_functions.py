@@ -30,12 +30,11 @@ def flash_attn_func(
         window_size: neighbours seen to the left and right, -1 for all.
         softcap: None or 0: no softcap.
         s_aux: ``[Hq]`` attention sinks.
-        deterministic: gradients with the same bits every time.
+        deterministic: without effect: gradients have the same bits every time.
     """
     _refuse_dropout(dropout_p)
     return flash_attention(
         q, k, v, causal=causal, window=_window(window_size), softcap=softcap or None, sinks=s_aux, scale=softmax_scale,
-        deterministic=deterministic,
     )  # type: ignore[return-value]  # fmt: skip
 
 
@@ -60,7 +59,7 @@ def flash_attn_varlen_func(
     return flash_attention(
         q, k, v, cu_seqlens_q=cu_seqlens_q.to(torch.int32), cu_seqlens_k=cu_seqlens_k.to(torch.int32),
         max_seqlen_q=int(max_seqlen_q), max_seqlen_k=int(max_seqlen_k), causal=causal, window=_window(window_size),
-        softcap=softcap or None, sinks=s_aux, scale=softmax_scale, deterministic=deterministic,
+        softcap=softcap or None, sinks=s_aux, scale=softmax_scale,
     )  # type: ignore[return-value]  # fmt: skip
 
 

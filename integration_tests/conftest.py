@@ -79,28 +79,8 @@ def _teach_the_interpreter_indices() -> None:
     interpreter._patch_lang_tensor = patch_lang_tensor
 
 
-def _teach_the_interpreter_descriptor_sums() -> None:
-    """Triton's interpreter has tensor descriptors, but not their ``atomic_add``."""
-    from triton.runtime import interpreter
-
-    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
-    if hasattr(builder, "create_descriptor_reduce"):
-        return
-
-    def create_descriptor_reduce(self, kind, desc, value, offsets):
-        assert kind == interpreter._ir.DESCRIPTOR_REDUCE_KIND.ADD
-        pointers, mask = desc.materialize_pointers(offsets)
-        zeros = handle(np.zeros_like(value.data), value.dtype.scalar)
-        mask = handle(mask, interpreter.tl.int1)
-        held = self.create_masked_load(pointers, mask, zeros, None, None, False)
-        self.create_masked_store(pointers, handle(held.data + value.data, value.dtype.scalar), mask, None, None)
-
-    builder.create_descriptor_reduce = create_descriptor_reduce
-
-
 if not HAS_GPU:
     _teach_the_interpreter_small_floats()
-    _teach_the_interpreter_descriptor_sums()
     _teach_the_interpreter_indices()
 
 

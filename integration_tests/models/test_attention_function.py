@@ -240,6 +240,12 @@ def test_unknown_keyword_arguments_are_named(llama):
         llama(torch.tensor(prompts(5)), attention_sinks_of_mine=3)
 
 
+def test_deterministic_is_accepted(llama):
+    """Gradients are deterministic with or without it."""
+    ids = torch.tensor(prompts(5))
+    assert torch.equal(llama(ids, deterministic=True).logits, llama(ids).logits)
+
+
 def test_masks_of_other_ranks_are_refused(llama):
     module = llama.model.layers[0].self_attn
     q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16)

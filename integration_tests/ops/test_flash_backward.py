@@ -21,11 +21,8 @@ PROFILE = settings(
 )  # fmt: skip
 KEYS, QUERIES = AttentionSettings(16, 32, 4, 1), AttentionSettings(32, 16, 4, 1)
 WAYS = {
-    "two kernels": (BackwardSettings(KEYS, QUERIES, None, False), False),
-    "atomics": (BackwardSettings(KEYS, QUERIES, KEYS, False), False),
-    "descriptors": (BackwardSettings(KEYS, QUERIES, None, True), False),
-    "descriptors, atomics": (BackwardSettings(KEYS, QUERIES, KEYS, True), False),
-    "deterministic": (BackwardSettings(KEYS, QUERIES, KEYS, True), True),
+    "pointers": BackwardSettings(KEYS, QUERIES, descriptors=False),
+    "descriptors": BackwardSettings(KEYS, QUERIES, descriptors=True),
 }
 HEADS = st.sampled_from([(1, 1), (4, 1), (6, 3), (7, 1)])
 DIMS = st.sampled_from([(16, 16), (24, 16), (32, 48), (20, 20), (80, 64)])
@@ -34,11 +31,10 @@ WINDOWS = st.sampled_from([(None, None), (None, 0), (0, 0), (5, 0), (40, 0), (3,
 
 
 def backward(way, *arguments):
-    """The gradients that one implementation gives; ``deterministic`` and settings come from :data:`WAYS`."""
+    """The gradients that one implementation gives, with the settings of :data:`WAYS`."""
     if way == "reference":
         return reference.flash_attention_backward_reference(*arguments)
-    launch_settings, deterministic = WAYS[way]
-    return flash_attention_backward_launch(*arguments, deterministic, launch_settings)
+    return flash_attention_backward_launch(*arguments, WAYS[way])
 
 
 def float64_gradients(q, k, v, sinks, dout, dlse, **options):
@@ -98,7 +94,7 @@ def test_packed(way, poison, data, heads, dims, dtype, window, softcap, has_sink
     assert_close([dsinks], [expected_dsinks], 2 * TOLERANCE[dtype], 1.0)
 
 
-@pytest.mark.parametrize("way", ["reference", "atomics", "deterministic"])
+@pytest.mark.parametrize("way", ["reference", *WAYS])
 @pytest.mark.parametrize(
     ("lq", "lk", "heads", "dims", "dtype", "window", "softcap", "has_sinks"),
     [
@@ -131,33 +127,35 @@ def test_dense_strided(way, poison, lq, lk, heads, dims, dtype, window, softcap,
         assert_close([got[3]], [expected[0][3] + expected[1][3]], 2 * TOLERANCE[dtype], 1.0)
 
 
-def test_the_same_bits_every_time():
+@pytest.mark.parametrize("way", WAYS)
+def test_the_same_bits_every_time(way):
+    """Also where PyTorch is told to allow nothing else."""
     q = torch.randn(1, 63, 2, 32, dtype=torch.float16, device=DEVICE)
     k = torch.randn(1, 63, 1, 32, dtype=torch.float16, device=DEVICE)
-    out, lse = reference.flash_attention_reference(q, k, k, None, None, 63, None, 0, None, None, 0.2)
-    arguments = (q, k, k, out, lse, torch.randn_like(out), None, None, None, None, 0, None, None, 0.2)
-    for a, b in zip(backward("deterministic", *arguments), backward("deterministic", *arguments)):
-        assert torch.equal(a, b)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    sinks = torch.randn(2, device=DEVICE)
+    out, lse = reference.flash_attention_reference(q, k, k, None, None, 63, None, 0, None, sinks, 0.2)
+    arguments = (q, k, k, out, lse, torch.randn_like(out), None, None, None, None, 0, None, sinks, 0.2)
+    first = backward(way, *arguments)
+    torch.use_deterministic_algorithms(True)
     try:
-        again = backward("descriptors, atomics", *arguments)
+        again = backward(way, *arguments)
     finally:
         torch.use_deterministic_algorithms(False)
-    assert torch.equal(again[0], backward("deterministic", *arguments)[0])
+    assert all(torch.equal(a, b) for a, b in zip(first, again))
 
 
-def test_a_sequence_does_not_see_the_numbers_of_its_neighbours(poison):
-    """NaN in one packed sequence stays there, with descriptors too."""
-    for way in ("atomics", "descriptors, atomics", "deterministic"):
-        q = torch.randn(60, 2, 16, device=DEVICE)
-        dout = torch.randn(60, 2, 16, device=DEVICE)
-        cu = prefix_sums([33, 27], DEVICE)
-        rest = (None, 0, None, None, 0.2)
-        out, lse = reference.flash_attention_reference(q, q, q, cu, cu, 33, *rest)
-        alone = backward(way, q, q, q, out, lse, dout, None, cu, cu, *rest)
-        q[33:] = dout[33:] = out[33:] = lse[:, 33:] = float("nan")
-        for a, b in zip(alone[:3], backward(way, q, q, q, out, lse, dout, None, cu, cu, *rest)):
-            assert torch.allclose(a[:33], b[:33], atol=1e-6)
+@pytest.mark.parametrize("way", WAYS)
+def test_a_sequence_does_not_see_the_numbers_of_its_neighbours(way, poison):
+    """NaN in one packed sequence stays there."""
+    q = torch.randn(60, 2, 16, device=DEVICE)
+    dout = torch.randn(60, 2, 16, device=DEVICE)
+    cu = prefix_sums([33, 27], DEVICE)
+    rest = (None, 0, None, None, 0.2)
+    out, lse = reference.flash_attention_reference(q, q, q, cu, cu, 33, *rest)
+    alone = backward(way, q, q, q, out, lse, dout, None, cu, cu, *rest)
+    q[33:] = dout[33:] = out[33:] = lse[:, 33:] = float("nan")
+    for a, b in zip(alone[:3], backward(way, q, q, q, out, lse, dout, None, cu, cu, *rest)):
+        assert torch.allclose(a[:33], b[:33], atol=1e-6)
 
 
 # The public function
@@ -202,15 +200,15 @@ def test_no_tokens_have_no_gradients():
 def test_opcheck():
     """Schema, fake implementation, and autograd registration, which AOT dispatch goes through."""
     q, k = (torch.randn(2, n, h, 16, device=DEVICE, requires_grad=True) for n, h in ((3, 4), (5, 2)))
-    torch.library.opcheck(ops.flash_attention_op, (q, k, k, None, None, 3, None, 0, None, None, 0.25, True))
+    torch.library.opcheck(ops.flash_attention_op, (q, k, k, None, None, 3, None, 0, None, None, 0.25))
     cu, sinks = prefix_sums([2, 4], DEVICE), torch.randn(4, device=DEVICE, requires_grad=True)
     packed = torch.randn(6, 4, 16, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(ops.flash_attention_op, (packed, packed, packed, cu, cu, 4, 2, 0, 5.0, sinks, 0.25, True))
+    torch.library.opcheck(ops.flash_attention_op, (packed, packed, packed, cu, cu, 4, 2, 0, 5.0, sinks, 0.25))
     packed, sinks = packed.detach(), sinks.detach()
     lse = torch.randn(4, 6, device=DEVICE)
     torch.library.opcheck(
         ops.flash_attention_backward_op,
-        (packed, packed, packed, packed, lse, packed, lse, cu, cu, 2, 0, 5.0, sinks, 0.25, True),
+        (packed, packed, packed, packed, lse, packed, lse, cu, cu, 2, 0, 5.0, sinks, 0.25),
         test_utils=("test_schema", "test_faketensor"),
     )
 
@@ -230,7 +228,7 @@ def test_settings_are_powers_of_two_and_fit():
         for element_size in (2, 4):
             for kib, hopper in ((227, True), (163, False), (99, False), (64, False)):
                 s = choose_flash_backward_settings(head_dim, element_size, kib * 1024, hopper)
-                for tile in filter(None, (s.keys, s.queries, s.fused)):
+                for tile in (s.keys, s.queries):
                     assert tile.block_m & (tile.block_m - 1) == tile.block_n & (tile.block_n - 1) == 0
                     assert min(tile.block_m, tile.block_n) >= 16
                 if element_size == 4:
@@ -245,8 +243,7 @@ def test_settings_are_powers_of_two_and_fit():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("dims", [(64, 64), (80, 80), (128, 128), (192, 128), (256, 256)], ids=str)
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_no_worse_than_twice_the_error_of_sdpa(poison, dtype, dims, causal, deterministic):
+def test_no_worse_than_twice_the_error_of_sdpa(poison, dtype, dims, causal):
     q = torch.randn(1, 777, 8, dims[0], dtype=dtype, device="cuda", requires_grad=True)
     k = torch.randn(1, 1111, 2, dims[0], dtype=dtype, device="cuda", requires_grad=True)
     v = torch.randn(1, 1111, 2, dims[1], dtype=dtype, device="cuda", requires_grad=True)
@@ -260,7 +257,7 @@ def test_no_worse_than_twice_the_error_of_sdpa(poison, dtype, dims, causal, dete
         return out.transpose(1, 2)
 
     inputs = (q, k, v)
-    ours = kernels.flash_attention(*inputs, causal=causal, deterministic=deterministic)
+    ours = kernels.flash_attention(*inputs, causal=causal)
     exact = [x.detach().double().requires_grad_() for x in inputs]
     expected = torch.autograd.grad(sdpa(exact), exact, dout.double())
     peer = torch.autograd.grad(sdpa(inputs), inputs, dout)

@@ -148,12 +148,12 @@ def test_custom_ops_pass_opcheck():
     q, k = torch.randn(2, 3, 4, 16), torch.randn(2, 5, 2, 16)
     tests = ("test_schema", "test_faketensor")
     torch.library.opcheck(
-        ops.flash_attention_op, (q, k, k, None, None, 3, None, 0, None, None, 0.25, False), test_utils=tests
+        ops.flash_attention_op, (q, k, k, None, None, 3, None, 0, None, None, 0.25), test_utils=tests
     )
     packed = torch.randn(6, 4, 16)
     cu = ints(0, 2, 6)
     torch.library.opcheck(
-        ops.flash_attention_op, (packed, packed, packed, cu, cu, 4, 2, 0, 5.0, torch.randn(4), 0.25, False),
+        ops.flash_attention_op, (packed, packed, packed, cu, cu, 4, 2, 0, 5.0, torch.randn(4), 0.25),
         test_utils=tests,
     )
     p = paged()

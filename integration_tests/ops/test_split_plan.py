@@ -46,9 +46,10 @@ def test_the_plan_cuts_every_sequence_once(poison, seq_lens, q_lens, window_left
     for seq, split, place in items:
         first, count = sequences[seq]
         assert first <= place < first + count
-        length = SHORTEST_SPLIT
-        while length * 32 < seq_lens[seq]:
-            length *= 2
+        length = next(
+            (n for n in (256, 512, 1024) if seq_lens[seq] <= 16 * n),
+            max(1024, 2 ** (-(-seq_lens[seq] // 32) - 1).bit_length()),
+        )
         weights.append(min(seq_lens[seq], (split + 1) * length) - split * length)
         behind = 0 if window_left is None else max(0, seq_lens[seq] - q_lens[seq] - window_left) // length
         assert place - first == split - behind

@@ -9,22 +9,30 @@ take. This package needs torch and, on an accelerator, triton; it never imports 
     write_pages             new keys and values into their slots
     copy_pages              whole pages inside a pool
     merge_attention_states  two results over disjoint keys into one
+    shared_prefix_attention paged_attention of sequences that share their first pages, read once for many
+    make_shared_prefix      its plan of a step, for all layers
 """
 
 from .api import (
     copy_pages,
     flash_attention,
+    make_shared_prefix,
     make_split_plan,
     merge_attention_states,
     paged_attention,
+    shared_prefix_attention,
     write_pages,
 )
+from .shared_prefix import SharedPrefix
 
 __all__ = [
+    "SharedPrefix",
     "copy_pages",
     "flash_attention",
+    "make_shared_prefix",
     "make_split_plan",
     "merge_attention_states",
     "paged_attention",
+    "shared_prefix_attention",
     "write_pages",
 ]

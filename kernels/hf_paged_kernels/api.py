@@ -1,10 +1,13 @@
 """The public functions: documented contracts and checks around the custom ops."""
 
+from collections.abc import Sequence
+
 import torch
 
-from . import checks, ops
+from . import checks, ops, shared_prefix
 from .checks import check_tensor, require
 from .settings import split_plan_size
+from .shared_prefix import SharedPrefix
 
 
 def flash_attention(
@@ -22,9 +25,10 @@ def flash_attention(
     sinks: torch.Tensor | None = None,
     scale: float | None = None,
     return_lse: bool = False,
-    deterministic: bool = False,
 ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
     """Exact attention without an attention matrix, dense or of packed sequences; differentiable.
+
+    The forward and the backward pass are deterministic: the same inputs give the same bits every time.
 
     The last query is aligned with the last key. With 2 queries, 4 keys and ``causal=True`` query row sees key column::
 
@@ -46,8 +50,6 @@ def flash_attention(
         sinks: ``[Hq]``, one learned logit per head that takes part in the softmax without a value (gpt-oss).
         scale: factor on ``q @ k``; default ``D ** -0.5``.
         return_lse: also return the log-sum-exp of the scaled scores, sinks included; it is differentiable too.
-        deterministic: a backward pass with the same bits every time, without atomics; also on wherever
-            ``torch.use_deterministic_algorithms`` is. The forward pass always is deterministic.
 
     Returns:
         Attention ``[B, Lq, Hq, Dv]`` or ``[Tq, Hq, Dv]`` in q's dtype; a query without keys gives zeros. With
@@ -88,7 +90,7 @@ def flash_attention(
     out, lse = ops.flash_attention_op(
         _unit_stride(q), _unit_stride(k), _unit_stride(v), cu_seqlens_q, cu_seqlens_k,
         max_seqlen_q if max_seqlen_q is not None else q.shape[1], window_left, window_right,
-        checks.check_softcap(softcap), sinks, checks.resolve_scale(scale, q.shape[-1]), deterministic,
+        checks.check_softcap(softcap), sinks, checks.resolve_scale(scale, q.shape[-1]),
     )  # fmt: skip
     return (out, lse) if return_lse else out
 
@@ -152,30 +154,10 @@ def paged_attention(
 
     Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention" (2023).
     """
-    check_tensor("q", q, "[T, Hq, D]")
-    checks.check_pages(k_pages, v_pages)
-    checks.check_heads(q, k_pages, v_pages, k_pages.shape[1], v_pages.shape[1])
-    checks.check_sinks(sinks, q.shape[1])
-    check_tensor("page_table", page_table, "[num_seqs, max_pages_per_seq]", (torch.int32,))
-    check_tensor("seq_lens", seq_lens, "[num_seqs]", (torch.int32,))
-    checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q)
-    num_seqs = page_table.shape[0]
-    require(
-        seq_lens.shape[0] == num_seqs and cu_seqlens_q.shape[0] == num_seqs + 1,
-        f"page_table, seq_lens and cu_seqlens_q must speak of the same sequences, got {num_seqs} rows, "
-        f"{seq_lens.shape[0]} lengths and {cu_seqlens_q.shape[0]} prefix sums (one more than sequences).",
-    )
-    require(page_table.stride(-1) == 1, f"rows of page_table must be contiguous, got strides {page_table.stride()}.")
-    require(
-        isinstance(max_query_len, int) and max_query_len >= 1,
-        f"max_query_len must be a positive int, got {max_query_len!r}.",
-    )
-    checks.check_same_device(
-        q=q, k_pages=k_pages, v_pages=v_pages, page_table=page_table, seq_lens=seq_lens,
-        cu_seqlens_q=cu_seqlens_q, sinks=sinks,
+    _check_paged(
+        q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, max_query_len, sinks, k_scale, v_scale
     )  # fmt: skip
-    checks.check_scales(k_pages, k_scale, v_scale)
-    size = split_plan_size(num_seqs, page_table.shape[1] * k_pages.shape[2])
+    size = split_plan_size(page_table.shape[0], page_table.shape[1] * k_pages.shape[2])
     require(
         plan is None or (plan.dtype == torch.int32 and plan.shape == (size,) and plan.device == q.device),
         f"plan must be what make_split_plan() gave for this page table, int32 {[size]}, "
@@ -224,18 +206,163 @@ def make_split_plan(
     Raises:
         ValueError, TypeError: tensors of other shapes or dtypes.
     """
-    check_tensor("seq_lens", seq_lens, "[num_seqs]", (torch.int32,))
-    checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q)
-    check_tensor("page_table", page_table, "[num_seqs, max_pages_per_seq]", (torch.int32,))
-    require(
-        page_table.shape[0] == seq_lens.shape[0] == cu_seqlens_q.shape[0] - 1,
-        f"page_table, seq_lens and cu_seqlens_q must speak of the same sequences, got {page_table.shape[0]} rows, "
-        f"{seq_lens.shape[0]} lengths and {cu_seqlens_q.shape[0]} prefix sums (one more than sequences).",
-    )
+    _check_same_sequences(page_table, seq_lens, cu_seqlens_q)
     checks.check_same_device(seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q, page_table=page_table)
     require(page_size in checks.PAGE_SIZES, f"page_size must be one of {checks.PAGE_SIZES}, got {page_size!r}.")
     window_left, _ = checks.resolve_window(window, causal)
     return ops.split_plan_op(seq_lens, cu_seqlens_q, page_table.shape[1] * page_size, window_left)
+
+
+def make_shared_prefix(
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    groups: Sequence[tuple[int, int, int]],
+    page_size: int,
+    *,
+    num_q_heads: int,
+    num_kv_heads: int,
+    max_query_len: int,
+    max_runs: int | None = None,
+    max_prefix_pages: int | None = None,
+    max_suffix_pages: int | None = None,
+) -> SharedPrefix:
+    """The step plan of :func:`shared_prefix_attention`, made once and passed to every layer.
+
+    ``groups`` are copied from the host: make it outside of a captured graph. Inside, call
+    ``prefix.next_step(page_table, seq_lens, cu_seqlens_q)``, which keeps the groups and reads everything else on the
+    device: pages and lengths may change from replay to replay. Groups may change too where the three bounds are given:
+    make a plan with the same bounds, and copy its ``run_starts`` and ``prefix_pages`` into those of the captured one.
+
+    Args:
+        page_table: int32 ``[num_seqs, max_pages_per_seq]``, as in :func:`paged_attention`.
+        seq_lens: int32 ``[num_seqs]``, prefix counted.
+        cu_seqlens_q: int32 ``[num_seqs + 1]``.
+        groups: ``(first_sequence, num_sequences, prefix_pages)`` each: neighbours whose first ``prefix_pages`` pages
+            are the same, and full; new tokens are never in them. Disjoint; sequences in no group share nothing.
+        page_size: tokens of a page.
+        num_q_heads: of the layers; with ``num_kv_heads`` it decides how many sequences read a prefix together.
+        num_kv_heads: of the layers.
+        max_query_len: an upper bound of the query lengths.
+        max_runs: rows of the plan's tables of prefixes; default as many as ``groups`` need.
+        max_prefix_pages: their width; default the longest prefix.
+        max_suffix_pages: width of the table of what follows the prefixes; default what the shortest prefix leaves of
+            ``page_table``.
+
+    Raises:
+        ValueError: groups, shapes, lengths or pages that do not fit; TypeError: dtypes that are not supported. Lengths
+            and pages are read back from the device for this, except while tracing.
+    """
+    _check_same_sequences(page_table, seq_lens, cu_seqlens_q)
+    checks.check_same_device(page_table=page_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
+    num_seqs, max_pages = page_table.shape
+    require(num_seqs > 0 and max_pages > 0, f"page_table must not be empty, got {list(page_table.shape)}.")
+    require(page_size in checks.PAGE_SIZES, f"page_size must be one of {checks.PAGE_SIZES}, got {page_size!r}.")
+    for name, count in (("num_q_heads", num_q_heads), ("num_kv_heads", num_kv_heads), ("max_query_len", max_query_len)):
+        _check_count(name, count)
+    require(
+        num_q_heads % num_kv_heads == 0,
+        f"num_q_heads must be a multiple of num_kv_heads, got {num_q_heads} and {num_kv_heads}.",
+    )
+    for name, bound in (
+        ("max_runs", max_runs),
+        ("max_prefix_pages", max_prefix_pages),
+        ("max_suffix_pages", max_suffix_pages),
+    ):
+        if bound is not None:
+            _check_count(name, bound)
+    checks.check_groups(groups, num_seqs, max_pages)
+    require(
+        page_table.device.type != "cuda" or not torch.cuda.is_current_stream_capturing(),
+        "make_shared_prefix copies groups from the host, which a graph cannot capture: call it before, and "
+        "prefix.next_step() inside.",
+    )
+    prefix = shared_prefix.plan_groups(
+        page_table, seq_lens, cu_seqlens_q, groups, page_size, num_q_heads // num_kv_heads, max_query_len, max_runs,
+        max_prefix_pages, max_suffix_pages,
+    )  # fmt: skip
+    if checks.may_read_values(page_table):
+        checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, int(cu_seqlens_q[-1]), max_query_len)
+        prefix.check_values(page_table, seq_lens, cu_seqlens_q)
+    return prefix
+
+
+def shared_prefix_attention(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    *,
+    prefix: SharedPrefix,
+    max_query_len: int,
+    window: None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    scale: float | None = None,
+    k_scale: torch.Tensor | None = None,
+    v_scale: torch.Tensor | None = None,
+    return_lse: bool = False,
+) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+    """Causal :func:`paged_attention` of a step in which sequences share their first pages, read once for many of them.
+
+    For decode and short queries, where reading keys and values is the cost: n samples of one prompt, a system prompt
+    that all requests have. The result is that of :func:`paged_attention` up to rounding, both parts being rounded to
+    q's dtype before they are merged; a row's bits depend on its own lengths and prefix only.
+
+    Args:
+        q: packed queries ``[T, Hq, D]``.
+        k_pages: keys ``[num_pages, Hk, page_size, D]``.
+        v_pages: values ``[num_pages, Hk, page_size, Dv]``.
+        page_table: int32 ``[num_seqs, max_pages_per_seq]``, the whole of every sequence, prefix and what follows.
+        seq_lens: int32 ``[num_seqs]``, prefix counted.
+        cu_seqlens_q: int32 ``[num_seqs + 1]``.
+        prefix: from :func:`make_shared_prefix` or ``prefix.next_step`` of these very tensors; it holds what the kernels
+            read of the page table and lengths, which are themselves only checked.
+        max_query_len: an upper bound of the query lengths.
+        window: refused unless None.
+        softcap: as in :func:`flash_attention`.
+        sinks: as in :func:`flash_attention`.
+        scale: as in :func:`flash_attention`.
+        k_scale: as in :func:`paged_attention`.
+        v_scale: as in :func:`paged_attention`.
+        return_lse: also return the log-sum-exp of the scaled scores, sinks included.
+
+    Returns:
+        As :func:`paged_attention`.
+
+    Raises:
+        ValueError, TypeError: as :func:`paged_attention`, and a ``prefix`` of another step. Values are read back from
+            the device for this as there; callers that launch many layers check once and call
+            ``shared_prefix.attend_shared_prefix``.
+    """
+    require(
+        window is None,
+        f"window must be None, got {window!r}: a sliding window would cut the shared prefix, each sequence elsewhere. "
+        f"Call paged_attention() for layers with a window: it reads the window's pages only.",
+    )
+    if not isinstance(prefix, SharedPrefix):
+        raise TypeError(f"prefix must be what make_shared_prefix() gave, got {type(prefix).__name__}.")
+    _check_paged(
+        q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, max_query_len, sinks, k_scale, v_scale
+    )  # fmt: skip
+    num_seqs, page_size = page_table.shape[0], k_pages.shape[2]
+    require(
+        prefix.suffix_lens.shape[0] == num_seqs and prefix.page_size == page_size,
+        f"prefix must be made for this step, got one of {prefix.suffix_lens.shape[0]} sequences and pages of "
+        f"{prefix.page_size} tokens for {num_seqs} sequences and pages of {page_size}.",
+    )
+    checks.check_same_device(q=q, prefix=prefix.page_table)
+    if checks.may_read_values(q):
+        checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_query_len)
+        checks.check_page_table_values(page_table, seq_lens, cu_seqlens_q, k_pages.shape[0], page_size, None)
+        prefix.check_values(page_table, seq_lens, cu_seqlens_q)
+    out, lse = shared_prefix.attend_shared_prefix(
+        _unit_stride(q), k_pages, v_pages, cu_seqlens_q, prefix, max_query_len, checks.check_softcap(softcap), sinks,
+        checks.resolve_scale(scale, q.shape[-1]), k_scale, v_scale,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
 
 
 def write_pages(
@@ -355,6 +482,48 @@ def merge_attention_states(
     )
     checks.check_same_device(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     return ops.merge_attention_states_op(_unit_stride(out_a), lse_a, _unit_stride(out_b), lse_b)
+
+
+def _check_paged(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    max_query_len: int,
+    sinks: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
+    """What every call over pages asks of its tensors, short of their values."""
+    check_tensor("q", q, "[T, Hq, D]")
+    checks.check_pages(k_pages, v_pages)
+    checks.check_heads(q, k_pages, v_pages, k_pages.shape[1], v_pages.shape[1])
+    checks.check_sinks(sinks, q.shape[1])
+    _check_same_sequences(page_table, seq_lens, cu_seqlens_q)
+    require(page_table.stride(-1) == 1, f"rows of page_table must be contiguous, got strides {page_table.stride()}.")
+    _check_count("max_query_len", max_query_len)
+    checks.check_same_device(
+        q=q, k_pages=k_pages, v_pages=v_pages, page_table=page_table, seq_lens=seq_lens,
+        cu_seqlens_q=cu_seqlens_q, sinks=sinks,
+    )  # fmt: skip
+    checks.check_scales(k_pages, k_scale, v_scale)
+
+
+def _check_same_sequences(page_table: torch.Tensor, seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor) -> None:
+    check_tensor("page_table", page_table, "[num_seqs, max_pages_per_seq]", (torch.int32,))
+    check_tensor("seq_lens", seq_lens, "[num_seqs]", (torch.int32,))
+    checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q)
+    require(
+        page_table.shape[0] == seq_lens.shape[0] == cu_seqlens_q.shape[0] - 1,
+        f"page_table, seq_lens and cu_seqlens_q must speak of the same sequences, got {page_table.shape[0]} rows, "
+        f"{seq_lens.shape[0]} lengths and {cu_seqlens_q.shape[0]} prefix sums (one more than sequences).",
+    )
+
+
+def _check_count(name: str, count: object) -> None:
+    require(isinstance(count, int) and count >= 1, f"{name} must be a positive int, got {count!r}.")
 
 
 def _unit_stride(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,18 +1,19 @@
-"""Attention for Hopper GPUs in Gluon: TMA loads by one producer warp, wgmma by one to three consumer warp groups.
+"""Attention for Hopper GPUs in Gluon: TMA loads by two producer warps, wgmma by one to three consumer warp groups.
 
 One kernel serves dense, packed and paged prefill, and split-KV decode; it computes what ``_flash_forward`` and
 ``_paged_forward`` compute, and is chosen where it is faster (see ``settings.hopper_settings``).
 
-A program walks through tiles of work. Per tile, consumer ``c`` owns the 64 query rows ``64 * c ...``; row ``m`` is query
-token ``m // PACK`` and query head ``m % PACK`` of the group that shares a key/value head::
+A program walks through tiles of work. Per tile, consumer ``c`` owns the 64 query rows ``64 * c ...``; row ``m`` is
+query token ``m // PACK`` and query head ``m % PACK`` of the group that shares a key/value head::
 
-    producer    | Q | K0 | V0 | K1 | V1 | ...          waits for `empty` barriers, TMA signals `full` barriers
+    scheduler   finds the next tile of work while the others are busy with this one
+    producers   | Q | K0 | K1 | ...   | V0 | V1 | ...      wait for `empty` barriers, TMA signals `full` barriers
     consumer 0      S0=QK0  softmax  | S1=QK1, O+=P0V0 | softmax | S2=QK2, O+=P1V1 | ...
     consumer 1         the same on its rows
 
 While a consumer's softmax runs, the tensor cores work on the product of the tile before and on the other consumer's
-(Shah et al. 2024, "FlashAttention-3"). Keys are walked from left to right: programs that start together on blocks of one
-head read the same keys at the same time, from the L2 cache.
+(Shah et al. 2024, "FlashAttention-3"). Keys are walked from left to right: programs that start together on blocks of
+one head read the same keys at the same time, from the L2 cache.
 
 Tiles in shared memory are stored as runs of 64 columns, ``[HEAD_DIM / 64][BLOCK_N][64]`` with 128-byte swizzling, which
 is both what wgmma reads as ``[BLOCK_N, HEAD_DIM]`` and what TMA writes page by page::
@@ -57,15 +58,12 @@ def view(smem, DTYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
     return seen
 
 
-
-
 @gluon.jit
 def split_length(seq_len):
-    """Keys of one split of a sequence: a function of its own length, so that a row's sum never depends on the batch.
-
-    256 keys, doubled until there are at most 32 splits.
-    """
+    """Keys of one split of a sequence; the same rule as ``split_plan_triton.split_lengths``."""
     length = seq_len * 0 + 256
+    while length < 1024 and length * 16 < seq_len:
+        length = length * 2
     while length * 32 < seq_len:
         length = length * 2
     return length
@@ -127,7 +125,7 @@ def _receive(turn, queue):
     found = ()
     for i in gl.static_range(11):
         # Every thread holds all numbers: this picks a register.
-        found = found + (gl.sum(gl.where(index == i, numbers, 0), 0),)
+        found += (gl.sum(gl.where(index == i, numbers, 0), 0),)
     return found
 
 
@@ -204,9 +202,7 @@ def _find_work(
 
 
 @gluon.jit
-def _find_pages(
-    table_row, key, start, stop, PAGE_SIZE: gl.constexpr, CHUNKS: gl.constexpr, CHUNK: gl.constexpr
-):
+def _find_pages(table_row, key, start, stop, PAGE_SIZE: gl.constexpr, CHUNKS: gl.constexpr, CHUNK: gl.constexpr):
     """``(pages, slots)`` of a tile's chunks. Outside of start..stop the table may hold anything: a slot past the page's
     end is given, which reads as zeros."""
     pages = ()
@@ -214,14 +210,14 @@ def _find_pages(
     for chunk in gl.static_range(CHUNKS):
         first = key + chunk * CHUNK
         inside = (first + CHUNK > start) & (first < stop)
-        pages = pages + (gl.load(table_row + first // PAGE_SIZE, mask=inside, other=0),)
-        slots = slots + (gl.where(inside, first % PAGE_SIZE, PAGE_SIZE),)
+        pages += (gl.load(table_row + first // PAGE_SIZE, mask=inside, other=0),)
+        slots += (gl.where(inside, first % PAGE_SIZE, PAGE_SIZE),)
     return pages, slots
 
 
 @gluon.jit
 def _produce(tensors, OPERAND: gl.constexpr, OPTIONS: gl.constexpr):
-    """A producer warp: copies keys (OPERAND 0, with the queries) or values (1) into shared memory, ahead of consumers."""
+    """A producer warp: copies keys (OPERAND 0, with the queries) or values (1), ahead of the consumers."""
     q_desc, desc, page_table, stride_table, q_smem, smem, barriers, queue = tensors
     MODE: gl.constexpr = OPTIONS[0]
     GROUP: gl.constexpr = OPTIONS[1]
@@ -418,10 +414,11 @@ def _consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     P_LAYOUT: gl.constexpr = gl.DotOperandLayout(0, O_LAYOUT, 2)
     ROW_LAYOUT: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    # Splits rarely store a result, and have no shared memory to spare for another layout.
     if MODE == "split":
         STORE_LAYOUT: gl.constexpr = O_LAYOUT
     else:
-        STORE_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])
+        STORE_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [4, 1], [1, 0])  # type: ignore[no-redef]
     v_pieces = view(v_smem, dtype, [STAGES * HALVES * CHUNKS, CHUNK, 64], gl.NVMMASharedLayout(128, 16, 2))
     rows = WHICH * 64 + gl.arange(0, 64, layout=ROW_LAYOUT)
 
@@ -498,7 +495,7 @@ def _consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
             q_count += 1
             last = (count - 1) % STAGES
             mbarrier.wait(v_full.index(last), (count - 1) // STAGES & 1)
-            if MODE != "dense":
+            if MODE != "dense":  # noqa: SIM102 - one is for the compiler, the other for the device
                 if num_keys < high * BLOCK_N:
                     first_row = num_keys - (high - 1) * BLOCK_N
                     chunk = (stop - 1 - (high - 1) * BLOCK_N) // CHUNK
@@ -570,8 +567,9 @@ LENGTHS = [
 @gluon.jit(do_not_specialize=LENGTHS)
 def _hopper_forward(
     q_desc, k_desc, v_desc, out, lse, sinks, parts, part_lse, cu_seqlens_q, cu_seqlens_k, seq_lens,
-    page_table, items, sequences, num_items, handed_out, num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, section,
-    stride_table, stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh,
+    page_table, items, sequences, num_items, handed_out,
+    num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, section, stride_table,
+    stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh,
     scale_log2, softcap, window_left, window_right,
     MODE: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, PAGE_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
@@ -713,7 +711,8 @@ def _launch(
     with device_guard(q):
         _hopper_forward[(min(programs, num_tiles),)](
             q_desc, k_desc, v_desc, out, lse, sinks, parts, part_lse, cu_seqlens_q, cu_seqlens_k, seq_lens,
-            page_table, items, sequences, num_items, handed_out, num_tiles, num_seqs, seqlen_q, k[0].shape[1], num_blocks, num_heads, section,
+            page_table, items, sequences, num_items, handed_out,
+            num_tiles, num_seqs, seqlen_q, k[0].shape[1], num_blocks, num_heads, section,
             0 if page_table is None else page_table.stride(0), *out.stride()[:3],
             lse.stride(0) if mode == "dense" else 0, lse.stride(-1), lse.stride(-2),
             scale_log2, softcap or 0.0, window_left or 0, window_right or 0,
@@ -723,7 +722,9 @@ def _launch(
             num_warps=4, maxnreg=s.max_registers,
         )  # fmt: skip
     if plan is not None and plan.max_parts > 1:
-        assert parts is not None and part_lse is not None and cu_seqlens_q is not None
+        assert parts is not None
+        assert part_lse is not None
+        assert cu_seqlens_q is not None
         merge_parts_launch(parts, part_lse, plan, cu_seqlens_q, sinks, out[0], lse, group, pack)
 
 

@@ -53,4 +53,4 @@ def uses_gluon(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) 
 def _is_aligned(x: torch.Tensor) -> bool:
     """Rows of 16-byte multiples, as TMA descriptors need them."""
     elements = 16 // x.element_size()
-    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s % elements == 0 for s in x.stride()[:-1])
+    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % elements == 0 for s in x.stride()[:-1])

@@ -218,6 +218,30 @@ def check_page_table_values(
         )
 
 
+def check_groups(groups: object, num_seqs: int, max_pages: int) -> None:
+    """Groups of neighbours: ``(first_sequence, num_sequences, prefix_pages)`` of ints, disjoint, inside the step."""
+    what = "groups must be a list of (first_sequence, num_sequences, prefix_pages)"
+    if not isinstance(groups, list | tuple):
+        raise TypeError(f"{what}, got {type(groups).__name__}.")
+    for one in groups:
+        require(
+            isinstance(one, list | tuple) and len(one) == 3 and all(isinstance(x, int) for x in one),
+            f"{what}, all ints; it holds {one!r}.",
+        )
+        first, count, pages = one
+        require(
+            first >= 0 and count >= 1 and first + count <= num_seqs,
+            f"groups holds {one!r}: sequences {first} to {first + count - 1} of a step that has 0 to {num_seqs - 1}.",
+        )
+        require(
+            0 <= pages < max_pages,
+            f"groups holds {one!r}: prefix_pages must be 0 to {max_pages - 1}, one less than page_table has columns, "
+            f"since new tokens lie in private pages.",
+        )
+    for before, after in pairwise(sorted(tuple(one) for one in groups)):
+        require(before[0] + before[1] <= after[0], f"groups must be disjoint, got {before!r} and {after!r}.")
+
+
 def may_read_values(tensor: torch.Tensor) -> bool:
     """Whether a check may look at device values: not while a graph is captured or a program is traced."""
     if torch.compiler.is_compiling() or tensor.device.type == "meta":

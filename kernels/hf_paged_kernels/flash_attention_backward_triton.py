@@ -14,9 +14,10 @@ keys with the window turned around, so the runs are the forward's::
     queries | causal diagonal | every key is seen | edge of the window, end of the sequence |
     loop    |     masked      |     unmasked      |                masked                   |
 
-dq is a sum over key blocks. Either the same program adds its part with atomics to a float32 buffer (five matmuls a
-tile, the order of the sum is not fixed), or a second kernel owns BLOCK_M queries and walks their keys (seven, the same
-bits every time).
+dq is a sum over key blocks, so a second kernel owns BLOCK_M queries of one head and walks their keys as the forward
+does. It computes P and dP once more, seven matmuls in all instead of five, but no two programs add to the same numbers:
+the gradients have the same bits every time. Adding dq by atomics in the first kernel was slower at every length measured
+(eval/results/backward_h200.md).
 
 With DESCRIPTORS, tiles come through tensor descriptors (TMA on Hopper): a few instructions for a tile instead of an
 address a thread. A masked tile of a packed sequence still takes pointers, since a descriptor would read its neighbour.
@@ -50,14 +51,12 @@ def _flash_backward_keys(
     k,
     v,
     dout,
-    dq,
     dk,
     dv,
     lse_log2,
     delta,
     q_desc,
     dout_desc,
-    dq_desc,
     lse_desc,
     delta_desc,
     cu_seqlens_q,
@@ -69,7 +68,6 @@ def _flash_backward_keys(
     k_strides,
     v_strides,
     dout_strides,
-    dq_strides,
     dk_strides,
     dv_strides,
     stats_strides,
@@ -89,11 +87,10 @@ def _flash_backward_keys(
     HAS_LEFT: tl.constexpr,
     HAS_RIGHT: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
-    ATOMIC_DQ: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dk and dv of BLOCK_N keys and, with ATOMIC_DQ, what they give to dq (not scaled). Strides: batch, token, head."""
+    """dk and dv of BLOCK_N keys, queries in the runs above. Strides: batch, token, head."""
     # Longest first: under a causal mask the first key blocks are seen by the most queries.
     sequence, batch_index, block, _ = find_block(cu_seqlens_k, num_seqs, BLOCK_N, VARLEN)
     q_start, num_queries = find_tokens(cu_seqlens_q, seqlen_q, sequence, VARLEN)
@@ -102,8 +99,9 @@ def _flash_backward_keys(
     if first_key >= num_keys:
         return
 
-    kv_head = tl.program_id(1)
-    batch = tl.cast(batch_index, tl.int64)
+    # int32 for descriptors, int64 for pointers.
+    kv_head_index = tl.program_id(1)
+    kv_head, batch = tl.cast(kv_head_index, tl.int64), tl.cast(batch_index, tl.int64)
     offs_m = tl.arange(0, BLOCK_M)
     offs_n = first_key + tl.arange(0, BLOCK_N)
     held_keys = offs_n < num_keys
@@ -130,15 +128,14 @@ def _flash_backward_keys(
         full_stop = full_start
 
     first_slot = find_stats(q_start, sequence, VARLEN)
+    first_token = tl.cast(q_start, tl.int64)
     for member in range(GROUP):
-        head = kv_head * GROUP + member
-        first_token = tl.cast(q_start, tl.int64)
-        q_head = q + batch * q_strides[0] + tl.cast(head, tl.int64) * q_strides[2] + first_token * q_strides[1]
-        dout_head = dout + batch * dout_strides[0] + tl.cast(head, tl.int64) * dout_strides[2]
-        dout_head += first_token * dout_strides[1]
-        dq_head = dq + batch * dq_strides[0] + tl.cast(head, tl.int64) * dq_strides[2] + first_token * dq_strides[1]
-        stats_row = batch * stats_strides[0] + tl.cast(head, tl.int64) * stats_strides[1] + first_slot
-        desc_row = batch_index * (tl.num_programs(1) * GROUP) + head
+        head_index = kv_head_index * GROUP + member
+        head = tl.cast(head_index, tl.int64)
+        q_head = q + batch * q_strides[0] + head * q_strides[2] + first_token * q_strides[1]
+        dout_head = dout + batch * dout_strides[0] + head * dout_strides[2] + first_token * dout_strides[1]
+        stats_row = batch * stats_strides[0] + head * stats_strides[1] + first_slot
+        desc_row = batch_index * (tl.num_programs(1) * GROUP) + head_index
         for run in tl.static_range(0 if HAS_RIGHT else 1, 3):
             run_start, run_stop = run_bounds(start, full_start, full_stop, stop, run)
             for row in range(run_start, run_stop, BLOCK_M):
@@ -146,8 +143,8 @@ def _flash_backward_keys(
                 row_offset = tl.cast(row, tl.int64)
                 # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV], [BLOCK_M], [BLOCK_M]
                 if DESCRIPTORS and (run == 1 or not VARLEN):
-                    query = q_desc.load([batch_index, q_start + row, head, 0]).reshape(BLOCK_M, BLOCK_D)
-                    grad = dout_desc.load([batch_index, q_start + row, head, 0]).reshape(BLOCK_M, BLOCK_DV)
+                    query = q_desc.load([batch_index, q_start + row, head_index, 0]).reshape(BLOCK_M, BLOCK_D)
+                    grad = dout_desc.load([batch_index, q_start + row, head_index, 0]).reshape(BLOCK_M, BLOCK_DV)
                     row_lse = lse_desc.load([desc_row, first_slot + row]).reshape(BLOCK_M)
                     row_delta = delta_desc.load([desc_row, first_slot + row]).reshape(BLOCK_M)
                 else:
@@ -169,21 +166,6 @@ def _flash_backward_keys(
                 grad_weights = tl.dot(value, tl.trans(grad), input_precision=PRECISION) - row_delta[None, :]
                 grad_scores = score_gradient(weights, grad_weights, scores, softcap, HAS_SOFTCAP).to(query.dtype)
                 dk_acc = tl.dot(grad_scores, query, dk_acc, input_precision=PRECISION)
-                if ATOMIC_DQ:
-                    # [BLOCK_M, BLOCK_D]
-                    if BLOCK_M >= 64:
-                        dq_part = tl.dot(tl.trans(grad_scores), key, input_precision=PRECISION)
-                    else:
-                        # Hopper's matrix units take 64 rows: here the head dimension has them, the queries do not.
-                        dq_part = tl.trans(tl.dot(tl.trans(key), grad_scores, input_precision=PRECISION))
-                    if DESCRIPTORS and (run == 1 or not VARLEN):
-                        dq_part = dq_part.reshape(1, BLOCK_M, 1, BLOCK_D)
-                        dq_desc.atomic_add([batch_index, q_start + row, head, 0], dq_part)
-                    else:
-                        offs_d = tl.arange(0, BLOCK_D)
-                        dq_tile = dq_head + row_offset * dq_strides[1] + offs_m[:, None] * dq_strides[1]
-                        mask = (rows < num_queries)[:, None] & (offs_d < HEAD_DIM)[None, :]
-                        tl.atomic_add(dq_tile + offs_d[None, :], dq_part, mask=mask, sem="relaxed")
 
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     offs_dv = tl.arange(0, BLOCK_DV)[None, :]
@@ -243,8 +225,9 @@ def _flash_backward_queries(
     if first_row >= num_queries:
         return
 
-    head = tl.program_id(1)
-    kv_head = head // GROUP
+    # int32 for descriptors, int64 for pointers.
+    kv_head_index = tl.program_id(1) // GROUP
+    head, kv_head = tl.cast(tl.program_id(1), tl.int64), tl.cast(kv_head_index, tl.int64)
     batch = tl.cast(batch_index, tl.int64)
     offs_m = first_row + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
@@ -255,7 +238,7 @@ def _flash_backward_queries(
     dout_tile = dout + batch * dout_strides[0] + head * dout_strides[2] + tokens[:, None] * dout_strides[1]
     query = load_tile(q_tile, offs_m, num_queries, HEAD_DIM, BLOCK_D, True)
     grad = load_tile(dout_tile, offs_m, num_queries, V_DIM, BLOCK_DV, True)
-    slots = batch * stats_strides[0] + tl.cast(head, tl.int64) * stats_strides[1] + offs_m
+    slots = batch * stats_strides[0] + head * stats_strides[1] + offs_m
     slots += find_stats(q_start, sequence, VARLEN)
     row_lse = tl.load(lse_log2 + slots, mask=held, other=float("inf"))
     row_delta = tl.load(delta + slots, mask=held, other=0.0)
@@ -277,8 +260,8 @@ def _flash_backward_queries(
             column_offset = tl.cast(column, tl.int64)
             # [BLOCK_N, BLOCK_D], [BLOCK_N, BLOCK_DV]
             if DESCRIPTORS and (run == 1 or not VARLEN):
-                key = k_desc.load([batch_index, k_start + column, kv_head, 0]).reshape(BLOCK_N, BLOCK_D)
-                value = v_desc.load([batch_index, k_start + column, kv_head, 0]).reshape(BLOCK_N, BLOCK_DV)
+                key = k_desc.load([batch_index, k_start + column, kv_head_index, 0]).reshape(BLOCK_N, BLOCK_D)
+                value = v_desc.load([batch_index, k_start + column, kv_head_index, 0]).reshape(BLOCK_N, BLOCK_DV)
             else:
                 k_tile = k_head + column_offset * k_strides[1] + offs_n[:, None] * k_strides[1]
                 v_tile = v_head + column_offset * v_strides[1] + offs_n[:, None] * v_strides[1]
@@ -315,7 +298,6 @@ def flash_attention_backward_launch(
     softcap: float | None,
     sinks: torch.Tensor | None,
     scale: float,
-    deterministic: bool,
     settings: BackwardSettings | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch the backward kernels on checked arguments; shapes as in :func:`hf_paged_kernels.flash_attention`.
@@ -327,7 +309,6 @@ def flash_attention_backward_launch(
         dlse: gradient of ``lse``, or None where nothing used it.
         window_left: as in ``flash_attention_launch``.
         window_right: as in ``flash_attention_launch``.
-        deterministic: the same bits every time; also when ``torch.use_deterministic_algorithms`` is on.
         settings: tile sizes; the default comes from :func:`hf_paged_kernels.settings.flash_backward_settings`.
 
     Returns:
@@ -355,18 +336,21 @@ def flash_attention_backward_launch(
     block_d, block_dv = (max(16, triton.next_power_of_2(dim)) for dim in (head_dim, v_dim))
     s = settings or flash_backward_settings(q.device, head_dim, v_dim, q.element_size())
 
-    lengths = (cu_seqlens_q, cu_seqlens_k, num_seqs, seqlen_q, seqlen_k)
     # Zeros: no program writes the slots between two packed sequences.
     num_slots = 16 * triton.cdiv(_grid(4, seqlen_q, 1, 1, num_seqs, varlen)[0], 4)
     lse_log2, delta = q.new_zeros(2, batch, num_q_heads, num_slots, dtype=torch.float32)
-    with device_guard(q):
-        row_sums[_grid(64, seqlen_q, num_q_heads, batch, num_seqs, varlen)](
-            out4, dout4, lse, dlse, lse_log2, delta, cu_seqlens_q, num_seqs, seqlen_q,
-            out4.stride()[:3], dout4.stride()[:3], *lse.stride()[:2], lse_log2.stride()[:2],
-            V_DIM=v_dim, BLOCK_M=64, BLOCK_DV=block_dv, VARLEN=varlen, HAS_DLSE=dlse is not None,
+    query_tiles = key_tiles = None
+    if s.descriptors:
+        rows, columns = s.keys.block_m, s.queries.block_n
+        query_tiles = _describe(
+            (q4, (1, rows, 1, block_d)), (dout4, (1, rows, 1, block_dv)),
+            (lse_log2.flatten(0, 1), (1, rows)), (delta.flatten(0, 1), (1, rows)),
         )  # fmt: skip
+        key_tiles = _describe((k4, (1, columns, 1, block_d)), (v4, (1, columns, 1, block_dv)))
 
-    fused = None if deterministic or torch.are_deterministic_algorithms_enabled() else s.fused
+    lengths = (cu_seqlens_q, cu_seqlens_k, num_seqs, seqlen_q, seqlen_k)
+    scale_log2 = scale * LOG2_E if softcap is None else 2.0 * scale / softcap * LOG2_E
+    scores = (scale, scale_log2, softcap or 0.0, window_left or 0, window_right or 0)
     common = dict(
         GROUP=num_q_heads // num_kv_heads,
         HEAD_DIM=head_dim,
@@ -379,37 +363,22 @@ def flash_attention_backward_launch(
         HAS_SOFTCAP=softcap is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
     )
-    scale_log2 = scale * LOG2_E if softcap is None else 2.0 * scale / softcap * LOG2_E
-    scores = (scale, scale_log2, softcap or 0.0, window_left or 0, window_right or 0)
-
-    keys = fused or s.keys
-    dq_sum = torch.zeros_like(dq4, dtype=torch.float32) if fused else dq4
-    descriptors = None
-    if s.descriptors:
-        rows = keys.block_m
-        descriptors = _describe(
-            (q4, (1, rows, 1, block_d)), (dout4, (1, rows, 1, block_dv)), (dq_sum, (1, rows, 1, block_d)),
-            (lse_log2.flatten(0, 1), (1, rows)), (delta.flatten(0, 1), (1, rows)),
-        )  # fmt: skip
     with device_guard(q):
-        _flash_backward_keys[_grid(keys.block_n, seqlen_k, num_kv_heads, batch, num_seqs, varlen)](
-            q4, k4, v4, dout4, dq_sum, dk4, dv4, lse_log2, delta, *(descriptors or [None] * 5), *lengths,
-            *(x.stride()[:3] for x in (q4, k4, v4, dout4, dq_sum, dk4, dv4)), lse_log2.stride()[:2], *scores,
-            ATOMIC_DQ=fused is not None, DESCRIPTORS=descriptors is not None, **common, **_tiles(keys),
+        row_sums[_grid(64, seqlen_q, num_q_heads, batch, num_seqs, varlen)](
+            out4, dout4, lse, dlse, lse_log2, delta, cu_seqlens_q, num_seqs, seqlen_q,
+            out4.stride()[:3], dout4.stride()[:3], *lse.stride()[:2], lse_log2.stride()[:2],
+            V_DIM=v_dim, BLOCK_M=64, BLOCK_DV=block_dv, VARLEN=varlen, HAS_DLSE=dlse is not None,
         )  # fmt: skip
-    if fused:
-        torch.mul(dq_sum, scale, out=dq4)
-    else:
-        descriptors = None
-        if s.descriptors:
-            columns = s.queries.block_n
-            descriptors = _describe((k4, (1, columns, 1, block_d)), (v4, (1, columns, 1, block_dv)))
-        with device_guard(q):
-            _flash_backward_queries[_grid(s.queries.block_m, seqlen_q, num_q_heads, batch, num_seqs, varlen)](
-                q4, k4, v4, dout4, dq4, lse_log2, delta, *(descriptors or [None] * 2), *lengths,
-                *(x.stride()[:3] for x in (q4, k4, v4, dout4, dq4)), lse_log2.stride()[:2], *scores,
-                DESCRIPTORS=descriptors is not None, **common, **_tiles(s.queries),
-            )  # fmt: skip
+        _flash_backward_keys[_grid(s.keys.block_n, seqlen_k, num_kv_heads, batch, num_seqs, varlen)](
+            q4, k4, v4, dout4, dk4, dv4, lse_log2, delta, *(query_tiles or [None] * 4), *lengths,
+            *(x.stride()[:3] for x in (q4, k4, v4, dout4, dk4, dv4)), lse_log2.stride()[:2], *scores,
+            DESCRIPTORS=query_tiles is not None, **common, **_tiles(s.keys),
+        )  # fmt: skip
+        _flash_backward_queries[_grid(s.queries.block_m, seqlen_q, num_q_heads, batch, num_seqs, varlen)](
+            q4, k4, v4, dout4, dq4, lse_log2, delta, *(key_tiles or [None] * 2), *lengths,
+            *(x.stride()[:3] for x in (q4, k4, v4, dout4, dq4)), lse_log2.stride()[:2], *scores,
+            DESCRIPTORS=key_tiles is not None, **common, **_tiles(s.queries),
+        )  # fmt: skip
     dsinks = q.new_zeros(0, dtype=torch.float32)
     if sinks is not None:
         dsinks = -_sum_of_tokens(torch.exp2(sinks.float()[:, None] * LOG2_E - lse_log2) * delta)

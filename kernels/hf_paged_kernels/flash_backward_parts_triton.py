@@ -19,13 +19,12 @@ def find_block(cu_seqlens, num_seqs, BLOCK: tl.constexpr, VARLEN: tl.constexpr):
 
     ``batch`` is the index of the tensors' first dimension, which packed tensors have only one of.
     """
+    batch = tl.program_id(2)
     if VARLEN:
-        batch = tl.program_id(2)
         sequence = find_sequence(cu_seqlens, tl.program_id(0), num_seqs, BLOCK)
         first = tl.load(cu_seqlens + sequence) // BLOCK + sequence
         stop = tl.load(cu_seqlens + sequence + 1) // BLOCK + sequence + 1
     else:
-        batch = tl.program_id(2)
         sequence = batch
         first = batch * 0
         stop = tl.num_programs(0) + first

@@ -1,8 +1,8 @@
 """The kernels as ``torch.library`` custom ops (namespace ``hf_paged``), with fake implementations.
 
 Arguments are taken as checked: the public functions of the package check them, and so does whoever builds a step plan.
-Each op picks its implementation by device: Triton on an accelerator, the PyTorch reference on CPU. No op that mutates has
-a default: torch 2.11 does not fill them in there.
+Each op picks its implementation by device: Triton on an accelerator, the PyTorch reference on CPU. No op that
+mutates has a default: torch 2.11 does not fill them in there.
 """
 
 from typing import Any
@@ -26,9 +26,8 @@ def flash_attention_op(
     softcap: float | None,
     sinks: torch.Tensor | None,
     scale: float,
-    deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``flash_attention_launch`` for the arguments; ``deterministic`` is for the backward pass."""
+    """See ``flash_attention_launch`` for the arguments."""
     arguments = (q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, window_left, window_right, softcap, sinks, scale)
     if not uses_triton(q):
         return reference.flash_attention_reference(*arguments)
@@ -54,7 +53,6 @@ def _(
     softcap: float | None,
     sinks: torch.Tensor | None,
     scale: float,
-    deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse_shape = (q.shape[1], q.shape[0]) if cu_seqlens_q is not None else (q.shape[0], q.shape[2], q.shape[1])
@@ -77,9 +75,8 @@ def flash_attention_backward_op(
     softcap: float | None,
     sinks: torch.Tensor | None,
     scale: float,
-    deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See ``flash_attention_backward_launch`` for the arguments; the reference is always deterministic."""
+    """See ``flash_attention_backward_launch`` for the arguments."""
     arguments = (
         q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, window_left, window_right, softcap, sinks, scale,
     )  # fmt: skip
@@ -87,7 +84,7 @@ def flash_attention_backward_op(
         return reference.flash_attention_backward_reference(*arguments)
     from .flash_attention_backward_triton import flash_attention_backward_launch
 
-    return flash_attention_backward_launch(*arguments, deterministic)
+    return flash_attention_backward_launch(*arguments)
 
 
 @flash_attention_backward_op.register_fake
@@ -106,7 +103,6 @@ def _(
     softcap: float | None,
     sinks: torch.Tensor | None,
     scale: float,
-    deterministic: bool,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     return dq, dk, dv, q.new_empty(q.shape[-2] if sinks is not None else 0, dtype=torch.float32)
@@ -248,9 +244,9 @@ def _no_backward(ctx: object, *grads: torch.Tensor) -> None:
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
-    q, k, v, cu_seqlens_q, cu_seqlens_k, _, window_left, window_right, softcap, sinks, scale, deterministic = inputs
+    q, k, v, cu_seqlens_q, cu_seqlens_k, _, window_left, window_right, softcap, sinks, scale = inputs
     ctx.save_for_backward(q, k, v, *output, cu_seqlens_q, cu_seqlens_k, sinks)
-    ctx.options = window_left, window_right, softcap, scale, deterministic
+    ctx.options = window_left, window_right, softcap, scale
     # A result that nothing used has no gradient, rather than one of zeros to read.
     ctx.set_materialize_grads(False)
 
@@ -259,15 +255,14 @@ def _flash_attention_backward(
     ctx: Any, dout: torch.Tensor | None, dlse: torch.Tensor | None
 ) -> tuple[torch.Tensor | None, ...]:
     q, k, v, out, lse, cu_seqlens_q, cu_seqlens_k, sinks = ctx.saved_tensors
-    window_left, window_right, softcap, scale, deterministic = ctx.options
+    window_left, window_right, softcap, scale = ctx.options
     if dout is None:
         dout = torch.zeros_like(out)
     dq, dk, dv, dsinks = flash_attention_backward_op(
         q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, window_left, window_right, softcap, sinks, scale,
-        deterministic,
     )  # fmt: skip
     # In the order of the op's arguments.
-    return dq, dk, dv, None, None, None, None, None, None, None if sinks is None else dsinks.to(sinks.dtype), None, None
+    return dq, dk, dv, None, None, None, None, None, None, None if sinks is None else dsinks.to(sinks.dtype), None
 
 
 flash_attention_op.register_autograd(_flash_attention_backward, setup_context=_save_for_backward)

@@ -128,7 +128,9 @@ def _attend_pages(
     return accumulator, running_max, running_sum
 
 
-@triton.jit(do_not_specialize=["num_seqs", "stride_table", "stride_lt", "stride_lh", "stride_ls", "window_left", "window_right"])
+@triton.jit(
+    do_not_specialize=["num_seqs", "stride_table", "stride_lt", "stride_lh", "stride_ls", "window_left", "window_right"]
+)
 def _paged_forward(
     q,
     k_pages,

@@ -338,6 +338,8 @@ def split_plan_reference(
     full: dict[int, list[list[int]]] = {}
     for seq, (num_keys, query_len) in enumerate(zip(seq_lens.tolist(), cu_seqlens_q.diff().tolist())):
         length = SHORTEST_SPLIT
+        while length < 1024 and length * 16 < num_keys:
+            length *= 2
         while length * MAX_SPLITS < num_keys:
             length *= 2
         first = 0 if window_left is None else max(num_keys - query_len - window_left, 0) // length

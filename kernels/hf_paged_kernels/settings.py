@@ -38,14 +38,11 @@ class BackwardSettings:
     Attributes:
         keys: the kernel of dk and dv.
         queries: the kernel of dq.
-        fused: the kernel of dk and dv that also adds dq by atomics, used unless the result must be deterministic;
-            None where two kernels are faster.
         descriptors: load tiles through tensor descriptors where the strides allow (TMA).
     """
 
     keys: AttentionSettings
     queries: AttentionSettings
-    fused: AttentionSettings | None
     descriptors: bool
 
 
@@ -79,25 +76,22 @@ def choose_flash_settings(head_dim: int, element_size: int, shared_memory: int) 
 
 HOPPER_BACKWARD: list[tuple[int, BackwardSettings]] = [
     (64, BackwardSettings(
-        keys=AttentionSettings(64, 64, 4, 3),
-        queries=AttentionSettings(128, 64, 8, 3),
-        fused=AttentionSettings(64, 64, 4, 3),
+        keys=AttentionSettings(64, 64, 4, 3, max_registers=168),
+        queries=AttentionSettings(64, 64, 4, 3),
         descriptors=True,
     )),
     (128, BackwardSettings(
         keys=AttentionSettings(64, 64, 4, 2),
-        queries=AttentionSettings(64, 64, 4, 2),
-        fused=AttentionSettings(64, 128, 8, 3),
+        queries=AttentionSettings(128, 64, 8, 3),
         descriptors=True,
     )),
     (256, BackwardSettings(
-        keys=AttentionSettings(32, 64, 8, 3),
+        keys=AttentionSettings(64, 64, 8, 2),
         queries=AttentionSettings(128, 32, 8, 2),
-        fused=None,
         descriptors=True,
     )),
 ]  # fmt: skip
-"""Settings up to a head dim, with 200 KiB of shared memory."""
+"""Settings up to a head dim, with 200 KiB of shared memory; measured: eval/results/backward_h200.md."""
 
 
 def flash_backward_settings(device: torch.device, head_dim: int, v_dim: int, element_size: int) -> BackwardSettings:
@@ -112,7 +106,7 @@ def choose_flash_backward_settings(
     """Pure part of :func:`flash_backward_settings`. ``hopper``: matrix units that read shared memory, and TMA."""
     if element_size == 4:
         tile = AttentionSettings(32, 32, 4, 1) if head_dim <= 128 else AttentionSettings(16, 16, 4, 1)
-        return BackwardSettings(keys=tile, queries=tile, fused=None, descriptors=False)
+        return BackwardSettings(keys=tile, queries=tile, descriptors=False)
     if hopper and shared_memory >= 200 * 1024 and head_dim <= 256:
         return next(chosen for limit, chosen in HOPPER_BACKWARD if head_dim <= limit)
     if head_dim <= 64:
@@ -121,7 +115,7 @@ def choose_flash_backward_settings(
         keys, queries = AttentionSettings(32, 64, 4, 2), AttentionSettings(64, 32, 4, 2)
     else:
         keys = queries = AttentionSettings(32, 32, 4, 1) if head_dim <= 256 else AttentionSettings(16, 16, 4, 1)
-    return BackwardSettings(keys, queries, fused=None, descriptors=False)
+    return BackwardSettings(keys, queries, descriptors=False)
 
 
 def paged_settings(
@@ -206,7 +200,7 @@ def multiprocessors(device: torch.device) -> int:
 
 MAX_SPLITS = 32
 SHORTEST_SPLIT = 256
-"""Of the Gluon decode: a sequence is cut into splits of 256 keys, doubled until there are at most 32."""
+"""Of the Gluon decode: see ``split_plan_triton.split_lengths``."""
 
 
 def max_splits(max_tokens: int) -> int:

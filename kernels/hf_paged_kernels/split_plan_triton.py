@@ -1,10 +1,10 @@
 """The work list of split-KV decode, made on the device once per step and shared by all layers of a window.
 
-Each sequence's keys are cut into splits whose length depends on the sequence alone (``split_length``)::
+Each sequence's keys are cut into splits whose length depends on the sequence alone (``split_lengths``)::
 
-    seq 0 (600 keys)     | 0 | 1 | 2.|                items = (0, 0) (0, 1) (2, 0) (2, 1) ... then the tails: (0, 2) (1, 0) ...
-    seq 1 (90 keys)      |0.|
-    seq 2 (9,000 keys)   |  0  |  1  |  2  | ...
+    seq 0 (600 keys)     | 0 | 1 | 2.|                items = (2, 0) (2, 1) ... (0, 0) (0, 1)
+    seq 1 (90 keys)      |0.|                                 then the tails: (0, 2) (1, 0) (2, 8)
+    seq 2 (9,000 keys)   |   0   |   1   |   2  | ...
 
 Long splits come first and tails last, so that programs that walk through the list end together. Splits behind a sliding
 window are left out.
@@ -20,6 +20,20 @@ from .backend import device_guard
 from .settings import max_split_items, max_splits, split_plan_size
 
 
+@triton.jit
+def split_lengths(num_keys):
+    """Keys of one split of each sequence: a function of its length, so that a row's sum never depends on the batch.
+
+    256 keys, doubled up to 1,024 while there would be more than 16 splits, then while there would be more than 32.
+    """
+    length = num_keys * 0 + 256
+    for _ in tl.static_range(2):
+        length = tl.where(length * 16 < num_keys, length * 2, length)
+    for _ in tl.static_range(16):
+        length = tl.where(length * 32 < num_keys, length * 2, length)
+    return length
+
+
 @triton.jit(do_not_specialize=["num_seqs", "max_items", "window_left"])
 def _plan_splits(
     seq_lens,
@@ -31,14 +45,13 @@ def _plan_splits(
     HAS_LEFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program. ``plan``: number of items, padding, items ``(sequence, split, place)``, then ``(place, parts)`` of each sequence."""
+    """One program. ``plan``: number of items, padding; items ``(sequence, split, place)``; ``(place, parts)`` of each
+    sequence."""
     seq = tl.arange(0, BLOCK)
     held = seq < num_seqs
     num_keys = tl.load(seq_lens + seq, mask=held, other=0)
     query_len = tl.load(cu_seqlens_q + seq + 1, mask=held, other=0) - tl.load(cu_seqlens_q + seq, mask=held, other=0)
-    length = num_keys * 0 + 256
-    for _ in tl.static_range(18):
-        length = tl.where(length * 32 < num_keys, length * 2, length)
+    length = split_lengths(num_keys)
     first = num_keys * 0
     if HAS_LEFT:
         first = tl.maximum(num_keys - query_len - window_left, 0) // length
@@ -77,7 +90,7 @@ def _plan_splits(
     tl.store(sequences + 2 * seq + 1, count, mask=held)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_lh"])
 def _merge_parts(
     parts,
     part_lse,
