@@ -3,7 +3,7 @@
 | name | dataset of the hub, split | preprocessing |
 |---|---|---|
 | `wikitext-2`, `wikitext-103` | Salesforce/wikitext, test | rows joined by two newlines (empty rows kept) |
-| `wikitext-2-documents` | EleutherAI/wikitext_document_level, test | detokenised, a document each; words and bytes counted before |
+| `wikitext-2-documents` | EleutherAI/wikitext_document_level, test | a document each, detokenised after counting |
 | `c4` | allenai/c4, en, first validation shard | the first 1100 rows joined by a space; 256 windows are used of them |
 | `pg19` | emozilla/pg19, test | a book each; joined by two newlines where documents are not kept apart |
 | `lambada` | EleutherAI/lambada_openai, test | a passage each |

@@ -4,38 +4,34 @@
         --attn eager sdpa paged_flash --path prefill decode --window 1024 --stride 512 --output ppl.json
 
 The figure is exp of the mean negative log-likelihood (nll, in nats) of the tokens scored. Figures of different
-conventions differ by several percent, so the convention is printed and stored with every figure:
+conventions differ by several percent, so the convention is printed and stored with every figure.
 
 Conventions: `eval/windows.py`. Paths, all of which lead to the same figure; whether they do is what is being measured:
 `eval/scoring.py`. Texts and datasets by name: `eval/text_data.py`, `eval/named_data.py`.
 
-Several processes: `accelerate launch --num_processes 2 -m eval.perplexity ...` gives the same figures, bit for bit.
+Several processes: `accelerate launch --num_processes 2 -m eval.perplexity ...` gives the same figures, bit for bit. On
+CPUs add `--multi_gpu` before `-m` and `--device cpu` at the end: with `--cpu`, accelerate starts one process.
 A run that was stopped goes on with `--resume`. `--device-map auto` spreads a big model over devices.
 
 Every run is compared with the first one token by token. On a small model that paired difference says more than the
-figure.
+figure. Exit status 0, or an error that names the argument.
 """
 
 import argparse
 import hashlib
-import importlib.metadata
 import inspect
 import json
 import math
-import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from difflib import get_close_matches
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn import functional
 from tqdm import tqdm
 from transformers import (
-    AttentionInterface,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -43,17 +39,34 @@ from transformers import (
     DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
 )
 
-import hf_paged  # importing it is what registers "paged_flash"
-from eval.text_data import ACCEPTED_SPECS, load_text
+import hf_paged
+from eval.loading import (
+    DTYPES,
+    attention_implementation,
+    check_attention,
+    check_window,
+    checked_device,
+    device_name,
+    did_you_mean,
+    load_pretrained,
+    max_positions,
+    set_attention,
+    versions,
+)
+from eval.partial_results import PartialResults
+from eval.perplexity_result import PairedDifference, PerplexityResult
+from eval.processes import Processes
+from eval.scoring import KV_DTYPES, PATHS, engine_scores, reason_against, scored_logits, token_nll
+from eval.text_data import ACCEPTED_SPECS, Documents, load_documents, load_text
+from eval.windows import CONVENTIONS, DISJOINT, Window, plan_windows
 
-PATHS = ("prefill", "decode", "paged_prefill")
-CONVENTIONS = ("hf", "gptq")
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+__all__ = ["PairedDifference", "PerplexityResult", "Window", "load_text", "main", "perplexity", "plan_windows"]
 
-# Logits turned to float32 at once: 2**26 of them are 256 MiB, a few hundred rows of a large vocabulary.
-MAX_FLOAT32_LOGITS = 2**26
+Figures = tuple[list[list[float]], list[list[int]]]
+"""Of one batch: nll and most likely token of the scored tokens of each window."""
 
 
 @torch.no_grad()
@@ -65,12 +78,18 @@ def perplexity(
     stride: int,
     path: str = "prefill",
     convention: str = "hf",
+    document_starts: Sequence[int] = (0,),
     page_size: int = 16,
+    kv_dtype: str = "auto",
+    chunk: int = 64,
     cache_factory: Callable[[], Cache] | None = None,
     batch_size: int = 1,
+    observe: Callable[[int, torch.Tensor], None] | None = None,
+    processes: Processes | None = None,
+    partial: PartialResults | None = None,
     progress: bool = False,
 ) -> PerplexityResult:
-    """Score `token_ids` with `model` window by window, along one of the three paths of the module's docstring.
+    """Score `token_ids` with `model` window by window, along one of the paths of `eval.scoring`.
 
     Logits are asked of the model for the scored tokens only (`logits_to_keep`, where its forward has it), in the
     model's dtype, and turned to float32 a bounded number of rows at a time.
@@ -81,64 +100,113 @@ def perplexity(
         token_ids: [num_tokens], the tokenised text.
         window: most tokens in a window, at most the model's max_position_embeddings.
         stride: tokens from one window to the next; see `plan_windows`.
-        path: "prefill", "decode" or "paged_prefill".
-        convention: "hf" or "gptq".
-        page_size: tokens in a page of the default PagedCache.
-        cache_factory: gives an empty cache for each batch of windows, in place of the default; not with "prefill".
-        batch_size: windows of equal size that share a forward. There is never any padding.
+        path: one of `eval.scoring.PATHS`.
+        convention: one of `eval.windows.CONVENTIONS`.
+        document_starts: for convention "lm-eval", the beginning-of-text token of each document.
+        page_size: tokens in a page of the default PagedCache and of the engine.
+        kv_dtype: of their pages: "auto", "fp8" or "int8".
+        chunk: tokens in a forward of path "chunked_prefill".
+        cache_factory: gives an empty cache for each batch of windows, in place of the default; not with "prefill" and
+            "engine".
+        batch_size: windows of equal size that share a forward. There is no padding, but in path "padded_prefill".
+        observe: called with (index of the first of them among all scored tokens, logits [n, vocab_size]) for every
+            scored token in order within its window; not with "engine", which gives no logits, nor with several
+            `processes` or `partial` results.
+        processes: deal the batches to several processes; each gets the whole result.
+        partial: keeps finished batches, and has those of an earlier run.
         progress: show a bar that counts scored tokens.
 
     Raises:
         TypeError: `token_ids` are not integers.
         ValueError: a bad value, a text too short, a token outside the vocabulary, a window beyond the model's
             positions, or a model that takes no cache or does not use it.
+        UnsupportedModelError: path "engine", and the engine cannot serve the model.
         FloatingPointError: the nll of a token is nan or infinite.
     """
     check_path(path)
     check_window(model.config, window)
-    for name, value in (("page_size", page_size), ("batch_size", batch_size)):
+    for name, value in (("page_size", page_size), ("batch_size", batch_size), ("chunk", chunk)):
         if value < 1:
             raise ValueError(f"{name}={value} must be at least 1")
-    if path == "prefill" and cache_factory is not None:
+    if kv_dtype not in KV_DTYPES:
         raise ValueError(
-            "cache_factory is given, and path='prefill' uses no cache; pass path='decode' or 'paged_prefill'"
+            f"kv_dtype={kv_dtype!r} is unknown{did_you_mean(kv_dtype, KV_DTYPES)}; pass one of {KV_DTYPES}"
+        )
+    if path in ("prefill", "engine") and cache_factory is not None:
+        uses = "no cache" if path == "prefill" else "its own pages"
+        raise ValueError(
+            f"cache_factory is given, and path={path!r} uses {uses}; pass path='decode' or 'paged_prefill'"
         )
     if path != "prefill" and "past_key_values" not in inspect.signature(model.forward).parameters:
         raise ValueError(f"path={path!r}: {type(model).__name__}.forward takes no past_key_values; pass path='prefill'")
-    ids = _checked_token_ids(token_ids, model)
-    windows = plan_windows(ids.numel(), window, stride, convention)
+    processes = processes or Processes()
+    if observe is not None and (path == "engine" or processes.count > 1 or partial is not None):
+        raise ValueError(
+            f"observe is given with path={path!r}, {processes.count} processes and partial={partial is not None}; it "
+            "needs the logits of all windows in one process"
+        )
     attn = attention_implementation(model)
-    make_cache = cache_factory or _default_cache_factory(model, attn, path, page_size)
+    reason = reason_against(attn, path, kv_dtype) if cache_factory is None else None
+    if reason is not None:
+        raise ValueError(f"path={path!r} with attn={attn!r} and kv_dtype={kv_dtype!r}: {reason}")
+    ids = _checked_token_ids(token_ids, model)
+    windows = plan_windows(ids.numel(), window, stride, convention, document_starts)
+
+    batches = list(_batches(windows, batch_size))
+    offsets = [0]
+    for batch in batches:
+        offsets.append(offsets[-1] + sum(item.num_scored for item in batch))
+    run = f"{attn} {path} {kv_dtype}"
+    known = {} if partial is None else {index: partial.get(run, index) for index in range(len(batches))}
+    mine = [i for i in range(len(batches)) if i % processes.count == processes.rank and known.get(i) is None]
+    rows = (torch.stack([ids[item.begin : item.end] for item in batches[i]]) for i in mine)
+    make_cache = cache_factory or _default_cache_factory(model, attn, path, page_size, kv_dtype)
+    if path == "engine":
+        longest = max((item.end - item.begin for item in windows), default=1)
+        scores = _engine_batches(model, rows, [batches[i][0].num_scored for i in mine], longest, page_size, kv_dtype)
+    else:
+        scores = _model_batches(
+            model, rows, [batches[i] for i in mine], path, make_cache, chunk, observe, offsets, mine
+        )
 
     was_training = model.training
     model.eval()
-    parts: list[torch.Tensor] = []
-    total = sum(item.num_scored for item in windows)
+    done: list[tuple[int, Figures]] = [(i, known[i]) for i in sorted(known) if known[i] is not None]
+    if processes.count > 1:
+        done = [(i, figures) for i, figures in done if i % processes.count == processes.rank]
     start = time.perf_counter()
     try:
-        with tqdm(total=total, desc=f"{attn} {path}", unit="token", disable=not progress, leave=False) as bar:
-            for batch in _batches(windows, batch_size):
-                num_scored = batch[0].num_scored
-                rows = torch.stack([ids[item.begin : item.end] for item in batch]).to(model.device)
-                if path == "decode":
-                    nll = _score_decode(model, rows, num_scored, make_cache(), bar)
-                else:
-                    nll = _score_prefill(model, rows, num_scored, None if path == "prefill" else make_cache(), bar)
-                # The copy also waits for the device, so that `seconds` is the whole time.
-                parts.append(nll.double().flatten().cpu())
+        with tqdm(
+            total=offsets[-1], desc=run, unit="token", disable=not (progress and processes.is_main), leave=False
+        ) as bar:
+            bar.update(sum(offsets[i + 1] - offsets[i] for i, _ in done))
+            for i, figures in zip(mine, scores):
+                done.append((i, figures))
+                if partial is not None:
+                    partial.put(run, i, figures)
+                bar.update((offsets[i + 1] - offsets[i]) * min(processes.count, len(batches)))
     finally:
         model.train(was_training)
     seconds = time.perf_counter() - start
 
-    nll = torch.cat(parts)
+    by_batch = dict(processes.gather(done))
+    nll = torch.tensor([x for i in range(len(batches)) for row in by_batch[i][0] for x in row], dtype=torch.float64)
+    top1 = torch.tensor([x for i in range(len(batches)) for row in by_batch[i][1] for x in row], dtype=torch.int64)
     positions = torch.cat([torch.arange(item.end - item.num_scored, item.end) for item in windows])
     if not nll.isfinite().all():
         worst = int((~nll.isfinite()).int().argmax())
         raise FloatingPointError(
             f"attn={attn!r}, path={path!r}: the nll of token {int(positions[worst])} is {nll[worst].item()} (dtype "
-            f"{model.dtype}), {int((~nll.isfinite()).sum())} of {total} are not finite; try dtype float32 (--dtype)"
+            f"{model.dtype}), {int((~nll.isfinite()).sum())} of {nll.numel()} are not finite; "
+            "try dtype float32 (--dtype)"
         )
-    return PerplexityResult(nll, positions, windows, attn, path, convention, seconds)
+    return PerplexityResult(nll, positions, windows, attn, path, convention, seconds, kv_dtype, top1)
+
+
+def check_path(path: str) -> None:
+    """Raise ValueError unless `path` is one of `PATHS`."""
+    if path not in PATHS:
+        raise ValueError(f"path={path!r} is unknown{did_you_mean(path, PATHS)}; pass one of {PATHS}")
 
 
 def _checked_token_ids(token_ids: Sequence[int] | torch.Tensor, model: PreTrainedModel) -> torch.Tensor:
@@ -159,18 +227,132 @@ def _checked_token_ids(token_ids: Sequence[int] | torch.Tensor, model: PreTraine
     return ids
 
 
-def _default_cache_factory(model: PreTrainedModel, attn: str, path: str, page_size: int) -> Callable[[], Cache]:
+def _default_cache_factory(
+    model: PreTrainedModel, attn: str, path: str, page_size: int, kv_dtype: str
+) -> Callable[[], Cache | None]:
+    if path == "prefill":
+        return lambda: None
     # The aliases of "paged_flash" begin with its name.
-    if path == "paged_prefill" or attn.startswith("paged_flash"):
-        return lambda: hf_paged.PagedCache(model.config, page_size=page_size)
-    return lambda: DynamicCache(config=model.config)
+    if path == "decode" and not attn.startswith("paged_flash"):
+        return lambda: DynamicCache(config=model.config)
+    return lambda: hf_paged.PagedCache(model.config, page_size=page_size, kv_dtype=kv_dtype)
 
 
-def _batches(windows: Iterable[Window], batch_size: int) -> Iterable[list[Window]]:
+def _batches(windows: Iterable[Window], batch_size: int) -> Iterator[list[Window]]:
     """The windows in order, `batch_size` of one shape at a time."""
     for _, group in groupby(windows, key=lambda item: item.shape):
         while batch := list(islice(group, batch_size)):
             yield batch
+
+
+def _model_batches(
+    model: PreTrainedModel,
+    rows: Iterable[torch.Tensor],
+    batches: Sequence[Sequence[Window]],
+    path: str,
+    make_cache: Callable[[], Cache | None],
+    chunk: int,
+    observe: Callable[[int, torch.Tensor], None] | None,
+    offsets: Sequence[int],
+    indices: Sequence[int],
+) -> Iterator[Figures]:
+    """Figures of each batch by forwards of the model; `rows` [batch, length] go with `batches`."""
+    for ids, batch, index in zip(rows, batches, indices):
+        ids = ids.to(model.device)
+        num_scored = batch[0].num_scored
+        nll: list[list[float]] = [[] for _ in batch]
+        top1: list[list[int]] = [[] for _ in batch]
+        num_done = 0
+        for logits in scored_logits(model, ids, num_scored, path, make_cache(), chunk):
+            count = logits.shape[1]
+            begin = ids.shape[1] - num_scored + num_done
+            for row, row_logits in enumerate(logits):
+                nll[row] += token_nll(row_logits, ids[row, begin : begin + count]).double().tolist()
+                top1[row] += row_logits.argmax(dim=-1).tolist()
+                if observe is not None:
+                    observe(offsets[index] + row * num_scored + num_done, row_logits)
+            num_done += count
+        yield nll, top1
+
+
+def _engine_batches(
+    model: PreTrainedModel,
+    rows: Iterable[torch.Tensor],
+    num_scored: Sequence[int],
+    longest: int,
+    page_size: int,
+    kv_dtype: str,
+) -> Iterator[Figures]:
+    """Figures of each batch by an engine."""
+    limit = max_positions(model.config)
+    if limit is not None and longest > limit:
+        raise ValueError(
+            f"path='engine' feeds {longest} tokens with the last label, and the model has max_position_embeddings="
+            f"{limit}; pass a smaller window (--window)"
+        )
+    config = hf_paged.EngineConfig(
+        page_size=page_size, kv_dtype=kv_dtype, max_model_len=longest + 1, max_num_seqs=16, max_batch_tokens=512,
+        # The check holds logits against unquantised ones.
+        self_check=kv_dtype == "auto",
+    )  # fmt: skip
+    with hf_paged.Engine(model, config, background=False) as engine:
+        batches = (list(batch) for batch in rows)
+        for scores in engine_scores(engine, batches, num_scored):
+            yield [nll for nll, _ in scores], [top1 for _, top1 in scores]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, documents: Documents, convention: str) -> tuple[list[int], list[int]]:
+    """(token ids, document starts) of the data in a convention.
+
+    "lm-eval": each document behind the tokenizer's beginning-of-text (or end-of-text) token, without special tokens of
+    its own; any other: the joined text, as the tokenizer encodes it.
+
+    Raises:
+        ValueError: "lm-eval" with a tokenizer that has neither token.
+    """
+    # `verbose=False` keeps the tokenizer from warning that a whole text is longer than the model's window.
+    if convention != "lm-eval":
+        return tokenizer(documents.text, verbose=False)["input_ids"], [0]
+    prefix = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+    if prefix is None:
+        raise ValueError("convention 'lm-eval' needs a beginning- or end-of-text token, and the tokenizer has neither")
+    ids: list[int] = []
+    starts: list[int] = []
+    for row in documents.rows:
+        starts.append(len(ids))
+        ids += [prefix, *tokenizer(row, add_special_tokens=False, verbose=False)["input_ids"]]
+    return ids, starts
+
+
+def document_figures(nll_sum: float, documents: Documents) -> dict[str, float]:
+    """Word and byte level figures of the convention "lm-eval", from the sum of the nll over all documents in nats."""
+    return {
+        "word_perplexity": math.exp(nll_sum / documents.num_words),
+        "byte_perplexity": math.exp(nll_sum / documents.num_bytes),
+        "bits_per_byte": nll_sum / documents.num_bytes / math.log(2),
+    }
+
+
+def plan_runs(
+    attns: Sequence[str], paths: Sequence[str], kv_dtypes: Sequence[str]
+) -> tuple[list[tuple[str, str, str]], list[str]]:
+    """((attn, path, kv_dtype) of each run, why each other combination is left out).
+
+    Raises:
+        ValueError: nothing is left.
+    """
+    runs, left_out = [], []
+    for attn in attns:
+        for path in paths:
+            for kv_dtype in kv_dtypes:
+                reason = reason_against(attn, path, kv_dtype)
+                if reason is None:
+                    runs.append((attn, path, kv_dtype))
+                else:
+                    left_out.append(f"{attn} {path} {kv_dtype}: {reason}")
+    if not runs:
+        raise ValueError(f"nothing to measure (--attn, --path, --kv-dtype): {'; '.join(left_out)}")
+    return runs, left_out
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
@@ -187,61 +369,183 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         check_attention(name)
     if args.max_tokens is not None and args.max_tokens < 2:
         raise ValueError(f"max_tokens={args.max_tokens} (--max-tokens) must be at least 2, to read one and score one")
+    if args.max_tokens is not None and args.convention == "lm-eval":
+        raise ValueError(
+            f"max_tokens={args.max_tokens} (--max-tokens) would cut a document, and convention 'lm-eval' counts its "
+            "words; pass fewer documents (--data)"
+        )
     if args.output is not None and args.output.is_dir():
         raise ValueError(f"output (--output) {str(args.output)!r} is a folder; pass the path of a JSON file")
+    if args.resume and args.output is None:
+        raise ValueError("resume (--resume) goes on from the files beside --output; pass --output")
+    runs, left_out = plan_runs(args.attn, args.path, args.kv_dtype)
 
-    device = _checked_device(args.device)
-    config = _load(AutoConfig, args.model)
+    processes = Processes.of_environment(args.device)
+    device = checked_device(args.device) if processes.device is None else processes.device
+    config = load_pretrained(AutoConfig, args.model)
     window, stride = _window_and_stride(args, config)
     check_window(config, window)
 
-    text = load_text(args.data, args.text_column)
-    # `verbose=False` keeps the tokenizer from warning that a whole text is longer than the model's window.
-    token_ids = _load(AutoTokenizer, args.model)(text, verbose=False)["input_ids"][: args.max_tokens]
-    # Planned again by each run; here it refuses a bad length before the weights are loaded.
-    plan_windows(len(token_ids), window, stride, args.convention)
-    model = _load(AutoModelForCausalLM, args.model, dtype=args.dtype, attn_implementation=args.attn[0]).to(device)
+    documents = load_documents(args.data, args.text_column)
+    token_ids, starts = encode(load_pretrained(AutoTokenizer, args.model), documents, args.convention)
+    token_ids = token_ids[: args.max_tokens]
+    if documents.max_windows is not None and args.convention in ("gptq", "llama.cpp"):
+        token_ids = token_ids[: documents.max_windows * window]
+    try:
+        # Planned again by each run; here it refuses a bad length before the weights are loaded.
+        plan_windows(len(token_ids), window, stride, args.convention, starts)
+    except ValueError as error:
+        raise ValueError(f"spec (--data) {args.data!r}: {error}") from error
+    model = _load_model(args, device, processes)
 
-    results: list[PerplexityResult] = []
-    for name in args.attn:
-        _set_attention(model, name)
-        for path in args.path:
-            results.append(
-                perplexity(
-                    model,
-                    token_ids,
-                    window=window,
-                    stride=stride,
-                    path=path,
-                    convention=args.convention,
-                    page_size=args.page_size,
-                    batch_size=args.batch_size,
-                    progress=True,
-                )
-            )
-
-    report = {
+    settings = {
         "model": args.model,
         "data": args.data,
         "text_column": args.text_column,
-        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "text_sha256": hashlib.sha256(documents.text.encode()).hexdigest(),
         "num_tokens": len(token_ids),
         "convention": args.convention,
         "window": window,
         "stride": stride,
         "batch_size": args.batch_size,
         "page_size": args.page_size,
+        "chunk": args.chunk,
         "dtype": str(model.dtype).removeprefix("torch."),
-        "device": _device_name(model.device),
-        "versions": _versions(),
-        "reference": {"attn": results[0].attn, "path": results[0].path},
-        "results": [_row(result, results[0]) for result in results],
+        "device": device_name(model.device),
+        "versions": versions(),
     }
-    print(format_report(report))
+    partial = None
     if args.output is not None:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        partial = PartialResults(args.output, settings, resume=args.resume, processes=processes)
+    results: list[PerplexityResult] = []
+    finished = False
+    try:
+        for attn, path, kv_dtype in runs:
+            set_attention(model, attn)
+            results.append(
+                perplexity(
+                    model, token_ids, window=window, stride=stride, path=path, convention=args.convention,
+                    document_starts=starts, page_size=args.page_size, kv_dtype=kv_dtype, chunk=args.chunk,
+                    batch_size=args.batch_size, processes=processes, partial=partial, progress=True,
+                )
+            )  # fmt: skip
+        finished = True
+    finally:
+        if partial is not None:
+            partial.close(finished=finished)
+
+    first = results[0]
+    report = {
+        **settings,
+        "processes": processes.count,
+        "left_out": left_out,
+        "reference": {"attn": first.attn, "path": first.path},
+        "results": [_row(result, first, documents) for result in results],
+    }
+    if processes.is_main:
+        print(format_report(report))
+        if args.output is not None:
+            args.output.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     return report
+
+
+def _load_model(args: argparse.Namespace, device: torch.device, processes: Processes) -> PreTrainedModel:
+    options = {"dtype": args.dtype, "attn_implementation": args.attn[0]}
+    if args.device_map is None:
+        return load_pretrained(AutoModelForCausalLM, args.model, **options).to(device)
+    if processes.count > 1:
+        raise ValueError(
+            f"device_map (--device-map) {args.device_map!r} spreads one copy of the model over all devices, and there "
+            f"are {processes.count} processes; pass one of the two"
+        )
+    return load_pretrained(AutoModelForCausalLM, args.model, device_map=args.device_map, **options)
+
+
+def _window_and_stride(args: argparse.Namespace, config: PreTrainedConfig) -> tuple[int, int]:
+    """(window, stride) in tokens, as given or by default."""
+    window = min(2048, max_positions(config) or 2048) if args.window is None else args.window
+    stride = args.stride
+    if stride is None:
+        stride = window if args.convention in DISJOINT else min(512, window // 2)
+    return window, stride
+
+
+def _row(result: PerplexityResult, reference: PerplexityResult, documents: Documents) -> dict[str, Any]:
+    levels = {}
+    if result.convention == "lm-eval":
+        levels = document_figures(result.nll.sum().item(), documents)
+    return {
+        **levels,
+        "attn": result.attn,
+        "path": result.path,
+        "kv_dtype": result.kv_dtype,
+        "num_windows": len(result.windows),
+        "num_scored": result.num_scored,
+        "mean_nll": result.mean_nll,
+        # JSON has no infinity.
+        "ppl": result.perplexity if math.isfinite(result.perplexity) else None,
+        "seconds": result.seconds,
+        "top1_agreement": result.top1_agreement(reference),
+        "difference": asdict(result.paired_difference(reference)),
+    }
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The plain-text table of what `main` returns."""
+    first = report["reference"]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    header = (
+        f"{report['model']} on {report['data']}: {report['num_tokens']} tokens, convention {report['convention']}, "
+        f"window {report['window']}, stride {report['stride']}\n"
+        f"{report['dtype']} on {report['device']}; {versions}\n"
+        f"differences in nats per token against {first['attn']} {first['path']}, standard error over windows\n"
+    )
+    titles = (
+        "attn",
+        "path",
+        "cache",
+        "windows",
+        "scored",
+        "ppl",
+        "mean nll",
+        "difference",
+        "std error",
+        "max |diff|",
+        "seconds",
+    )
+    rows = [titles]
+    for row in report["results"]:
+        difference = row["difference"]
+        error = difference["standard_error"]
+        rows.append(
+            (
+                row["attn"],
+                row["path"],
+                row["kv_dtype"],
+                str(row["num_windows"]),
+                str(row["num_scored"]),
+                "overflow" if row["ppl"] is None else f"{row['ppl']:.4f}",
+                f"{row['mean_nll']:.6f}",
+                f"{difference['mean']:+.2e}",
+                "-" if error is None else f"{error:.1e}",
+                f"{difference['max_abs']:.1e}",
+                f"{row['seconds']:.1f}",
+            )
+        )
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    lines = [
+        # Names to the left, figures to the right.
+        "  ".join(cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
+    for row in report["results"]:
+        if "word_perplexity" in row:
+            lines.append(
+                f"{row['attn']} {row['path']} {row['kv_dtype']}: word perplexity {row['word_perplexity']:.4f}, byte "
+                f"perplexity {row['byte_perplexity']:.4f}, bits per byte {row['bits_per_byte']:.4f}"
+            )
+    lines += [f"left out: {reason}" for reason in report["left_out"]]
+    return header + "\n".join(line.rstrip() for line in lines)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -256,43 +560,26 @@ def _parser() -> argparse.ArgumentParser:
         "--attn", nargs="+", default=["eager", "paged_flash"], help="implementations; the first is the reference"
     )
     parser.add_argument("--path", nargs="+", default=["prefill"], help=f"from {PATHS}; the first is the reference")
-    parser.add_argument("--convention", choices=CONVENTIONS, default="hf", help="windows, see the module (hf)")
+    parser.add_argument(
+        "--kv-dtype", nargs="+", choices=KV_DTYPES, default=["auto"], help="dtypes of the pages, each a run (auto)"
+    )
+    parser.add_argument("--convention", choices=CONVENTIONS, default="hf", help="windows, see eval/windows.py (hf)")
     parser.add_argument("--window", type=int, help="tokens in a window (2048, or the model's positions if fewer)")
     parser.add_argument(
         "--stride",
         type=int,
-        help="tokens from window to window (hf: 512, or half the window if less; gptq: the window)",
+        help="tokens from window to window (hf: 512, or half the window if less; others: the window)",
     )
     parser.add_argument("--max-tokens", type=int, help="use the first so many tokens of the text (all)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's (auto)")
     parser.add_argument("--device", help="torch device (cuda if there is one, else cpu)")
     parser.add_argument("--batch-size", type=int, default=1, help="windows in a forward (1)")
     parser.add_argument("--page-size", type=int, default=16, help="tokens in a page of the PagedCache (16)")
+    parser.add_argument("--chunk", type=int, default=64, help="tokens in a forward of chunked_prefill (64)")
+    parser.add_argument("--device-map", help='spread a big model over devices, "auto" for one (none)')
     parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--resume", action="store_true", help="go on with a stopped run of the same --output")
     return parser
-
-
-def _window_and_stride(args: argparse.Namespace, config: PreTrainedConfig) -> tuple[int, int]:
-    """(window, stride) in tokens, as given or by default."""
-    window = min(2048, _max_positions(config) or 2048) if args.window is None else args.window
-    stride = args.stride
-    if stride is None:
-        stride = window if args.convention == "gptq" else min(512, window // 2)
-    return window, stride
-
-
-def _row(result: PerplexityResult, reference: PerplexityResult) -> dict[str, Any]:
-    return {
-        "attn": result.attn,
-        "path": result.path,
-        "num_windows": len(result.windows),
-        "num_scored": result.num_scored,
-        "mean_nll": result.mean_nll,
-        # JSON has no infinity.
-        "ppl": result.perplexity if math.isfinite(result.perplexity) else None,
-        "seconds": result.seconds,
-        "difference": asdict(result.paired_difference(reference)),
-    }
 
 
 if __name__ == "__main__":

@@ -140,9 +140,7 @@ def token_nll(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     rows_at_once = max(1, MAX_FLOAT32_LOGITS // logits.shape[-1])
     parts = [
         functional.cross_entropy(row_logits.to(dtype), row_labels, reduction="none")
-        for row_logits, row_labels in zip(
-            logits.split(rows_at_once), labels.to(logits.device).split(rows_at_once)
-        )
+        for row_logits, row_labels in zip(logits.split(rows_at_once), labels.to(logits.device).split(rows_at_once))
     ]
     return torch.cat(parts)
 
@@ -165,9 +163,7 @@ def engine_scores(
     """
     # The end-of-text of the model's own config cannot end a request of one token.
     config = GenerationConfig(max_new_tokens=1, do_sample=False, num_beams=1)
-    pending = [
-        [engine.submit(row, generation_config=config, prompt_logprobs=1) for row in rows] for rows in batches
-    ]
+    pending = [[engine.submit(row, generation_config=config, prompt_logprobs=1) for row in rows] for rows in batches]
     for handles, count in zip(pending, num_scored):
         scores = []
         for handle in handles:

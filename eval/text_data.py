@@ -59,7 +59,7 @@ def load_text(spec: str, text_column: str = "text") -> str:
     Args:
         spec: what to read, in this order of trial.
             - one of `NAMED_DATA`, or `name@path`, if there is no such path;
-            - an existing file: `.jsonl`/`.ndjson` (one JSON object a line), `.parquet`, `.arrow`, or else UTF-8 text, as
+            - an existing file: `.jsonl`/`.ndjson` (one JSON object a line), `.parquet`, `.arrow`, or else UTF-8 text as
               it is;
             - an existing folder: written by `Dataset.save_to_disk`, or holding data files that
               `datasets.load_dataset` reads; it must have one split only, else name it as below;
@@ -222,8 +222,8 @@ def _load_split(
     # load_dataset raises errors of the network, of the hub, of its builders and plain ones, with no common class.
     except Exception as error:
         raise ValueError(
-            f"spec (--data){f' {called!r}' if called else ''}: the dataset {name!r} with config {config!r} could not be "
-            f"loaded: {type(error).__name__}: {error}; check the name and the network, or pass a local file"
+            f"spec (--data){f' {called!r}' if called else ''}: the dataset {name!r} with config {config!r} could not "
+            f"be loaded: {type(error).__name__}: {error}; check the name and the network, or pass a local file"
             f"{f' ({called}@path keeps the preprocessing)' if called else ''}: {ACCEPTED_SPECS}"
         ) from error
 

@@ -26,7 +26,8 @@ NO_EFFECT = frozenset(
         "output_hidden_states", "output_router_logits", "logits_to_keep", "num_items_in_batch", "num_logits_to_keep",
         "layer_idx", "input_ids", "inputs_embeds", "labels", "token_type_ids", "mm_token_type_ids",
         "logits_indices", "logits_processor_args", "per_layer_input", "per_layer_inputs", "shared_kv_states",
-        "or_mask_function", "padding_mask", "target_dtype", "is_first_iteration", "conv_mask", "seq_idx", "deterministic",
+        "or_mask_function", "padding_mask", "target_dtype", "is_first_iteration", "conv_mask", "seq_idx",
+        "deterministic",
     }
 )  # fmt: skip
 """Keyword arguments that travel through a model to the attention function and do not change attention.

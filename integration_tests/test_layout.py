@@ -73,12 +73,25 @@ def test_the_package_uses_triton_in_kernel_files_only():
     assert [p.name for p in files if any(m.partition(".")[0] == "triton" for m in imports(p))] == []
 
 
+LAUNCHERS = {
+    f"hf_paged_kernels.{name}"
+    for module, function in (
+        ("backend", "uses_gluon"),
+        ("flash_attention_triton", "flash_attention_launch"),
+        ("paged_attention_triton", "paged_attention_launch"),
+    )
+    for name in (module, f"{module}.{function}")
+}
+
+
 @pytest.mark.parametrize("package", ["hf_paged", "hf_paged_kernels"])
 def test_eval_uses_public_names_only(package):
     public = {"hf_paged": hf_paged, "hf_paged_kernels": hf_paged_kernels}[package].__all__
     allowed = {package, *(f"{package}.{name}" for name in public)}
-    found = {m for path in (ROOT / "eval").rglob("*.py") for m in imports(path) if m.partition(".")[0] == package}
-    assert found <= allowed
+    for path in (ROOT / "eval").rglob("*.py"):
+        found = {m for m in imports(path) if m.partition(".")[0] == package}
+        # The kernel benchmark also times the launcher that a call would not choose on this device.
+        assert found <= allowed | (LAUNCHERS if path.stem == "bench_kernels_calls" else set()), path
 
 
 def run_fresh(code: str) -> str:

@@ -13,6 +13,7 @@ from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, Pre
 
 import hf_paged
 from eval import perplexity as perplexity_module
+from eval import scoring
 from eval.perplexity import Window, load_text, main, perplexity, plan_windows
 
 VOCAB_SIZE = 97
@@ -174,12 +175,12 @@ def test_logits_are_asked_for_the_scored_tokens_and_turned_to_float32_in_parts(
     model: LlamaForCausalLM, token_ids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = perplexity(model, token_ids, window=64, stride=16)
-    monkeypatch.setattr(perplexity_module, "MAX_FLOAT32_LOGITS", 5 * VOCAB_SIZE)
+    monkeypatch.setattr(scoring, "MAX_FLOAT32_LOGITS", 5 * VOCAB_SIZE)
     shapes = []
     model.lm_head.register_forward_hook(lambda module, args, output: shapes.append(list(output.shape)))
     in_parts = perplexity(model, token_ids, window=64, stride=16)
-    # 63 scored tokens in the first window, 16 in the next two, 15 in the last, and one logit more in each.
-    assert shapes == [[1, 64, VOCAB_SIZE], [1, 17, VOCAB_SIZE], [1, 17, VOCAB_SIZE], [1, 16, VOCAB_SIZE]]
+    # 63 scored tokens in the first window, 16 in the next two, 15 in the last.
+    assert shapes == [[1, 63, VOCAB_SIZE], [1, 16, VOCAB_SIZE], [1, 16, VOCAB_SIZE], [1, 15, VOCAB_SIZE]]
     assert torch.equal(in_parts.nll, whole.nll)
 
 
@@ -318,8 +319,8 @@ def test_each_path_goes_through_its_cache(
     if expected is hf_paged.PagedCache:
         assert {cache.page_size for cache in seen} == {8}
         assert len({id(cache) for cache in seen}) == 2, "each of the two windows starts with an empty cache"
-        # Decode never feeds the last token of a window: 32 tokens are in 4 pages, 33 in 5.
-        assert [cache.pages_in_use for cache in (seen[0], seen[-1])] == ([4, 4] if path == "decode" else [5, 5])
+        # The last token of a window is never fed: 32 of the 33 tokens are in 4 pages of 8.
+        assert [cache.pages_in_use for cache in (seen[0], seen[-1])] == [4, 4]
 
 
 def test_paged_prefill_serves_other_implementations(model: LlamaForCausalLM, token_ids: list[int]) -> None:
@@ -598,7 +599,7 @@ def test_command_writes_table_and_json(
 
     table = capsys.readouterr().out.splitlines()
     assert table[0].endswith(f"{num_tokens} tokens, convention hf, window 32, stride 16")
-    assert table[3].split()[:5] == ["attn", "path", "windows", "scored", "ppl"]
+    assert table[3].split()[:6] == ["attn", "path", "cache", "windows", "scored", "ppl"]
     assert [tuple(line.split()[:2]) for line in table[4:]] == runs
 
 

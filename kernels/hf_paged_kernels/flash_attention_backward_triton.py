@@ -16,8 +16,8 @@ keys with the window turned around, so the runs are the forward's::
 
 dq is a sum over key blocks, so a second kernel owns BLOCK_M queries of one head and walks their keys as the forward
 does. It computes P and dP once more, seven matmuls in all instead of five, but no two programs add to the same numbers:
-the gradients have the same bits every time. Adding dq by atomics in the first kernel was slower at every length measured
-(eval/results/backward_h200.md).
+the gradients have the same bits every time. Adding dq by atomics in the first kernel was slower at every length
+measured (eval/results/backward_h200.md).
 
 With DESCRIPTORS, tiles come through tensor descriptors (TMA on Hopper): a few instructions for a tile instead of an
 address a thread. A masked tile of a packed sequence still takes pointers, since a descriptor would read its neighbour.

@@ -1,0 +1,247 @@
+"""Decode steps captured as CUDA graphs, one for each bucket of batch sizes, all in one memory pool.
+
+A graph has one input, the rows' slots; everything else it takes from the tables by slot and writes back there::
+
+    slots [bucket] -> computed, last_token, page tables -> forward -> logits, largest logit -> last_token, computed + 1
+
+so replaying it twice computes two steps, and no length is known to the host. A bucket that is larger than the batch is
+filled up with the slot behind the last one, which has no tokens, writes nothing and stays as it is.
+"""
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.utils import logging
+from transformers.utils.logging import tqdm
+
+from .transfers import send
+
+logger = logging.get_logger(__name__)
+
+Outputs = tuple[torch.Tensor, torch.Tensor]
+Step = Callable[[torch.Tensor], Outputs]
+Capture = Callable[[Step, torch.Tensor], Callable[[], Outputs]]
+
+PADDED_STEPS = 8
+"""Steps that a batch size takes a larger bucket before its own is captured: a few padded steps cost less."""
+
+
+class CaptureError(RuntimeError):
+    """A decode step that cannot be captured."""
+
+
+def bucket_sizes(num_slots: int) -> list[int]:
+    """Batch sizes with a graph of their own, ascending; the last one is ``num_slots``."""
+    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16), *range(544, num_slots, 32)]
+    return [size for size in sizes if size < num_slots] + [num_slots]
+
+
+class DecodeGraphs:
+    """The captured decode steps of one model.
+
+    Args:
+        step: a decode step of the rows in slots ``[bucket]`` on the device: ``(logits [bucket, vocab], the token with
+            the largest logit [bucket])``. It must read nothing from the host but the slots' number.
+        num_slots: the slot of that number stands for no row.
+        device: of the tables.
+        capture: makes the function that replays a step.
+
+    Attributes:
+        failure: why there are no graphs any more, None while there are.
+    """
+
+    def __init__(self, step: Step, num_slots: int, device: torch.device, capture: Capture | None = None) -> None:
+        self.step, self.num_slots, self.device = step, num_slots, device
+        self.sizes = bucket_sizes(num_slots)
+        self.failure: str | None = None
+        self._capture = capture or CudaCapture()
+        self._replays: dict[int, tuple[torch.Tensor, Callable[[], Outputs]]] = {}
+        self._held: dict[int, np.ndarray] = {}
+        self._asked: dict[int, int] = {}
+
+    def __len__(self) -> int:
+        return len(self._replays)
+
+    def run(self, slots: np.ndarray) -> Outputs | None:
+        """Queue a decode step; None: it cannot be captured, nothing was done.
+
+        Returns:
+            Logits ``[n, vocab]`` and tokens ``[n]``: overwritten by a later step.
+        """
+        bucket = self._bucket(len(slots))
+        if bucket is None:
+            return None
+        static, replay = self._replays[bucket]
+        held = self._held.get(bucket)
+        if held is None or not np.array_equal(held, slots):
+            padded = np.full(bucket, self.num_slots, dtype=np.int64)
+            padded[: len(slots)] = slots
+            static.copy_(send(padded, self.device))
+            self._held[bucket] = slots.copy()
+        logits, tokens = replay()
+        return logits[: len(slots)], tokens[: len(slots)]
+
+    def warm_up(self, sizes: Iterable[int] | None = None, progress: bool = False) -> None:
+        """Capture the buckets of these batch sizes (None: all of them), the largest first: the others use its memory."""
+        wanted = {self._size_for(size) for size in (self.sizes if sizes is None else sizes)} - self._replays.keys()
+        for bucket in tqdm(sorted(wanted, reverse=True), desc="capturing decode steps", disable=not progress):
+            if not self._make(bucket):
+                return
+
+    def drop(self) -> None:
+        """Forget every graph: they are captured again where they are needed."""
+        self._replays.clear()
+        self._held.clear()
+        self._asked.clear()
+
+    def _size_for(self, count: int) -> int:
+        return next(size for size in self.sizes if size >= count)
+
+    def _bucket(self, count: int) -> int | None:
+        """A captured bucket with room for ``count`` rows."""
+        if self.failure is not None:
+            return None
+        bucket = self._size_for(count)
+        if bucket in self._replays:
+            return bucket
+        larger = min((size for size in self._replays if size > bucket), default=None)
+        self._asked[bucket] = self._asked.get(bucket, 0) + 1
+        if larger is not None and self._asked[bucket] <= PADDED_STEPS:
+            return larger
+        return bucket if self._make(bucket) else None
+
+    def _make(self, bucket: int) -> bool:
+        static = torch.full((bucket,), self.num_slots, dtype=torch.int64, device=self.device)
+        try:
+            self._replays[bucket] = static, self._capture(self.step, static)
+        except Exception as error:
+            self.drop()
+            self.failure = f"{type(error).__name__}: {error}"
+            logger.warning_once(f"decode steps run without CUDA graphs: capturing one failed with {self.failure}")
+            return False
+        return True
+
+
+class CudaCapture:
+    """Captures steps on one stream, into one pool of memory."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def __call__(self, step: Step, slots: torch.Tensor) -> Callable[[], Outputs]:
+        """Run the step once, which compiles kernels and shows what cannot be captured, then capture it."""
+        if self._stream is None:
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(slots.device)
+        current = torch.cuda.current_stream(slots.device)
+        self._stream.wait_stream(current)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            with RefuseHostReads():
+                step(slots)
+            with _without_garbage_collection():
+                # What other threads do meanwhile is none of this capture's business.
+                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+                try:
+                    outputs = step(slots)
+                except BaseException:
+                    with contextlib.suppress(RuntimeError):
+                        graph.capture_end()
+                    raise
+                graph.capture_end()
+        current.wait_stream(self._stream)
+
+        def replay() -> Outputs:
+            graph.replay()
+            return outputs
+
+        return replay
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Any:
+    """A tensor or graph that is freed in the middle of a capture would end it."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
+
+
+class RefuseHostReads(TorchDispatchMode):
+    """Raises :class:`CaptureError` where an operation needs values of a device tensor on the host.
+
+    A capture that fails half way leaves the allocator and the random generator in a bad state: this finds out before.
+    """
+
+    NAMES = frozenset(
+        {
+            "_local_scalar_dense", "item", "nonzero", "masked_select", "equal", "is_nonzero", "_unique2", "unique_dim",
+            "unique_consecutive", "bincount",
+        }
+    )  # fmt: skip
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        name = func.overloadpacket.__name__
+        if name in self.NAMES and any(isinstance(x, torch.Tensor) and not _on_host(x) for x in args):
+            raise CaptureError(f"the model reads values back to the host ({name})")
+        if name.startswith("index") and len(args) > 1 and isinstance(args[1], Sequence):
+            if any(isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8) for x in args[1]):
+                raise CaptureError(f"the model indexes with a mask ({name})")
+        out = func(*args, **(kwargs or {}))
+        if name in ("_to_copy", "copy_") and args and isinstance(out, torch.Tensor):
+            source = args[1] if name == "copy_" else args[0]
+            if isinstance(source, torch.Tensor) and _on_host(source) != _on_host(out):
+                raise CaptureError(f"the model copies between host and device ({name})")
+        return out
+
+
+def _on_host(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu"
+
+
+def reason_against(model: Any, device: torch.device) -> str | None:
+    """Why decode steps of a model cannot be captured, as far as its modules tell; None where nothing speaks against it.
+
+    Models whose cache keeps recurrent states, or that compute keys behind the cache, are told by the cache.
+    """
+    if device.type != "cuda":
+        return f"the model is on {device}"
+    if len({p.device for p in model.parameters()}) > 1:
+        return "the model is on several devices"
+    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+        return "accelerate moves or offloads the model's modules"
+    return None
+
+
+class LiveModel:
+    """What graphs of a model rest on: the places of its weights, and that no module has hooks."""
+
+    def __init__(self, model: Any) -> None:
+        self._hooks = [
+            hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)
+        ]
+        self._weights = [*model.parameters(), *model.buffers()]
+        self._places = self._read_places()
+
+    def _read_places(self) -> list[int]:
+        return [x.data_ptr() for x in self._weights]
+
+    def has_hooks(self) -> bool:
+        """Whether a module has forward hooks, which a replay would not call."""
+        return any(self._hooks)
+
+    def has_moved(self) -> bool:
+        """Whether a weight is elsewhere than it was at the start, or at the last call."""
+        places = self._read_places()
+        moved, self._places = places != self._places, places
+        return moved

@@ -1,0 +1,353 @@
+"""Perplexity: every path and cache dtype on the small model, conventions, named data, several processes, resuming."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from eval import named_data, perplexity_result, text_data
+from eval.named_data import NAMED_DATA, detokenize_wikitext
+from eval.partial_results import PartialResults
+from eval.perplexity import encode, main, perplexity, plan_runs
+from eval.processes import Processes
+from eval.text_data import load_documents
+from eval.windows import Window, plan_windows
+
+ROOT = Path(__file__).resolve().parents[2]
+ASSETS = ROOT / "integration_tests" / "assets"
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(
+        ASSETS / "small_model", attn_implementation="eager", dtype=torch.float32
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return AutoTokenizer.from_pretrained(ASSETS / "small_model")
+
+
+@pytest.fixture(scope="module")
+def ids(tokenizer):
+    text = (ASSETS / "heldout.txt").read_text(encoding="utf-8")[:4000]
+    return tokenizer(text, verbose=False)["input_ids"][:600]
+
+
+@pytest.fixture(scope="module")
+def eager(model, ids):
+    model.set_attn_implementation("eager")
+    return perplexity(model, ids, window=111, stride=63)
+
+
+# ---- paths
+
+
+@pytest.mark.parametrize("path", ["prefill", "paged_prefill", "padded_prefill", "chunked_prefill", "decode", "engine"])
+def test_every_path_agrees_with_eager(model, ids, eager, path):
+    model.set_attn_implementation("paged_flash")
+    result = perplexity(model, ids, window=111, stride=63, path=path, chunk=17, batch_size=3)
+    assert abs(result.perplexity / eager.perplexity - 1) < 1e-4
+    assert result.paired_difference(eager).max_abs < 1e-3
+    assert result.top1_agreement(eager) > 0.99
+
+
+@pytest.mark.parametrize("kv_dtype", ["fp8", "int8"])
+@pytest.mark.parametrize("path", ["chunked_prefill", "engine"])
+def test_quantised_pages_are_read_and_lose_little(model, ids, eager, path, kv_dtype):
+    model.set_attn_implementation("paged_flash")
+    result = perplexity(model, ids, window=111, stride=63, path=path, chunk=17, batch_size=3, kv_dtype=kv_dtype)
+    assert 1e-4 < result.paired_difference(eager).max_abs < 1
+    assert abs(result.perplexity / eager.perplexity - 1) < 0.02
+
+
+def test_the_engine_leaves_the_attention_implementation_as_it_was(model, ids):
+    model.set_attn_implementation("paged_flash")
+    perplexity(model, ids[:100], window=64, stride=32, path="engine")
+    assert model.config._attn_implementation == "paged_flash"
+
+
+@pytest.mark.parametrize("path", ["padded_prefill", "chunked_prefill"])
+def test_paths_with_pages_serve_other_implementations(model, ids, eager, path):
+    model.set_attn_implementation("eager")
+    result = perplexity(model, ids, window=111, stride=63, path=path)
+    assert result.paired_difference(eager).max_abs < 1e-3
+
+
+def test_runs_that_make_no_sense_are_left_out_and_said():
+    runs, left_out = plan_runs(["eager", "paged_flash"], ["prefill", "engine"], ["auto", "fp8"])
+    assert runs == [
+        ("eager", "prefill", "auto"),
+        ("paged_flash", "prefill", "auto"),
+        ("paged_flash", "engine", "auto"),
+        ("paged_flash", "engine", "fp8"),
+    ]
+    assert any("eager engine auto: the engine runs paged_flash" in reason for reason in left_out)
+    with pytest.raises(ValueError, match=r"nothing to measure .* the engine runs paged_flash"):
+        plan_runs(["eager"], ["engine"], ["auto"])
+
+
+def test_observed_logits_are_those_of_the_scored_tokens(model, ids, eager):
+    seen = torch.full((eager.num_scored,), torch.nan, dtype=torch.float64)
+    labels = torch.tensor(ids)[eager.positions]
+
+    def observe(first, logits):
+        rows = torch.arange(len(logits))
+        seen[first : first + len(logits)] = -logits.log_softmax(-1)[rows, labels[first : first + len(logits)]].double()
+
+    model.set_attn_implementation("eager")
+    result = perplexity(model, ids, window=111, stride=63, batch_size=4, path="chunked_prefill", observe=observe)
+    torch.testing.assert_close(seen, result.nll, rtol=0, atol=1e-5)
+
+
+# ---- conventions
+
+
+def test_llama_cpp_scores_the_second_half():
+    assert plan_windows(25, 8, 8, "llama.cpp") == tuple(Window(8 * i, 8 * i + 8, 3) for i in range(3))
+
+
+@pytest.mark.parametrize("lengths", [[1], [7, 8, 9], [30, 1, 16, 17]])
+def test_lm_eval_windows_are_those_of_lm_eval(lengths):
+    utils = pytest.importorskip("lm_eval.utils")
+    prefix, window = 99, 8
+    documents = [list(range(100 * (i + 1), 100 * (i + 1) + length)) for i, length in enumerate(lengths)]
+    expected = []
+    stream, starts = [], []
+    for tokens in documents:
+        starts.append(len(stream))
+        stream += [prefix, *tokens]
+        rolling = utils.get_rolling_token_windows(tokens, prefix, window, 1)
+        expected += [utils.make_disjoint_window(pair) for pair in rolling]
+    got = []
+    for item in plan_windows(len(stream), window, window, "lm-eval", starts):
+        tokens = stream[item.begin : item.end]
+        got.append((tokens[: -item.num_scored], tokens[-item.num_scored :]))
+    assert got == [(list(context), list(labels)) for context, labels in expected]
+
+
+def test_document_starts_are_checked():
+    with pytest.raises(ValueError, match="must ascend from 0 to less than the 5 tokens"):
+        plan_windows(5, 4, 4, "lm-eval", [0, 5])
+    with pytest.raises(ValueError, match="document_starts has 2 documents, and convention 'gptq' scores one text"):
+        plan_windows(5, 4, 4, "gptq", [0, 2])
+
+
+def test_word_and_byte_figures_of_the_command(tmp_path, tokenizer):
+    rows = ["def read(path):\n    return open(path).read()\n", "import os\nimport sys\n"]
+    data = tmp_path / "rows.jsonl"
+    data.write_text("\n".join(json.dumps({"text": row}) for row in rows), encoding="utf-8")
+    report = main(
+        ["--model", str(ASSETS / "small_model"), "--data", str(data), "--attn", "eager", "--convention", "lm-eval",
+         "--window", "16", "--dtype", "float32", "--device", "cpu"]
+    )  # fmt: skip
+    row = report["results"][0]
+    total = row["mean_nll"] * row["num_scored"]
+    # White space at the end makes one more, empty word, in lm-eval's count.
+    words = len(["def", "read(path):", "return", "open(path).read()"]) + 1 + len(["import", "os", "import", "sys"]) + 1
+    assert torch.tensor(total / words).exp().item() == pytest.approx(row["word_perplexity"], rel=1e-5)
+    assert row["bits_per_byte"] == pytest.approx(total / sum(map(len, rows)) / torch.tensor(2.0).log().item(), rel=1e-5)
+    assert row["num_scored"] == sum(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in rows)
+
+
+# ---- data
+
+
+def test_arrow_files_and_streams(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    table = pyarrow.table({"text": ["one", "two"]})
+    for name, make in (("file.arrow", pyarrow.ipc.new_file), ("stream.arrow", pyarrow.ipc.new_stream)):
+        with make(tmp_path / name, table.schema) as writer:
+            writer.write_table(table)
+        assert load_documents(str(tmp_path / name)).rows == ("one", "two")
+    (tmp_path / "bad.arrow").write_bytes(b"no arrow")
+    with pytest.raises(ValueError, match="is not an arrow file"):
+        load_documents(str(tmp_path / "bad.arrow"))
+
+
+def test_a_local_copy_gets_the_preprocessing_of_its_name(tmp_path):
+    page = tmp_path / "pages.jsonl"
+    page.write_text(json.dumps({"page": " = Title = \n It cost 1 @,@ 000 dollars . \n"}) + "\n", encoding="utf-8")
+    documents = load_documents(f"wikitext-2-documents@{page}")
+    assert documents.rows == (" = Title =\nIt cost 1,000 dollars.\n",)
+    assert documents.num_bytes == len(" = Title = \n It cost 1 @,@ 000 dollars . \n")
+    text = tmp_path / "rows.jsonl"
+    text.write_text("\n".join(json.dumps({"text": f"r{i}"}) for i in range(1200)), encoding="utf-8")
+    c4 = load_documents(f"c4@{text}")
+    assert len(c4.rows) == 1100
+    assert c4.text.startswith("r0 r1 r2 ")
+    assert c4.max_windows == 256
+
+
+def test_detokenising_is_that_of_lm_eval():
+    preprocess = pytest.importorskip("lm_eval.tasks.wikitext.preprocess_wikitext")
+    page = (
+        " \n = Robert <unk> = \n \n He said \" yes \" , then ( at 3 @.@ 5 ° ) left ; the boys ' dogs ' s bark @-@ like"
+        " [ N ] 's = = = x = = = ! ? \n "
+    )
+    assert detokenize_wikitext(page) == preprocess.wikitext_detokenizer({"page": page})
+
+
+def test_named_data_that_cannot_be_reached(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("Couldn't reach the hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    for name, data in NAMED_DATA.items():
+        with pytest.raises(ValueError, match=rf"'{name}': the dataset '{data.repository}' .* local file .*@path"):
+            load_documents(name)
+
+
+def test_named_data_without_the_column(monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_dict({"body": ["a"]})
+    monkeypatch.setattr(text_data, "_load_split", lambda *args, **kwargs: rows)
+    with pytest.raises(ValueError, match=r"'text' is not in 'pg19' \(emozilla/pg19\), which has \['body'\]"):
+        load_documents("pg19")
+
+
+def test_a_text_that_is_too_short_names_the_data(tmp_path):
+    data = tmp_path / "short.txt"
+    data.write_text("import os\n", encoding="utf-8")
+    arguments = ["--model", str(ASSETS / "small_model"), "--data", str(data), "--convention", "gptq", "--window", "64"]
+    with pytest.raises(ValueError, match=r"short\.txt': token_ids has \d+ tokens, and convention 'gptq' drops"):
+        main(arguments)
+
+
+# ---- statistics
+
+
+def test_the_bootstrap_interval_holds_the_figure_and_narrows_with_windows():
+    def result(num_windows):
+        nll = torch.randn(num_windows * 10, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 3
+        windows = tuple(Window(10 * i, 10 * i + 11, 10) for i in range(num_windows))
+        return perplexity_result.PerplexityResult(nll, torch.arange(len(nll)), windows, "eager", "prefill", "gptq", 1.0)
+
+    widths = []
+    for num_windows in (16, 256):
+        one = result(num_windows)
+        low, high = one.confidence_interval()
+        assert low < one.perplexity < high
+        widths.append(high - low)
+    assert widths[1] < widths[0] / 2
+    assert result(16).confidence_interval() == result(16).confidence_interval()
+
+
+# ---- resuming
+
+
+def command(output: Path, *more: str) -> list[str]:
+    return [
+        "--model", str(ASSETS / "small_model"), "--data", str(ASSETS / "heldout.txt"), "--max-tokens", "700",
+        "--window", "64", "--stride", "32", "--attn", "eager", "paged_flash", "--path", "prefill", "chunked_prefill",
+        "--dtype", "float32", "--device", "cpu", "--batch-size", "2", "--output", str(output), *more,
+    ]  # fmt: skip
+
+
+def figures(report: dict) -> list[tuple]:
+    return [(row["attn"], row["path"], row["num_scored"], row["mean_nll"], row["ppl"]) for row in report["results"]]
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path, monkeypatch):
+    whole = main(command(tmp_path / "whole.json"))
+    put, count = PartialResults.put, 0
+
+    def stop_after_a_while(self, *args):
+        nonlocal count
+        put(self, *args)
+        count += 1
+        if count == 13:
+            raise KeyboardInterrupt
+
+    output = tmp_path / "ppl.json"
+    with monkeypatch.context() as patch:
+        patch.setattr(PartialResults, "put", stop_after_a_while)
+        with pytest.raises(KeyboardInterrupt):
+            main(command(output))
+    assert not output.exists()
+    left = list(tmp_path.glob("ppl.json.partial-*"))
+    assert len(left) == 1
+    # The end of a line is lost: its batch is computed again.
+    left[0].write_text(left[0].read_text(encoding="utf-8")[:-9], encoding="utf-8")
+
+    with pytest.raises(ValueError, match=r"resume \(--resume\): .* was written with .*stride.* pass the same"):
+        main(command(output, "--stride", "16", "--resume"))
+    forwards = []
+    monkeypatch.setattr(PartialResults, "put", lambda self, *args: (forwards.append(1), put(self, *args)))
+    resumed = main(command(output, "--resume"))
+    assert figures(resumed) == figures(whole)
+    num_batches = len(plan_windows(700, 64, 32))  # at least half as many batches of 2, for 4 runs
+    assert 0 < len(forwards) <= 4 * (num_batches + 1) // 2 - 12 + 4
+    assert list(tmp_path.glob("*.partial-*")) == []
+
+
+def test_resume_needs_an_output():
+    with pytest.raises(ValueError, match=r"resume \(--resume\) goes on from the files beside --output"):
+        main(["--model", "x", "--data", "y", "--resume"])
+
+
+# ---- several processes
+
+
+def test_parts_of_all_ranks_make_the_whole(model, ids, eager, monkeypatch):
+    model.set_attn_implementation("eager")
+    parts = []
+
+    def rank(index):
+        def gather(self, items):
+            parts.append(list(items))
+            return [item for part in parts for item in part]
+
+        monkeypatch.setattr(Processes, "gather", gather)
+        return perplexity(model, ids, window=111, stride=63, processes=Processes(index, 2))
+
+    with pytest.raises(KeyError):
+        rank(0)
+    both = rank(1)
+    assert torch.equal(both.nll, eager.nll)
+    assert {i % 2 for i, _ in parts[0]} == {0}
+
+
+def test_two_processes_of_accelerate_give_the_figures_of_one(tmp_path):
+    pytest.importorskip("accelerate")
+    one = main(command(tmp_path / "one.json"))
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1",
+         "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0", "-m", "eval.perplexity",
+         *command(tmp_path / "two.json")],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    two = json.loads((tmp_path / "two.json").read_text(encoding="utf-8"))
+    assert two["processes"] == 2
+    assert figures(two) == figures(one)
+    assert done.stdout.count("differences in nats") == 1
+
+
+def test_every_name_is_documented():
+    assert named_data.__doc__ is not None
+    assert all(f"`{name}`" in named_data.__doc__ for name in NAMED_DATA)
+
+
+def test_lm_eval_encoding_puts_each_document_behind_its_token(tokenizer, tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "import os"}\n{"text": "x = 1"}\n', encoding="utf-8")
+    token_ids, starts = encode(tokenizer, load_documents(str(data)), "lm-eval")
+    assert [token_ids[start] for start in starts] == [tokenizer.bos_token_id or tokenizer.eos_token_id] * 2
