@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from functools import cached_property, lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -45,8 +46,12 @@ MODULES = {
     FLEX: ("torch.nn.attention.flex_attention",),
 }
 """The modules that a peer may be imported as."""
-COMPILED_PEERS = (FA4, FLASHINFER, FLEX)
-"""Peers that compile when they are first called."""
+COMPILED_PEERS = {
+    FLEX: ("prefill",),
+    FA4: ("prefill", "backward"),
+    FLASHINFER: ("paged", "decode", "verify"),
+}
+"""Peers that compile when they are first called, and the tables that they are in."""
 FLEX_LENGTHS = (4096, 16384, 32768)
 """Of D 128, causal: FlexAttention compiles for every shape."""
 
@@ -130,6 +135,11 @@ class DenseInputs:
         return [lambda: run(q, k, v, block_mask=mask, enable_gqa=self.row.group > 1)]
 
 
+def has_flex(row: Row) -> bool:
+    """Whether a dense row has a column for FlexAttention."""
+    return row.causal and row.head_dim == 128 and row.seq_lens[0] in FLEX_LENGTHS
+
+
 def _prefill(row: Row, ours: tuple[str, ...]) -> Columns:
     x = DenseInputs(row)
     q, k, v = x.qkv
@@ -143,7 +153,7 @@ def _prefill(row: Row, ours: tuple[str, ...]) -> Columns:
         columns[name] = lambda backend=backend: [lambda: _sdpa(backend, *heads_first, row.causal)]
     for name in (FA2, FA3, FA4):
         columns[name] = lambda name=name: [_flash_attn(name, q, k, v, row.causal)]
-    if row.causal and row.head_dim == 128 and row.seq_lens[0] in FLEX_LENGTHS:
+    if has_flex(row):
         columns[FLEX] = x.flex
     return columns
 
@@ -364,7 +374,7 @@ def _shared_prefix(row: Row, ours: tuple[str, ...]) -> Columns:
 def _write_pages(row: Row, ours: tuple[str, ...]) -> Columns:
     assert row.page_size is not None
     tokens, size = sum(row.query_lens), row.page_size
-    x = PagedInputs(Row(row.table, row.label, (1,), (max(tokens, 4096),), page_size=size, kv_dtype=row.kv_dtype), 1)
+    x = PagedInputs(replace(row, query_lens=(1,), seq_lens=(max(tokens, 4096),)), 1)
     new = [tuple(_random(tokens, row.kv_heads, row.head_dim) for _ in range(2)) for _ in range(4)]
     slots = torch.randperm(x.k_pages.shape[0] * size, device=DEVICE)[:tokens]
     page, slot = slots // size, slots % size

@@ -160,7 +160,8 @@ def _verify() -> Iterable[Row]:
 def _write_pages() -> Iterable[Row]:
     for kv_dtype in ("bfloat16", "fp8", "int8"):
         for tokens in (1, 32, 256, 8192):
-            label = f"{tokens:,} tokens, {'BF16' if kv_dtype == 'bfloat16' else kv_dtype.upper()} pages"
+            dtype = "BF16" if kv_dtype == "bfloat16" else kv_dtype.upper()
+            label = f"{tokens:,} token{'s' * (tokens > 1)}, {dtype} pages"
             quick = tokens == 256 and kv_dtype == "bfloat16"
             lens = (tokens,)
             yield Row("write_pages", label, lens, lens, page_size=16, kv_dtype=kv_dtype, quick=quick)
@@ -232,6 +233,8 @@ def table(report: dict[str, Any], name: str) -> str:
     lead = next((c for c in (OURS, PORTABLE) if c in columns), None)
     ceiling = report["ceilings"].get("matmul" if name in FLOPS_TABLES else "copy")
     extra = [] if name == "shared_prefix" else ["over the best peer", f"of the {_rate_name(name)} rate"]
+    if name == "paged":
+        extra.append("of our dense rate")
     if name == "decode":
         extra.append("times faster than BF16 pages")
     if name == "shared_prefix":
@@ -249,6 +252,9 @@ def table(report: dict[str, Any], name: str) -> str:
             cells.append(_ratio(min(peers, default=None), ours))
             known = ours is not None and isinstance(ceiling, float)
             cells.append(f"{rate(name, row, ours) / ceiling:.0%}" if known else "")
+        if name == "paged":
+            dense = _us(row, DENSE)
+            cells.append(f"{dense / ours:.0%}" if dense and ours else "")
         if name == "decode":
             quantised = row["kv_dtype"] != "bfloat16"
             cells.append(_ratio(bf16.get(tuple(row["seq_lens"])), ours) if quantised else "")

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from .bench_kernels_calls import COMPILED_PEERS, FLEX_LENGTHS, MAKERS, Call, columns_of
-from .bench_kernels_rows import DENSE, FA4, FLASHINFER, FLEX, OURS, PORTABLE, Row
+from .bench_kernels_calls import COMPILED_PEERS, MAKERS, Call, columns_of, has_flex
+from .bench_kernels_rows import DENSE, FA4, FLEX, OURS, Row
 
 OUTSIDE_A_GRAPH = ("prefill", "backward")
 SPLIT_TABLES = ("decode", "verify")
@@ -94,30 +94,31 @@ def _median_us(call: Call, rep: int) -> float:
 
 
 def compile_key(row: Row, column: str) -> tuple[Any, ...]:
-    """Rows of one key run the same compiled kernels, but for what depends on the exact shape."""
+    """Rows of one key run the same compiled kernels."""
     query_len = max(row.query_lens)
+    # Peers compile for what they like: for some every shape is another.
     shape = row.seq_lens if column in (FLEX, FA4) else ()
     return (
         MAKERS[row.table], column, row.head_dim, row.causal, row.group, row.page_size, row.kv_dtype,
-        query_len if query_len <= 16 else query_len > 8192, len(row.seq_lens) == 1, shape,
+        query_len if query_len <= 16 else query_len > 8192 and row.head_dim == 64, shape,
     )  # fmt: skip
 
 
+def compiled_columns(row: Row, peers: set[str], ours: tuple[str, ...]) -> set[str]:
+    """Columns of a row that compile when they are first called."""
+    columns = {OURS} if row.table in ("write_pages", "backward", "shared_prefix") else set(ours)
+    if row.table == "paged":
+        columns.add(DENSE)
+    return columns | {name for name, tables in COMPILED_PEERS.items() if name in peers and row.table in tables}
+
+
 def compile_jobs(rows: list[Row], peers: set[str], ours: tuple[str, ...]) -> list[tuple[Row, str]]:
-    """``(row, column)`` of everything that compiles when first called, each kernel once, the slowest peers first."""
+    """``(row, column)`` of everything that compiles when first called, each once and small, the slowest peers first."""
     found: dict[tuple[Any, ...], tuple[Row, str]] = {}
     for row in sorted(rows, key=lambda row: (sum(row.seq_lens), row.label)):
-        wanted = {name for name in COMPILED_PEERS if name in peers} | set(ours)
-        if FLEX in wanted and not (
-            row.table == "prefill" and row.causal and row.head_dim == 128 and row.seq_lens[0] in FLEX_LENGTHS
-        ):
-            wanted.discard(FLEX)
-        if row.table == "paged":
-            wanted.add(DENSE)
-        if row.table in ("write_pages", "backward", "shared_prefix"):
-            wanted = (wanted - {PORTABLE, FLASHINFER}) | {OURS}
-        for column in wanted:
-            found.setdefault(compile_key(row, column), (row, column))
+        for column in sorted(compiled_columns(row, peers, ours)):
+            if column != FLEX or has_flex(row):
+                found.setdefault(compile_key(row, column), (row, column))
     return sorted(found.values(), key=lambda job: job[1] not in COMPILED_PEERS)
 
 
@@ -175,4 +176,7 @@ def compile_all(
             if failed is not None:
                 bad[compile_key(row, column)] = failed
             done(i + 1, len(jobs))
+        # What is timed next shares the card with nobody.
+        pool.terminate()
+        pool.join()
     return {key: why for key, why in bad.items() if key[1] in COMPILED_PEERS}

@@ -31,7 +31,9 @@ class EngineConfig:
             so nobody waits forever behind later ones.
         self_check: compare a few short prompts with the model's own forward before serving.
         trace_steps: steps that :meth:`Engine.trace` remembers.
-        cuda_graphs, compile, batch_invariant: not available yet; must be False.
+        cuda_graphs: decode steps are captured as CUDA graphs, one for each bucket of batch sizes. None: where that is
+            possible; True: an engine that cannot is refused; False: never.
+        compile, batch_invariant: not available yet; must be False.
 
     Raises:
         ValueError, TypeError: an option is not one of those accepted.
@@ -50,7 +52,7 @@ class EngineConfig:
     ageing_s: float = 60.0
     self_check: bool = True
     trace_steps: int = 100_000
-    cuda_graphs: bool = False
+    cuda_graphs: bool | None = None
     compile: bool = False
     batch_invariant: bool = False
 
@@ -79,10 +81,12 @@ class EngineConfig:
             _check_number(name, value)
             if value < 0 or (name == "ageing_s" and value == 0):
                 raise ValueError(f"{name} must be {'above' if name == 'ageing_s' else 'at least'} 0, got {value!r}.")
-        for name in ("prefix_caching", "self_check", "cuda_graphs", "compile", "batch_invariant"):
+        for name in ("prefix_caching", "self_check", "compile", "batch_invariant"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
-        for name in ("cuda_graphs", "compile", "batch_invariant"):
+        if self.cuda_graphs is not None and not isinstance(self.cuda_graphs, bool):
+            raise TypeError(f"cuda_graphs must be None, True or False, got {self.cuda_graphs!r}.")
+        for name in ("compile", "batch_invariant"):
             if getattr(self, name):
                 raise ValueError(f"{name}=True is not available yet: leave it False.")
 

@@ -4,11 +4,13 @@
     launch()    device: forward, choice of tokens; nothing is waited for
     collect()   host: tokens into histories, who has ended
 
-A step may be planned before the one ahead of it is collected, as far as it needs none of its tokens on the host.
+A step may be planned and launched before the one ahead of it is collected, as far as it needs none of its tokens on the
+host. Rows that end with a token that was on its way compute one token too many, which is dropped.
 """
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +21,7 @@ from ..cache import KV_DTYPES
 from ..paging import GONE, PagePool
 from .beam_search import BeamSearch
 from .config import EngineConfig
+from .decode_graphs import Capture, DecodeGraphs, reason_against
 from .engine_cache import EngineCache
 from .logprobs import prompt_logprobs
 from .memory import split_pages
@@ -29,6 +32,7 @@ from .selection import Selection, TokenSelector, invalid_scores_error
 from .slot_pages import SlotPages
 from .slots import Slots
 from .step_inputs import SlotTables
+from .transfers import Arrival, send
 
 
 @dataclass(slots=True)
@@ -38,7 +42,10 @@ class Launched:
     Attributes:
         work: its rows.
         slots: int64 ``[n]`` on the host: rows whose tokens ``selection`` has.
+        generation: int64 ``[n]``, of these slots: tokens of rows that have left meanwhile are dropped.
         selection: their tokens, None where there are none.
+        tokens: the same on their way to the host.
+        firsts: requests whose first token this is.
         drafted: rows whose candidates are verified, with their logits ``[candidates + 1, vocab]``.
         beams: rows of beam searches, with their logits ``[1, vocab]``.
         prompts: rows whose prompt's log-probabilities were asked for: row, first token computed, logits.
@@ -47,6 +54,9 @@ class Launched:
     work: StepWork
     slots: np.ndarray
     selection: Selection | None
+    generation: np.ndarray | None = None
+    tokens: Arrival | None = None
+    firsts: list[Request] = field(default_factory=list)
     drafted: list[tuple[Row, torch.Tensor]] = field(default_factory=list)
     beams: dict[Request, list[tuple[Row, torch.Tensor]]] = field(default_factory=dict)
     prompts: list[tuple[Row, int, torch.Tensor]] = field(default_factory=list)
@@ -81,6 +91,7 @@ class EngineCore:
 
     Attributes:
         finished: requests that have ended since the caller last emptied it.
+        runs_ahead: a step may be launched before the tokens of the one ahead of it are on the host.
     """
 
     def __init__(
@@ -125,7 +136,25 @@ class EngineCore:
         )
         self.swap_left = int(config.swap_space_gib * 2**30)
         self.wants_prompt = np.zeros(num_slots, dtype=bool)
+        # On a CPU there is nothing to hide: a step has run when it was launched.
+        self.runs_ahead = not on_host and not self.cache.has_states
         self.finished: list[Request] = []
+
+    def use_graphs(self, capture: Capture | None = None) -> str | None:
+        """Capture decode steps from now on, with ``capture`` (None: as CUDA graphs); returns the reason why not."""
+        reason = None if capture is not None else reason_against(self.model, self.device)
+        if self.cache.has_states:
+            reason = "the model keeps recurrent states"
+        if self.runner.needs_lengths:
+            reason = "the model computes keys behind the cache"
+        if reason is None:
+            graphs = DecodeGraphs(self.runner.static_decode, self.slots.num_slots, self.device, capture)
+            self.runner.use_graphs(graphs)
+        return reason
+
+    def on_device(self) -> AbstractContextManager:
+        """Make the model's device current: events, graphs and streams are those of the current one."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     # Slots come and go
 
@@ -159,7 +188,9 @@ class EngineCore:
                 copies[index] = host.copy_(raw, non_blocking=True)
             layers.append(copies)
         self.swap_left -= num_bytes
-        return SwappedRow(int(self.slots.computed[slot]), held, layers, num_bytes)
+        # The token of a step on its way is lost: its row computes the last one that is known again.
+        computed = min(int(self.slots.computed[slot]), int(self.slots.length[slot]) - 1)
+        return SwappedRow(computed, held, layers, num_bytes)
 
     def _swap_in(self, row: Row) -> bool:
         swapped: SwappedRow = row.swapped
@@ -192,15 +223,29 @@ class EngineCore:
 
     # Steps
 
-    def plan(self) -> StepWork | None:
-        """The next step, or None; requests that cannot go on are ended."""
-        work = self.scheduler.schedule()
+    def plan(self, is_ahead: bool = False) -> StepWork | None:
+        """The next step, or None; requests that cannot go on are ended.
+
+        Args:
+            is_ahead: the tokens of the step before are on their way: None may mean to wait for them.
+        """
+        work = self.scheduler.schedule(may_give_up=not is_ahead)
         while self.scheduler.impossible:
             request, error = self.scheduler.impossible.pop()
             self.end(request, "error", error)
             if work is None:
-                work = self.scheduler.schedule()
+                work = self.scheduler.schedule(may_give_up=not is_ahead)
         return work
+
+    def can_plan_ahead(self) -> bool:
+        """Whether the next step needs none of the tokens that are on their way."""
+        return not self.slots.draft.any()
+
+    def can_wait(self, launched: Launched) -> bool:
+        """Whether the next step may be launched before this one is collected."""
+        if not self.runs_ahead or launched.drafted or launched.beams or launched.prompts:
+            return False
+        return not self.slots.watched[launched.slots].any() and not self.selector.needs_host(launched.slots)
 
     def run(self, work: StepWork) -> StepLogits:
         """The forward of a step."""
@@ -218,6 +263,8 @@ class EngineCore:
         """Choose the tokens of a step whose forward has been queued."""
         slots, logits = self.slots, result.logits
         starts = slots.computed[work.slots]
+        prompts = work.slots[work.num_decode :][work.samples[work.num_decode :]]
+        firsts = [request for request in (slots.row(slot).request for slot in prompts) if request.first_token is None]
         forks = self.scheduler.launched(work)
         for leader, others in forks:
             if self.cache.has_states and others:
@@ -226,7 +273,7 @@ class EngineCore:
         chosen = work.slots[sampled]
         index = result.last[sampled] - 1
         together = slots.is_row[chosen]
-        launched = Launched(work, chosen, None)
+        launched = Launched(work, chosen, None, firsts=firsts)
         if not together.all():
             for i in sampled[~together].tolist():
                 row = slots.row(work.slots[i])
@@ -251,29 +298,53 @@ class EngineCore:
             launched.prompts.append((row, int(starts[i]), logits[result.first[i] : result.last[i]]))
         launched.slots = chosen
         if len(chosen):
-            if len(index) != logits.shape[0] or not np.array_equal(index, np.arange(len(index))):
-                logits = logits[torch.from_numpy(index).to(logits.device)]
-            launched.selection = self.selector.select(logits, chosen, slots.history, slots.length)
-            ids = launched.selection.token_ids
-            self.tables.last_token[torch.from_numpy(chosen).to(self.device)] = ids.clamp(min=0).to(self.device)
+            launched.generation = slots.generation[chosen]
+            self._select(launched, logits, index, result.largest)
         return launched
 
-    def collect(self, launched: Launched) -> None:
-        """Take the tokens of a step; requests that end are put in ``finished``."""
+    def _select(
+        self, launched: Launched, logits: torch.Tensor, index: np.ndarray, largest: torch.Tensor | None
+    ) -> None:
+        """Choose the tokens of ``launched.slots`` from ``logits[index]``, and let the rows go on from them."""
+        host, chosen = self.slots, launched.slots
+        is_all = len(index) == logits.shape[0] and np.array_equal(index, np.arange(len(index)))
+        if largest is not None and is_all and self.selector.is_greedy(chosen):
+            launched.selection = Selection(largest)
+        else:
+            if not is_all:
+                logits = logits[send(index, logits.device)]
+            # A row's tokens may be on their way, but how many it has is known: all of them have been computed.
+            launched.selection = self.selector.select(logits, chosen, host.history, host.computed)
+            self.tables.put_tokens(chosen, launched.selection.token_ids)
+        launched.tokens = Arrival(launched.selection.token_ids)
+        host.decoding[chosen] = host.computed[chosen] + 1 < host.max_length[chosen]
+
+    def collect(self, launched: Launched) -> int:
+        """Take the tokens of a step; requests that end are put in ``finished``.
+
+        Returns:
+            How many tokens were dropped, because their rows have left.
+        """
+        tokens = None if launched.tokens is None else launched.tokens.wait()
         now = self.clock()
-        for slot in launched.work.slots[launched.work.num_decode :][launched.work.samples[launched.work.num_decode :]]:
-            request = self.slots.row(slot).request
+        for request in launched.firsts:
             request.first_token = now if request.first_token is None else request.first_token
         for row, start, logits in launched.prompts:
             self._take_prompt_logprobs(row, start, logits)
-        if launched.selection is not None:
-            self._take_tokens(launched.slots, launched.selection)
+        dropped = 0
+        if tokens is not None and launched.selection is not None:
+            slots = launched.slots
+            is_there = self.slots.generation[slots] == launched.generation
+            dropped = len(slots) - int(is_there.sum())
+            if len(slots) > dropped:
+                self._take_tokens(slots[is_there], tokens[is_there], launched.selection)
         for row, logits in launched.drafted:
             self._guarded(row.request, self._verify, row, logits)
         for request, rows in launched.beams.items():
             if request.state is State.RUNNING:
                 rows.sort(key=lambda entry: entry[0].index)
                 self._guarded(request, self._step_beams, request, torch.cat([logits for _, logits in rows]))
+        return dropped
 
     def _guarded(self, request: Request, function: Callable[..., None], *args: Any) -> None:
         """Whatever a request's own code raises ends that request alone."""
@@ -282,9 +353,8 @@ class EngineCore:
         except Exception as error:
             self.end(request, "error", error)
 
-    def _take_tokens(self, slots: np.ndarray, selection: Selection) -> None:
+    def _take_tokens(self, slots: np.ndarray, ids: np.ndarray, selection: Selection) -> None:
         """One token for each of ``slots``."""
-        ids = selection.token_ids.cpu().numpy()
         errors: dict[int, Exception] = dict(selection.errors)
         for slot in slots[ids < 0].tolist():
             errors.setdefault(slot, invalid_scores_error(slot))
@@ -298,7 +368,6 @@ class EngineCore:
         host.history[slots, lengths] = ids
         lengths = lengths + 1
         host.length[slots] = lengths
-        host.decoding[slots] = True
         if selection.logprobs:
             for slot, logprobs in selection.logprobs.items():
                 if host.rows[slot] is not None:

@@ -46,7 +46,8 @@ def plan_groups(
     """
     bounds, lengths = cu_seqlens_q.tolist(), seq_lens.tolist()
     counts = [last - first for first, last in pairwise(bounds)]
-    decode = sorted((row for row, count in enumerate(counts) if count == 1), key=lengths.__getitem__)
+    # A row without tokens only fills up a batch.
+    decode = sorted((row for row, count in enumerate(counts) if count == 1 and lengths[row]), key=lengths.__getitem__)
     groups = [decode[i : i + ROWS_TOGETHER] for i in range(0, len(decode), ROWS_TOGETHER)]
     groups += [[row] for row, count in enumerate(counts) if count > 1]
     return [_group(page_table, lengths, bounds, rows, counts[rows[0]], page_size, left) for rows in groups]
@@ -77,7 +78,7 @@ def _group(
 def attend_groups(query: torch.Tensor, pages: LayerPages, groups: list[RowGroup], scale: float) -> torch.Tensor:
     """Attention of packed queries ``[T, Hq, D]``: ``[T, Hq, Dv]``."""
     num_kv_heads, page_size = pages.k.shape[1:3]
-    out = query.new_empty(*query.shape[:2], pages.v.shape[3])
+    out = query.new_zeros(*query.shape[:2], pages.v.shape[3])
     for group in groups:
         num_rows, query_len = group.queries.shape
         keys, values = (

@@ -87,7 +87,7 @@ class DecodeGraphs:
         return logits[: len(slots)], tokens[: len(slots)]
 
     def warm_up(self, sizes: Iterable[int] | None = None, progress: bool = False) -> None:
-        """Capture the buckets of these batch sizes (None: all of them), the largest first: the others use its memory."""
+        """Capture the buckets of these batch sizes (None: all), the largest first: the others use its memory."""
         wanted = {self._size_for(size) for size in (self.sizes if sizes is None else sizes)} - self._replays.keys()
         for bucket in tqdm(sorted(wanted, reverse=True), desc="capturing decode steps", disable=not progress):
             if not self._make(bucket):
@@ -194,9 +194,9 @@ class RefuseHostReads(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in self.NAMES and any(isinstance(x, torch.Tensor) and not _on_host(x) for x in args):
             raise CaptureError(f"the model reads values back to the host ({name})")
-        if name.startswith("index") and len(args) > 1 and isinstance(args[1], Sequence):
-            if any(isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8) for x in args[1]):
-                raise CaptureError(f"the model indexes with a mask ({name})")
+        index = args[1] if name.startswith("index") and len(args) > 1 and isinstance(args[1], Sequence) else ()
+        if any(isinstance(x, torch.Tensor) and x.dtype in (torch.bool, torch.uint8) for x in index):
+            raise CaptureError(f"the model indexes with a mask ({name})")
         out = func(*args, **(kwargs or {}))
         if name in ("_to_copy", "copy_") and args and isinstance(out, torch.Tensor):
             source = args[1] if name == "copy_" else args[0]

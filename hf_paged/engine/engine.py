@@ -26,7 +26,7 @@ from transformers.utils.logging import tqdm
 from ..errors import RequestError, UnsupportedModelError
 from ..transformers_internals import attention_of
 from .config import EngineConfig
-from .core import EngineCore
+from .core import EngineCore, Launched
 from .handle import RequestHandle
 from .memory import choose_num_pages, model_length
 from .request import Request, RequestOutput, Row
@@ -121,6 +121,7 @@ class Engine:
         self._stop: str | None = None
         self._closed = self._in_step = self._paused = self._asleep = False
         self._broken: BaseException | None = None
+        self._pending: Launched | None = None
         self._steps = self._new_tokens = self._prompt_tokens = 0
         self._busy_s = 0.0
         self._finished: dict[str, int] = {}
@@ -143,6 +144,10 @@ class Engine:
                     num_pages = choose_num_pages(learned.page_bytes, config.memory_fraction, most)
                 core = EngineCore(model, config, num_pages, self.max_model_len)
                 core.runner.needs_lengths = learned.needs_lengths
+                if config.cuda_graphs is not False:
+                    reason = core.use_graphs()
+                    if reason is not None and config.cuda_graphs:
+                        raise ValueError(f"cuda_graphs=True cannot be: {reason}. Leave it None.")
                 return core
             except BaseException:
                 self._attention.restore()
@@ -434,7 +439,7 @@ class Engine:
                 raise RequestError("a step cannot run inside another: do not wait for results in a logits processor.")
             self._in_step = True
             try:
-                with torch.no_grad():
+                with torch.no_grad(), self._core.on_device():
                     return self._step()
             except Exception as error:
                 # Not a request's fault: the books cannot be trusted any more. Nobody shall wait forever.
@@ -453,19 +458,28 @@ class Engine:
         if self._paused or self._closed:
             self._publish()
             return False
-        work = core.plan()
+        if not core.can_plan_ahead():
+            self._collect_pending()
+        work = core.plan(is_ahead=self._pending is not None)
         if work is None:
+            moved = self._collect_pending()
             self._publish()
-            return False
+            return moved
         num_tokens, num_sampled = work.num_tokens, int(work.samples.sum())
         forward_s = 0.0
         try:
             result = core.run(work)
             forward_s = clock() - start
-            core.collect(core.launch(work, result))
+            launched = core.launch(work, result)
+            self._collect_pending()
+            self._pending = launched
+            if not core.can_wait(launched):
+                self._collect_pending()
         except Exception as error:
+            self._collect_pending()
             core.fail(work, error)
         except BaseException as error:
+            self._collect_pending()
             core.fail(work, error)
             self._publish()
             raise
@@ -476,6 +490,21 @@ class Engine:
         self._busy_s += duration
         self._record(work, start, duration, forward_s, num_tokens)
         self._publish()
+        return True
+
+    def _collect_pending(self) -> bool:
+        """Take the tokens of the step that is on its way; returns whether there was one."""
+        launched, self._pending = self._pending, None
+        if launched is None:
+            return False
+        try:
+            self._new_tokens -= self._core.collect(launched)
+        except Exception as error:
+            self._core.fail(launched.work, error)
+        except BaseException as error:
+            self._core.fail(launched.work, error)
+            self._publish()
+            raise
         return True
 
     def _record(self, work: Any, start: float, duration: float, forward_s: float, num_tokens: int) -> None:
@@ -501,6 +530,8 @@ class Engine:
         with self._changed:
             incoming, self._incoming = self._incoming, []
             cancels, self._cancels = self._cancels, []
+        if incoming:
+            self._core.runner.check_weights()
         for request in incoming:
             self._core.scheduler.add(request)
             if request.deadline is not None:
@@ -597,6 +628,8 @@ class Engine:
             if self._closed:
                 return
             self._closed = True
+        self._collect_pending()
+        self._core.runner.drop_graphs()
         self._intake()
         for request in list(self._unfinished.values()):
             self._core.end(request, reason)
@@ -617,6 +650,7 @@ class Engine:
         """Stop once the running step has ended; requests keep their pages, the model gets its attention back."""
         with self._drive:
             self._check_open()
+            self._settle()
             self._paused = True
             self._attention.restore()
 
@@ -628,14 +662,41 @@ class Engine:
                 raise RequestError("the engine sleeps: call wake().")
             if self._paused:
                 self._attention.use_paged()
+                self._core.runner.drop_graphs()  # Modules may be others than before.
                 self._paused = False
         with self._changed:
             self._wake_loop()
+
+    def warm_up(self, batch_sizes: Sequence[int] | None = None, *, progress: bool = False) -> int:
+        """Capture the decode steps of these batch sizes (None: of all up to ``max_num_seqs``) before they are needed.
+
+        Returns:
+            CUDA graphs that the engine now has; 0 where it captures none.
+        """
+        sizes = None if batch_sizes is None else list(batch_sizes)
+        for size in sizes or ():
+            if not 1 <= size <= self.config.max_num_seqs:
+                raise ValueError(f"batch_sizes must be 1 to {self.config.max_num_seqs} (max_num_seqs), got {size!r}.")
+        with self._drive, torch.no_grad(), self._core.on_device():
+            self._check_open()
+            if self._paused:
+                raise RequestError("the engine is paused: call resume().")
+            graphs = self._core.runner.graphs
+            if graphs is None:
+                return 0
+            graphs.warm_up(sizes, progress)
+            return len(graphs)
+
+    def _settle(self) -> None:
+        """Have nothing on its way, and nothing captured that rests on modules and pages as they are now."""
+        self._collect_pending()
+        self._core.runner.drop_graphs()
 
     def refresh_weights(self) -> None:
         """Say that the weights have changed: prefixes are dropped, running requests compute their tokens again."""
         with self._drive:
             self._check_open()
+            self._settle()
             self._core.preempt_all(allow_swap=False)
             self._core.drop_prefixes()
 

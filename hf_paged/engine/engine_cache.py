@@ -70,6 +70,7 @@ class EngineLayer(CacheLayerMixin):
         out, _ = paged_attention_op(
             query, pages.k, pages.v, step.groups[self.number].page_table, step.seq_lens, step.cu_seqlens_q,
             step.max_query_len, left, right, softcap, sinks, scale, pages.k_scale, pages.v_scale,
+            step.split_plan(self.number, pages.k.shape[2], left),
         )  # fmt: skip
         return out
 

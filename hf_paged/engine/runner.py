@@ -6,11 +6,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from hf_paged_kernels.sampling_reference import choose_tokens
+from transformers.utils import logging
 
+from .decode_graphs import DecodeGraphs, LiveModel
 from .engine_cache import EngineCache
 from .scheduler import StepWork
 from .slots import Slots
 from .step_inputs import SlotTables, StepInputs
+from .transfers import send
+
+logger = logging.get_logger(__name__)
 
 
 @dataclass(slots=True)
@@ -20,11 +26,14 @@ class StepLogits:
     Attributes:
         logits: ``[num, vocab]``.
         first, last: int ``[num_rows]`` on the host: row i has ``logits[first[i]:last[i]]``, of its last tokens.
+        largest: int64 ``[num_rows]``, the token with the largest logit of each row, -1 where a logit is NaN; it is
+            noted as the row's last token already. None: not computed.
     """
 
     logits: torch.Tensor
     first: np.ndarray
     last: np.ndarray
+    largest: torch.Tensor | None = None
 
 
 class Runner:
@@ -35,7 +44,13 @@ class Runner:
         cache: where its keys, values and states live.
         slots: sequences, on the host.
         tables: the same on the device.
+
+    Attributes:
+        graphs: decode steps captured as CUDA graphs, None: none are.
     """
+
+    graphs: DecodeGraphs | None = None
+    _live: LiveModel | None = None
 
     def __init__(self, model: Any, cache: EngineCache, slots: Slots, tables: SlotTables) -> None:
         self.model, self.cache, self.slots, self.tables = model, cache, slots, tables
@@ -53,11 +68,62 @@ class Runner:
         self.tables.sync()
         ends = num_logits.cumsum()
         if self.cache.has_states:
-            logits = self._run_with_states(work, num_logits)
-        else:
-            inputs = self.tables.inputs(work)
-            logits = self.forward(inputs, self._index(work.counts, num_logits))[0]
-        return StepLogits(logits, ends - num_logits, ends)
+            return StepLogits(self._run_with_states(work, num_logits), ends - num_logits, ends)
+        decoded = self._run_graph(work)
+        if decoded is None:
+            logits = self._run_packed(work, num_logits)
+            return StepLogits(logits, ends - num_logits, ends)
+        logits, largest = decoded
+        if len(largest) == len(work.slots):
+            return StepLogits(logits, ends - num_logits, ends, largest)
+        # Prompts in a launch of their own: decode rows keep the kernels of short queries.
+        n = len(largest)
+        chunks = StepWork(work.slots[n:], work.counts[n:], 0, work.samples[n:])
+        more = self._run_packed(chunks, num_logits[n:])
+        return StepLogits(torch.cat([logits, more]) if len(more) else logits, ends - num_logits, ends)
+
+    def _run_packed(self, work: StepWork, num_logits: np.ndarray) -> torch.Tensor:
+        return self.forward(self.tables.inputs(work), self._index(work.counts, num_logits))[0]
+
+    # Graphs
+
+    def use_graphs(self, graphs: DecodeGraphs) -> None:
+        """Run decode steps through ``graphs`` of :meth:`static_decode` from now on."""
+        self.graphs, self._live = graphs, LiveModel(self.model)
+
+    def static_decode(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """A decode step over the tables by slot: logits ``[n, vocab]``, and the token of each row's largest."""
+        logits = self.forward(self.tables.static_inputs(slots), None)[0]
+        largest = choose_tokens(logits)
+        self.tables.last_token[slots] = largest.clamp(min=0)
+        return logits, largest
+
+    def drop_graphs(self) -> None:
+        """Forget what was captured: pages or modules are about to change."""
+        if self.graphs is not None:
+            self.graphs.drop()
+            self._live = LiveModel(self.model)
+
+    def check_weights(self) -> None:
+        """Forget what was captured if a weight was moved since."""
+        if self._live is not None and self.graphs and self._live.has_moved():
+            self.drop_graphs()
+
+    def _run_graph(self, work: StepWork) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The decode rows of a step; None: nothing was run."""
+        n = work.num_decode
+        if self.graphs is None or self._live is None or not n or int(work.counts[:n].max()) > 1:
+            return None
+        if self.needs_lengths or self.graphs.failure is not None:
+            return None
+        if self._live.has_hooks():
+            logger.warning_once(
+                "decode steps run without CUDA graphs while a module of the model has forward hooks: a graph would not "
+                "call them."
+            )
+            return None
+        self.tables.refresh(work.slots[:n])
+        return self.graphs.run(work.slots[:n])
 
     def _run_with_states(self, work: StepWork, num_logits: np.ndarray) -> torch.Tensor:
         """Decode rows as a batch ``[B, 1]``, each prompt by itself: states have no packed form."""
@@ -96,15 +162,16 @@ class Runner:
                 "cu_seq_lens_q": inputs.cu_seqlens_q, "cu_seq_lens_k": bounds, "max_length_q": inputs.max_query_len,
                 "max_length_k": inputs.longest,
             }  # fmt: skip
-        keep = None if index is None else torch.from_numpy(index).to(inputs.input_ids.device)
-        if keep is not None and self.takes_logits_to_keep and len(keep):
-            kwargs["logits_to_keep"] = keep
+        keep = None if index is None else send(index, inputs.input_ids.device)
+        if keep is not None and self.takes_logits_to_keep:
+            # None at all: those of one token are the fewest that every model can give.
+            kwargs["logits_to_keep"] = keep if len(keep) else 1
         self.cache.step = inputs
         out = self.model(
             input_ids=inputs.input_ids, position_ids=inputs.position_ids, past_key_values=self.cache, use_cache=True,
             return_dict=True, **kwargs,
         )  # fmt: skip
         logits = out.logits
-        if keep is not None and "logits_to_keep" not in kwargs:
-            logits = logits[:, keep]
-        return logits
+        if keep is not None and not len(keep):
+            return logits[:, :0]
+        return logits if keep is None or self.takes_logits_to_keep else logits[:, keep]

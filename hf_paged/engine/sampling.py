@@ -7,6 +7,7 @@ import torch
 from hf_paged_kernels.sampling_reference import choose_tokens, gumbel_noise, warp_logits
 
 from .token_rules import Sampling, TokenRules
+from .transfers import send
 
 FIELDS: dict[str, tuple[Any, float]] = {
     "do_sample": (np.bool_, False),
@@ -65,7 +66,7 @@ class SlotSampling:
             return self._draw(logits.float(), slots, positions)
         token_ids = torch.empty(len(slots), dtype=torch.int64, device=logits.device)
         for rows, drawn in ((np.flatnonzero(is_sampled), True), (np.flatnonzero(~is_sampled), False)):
-            index = torch.from_numpy(rows).to(logits.device)
+            index = send(rows, logits.device)
             chosen = (
                 self._draw(logits[index].float(), slots[rows], positions[rows])
                 if drawn
@@ -104,4 +105,4 @@ class SlotSampling:
         return self._to_device(self.values[name][slots])
 
     def _to_device(self, values: np.ndarray) -> torch.Tensor:
-        return torch.from_numpy(np.ascontiguousarray(values)).to(self.device, non_blocking=True)
+        return send(values, self.device)

@@ -137,10 +137,13 @@ class Scheduler:
 
     # A step
 
-    def schedule(self) -> StepWork | None:
+    def schedule(self, may_give_up: bool = True) -> StepWork | None:
         """Plan a step and take its pages; None when there is nothing to compute.
 
         Requests that turn out impossible are put in ``impossible``; they hold their pages until removed.
+
+        Args:
+            may_give_up: False: rows may be about to end, so that nobody is impossible for the want of their pages.
         """
         decode = self._plan_decode()
         budget = self.max_batch_tokens - int((1 + self.slots.draft[decode]).sum())
@@ -159,7 +162,7 @@ class Scheduler:
             # What was preempted for a chunk is out of the step, whoever has its slot now.
             decode = decode[~np.isin(decode, self._vacated)]
         if not len(decode) and not chunks:
-            if self.prefilling:
+            if self.prefilling and may_give_up:
                 self._give_up(min(self.running, key=lambda r: r.key))
             return None
         slots = np.concatenate([decode, np.array([row.slot for row in chunks], dtype=np.int64)])

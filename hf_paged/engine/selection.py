@@ -11,6 +11,7 @@ from .logprobs import TokenLogprobs, token_logprobs
 from .sampling import SlotSampling
 from .stopping import history_tensor, is_stopped
 from .token_rules import TokenRules
+from .transfers import send
 
 __all__ = ["INVALID_TOKEN", "Selection", "TokenRules", "TokenSelector", "invalid_scores_error"]
 
@@ -92,7 +93,8 @@ class TokenSelector:
             logits: ``[num_rows, vocab]`` on the device, any float dtype, not written.
             slots: ``[num_rows]`` int, admitted.
             history: ``[num_slots, capacity]`` int64.
-            lengths: ``[num_slots]`` int, tokens in the history.
+            lengths: ``[num_slots]`` int: index of the new token. That is the number of tokens in the history, or more
+                for plain rows whose last tokens are on their way.
         """
         slots = np.asarray(slots)
         positions = lengths[slots].astype(np.int64, copy=False)
@@ -104,7 +106,7 @@ class TokenSelector:
             token_ids = torch.full((len(slots),), INVALID_TOKEN, dtype=torch.int64, device=logits.device)
             rows = np.flatnonzero(is_plain)
             if rows.size:
-                index = torch.from_numpy(rows).to(logits.device)
+                index = send(rows, logits.device)
                 token_ids[index] = self.sampling.choose(logits[index], slots[rows], positions[rows])
             for i in np.flatnonzero(~is_plain).tolist():
                 slot = int(slots[i])
@@ -113,6 +115,15 @@ class TokenSelector:
                 except Exception as error:  # whatever a request's own code raises ends that request alone
                     errors[slot] = error
         return Selection(token_ids, self._logprobs(logits, slots, token_ids), errors)
+
+    def is_greedy(self, slots: np.ndarray) -> bool:
+        """Whether each of these rows takes the largest logit, and reports nothing but its token."""
+        is_plain = self.is_plain[slots] & ~self.has_logprobs[slots] & ~self.sampling.values["do_sample"][slots]
+        return bool(is_plain.all())
+
+    def needs_host(self, slots: np.ndarray) -> bool:
+        """Whether the next token of one of these rows is chosen, or reported, on the host."""
+        return not bool((self.is_plain[slots] & ~self.has_logprobs[slots]).all())
 
     def stopped(
         self, slots: np.ndarray, history: np.ndarray, lengths: np.ndarray

@@ -11,7 +11,8 @@ class SlotTable(SequenceTable):
     """The pages of every slot in the layers that share a sliding window.
 
     Attributes:
-        rows: int32 ``[num_slots, width]``, the page table; what is behind a sequence's pages has no meaning.
+        rows: int32 ``[num_slots + 1, width]``, the page table; what is behind a sequence's pages has no meaning. The
+            last row is nobody's.
         changed: slots and columns of ``rows`` written since the last :meth:`take_changes`.
         first_held: per slot, the first page that was not given back.
     """
@@ -19,7 +20,7 @@ class SlotTable(SequenceTable):
     def __init__(self, group: PageGroup, num_slots: int, width: int, track_changes: bool) -> None:
         super().__init__(group.allocator, group.pool.page_size, num_slots)
         self.group, self.window = group, group.window
-        self.rows = np.zeros((num_slots, width), dtype=np.int32)
+        self.rows = np.zeros((num_slots + 1, width), dtype=np.int32)
         self.first_held = [0] * num_slots
         self.changed: list[tuple[np.ndarray, np.ndarray]] | None = [] if track_changes else None
         group.tables.append(self)

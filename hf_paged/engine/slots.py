@@ -21,14 +21,15 @@ class Slots:
         watched: bool, has stopping criteria beyond eos and length.
         shares: bool, may share its last, partly filled page with another sequence.
         is_row: bool, tokens are chosen row by row (False: beams, verified drafts).
+        generation: how many sequences have left the slot: a step's tokens are for the one it was launched with.
         history: int64 ``[num_slots, capacity]``, grown by doubling.
         rows: the sequence in each slot, or None.
     """
 
     def __init__(self, num_slots: int, capacity: int = 256) -> None:
         self.num_slots = num_slots
-        self.length, self.computed, self.prompt_length, self.max_length, self.draft = (
-            np.zeros(num_slots, dtype=np.int64) for _ in range(5)
+        self.length, self.computed, self.prompt_length, self.max_length, self.draft, self.generation = (
+            np.zeros(num_slots, dtype=np.int64) for _ in range(6)
         )
         self.decoding, self.watched, self.shares, self.is_row = (np.zeros(num_slots, dtype=bool) for _ in range(4))
         self.eos = np.full((num_slots, 1), NO_EOS, dtype=np.int64)
@@ -79,6 +80,7 @@ class Slots:
         self.rows[slot] = None
         self.decoding[slot] = self.shares[slot] = False
         self.length[slot] = self.computed[slot] = self.draft[slot] = 0
+        self.generation[slot] += 1
         row.slot = -1
         self._free.append(slot)
 

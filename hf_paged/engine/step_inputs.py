@@ -13,11 +13,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from hf_paged_kernels.ops import split_plan_op
 
 from .cpu_attention import RowGroup
 from .scheduler import StepWork
 from .slot_pages import SlotPages
 from .slots import Slots
+from .transfers import send
+
+SHORT_QUERY = 16
+"""Tokens up to which a step's queries take the split path, as drafts and decode rows do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +65,7 @@ class StepInputs:
     groups: list[GroupInputs]
     cpu_groups: dict[tuple[int, int | None], list[RowGroup]] = field(default_factory=dict)
     _copies: dict[torch.device, "StepInputs"] = field(default_factory=dict)
+    _split_plans: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
 
     def on(self, device: torch.device) -> "StepInputs":
         """The inputs on another device of the model, copied once."""
@@ -73,6 +79,22 @@ class StepInputs:
             )  # fmt: skip
         return self._copies[device]
 
+    def split_plan(self, number: int, page_size: int, left: int | None) -> torch.Tensor | None:
+        """The work list of short queries on a GPU, made once for all layers of a window; None for other steps.
+
+        Args:
+            number: of the group of layers.
+            page_size: tokens of a page.
+            left: keys that a query sees before its own, None: all.
+        """
+        if self.max_query_len > SHORT_QUERY or self.seq_lens.device.type == "cpu":
+            return None
+        key = number, left
+        if key not in self._split_plans:
+            max_tokens = self.groups[number].page_table.shape[1] * page_size
+            self._split_plans[key] = split_plan_op(self.seq_lens, self.cu_seqlens_q, max_tokens, left)
+        return self._split_plans[key]
+
     @property
     def cu_seqlens_k(self) -> torch.Tensor:
         """int32 ``[num_rows + 1]``, prefix sums of the rows' tokens."""
@@ -82,17 +104,20 @@ class StepInputs:
 class SlotTables:
     """Tables by slot on the model's first device.
 
+    Each has one row more, for a slot that has no tokens: it fills up batches, and stays as it is.
+
     Attributes:
-        computed: int64 ``[num_slots]``, as in :class:`Slots`.
-        last_token: int64 ``[num_slots]``.
-        page_tables: int32 ``[num_slots, width]`` for each group of layers.
+        computed: int64 ``[num_slots + 1]``, as in :class:`Slots`; -1 in the last row.
+        last_token: int64 ``[num_slots + 1]``.
+        page_tables: int32 ``[num_slots + 1, width]`` for each group of layers.
         stale: bool ``[num_slots]`` on the host: the device's ``computed`` and ``last_token`` are not the host's.
     """
 
     def __init__(self, slots: Slots, pages: SlotPages, device: torch.device) -> None:
         self.slots, self.pages, self.device = slots, pages, device
-        self.computed = torch.zeros(slots.num_slots, dtype=torch.int64, device=device)
-        self.last_token = torch.zeros(slots.num_slots, dtype=torch.int64, device=device)
+        self.computed = torch.zeros(slots.num_slots + 1, dtype=torch.int64, device=device)
+        self.computed[-1] = -1
+        self.last_token = torch.zeros(slots.num_slots + 1, dtype=torch.int64, device=device)
         self.stale = np.ones(slots.num_slots, dtype=bool)
         # On CPU the host's tables are the device's.
         self.page_tables = [torch.from_numpy(table.rows).to(device) for table in pages.tables]
@@ -103,17 +128,14 @@ class SlotTables:
         for table, tensor in zip(self.pages.tables, self.page_tables):
             changes = table.take_changes()
             if changes is not None:
-                rows, columns, values = (self._send(np.ascontiguousarray(x)) for x in changes)
-                tensor.index_put_((rows.long(), columns.long()), values)
+                rows, columns, values = self._send(np.stack(changes))
+                tensor.index_put_((rows, columns), values.to(tensor.dtype))
 
     def _send(self, array: np.ndarray) -> torch.Tensor:
-        tensor = torch.from_numpy(array)
-        if self.device.type == "cuda":
-            return tensor.pin_memory().to(self.device, non_blocking=True)
-        return tensor.to(self.device)
+        return send(array, self.device)
 
-    def decode_inputs(self, slots: np.ndarray, batched: bool = False) -> StepInputs:
-        """One token for each of ``slots``; their ``computed`` on the device counts it from then on."""
+    def refresh(self, slots: np.ndarray) -> None:
+        """Tell the device what only the host knows of ``slots``, before they decode."""
         stale = slots[self.stale[slots]]
         if len(stale):
             host = self.slots
@@ -121,6 +143,41 @@ class SlotTables:
             self.computed[index] = self._send(host.computed[stale])
             self.last_token[index] = self._send(host.history[stale, host.computed[stale]])
             self.stale[stale] = False
+
+    def put_tokens(self, slots: np.ndarray, tokens: torch.Tensor) -> None:
+        """Note the tokens just chosen for ``slots``, whose ``computed`` the host has counted: they may decode."""
+        index = self._send(slots)
+        self.last_token[index] = tokens.clamp(min=0).to(self.device)
+        stale = slots[self.stale[slots]]
+        if len(stale):
+            self.computed[self._send(stale)] = self._send(self.slots.computed[stale])
+            self.stale[stale] = False
+
+    def static_inputs(self, slots: torch.Tensor) -> StepInputs:
+        """A decode step of ``slots`` ``[n]`` on the device, of which the host knows their number only.
+
+        ``computed`` counts the step from then on. Slots without tokens get seq_len 0 and write nothing.
+        """
+        computed = self.computed[slots]
+        is_row = computed >= 0
+        self.computed[slots] = torch.where(is_row, computed + 1, -1)
+        positions = computed.clamp(min=0)
+        page_size = self.pages.page_size
+        groups = []
+        for table in self.page_tables:
+            rows = table[slots]
+            page = rows.gather(1, (positions // page_size)[:, None]).squeeze(1).long()
+            groups.append(GroupInputs(rows, torch.where(is_row, page * page_size + positions % page_size, -1)))
+        num_rows = len(slots)
+        longest = (self.page_tables[0].shape[1] if self.page_tables else 0) * page_size
+        return StepInputs(
+            np.empty(0, dtype=np.int64), self.last_token[slots].view(1, -1), positions.view(1, -1),
+            (computed + 1).to(torch.int32), self._range[: num_rows + 1], 1, longest, num_rows * longest, groups,
+        )  # fmt: skip
+
+    def decode_inputs(self, slots: np.ndarray, batched: bool = False) -> StepInputs:
+        """One token for each of ``slots``; their ``computed`` on the device counts it from then on."""
+        self.refresh(slots)
         index = self._send(slots)
         positions = self.computed[index]
         ids = self.last_token[index]

@@ -1,4 +1,4 @@
-"""The kernel benchmark without a GPU: what rows count for, its tables and errors, and a run whose stop watch is a fake."""
+"""The kernel benchmark without a GPU: what rows count for, tables, errors, and a run whose stop watch is a fake."""
 
 import builtins
 import json
@@ -17,6 +17,7 @@ from eval.bench_kernels_rows import (
     FLEX,
     NOT_SHARED,
     OURS,
+    PLAN_INSIDE,
     PORTABLE,
     SDPA_FLASH,
     TITLES,
@@ -66,13 +67,13 @@ def test_shared_tokens_count_once():
 
 
 def test_figures_of_the_anchors_come_out():
-    """8 x 8k decode in 73.1 us is 3.67 TB/s; D 128, causal, 4k in 904 us is 608 TFLOP/s."""
+    """8 x 8k in 73.1 us is 3.67 TB/s."""
     rows = {(row.table, row.label): bench_kernels.record(row) for row in all_rows()}
     assert bench_kernels_rows.rate("decode", rows["decode", "8 x 8k"], 73.1) == pytest.approx(3.67, abs=0.005)
     assert bench_kernels_rows.rate("decode", rows["decode", "1 x 32k"], 43.2) == pytest.approx(3.10, abs=0.01)
     flops = 4 * 16 * 128 * 4 * (4096 * 4097 // 2)
     assert rows["prefill", "D 128, causal, 4k"]["flops"] == flops
-    assert bench_kernels_rows.rate("prefill", {"flops": flops}, 1000) == flops / 1e9
+    assert bench_kernels_rows.rate("prefill", {"flops": flops}, 1000) == pytest.approx(flops / 1e9)
 
 
 def test_rows_are_those_of_the_published_tables():
@@ -120,7 +121,7 @@ def test_a_quick_run_has_rows_of_every_table():
 def test_every_kernel_is_compiled_once():
     jobs = bench_kernels_timing.compile_jobs(all_rows(), {FLEX, FLASHINFER}, (OURS, PORTABLE))
     keys = [bench_kernels_timing.compile_key(row, column) for row, column in jobs]
-    assert len(keys) == len(set(keys)) < 100
+    assert len(keys) == len(set(keys)) < 80
     decode = [(row, column) for row, column in jobs if row.table == "decode" and column == OURS]
     assert {row.kv_dtype for row, _ in decode} == {"bfloat16", "fp8", "int8"}
     assert max(sum(row.seq_lens) for row, _ in decode) <= 8 * 8192
@@ -223,15 +224,17 @@ def on_cpu(monkeypatch):
 
 @pytest.mark.parametrize("row", TINY, ids=lambda row: f"{row.table}, {row.label}")
 def test_columns_of_a_row_compute_the_same(on_cpu, row):
-    """Peers that run on a CPU agree with ours; those that share no inputs are only called."""
-    columns = bench_kernels_calls.columns_of(row, set(), (OURS,))
+    """Columns over the same inputs agree; the others are only called. Triton's interpreter runs portable Triton."""
+    columns = bench_kernels_calls.columns_of(row, set(), (OURS,) if torch.cuda.is_available() else (OURS, PORTABLE))
     with torch.no_grad():
         results = {name: [call() for call in columns[name]()] for name in columns if name != CUDNN}
     sets = 2 if row.table in ("decode", "verify") else 4 if row.table == "write_pages" else 1
     assert {len(calls) for calls in results.values()} == {sets}
-    for first, second in (("ours, plan in the call", OURS), (NOT_SHARED, OURS)):
+    for first, second in ((PLAN_INSIDE, OURS), (NOT_SHARED, OURS), (PORTABLE, OURS)):
         if first in results:
             for a, b in zip(results[first], results[second]):
+                # The launchers also give the log-sum-exp.
+                a = a[0] if isinstance(a, tuple) else a
                 torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
     if row.table == "prefill":
         torch.testing.assert_close(results[SDPA_FLASH][0].transpose(1, 2), results[OURS][0], rtol=2e-2, atol=2e-2)
@@ -330,7 +333,6 @@ def test_without_matplotlib_it_names_the_extra(fake_run, tmp_path, monkeypatch, 
 
 
 def test_portable_triton_alone(fake_run, tmp_path):
-    """No interpreter here: the kernels are refused on CPU tensors or run, but no other column takes their place."""
     bench_kernels.main(["--tables", "prefill", "--variant", "triton", "--output", str(tmp_path)])
     report = json.loads((tmp_path / "bench_kernels_h200.json").read_text())
     cells = report["tables"]["prefill"][0]["cells"]

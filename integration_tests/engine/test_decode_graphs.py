@@ -1,0 +1,265 @@
+"""Decode steps over static buffers, and steps launched ahead: on a CPU, with a replay that runs the step again."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import GenerationConfig, LogitsProcessor
+
+import hf_paged
+from hf_paged.engine.decode_graphs import DecodeGraphs, RefuseHostReads, bucket_sizes
+
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
+from random_requests import tiny_model
+
+FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt_oss", "mistral", "mixtral", "gpt2")
+
+
+def config(new: int = 8, **options) -> GenerationConfig:
+    return GenerationConfig(max_new_tokens=new, pad_token_id=0, **({"do_sample": False} | options))
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 90, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def alone(model, ids: list[int], options: GenerationConfig) -> list[int]:
+    return model.generate(torch.tensor([ids]), generation_config=options)[0, len(ids) :].tolist()
+
+
+def run_again(step, slots):
+    """Stands for a capture: the step itself, over the same static buffer."""
+    step(slots)
+    return lambda: step(slots)
+
+
+def make_engine(model, **options) -> hf_paged.Engine:
+    """An engine whose decode steps take the captured path, and whose steps run ahead."""
+    defaults = dict(num_pages=32, page_size=8, max_num_seqs=8, max_batch_tokens=32, self_check=False)
+    engine = hf_paged.Engine(model, hf_paged.EngineConfig(**(defaults | options)), background=False)
+    assert engine._core.use_graphs(run_again) is None
+    engine._core.runs_ahead = True
+    return engine
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama")
+
+
+def test_bucket_sizes():
+    sizes = bucket_sizes(1000)
+    assert sizes[:6] == [1, 2, 4, 8, 16, 24]
+    assert {248, 256, 272, 496, 512, 544, 576} <= set(sizes)
+    assert not {264, 280, 528, 560} & set(sizes)
+    assert sizes[-1] == 1000
+    assert bucket_sizes(1) == [1]
+    assert bucket_sizes(5) == [1, 2, 4, 5]
+    assert bucket_sizes(256)[-1] == 256
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_families_through_a_small_pool(family):
+    model = tiny_model(family)
+    prompts = [prompt(n, n) for n in (1, 3, 9, 17, 30, 40)]
+    expected = [alone(model, ids, config(12)) for ids in prompts]
+    with make_engine(model, num_pages=9) as engine:
+        assert [output.token_ids for output in engine.generate(prompts, generation_config=config(12))] == expected
+        engine.check()
+        assert engine.stats().preemptions > 0 or family == "mistral", "its windows need few pages"
+        assert len(engine._core.runner.graphs) > 1
+        assert engine._core.runner.graphs.failure is None
+
+
+def test_ends_are_noticed_one_step_late_and_the_extra_token_is_dropped(model):
+    prompts = [prompt(n, n) for n in (5, 11, 19, 8)]
+    long = [alone(model, ids, config(20)) for ids in prompts]
+    options = [config(20, eos_token_id=[tokens[k]]) for tokens, k in zip(long, (3, 0, 7, 19))]
+    expected = [alone(model, ids, option) for ids, option in zip(prompts, options)]
+    with make_engine(model, max_num_seqs=2) as engine:
+        outputs = engine.generate(prompts, generation_config=options)
+        assert [output.token_ids for output in outputs] == expected
+        assert engine.stats().new_tokens == sum(map(len, expected))
+        engine.check()
+
+
+def test_a_step_is_on_its_way_while_the_next_is_launched(model):
+    with make_engine(model) as engine:
+        handle = engine.submit(prompt(9), generation_config=config(10))
+        core, order = engine._core, []
+        run, collect = core.run, core.collect
+        core.run = lambda work: (order.append("run"), run(work))[1]
+        core.collect = lambda launched: (order.append("collect"), collect(launched))[1]
+        while engine.step():
+            engine.check()
+        assert order == ["run"] + ["run", "collect"] * 9 + ["collect"]
+        assert len(handle.result().token_ids) == 10
+
+
+class AddThree(LogitsProcessor):
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores = scores.clone()
+        scores[:, int(input_ids.sum()) % scores.shape[1]] += 3.0
+        return scores
+
+
+@pytest.mark.parametrize("what", ["processor", "beams", "lookup", "stop", "logprobs", "sampled"])
+def test_rows_that_need_the_host_beside_rows_that_do_not(model, what):
+    extra = {
+        "processor": (config(12), dict(logits_processor=[AddThree()])),
+        "beams": (config(12, num_beams=3), {}),
+        "lookup": (config(12, prompt_lookup_num_tokens=3), {}),
+        "stop": (config(12), dict(stopping_criteria=[lambda ids, scores, **kw: ids[:, -1] % 5 == 0])),
+        "logprobs": (config(12), dict(logprobs=2)),
+        "sampled": (config(12, do_sample=True, top_p=0.9, temperature=1.2), dict(seed=4)),
+    }[what]
+    plain = [prompt(n, n) for n in (4, 13, 22)]
+    special = prompt(10) * 2
+    with hf_paged.Engine(model, hf_paged.EngineConfig(num_pages=99, page_size=8), background=False) as engine:
+        wanted = engine.submit(special, generation_config=extra[0], **extra[1]).result()
+    expected = [alone(model, ids, config(16)) for ids in plain]
+    with make_engine(model, num_pages=60) as engine:
+        handles = [engine.submit(plain[0], generation_config=config(16))]
+        for _ in range(3):
+            engine.step()
+        handle = engine.submit(special, generation_config=extra[0], **extra[1])
+        handles += [engine.submit(ids, generation_config=config(16)) for ids in plain[1:]]
+        assert handle.result().token_ids == wanted.token_ids
+        assert handle.result().logprobs == wanted.logprobs or what == "logprobs"
+        assert [h.result().token_ids for h in handles] == expected
+        engine.check()
+
+
+def test_cancelled_and_swapped_rows_lose_the_token_on_its_way(model):
+    ids = prompt(20)
+    expected = alone(model, ids, config(24))
+    with make_engine(model, swap_space_gib=0.01, prefix_caching=False) as engine:
+        handle, other = (engine.submit(p, generation_config=config(24)) for p in (ids, prompt(6)))
+        for _ in range(5):
+            engine.step()
+        slot = handle._request.rows[0].slot
+        engine._core.scheduler.preempt(handle._request)
+        assert engine.stats().swapped == 1
+        for _ in range(4):
+            engine.step()
+        assert handle._request.rows[0].slot >= 0 or slot >= 0
+        other.cancel()
+        assert handle.result().token_ids == expected
+        assert len(other.result().token_ids) < 24
+        engine.check()
+
+
+def test_pausing_forgets_graphs_and_loses_nothing(model):
+    ids = prompt(12)
+    expected = alone(model, ids, config(20))
+    with make_engine(model) as engine:
+        handle = engine.submit(ids, generation_config=config(20))
+        for change in (lambda: (engine.pause(), engine.resume()), lambda: (engine.sleep(), engine.wake())):
+            for _ in range(4):
+                engine.step()
+            assert len(engine._core.runner.graphs) == 1
+            change()
+            assert len(engine._core.runner.graphs) == 0
+        engine.refresh_weights()
+        assert handle.result().token_ids == expected
+
+
+def test_hooks_take_their_steps_without_graphs():
+    model = tiny_model("llama")
+    calls = []
+    with make_engine(model) as engine:
+        hook = model.model.layers[0].register_forward_hook(lambda *args: calls.append(1))
+        engine.generate([prompt(5)], generation_config=config(6))
+        assert len(calls) == 6
+        assert len(engine._core.runner.graphs) == 0
+        hook.remove()
+        engine.generate([prompt(5)], generation_config=config(6))
+        assert len(engine._core.runner.graphs) == 1
+
+
+def test_a_weight_that_was_moved_is_noticed():
+    model = tiny_model("llama")
+    with make_engine(model) as engine:
+        engine.generate([prompt(5)], generation_config=config(6))
+        assert len(engine._core.runner.graphs) == 1
+        weight = model.model.layers[1].mlp.down_proj.weight
+        weight.data = torch.randn_like(weight)
+        expected = alone(model, prompt(6), config(6))
+        made = []
+        graphs = engine._core.runner.graphs
+        graphs._capture = lambda step, slots: (made.append(len(slots)), run_again(step, slots))[1]
+        assert engine.generate([prompt(6)], generation_config=config(6))[0].token_ids == expected
+        assert made == [1]
+
+
+def test_a_capture_that_fails_leaves_everything_to_eager_steps(model):
+    def fail(step, slots):
+        step(slots)
+        raise RuntimeError("not on this device")
+
+    ids = prompt(12)
+    with make_engine(model) as engine:
+        engine._core.use_graphs(fail)
+        assert engine.submit(ids, generation_config=config(9)).result().token_ids == alone(model, ids, config(9))
+        assert "not on this device" in engine._core.runner.graphs.failure
+
+
+def test_a_few_padded_steps_come_before_a_capture_of_their_own():
+    made = []
+
+    def capture(step, slots):
+        made.append(len(slots))
+        return lambda: step(slots)
+
+    seen = []
+
+    def step(slots):
+        seen.append(slots.tolist())
+        return torch.zeros(len(slots), 3), torch.zeros(len(slots), dtype=torch.int64)
+
+    graphs = DecodeGraphs(step, 32, torch.device("cpu"), capture)
+    graphs.warm_up([32, 20])
+    assert made == [32, 24]
+    for count in (19, 17):
+        logits, tokens = graphs.run(np.arange(count))
+        assert len(logits) == len(tokens) == count
+        assert seen[-1] == [*range(count), *[32] * (24 - count)]
+    for _ in range(8):
+        graphs.run(np.arange(3))
+        assert len(seen[-1]) == 24
+    graphs.run(np.arange(3))
+    assert seen[-1] == [0, 1, 2, 32]
+    assert made == [32, 24, 4]
+
+
+def test_a_slot_without_tokens_stays_as_it_is(model):
+    with make_engine(model) as engine:
+        engine.generate([prompt(n) for n in (3, 9, 20)], generation_config=config(6))
+        tables = engine._core.tables
+        assert int(tables.computed[-1]) == -1
+        tables.computed[:3] = torch.tensor([4, 8, 0])
+        inputs = tables.static_inputs(torch.tensor([1, 8, 2, 8]))
+        assert inputs.seq_lens.tolist() == [9, 0, 1, 0]
+        assert inputs.position_ids.tolist() == [[8, 0, 0, 0]]
+        assert [mapping >= 0 for mapping in inputs.groups[0].slot_mapping.tolist()] == [True, False, True, False]
+        assert tables.computed[[0, 1, 2, 8]].tolist() == [4, 9, 1, -1]
+
+
+def test_graphs_that_cannot_be_are_refused_where_they_are_asked_for(model):
+    with pytest.raises(ValueError, match="cuda_graphs=True cannot be: the model is on cpu"):
+        hf_paged.Engine(model, hf_paged.EngineConfig(cuda_graphs=True, num_pages=8, self_check=False))
+    with pytest.raises(TypeError, match="cuda_graphs must be None, True or False"):
+        hf_paged.EngineConfig(cuda_graphs=1)
+    with make_engine(model) as engine:
+        with pytest.raises(ValueError, match="batch_sizes must be 1 to 8"):
+            engine.warm_up([9])
+        assert engine.warm_up() == 4
+
+
+def test_reading_from_the_host_is_only_refused_on_a_device():
+    with RefuseHostReads():
+        assert int(torch.tensor(3)) == 3
+        with pytest.raises(RuntimeError, match="indexes with a mask"):
+            torch.arange(3)[torch.tensor([True, False, True])]
