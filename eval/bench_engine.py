@@ -11,7 +11,7 @@ Two measurements:
   contestant has one warm-up with two short requests; all have the same weights, and give the same tokens where their
   arithmetic agrees.
 
-Writes the table as Markdown beside the JSON.
+Writes the table as Markdown beside the JSON. With ``--gpu``: what :mod:`eval.bench_engine_gpu` measures.
 """
 
 import argparse
@@ -210,12 +210,33 @@ SAME = "requests_with_the_engine's_tokens"
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("eval/results/bench_engine_cpu.json"))
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--gpu", action="store_true", help="models in their real shapes on a GPU")
+    parser.add_argument("--models", nargs="+", default=["qwen3-0.6b", "llama3-8b"], help="with --gpu")
+    parts = ["latency", "throughput", "steady", "steady_sampled"]
+    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="with --gpu")
+    parser.add_argument("--graphs", choices=("on", "off", "both"), default="both", help="with --gpu")
+    parser.add_argument("--limit-s", type=float, default=120.0, help="with --gpu: seconds of a part")
+    parser.add_argument("--eager-parts", nargs="*", choices=parts, default=parts, help="with --gpu: without graphs")
+    parser.add_argument(
+        "--eager-limit-s", type=float, default=30.0, help="with --gpu: seconds of a part without graphs"
+    )
     parser.add_argument("--model", choices=("tiny", "small"), default="small")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--only", choices=("host", "throughput"))
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
+    if options.gpu:
+        from eval import bench_engine_gpu
+
+        parts_by_graphs = {True: options.parts, False: options.eager_parts}
+        if options.graphs != "both":
+            del parts_by_graphs[options.graphs == "off"]
+        limits_s = {True: options.limit_s, False: options.eager_limit_s}
+        output = options.output or Path("eval/results/bench_engine_gpu.json")
+        print(bench_engine_gpu.markdown(bench_engine_gpu.run(output, options.models, parts_by_graphs, limits_s)))
+        return
+    options.output = options.output or Path("eval/results/bench_engine_cpu.json")
     model = build(options.model)
     host = [host_cost(size, sample) for size in HOST_SIZES for sample in (False, True)]
     report = {

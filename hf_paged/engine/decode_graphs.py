@@ -224,9 +224,11 @@ def reason_against(model: Any, device: torch.device) -> str | None:
 
 
 class LiveModel:
-    """What graphs of a model rest on: the places of its weights, and that no module has hooks."""
+    """What graphs of a model rest on: the places of its weights, its mode, and that no module has hooks."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self._model, self._device = model, device
+        self._is_training = model.training
         self._hooks = [
             hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)
         ]
@@ -236,12 +238,14 @@ class LiveModel:
     def _read_places(self) -> list[int]:
         return [x.data_ptr() for x in self._weights]
 
-    def has_hooks(self) -> bool:
-        """Whether a module has forward hooks, which a replay would not call."""
-        return any(self._hooks)
+    def objection(self) -> str | None:
+        """Why the model's forward must be run at present, and not a replay of it; None: it need not."""
+        if any(self._hooks):
+            return "a module of the model has forward hooks, which a graph would not call"
+        if torch.is_autocast_enabled(self._device.type):
+            return "autocast is on, which keeps copies of weights that a graph would outlive"
+        return None
 
-    def has_moved(self) -> bool:
-        """Whether a weight is elsewhere than it was at the start, or at the last call."""
-        places = self._read_places()
-        moved, self._places = places != self._places, places
-        return moved
+    def has_changed(self) -> bool:
+        """Whether a weight is elsewhere than it was, or the model changed between training and evaluation."""
+        return self._is_training != self._model.training or self._read_places() != self._places

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 import torch
 from transformers import GenerationConfig
+from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
 from ..errors import RequestError, UnsupportedModelError
@@ -34,6 +35,8 @@ from .self_check import probe, run_reference
 from .support import is_supported
 from .token_rules import TokenRules
 from .trace import RequestRecord, StepRecord, Trace
+
+logger = logging.get_logger(__name__)
 
 SEEDS = 1 << 62
 
@@ -148,6 +151,8 @@ class Engine:
                     reason = core.use_graphs()
                     if reason is not None and config.cuda_graphs:
                         raise ValueError(f"cuda_graphs=True cannot be: {reason}. Leave it None.")
+                    if reason is not None and core.device.type == "cuda":
+                        logger.warning_once(f"decode steps run without CUDA graphs: {reason}.")
                 return core
             except BaseException:
                 self._attention.restore()

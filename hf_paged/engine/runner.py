@@ -89,7 +89,7 @@ class Runner:
 
     def use_graphs(self, graphs: DecodeGraphs) -> None:
         """Run decode steps through ``graphs`` of :meth:`static_decode` from now on."""
-        self.graphs, self._live = graphs, LiveModel(self.model)
+        self.graphs, self._live = graphs, LiveModel(self.model, self.tables.device)
 
     def static_decode(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A decode step over the tables by slot: logits ``[n, vocab]``, and the token of each row's largest."""
@@ -102,11 +102,11 @@ class Runner:
         """Forget what was captured: pages or modules are about to change."""
         if self.graphs is not None:
             self.graphs.drop()
-            self._live = LiveModel(self.model)
+            self._live = LiveModel(self.model, self.tables.device)
 
     def check_weights(self) -> None:
-        """Forget what was captured if a weight was moved since."""
-        if self._live is not None and self.graphs and self._live.has_moved():
+        """Forget what was captured if the model has changed since."""
+        if self._live is not None and self.graphs and self._live.has_changed():
             self.drop_graphs()
 
     def _run_graph(self, work: StepWork) -> tuple[torch.Tensor, torch.Tensor] | None:
@@ -116,11 +116,9 @@ class Runner:
             return None
         if self.needs_lengths or self.graphs.failure is not None:
             return None
-        if self._live.has_hooks():
-            logger.warning_once(
-                "decode steps run without CUDA graphs while a module of the model has forward hooks: a graph would not "
-                "call them."
-            )
+        objection = self._live.objection()
+        if objection is not None:
+            logger.warning_once(f"decode steps run without CUDA graphs for now: {objection}.")
             return None
         self.tables.refresh(work.slots[:n])
         return self.graphs.run(work.slots[:n])

@@ -312,7 +312,7 @@ def test_waiting_in_a_processor_is_refused(engine):
 def test_an_error_of_the_engine_itself_leaves_nobody_waiting(model):
     engine = hf_paged.Engine(model, hf_paged.EngineConfig(num_pages=24, self_check=False))
 
-    def broken() -> None:
+    def broken(**kwargs: Any) -> None:
         raise AssertionError("the books are wrong")
 
     engine._core.plan = broken

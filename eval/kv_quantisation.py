@@ -1,0 +1,113 @@
+"""Perplexity against bits of keys and values: quantised pages beside transformers' `QuantizedCache`.
+
+Every cache is fed the same windows in chunks, so that all but the newest keys are read as the cache keeps them. A
+`QuantizedCache` keeps its newest tokens unquantised; here up to `RESIDUAL` of them.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from tqdm import tqdm
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, QuantizedCache
+
+import hf_paged
+from eval.cache_memory import held_bytes
+from eval.loading import set_attention
+from eval.perplexity import perplexity
+from eval.quality import Settings
+
+RESIDUAL = 16
+
+CACHES: dict[str, Callable[[PreTrainedConfig, int], Cache]] = {
+    "DynamicCache": lambda config, page_size: DynamicCache(config=config),
+    "PagedCache auto": lambda config, page_size: hf_paged.PagedCache(config, page_size=page_size),
+    "PagedCache fp8": lambda config, page_size: hf_paged.PagedCache(config, page_size=page_size, kv_dtype="fp8"),
+    "PagedCache int8": lambda config, page_size: hf_paged.PagedCache(config, page_size=page_size, kv_dtype="int8"),
+    **{
+        f"QuantizedCache {backend} {bits} bits": (
+            lambda config, page_size, backend=backend, bits=bits: _quantized(backend, config, bits)
+        )
+        for backend, widths in (("fp8", (8,)), ("quanto", (4, 2)), ("hqq", (8, 4, 2)))
+        for bits in widths
+    },
+}
+
+
+def _quantized(backend: str, config: PreTrainedConfig, bits: int) -> Cache:
+    if backend == "fp8":  # one scale for each tensor, and no options
+        return QuantizedCache(backend, config)
+    return QuantizedCache(backend, config, nbits=bits, residual_length=RESIDUAL)
+
+
+@dataclass(frozen=True, slots=True)
+class CacheRow:
+    """One cache.
+
+    Attributes:
+        cache: its name.
+        bits: of memory for each number of keys and values, scales and unfilled pages included; None: not measured.
+        ppl: perplexity.
+        delta_ppl: over that of the first cache, less 1.
+        max_abs_diff: of a token's log-probability against the first cache, in nats.
+        note: why it was not measured.
+    """
+
+    cache: str
+    bits: float | None = None
+    ppl: float | None = None
+    delta_ppl: float | None = None
+    max_abs_diff: float | None = None
+    note: str = ""
+
+
+def kv_table(
+    model: PreTrainedModel, ids: Sequence[int], settings: Settings, names: Sequence[str] = tuple(CACHES)
+) -> list[CacheRow]:
+    """A row for each cache; the first is what the others are compared with.
+
+    A cache whose backend is not installed, or that refuses the model, has a row that says so.
+
+    Raises:
+        ValueError: a name that is not in `CACHES`.
+    """
+    unknown = [name for name in names if name not in CACHES]
+    if unknown:
+        raise ValueError(f"names has {unknown[0]!r}; pass some of {tuple(CACHES)}")
+    reference = None
+    rows = []
+    for name in tqdm(names, desc="caches"):
+        set_attention(model, "paged_flash" if name.startswith("PagedCache") else "sdpa")
+        try:
+            bits = _bits(model, ids[: settings.window], CACHES[name], settings)
+            result = perplexity(
+                model, ids, window=settings.window, stride=settings.stride, convention=settings.convention,
+                path="chunked_prefill", chunk=settings.chunk, batch_size=settings.batch_size,
+                cache_factory=lambda name=name: CACHES[name](model.config, settings.page_size),
+            )  # fmt: skip
+        except (ImportError, ValueError, TypeError, RuntimeError) as error:
+            rows.append(CacheRow(name, note=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"))
+            continue
+        reference = reference or result
+        rows.append(
+            CacheRow(
+                name, bits, result.perplexity, result.perplexity / reference.perplexity - 1,
+                result.paired_difference(reference).max_abs,
+            )
+        )  # fmt: skip
+    return rows
+
+
+@torch.no_grad()
+def _bits(
+    model: PreTrainedModel, ids: Sequence[int], make: Callable[[PreTrainedConfig, int], Cache], settings: Settings
+) -> float:
+    """Bits for each number of keys and values that a cache holds after `ids`, fed in chunks."""
+    cache = make(model.config, settings.page_size)
+    rows = torch.tensor([list(ids)], device=model.device)
+    for part in rows.split(settings.chunk, dim=1):
+        model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    dense = DynamicCache(config=model.config)
+    model(rows, past_key_values=dense, use_cache=True, logits_to_keep=1)
+    numbers = sum(layer.keys.numel() + layer.values.numel() for layer in dense.layers)
+    return held_bytes(cache) * 8 / numbers

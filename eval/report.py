@@ -1,0 +1,283 @@
+"""Was anything lost? One report on one model: Markdown, JSON and PNG, and a verdict that is also the exit status.
+
+    python -m eval.report --model integration_tests/assets/small_model --data integration_tests/assets/heldout.txt \\
+        --window 256 --stride 128 --max-tokens 4096 --dtype float32 --output eval/results/report
+
+- Perplexity of every attention implementation, path and cache dtype, token by token beside eager attention in float32
+  (`eval/quality.py`), with bootstrap intervals over windows.
+- Retrieval from far context: the hand-built induction model, which must score 1.000, and for a model that can answer, a
+  passkey in filler text (`--passkey-lengths`) beside another attention (`eval/retrieval.py`).
+- Perplexity against bits of the cache, beside transformers' QuantizedCache (`eval/kv_quantisation.py`).
+- The verdict (`eval/verdict.py`): limits by the dtype of weights and pages; `--max-delta-ppl 0.001` sets one for the
+  perplexity of all runs, relative. Exit status 0: passed, 1: failed, 2: bad arguments.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+import hf_paged
+from eval import report_figure
+from eval.cache_memory import held_bytes
+from eval.induction_model import induction_model
+from eval.kv_quantisation import CacheRow, kv_table
+from eval.loading import (
+    DTYPES,
+    check_attention,
+    check_window,
+    checked_device,
+    device_name,
+    load_pretrained,
+    max_positions,
+    set_attention,
+    versions,
+)
+from eval.perplexity import check_path, plan_runs
+from eval.quality import Reference, Settings, measure
+from eval.retrieval import Grid, induction_grid, passkey_grid
+from eval.scoring import KV_DTYPES, PATHS
+from eval.text_data import ACCEPTED_SPECS, load_text
+from eval.verdict import judge, limits_of
+from eval.windows import CONVENTIONS, plan_windows
+
+QUANTISED_PATHS = ("chunked_prefill", "decode", "engine")
+"""Paths that read what a quantised cache holds."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command.
+
+    Returns:
+        The exit status: 0 where the verdict is passed, else 1.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError: the arguments name something unknown, missing or unfit.
+    """
+    args = _parser().parse_args(argv)
+    for path in args.path:
+        check_path(path)
+    for name in args.attn:
+        check_attention(name)
+    runs = _runs(args)
+    logging.set_verbosity_error()
+    device = checked_device(args.device)
+    text = load_text(args.data, args.text_column)
+    tokenizer = load_pretrained(AutoTokenizer, args.model)
+    ids = tokenizer(text, verbose=False)["input_ids"][: args.max_tokens]
+    float32 = load_pretrained(AutoModelForCausalLM, args.model, dtype="float32", attn_implementation="eager").to(device)
+    settings = _settings(args, float32)
+    plan_windows(len(ids), settings.window, settings.stride, settings.convention)  # refuses a bad length early
+    check_window(float32.config, settings.window)
+
+    reference = Reference(float32, ids, settings)
+    model = float32
+    if args.dtype != "float32":
+        del float32
+        model = load_pretrained(AutoModelForCausalLM, args.model, dtype=args.dtype).to(device)
+    rows = measure(model, reference, ids, settings, runs)
+    induction = _induction(args, device)
+    passkey = _passkey(args, model, tokenizer)
+    caches = kv_table(model, ids[: args.cache_tokens], settings) if args.cache_tokens else []
+    verdict = judge(rows, induction, passkey, args.max_delta_ppl)
+
+    report = {
+        "model": args.model,
+        "data": args.data,
+        "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
+        "num_tokens": len(ids),
+        **asdict(settings),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": device_name(device),
+        "date": date.today().isoformat(),
+        "versions": versions(),
+        "reference": {"ppl": reference.result.perplexity, "mean_nll": reference.result.mean_nll},
+        "runs": [
+            {"name": row.name, **asdict(row), "limits": asdict(limits_of(row, args.max_delta_ppl))} for row in rows
+        ],
+        "memory": _memory(model, ids[: settings.window], settings),
+        "caches": [asdict(row) for row in caches],
+        "induction": [asdict(grid) for grid in induction],
+        "passkey": [asdict(grid) for grid in passkey],
+        "verdict": {"passed": verdict.passed, "num_checks": verdict.num_checks, "failures": verdict.failures},
+    }
+    if args.output is not None:
+        args.output.mkdir(parents=True, exist_ok=True)
+        (args.output / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        report_figure.draw(report, args.output / "report.png")
+        (args.output / "report.md").write_text(markdown(report, verdict.line), encoding="utf-8")
+    print(markdown(report, verdict.line))
+    return 0 if verdict.passed else 1
+
+
+def _runs(args: argparse.Namespace) -> list[tuple[str, str, str]]:
+    """Every attention on every path that it has; quantised pages where they are read in place."""
+    runs, _ = plan_runs(args.attn, args.path, ["auto"])
+    quantised = [kv_dtype for kv_dtype in args.kv_dtype if kv_dtype != "auto"]
+    paged = [name for name in args.attn if name.startswith("paged_flash")]
+    paths = [path for path in args.path if path in QUANTISED_PATHS]
+    if quantised and paged and paths:
+        runs += plan_runs(paged, paths, quantised)[0]
+    return runs
+
+
+def _settings(args: argparse.Namespace, model: PreTrainedModel) -> Settings:
+    window = min(2048, max_positions(model.config) or 2048) if args.window is None else args.window
+    stride = args.stride
+    if stride is None:
+        stride = min(512, window // 2) if args.convention == "hf" else window
+    return Settings(window, stride, args.convention, args.page_size, args.chunk, args.batch_size)
+
+
+def _induction(args: argparse.Namespace, device: torch.device) -> list[Grid]:
+    lengths = args.induction_lengths
+    if lengths is None:
+        lengths = [4096, 16384, 65536, 131072] if device.type == "cuda" else [256, 512, 1024, 2048]
+    if not lengths:
+        return []
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    model = induction_model(dtype=dtype).to(device)
+    return [
+        induction_grid(model, lengths, args.depths, kv_dtype=kv_dtype, page_size=args.page_size)
+        for kv_dtype in args.kv_dtype
+    ]
+
+
+def _passkey(args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Grid]:
+    grids = []
+    for attn in ("sdpa", "paged_flash") if args.passkey_lengths else ():
+        set_attention(model, attn)
+        grids.append(passkey_grid(model, tokenizer, args.passkey_lengths, args.depths))
+    return grids
+
+
+@torch.no_grad()
+def _memory(model: PreTrainedModel, ids: Sequence[int], settings: Settings) -> list[dict[str, Any]]:
+    """Bytes that each cache holds for one window."""
+    found = []
+    for name in ("DynamicCache", *(f"PagedCache {kv_dtype}" for kv_dtype in KV_DTYPES)):
+        kind = name.split()[-1]
+        set_attention(model, "sdpa" if name == "DynamicCache" else "paged_flash")
+        cache = (
+            DynamicCache(config=model.config)
+            if name == "DynamicCache"
+            else hf_paged.PagedCache(model.config, page_size=settings.page_size, kv_dtype=kind)
+        )
+        model(torch.tensor([list(ids)], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        num_bytes = held_bytes(cache)
+        found.append({"cache": name, "tokens": len(ids), "bytes": num_bytes, "bytes_per_token": num_bytes / len(ids)})
+    return found
+
+
+def markdown(report: dict[str, Any], verdict_line: str) -> str:
+    """The report as Markdown."""
+    reference = report["reference"]
+    lines = [
+        f"# Was anything lost? {report['model']}\n",
+        f"**{verdict_line}**\n",
+        f"{report['data']}: {report['num_tokens']:,} tokens, convention {report['convention']}, window "
+        f"{report['window']}, stride {report['stride']}, pages of {report['page_size']}. {report['dtype']} on "
+        f"{report['device']}, {report['date']}; "
+        f"{', '.join(f'{name} {version}' for name, version in report['versions'].items())}. Written by "
+        "`python -m eval.report`.\n",
+        "![differences and retrieval](report.png)\n",
+        "## Perplexity\n",
+        f"Eager attention in float32: {reference['ppl']:.6f}. Differences are against it, token by token, in nats; "
+        "intervals are 95%, by bootstrap over windows, and say how much the text decides; top-1 is the share of tokens "
+        "with the same most likely token; KL from eager float32.\n",
+        "| attention | path | pages | perplexity | interval | relative | mean \\|diff\\| | max \\|diff\\| | top-1 | KL "
+        "mean | KL max | tokens/s |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for run in report["runs"]:
+        lines.append(
+            f"| {run['attn']} | {run['path']} | {run['kv_dtype']} | {run['ppl']:.5f} | {run['ppl_low']:.2f} to "
+            f"{run['ppl_high']:.2f} | {run['delta_ppl']:+.1e} | {run['mean_abs_diff']:.1e} | "
+            f"{run['max_abs_diff']:.1e} | {run['top1_agreement']:.4f} | {_or_dash(run['kl_mean'])} | "
+            f"{_or_dash(run['kl_max'])} | {run['num_scored'] / run['seconds']:,.0f} |"
+        )
+    if report["induction"] or report["passkey"]:
+        lines += ["\n## Retrieval\n", "| what | tokens | depths | worst cell | mean |", "|---|---|---|---|---|"]
+        for grid in [*report["induction"], *report["passkey"]]:
+            scores = [score for row in grid["scores"] for score in row]
+            lines.append(
+                f"| {grid['name']} | {', '.join(f'{length:,}' for length in grid['lengths'])} | "
+                f"{', '.join(f'{depth:g}' for depth in grid['depths'])} | {min(scores):.3f} | "
+                f"{sum(scores) / len(scores):.3f} |"
+            )
+    lines += ["\n## Memory of one window\n", "| cache | tokens | bytes | bytes per token |", "|---|---|---|---|"]
+    for row in report["memory"]:
+        lines.append(f"| {row['cache']} | {row['tokens']} | {row['bytes']:,} | {row['bytes_per_token']:,.0f} |")
+    if report["caches"]:
+        lines += ["\n## Perplexity against bits\n", *kv_lines([CacheRow(**row) for row in report["caches"]])]
+    return "\n".join(lines) + "\n"
+
+
+def kv_lines(rows: Sequence[CacheRow]) -> list[str]:
+    """The table of `eval.kv_quantisation` as Markdown."""
+    lines = [
+        "All windows through the cache in chunks; bits of memory for each number, scales and unfilled pages included; "
+        "differences against the first row.\n",
+        "| cache | bits | perplexity | relative | max \\|diff\\| |",
+        "|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row.ppl is None:
+            lines.append(f"| {row.cache} | - | - | - | not measured: {row.note} |")
+        else:
+            lines.append(
+                f"| {row.cache} | {row.bits:.1f} | {row.ppl:.4f} | {row.delta_ppl:+.1e} | {row.max_abs_diff:.1e} |"
+            )
+    return lines
+
+
+def _or_dash(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1e}"
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model", required=True, help="model folder or hub id")
+    parser.add_argument("--data", required=True, help=ACCEPTED_SPECS)
+    parser.add_argument("--text-column", default="text", help="column with the text (text)")
+    parser.add_argument("--attn", nargs="+", default=["eager", "sdpa", "paged_flash"], help="attention implementations")
+    parser.add_argument("--path", nargs="+", default=list(PATHS), help=f"from {PATHS} (all)")
+    parser.add_argument("--kv-dtype", nargs="+", choices=KV_DTYPES, default=list(KV_DTYPES), help="of the pages (all)")
+    parser.add_argument("--convention", choices=[c for c in CONVENTIONS if c != "lm-eval"], default="hf")
+    parser.add_argument("--window", type=int, help="tokens in a window (2048, or the model's positions if fewer)")
+    parser.add_argument("--stride", type=int, help="tokens from window to window")
+    parser.add_argument("--max-tokens", type=int, help="use the first so many tokens of the text (all)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; the reference is in float32")
+    parser.add_argument("--device", help="torch device (cuda if there is one, else cpu)")
+    parser.add_argument("--batch-size", type=int, default=1, help="windows in a forward (1)")
+    parser.add_argument("--page-size", type=int, default=16, help="tokens in a page (16)")
+    parser.add_argument("--chunk", type=int, default=64, help="tokens in a forward of chunked_prefill (64)")
+    parser.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 to 1")
+    parser.add_argument(
+        "--induction-lengths", type=int, nargs="*",
+        help="tokens (4,096 to 131,072 on a GPU, 256 to 2,048 elsewhere); none: leave it out",
+    )  # fmt: skip
+    parser.add_argument("--passkey-lengths", type=int, nargs="*", default=[], help="tokens (none)")
+    parser.add_argument("--cache-tokens", type=int, default=2048, help="tokens for the table of caches; 0: none")
+    parser.add_argument("--max-delta-ppl", type=float, help="limit on |perplexity / reference - 1| of every run")
+    parser.add_argument("--output", type=Path, help="folder for report.md, report.json and report.png")
+    return parser
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (ValueError, FileNotFoundError, ImportError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)

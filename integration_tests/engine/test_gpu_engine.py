@@ -1,0 +1,176 @@
+"""The engine on a GPU: tokens of generate(), captured decode steps at any lengths, steps that nothing waits for."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+import hf_paged
+
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
+from random_requests import tiny_model
+
+pytestmark = pytest.mark.gpu
+
+
+def config(new: int = 8, **options) -> GenerationConfig:
+    return GenerationConfig(max_new_tokens=new, pad_token_id=0, **({"do_sample": False} | options))
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 90, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def make_engine(model, **options) -> hf_paged.Engine:
+    defaults = dict(num_pages=200, page_size=8, max_num_seqs=16, max_batch_tokens=64)
+    return hf_paged.Engine(model, hf_paged.EngineConfig(**(defaults | options)), background=False)
+
+
+def alone(model, ids: list[int], new: int) -> list[int]:
+    out = model.generate(torch.tensor([ids], device="cuda"), generation_config=config(new))
+    return out[0, len(ids) :].tolist()
+
+
+def graphs_of(engine):
+    graphs = engine._core.runner.graphs
+    assert graphs is not None
+    assert graphs.failure is None, graphs.failure
+    return graphs
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama").cuda()
+
+
+@pytest.mark.parametrize("cuda_graphs", [None, False])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "qwen3", "gpt2", "deepseek_v3", "qwen3_next"])
+def test_greedy_tokens_are_those_of_generate(family, cuda_graphs):
+    model = tiny_model(family).cuda()
+    prompts = [prompt(n, n) for n in (1, 3, 9, 17, 30, 40)]
+    expected = [alone(model, ids, 20) for ids in prompts]
+    with make_engine(model, num_pages=14, cuda_graphs=cuda_graphs) as engine:
+        assert [output.token_ids for output in engine.generate(prompts, generation_config=config(20))] == expected
+        engine.check()
+        if cuda_graphs is None and family in ("llama", "gemma3_text", "qwen3"):
+            assert len(graphs_of(engine)) > 0
+
+
+def test_a_graph_captured_at_short_lengths_serves_long_ones(model):
+    with make_engine(model) as engine:
+        engine.warm_up([1, 3])
+        graphs = graphs_of(engine)
+        made = dict(graphs._replays)
+        assert len(made) == 2
+        for lengths in ((2, 4, 6), (60, 1, 33), (40, 40, 7)):
+            prompts = [prompt(n, n) for n in lengths]
+            expected = [alone(model, ids, 24) for ids in prompts]
+            assert [o.token_ids for o in engine.generate(prompts, generation_config=config(24))] == expected
+        assert all(graphs._replays[size] is made[size] for size in made), "a graph was captured again"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_logits_are_those_of_eager_steps(dtype):
+    """Heads of 64 take the Hopper kernels where there are any, split plan and all."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = LlamaConfig(
+        vocab_size=500, hidden_size=512, intermediate_size=512, num_hidden_layers=3, num_attention_heads=8,
+        num_key_value_heads=2, max_position_embeddings=4096,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM._from_config(shape, dtype=dtype).eval()
+    model.generation_config = GenerationConfig()
+    lengths = (1, 7, 300, 1500, 33)
+    outputs = []
+    for cuda_graphs in (True, False):
+        with make_engine(model, num_pages=600, cuda_graphs=cuda_graphs, max_batch_tokens=2048) as engine:
+            handles = [engine.submit(prompt(n, n), generation_config=config(12), logprobs=3) for n in lengths]
+            outputs.append([handle.result() for handle in handles])
+            assert not cuda_graphs or len(graphs_of(engine)) > 0
+    for captured, eager in zip(*outputs):
+        ours, theirs = ([entry.logprob for entry in output.logprobs] for output in (captured, eager))
+        same = next((i for i, (a, b) in enumerate(zip(captured.token_ids, eager.token_ids)) if a != b), 12)
+        assert max((abs(a - b) for a, b in zip(ours[:same], theirs[:same])), default=0.0) < 0.05
+        assert same >= 1
+
+
+def test_steady_decode_does_not_synchronise(model):
+    with make_engine(model, max_batch_tokens=256) as engine:
+        handles = [engine.submit(prompt(n, n), generation_config=config(40)) for n in (3, 9, 20, 31)]
+        handles += [
+            engine.submit(prompt(n, n), generation_config=config(40, do_sample=True, top_p=0.9, top_k=20), seed=n)
+            for n in (4, 12)
+        ]
+        for _ in range(10):
+            engine.step()
+        graphs_of(engine)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in range(20):
+                engine.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert [len(handle.result().token_ids) for handle in handles] == [40] * 6
+        assert handles[1].result().token_ids == alone(model, prompt(9, 9), 40)
+
+
+def test_a_step_is_launched_before_the_tokens_of_the_last_are_there(model):
+    with make_engine(model) as engine:
+        handle = engine.submit(prompt(9), generation_config=config(10, eos_token_id=[alone(model, prompt(9), 10)[6]]))
+        order, core = [], engine._core
+        run, collect = core.run, core.collect
+        core.run = lambda work: (order.append("run"), run(work))[1]
+        core.collect = lambda launched: (order.append("collect"), collect(launched))[1]
+        while engine.step():
+            engine.check()
+        assert order[:3] == ["run", "run", "collect"]
+        tokens = alone(model, prompt(9), 10)
+        assert handle.result().token_ids == tokens[: tokens.index(tokens[6]) + 1]
+
+
+def test_sampled_tokens_do_not_depend_on_graphs_or_company(model):
+    options = config(20, do_sample=True, temperature=1.2, top_p=0.95)
+    results = []
+    for cuda_graphs, company in ((True, 5), (False, 0), (True, 0)):
+        with make_engine(model, cuda_graphs=cuda_graphs) as engine:
+            others = [engine.submit(prompt(n + 2, n), generation_config=options) for n in range(company)]
+            results.append(engine.submit(prompt(11), generation_config=options, seed=7).result().token_ids)
+            for other in others:
+                other.result()
+    assert results[0] == results[1] == results[2]
+
+
+def test_swapped_and_recomputed_requests_on_the_device(model):
+    prompts = [prompt(n, n) for n in (20, 25, 30, 16)]
+    expected = [alone(model, ids, 30) for ids in prompts]
+    for options in (dict(swap_space_gib=0.01), {}):
+        with make_engine(model, num_pages=16, prefix_caching=False, **options) as engine:
+            outputs = engine.generate(prompts, generation_config=config(30))
+            assert [output.token_ids for output in outputs] == expected
+            assert engine.stats().preemptions > 0
+            engine.check()
+
+
+def test_a_model_that_reads_from_the_device_runs_eagerly():
+    model = tiny_model("llama").cuda()
+    mlp = model.model.layers[0].mlp
+    forward = mlp.forward
+    mlp.forward = lambda x: forward(x) * (1.0 if float(x.sum()) == float(x.sum()) else 0.0)
+    expected = alone(model, prompt(5), 8)
+    with make_engine(model) as engine:
+        assert engine.generate([prompt(5)], generation_config=config(8))[0].token_ids == expected
+        assert "reads values back" in engine._core.runner.graphs.failure
+    torch.randn(4, device="cuda")
+
+
+def test_graphs_survive_threads(model):
+    expected = alone(model, prompt(9), 16)
+    options = hf_paged.EngineConfig(num_pages=64, page_size=8, max_num_seqs=8)
+    with hf_paged.Engine(model, options) as engine:
+        handles = [engine.submit(prompt(9), generation_config=config(16)) for _ in range(6)]
+        assert [handle.result().token_ids for handle in handles] == [expected] * 6
+        graphs_of(engine)

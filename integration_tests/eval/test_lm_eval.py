@@ -1,0 +1,167 @@
+"""lm-evaluation-harness: `hf-paged` gives the scores of `hf` with eager attention, on tasks made here."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+lm_eval = pytest.importorskip("lm_eval")
+
+from lm_eval.tasks import TaskManager  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "integration_tests" / "assets" / "small_model"
+TASKS = {
+    "choice": """
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+target_delimiter: ""
+doc_to_choice: ["{{good}}", "{{bad}}", "{{ugly}}"]
+doc_to_target: 0
+metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "rolling": """
+output_type: loglikelihood_rolling
+doc_to_text: ""
+doc_to_target: "{{text}}"
+metric_list: [{metric: word_perplexity}, {metric: byte_perplexity}, {metric: bits_per_byte}]
+""",
+    "answer": """
+output_type: generate_until
+doc_to_text: "{{question}}"
+doc_to_target: "{{good}}"
+generation_kwargs: {until: ["\\n"], max_gen_toks: 12, do_sample: false}
+metric_list: [{metric: exact_match, aggregation: mean, higher_is_better: true}]
+""",
+}
+DOCUMENTS = [
+    {"question": "import os\nimport", "good": " sys", "bad": " zzqx", "ugly": "}}", "text": "import os\nimport sys\n"},
+    {"question": "    def __init__(", "good": "self", "bad": "for", "ugly": ":=", "text": "class A:\n    pass\n" * 9},
+    {"question": "if x is not", "good": " None", "bad": " import", "ugly": " ((", "text": "x = 1\n" * 40},
+    {"question": "for i in", "good": " range", "bad": " def", "ugly": " #", "text": "return None"},
+    {"question": "return", "good": " self", "bad": " =", "ugly": " class", "text": "def f(a, b):\n    return a + b\n"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Tasks and their data."""
+    folder = tmp_path_factory.mktemp("tasks")
+    data = folder / "documents.jsonl"
+    data.write_text("\n".join(map(json.dumps, DOCUMENTS)), encoding="utf-8")
+    for name, body in TASKS.items():
+        (folder / f"{name}.yaml").write_text(
+            f"task: hf_paged_{name}\ndataset_path: json\ndataset_kwargs: {{data_files: {{test: {data}}}}}\n"
+            f"test_split: test\n{body.strip()}\n",
+            encoding="utf-8",
+        )
+    return folder
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def evaluate(folder: Path, model: str, **arguments):
+    return lm_eval.simple_evaluate(
+        model=model,
+        model_args={"pretrained": str(MODEL), "dtype": "float32", "max_length": 64, **arguments},
+        tasks=[f"hf_paged_{name}" for name in TASKS], task_manager=TaskManager(include_path=str(folder)),
+        bootstrap_iters=0, log_samples=True, device="cpu", verbosity="ERROR",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def eager(folder):
+    return evaluate(folder, "hf", attn_implementation="eager")
+
+
+def scores(results: dict) -> dict[str, dict[str, float]]:
+    return {
+        task: {name: value for name, value in found.items() if isinstance(value, float)}
+        for task, found in results["results"].items()
+    }
+
+
+def responses(results: dict, task: str) -> list:
+    return [sample["filtered_resps"] for sample in sorted(results["samples"][task], key=lambda s: s["doc_id"])]
+
+
+def test_the_engine_gives_the_scores_of_eager(folder, eager):
+    import hf_paged.lm_eval_model  # noqa: F401  registers the model
+
+    paged = evaluate(folder, "hf-paged")
+    expected, got = scores(eager), scores(paged)
+    assert set(got) == {f"hf_paged_{name}" for name in TASKS}
+    for task in expected:
+        assert got[task] == pytest.approx(expected[task], rel=1e-5), task
+    print([(s["arguments"], s["filtered_resps"], s["target"], s["acc"]) for s in paged["samples"]["hf_paged_choice"]])
+    assert scores(paged)["hf_paged_choice"]["acc,none"] > 0.5
+    assert responses(paged, "hf_paged_answer") == responses(eager, "hf_paged_answer")
+    for a, b in zip(responses(paged, "hf_paged_choice"), responses(eager, "hf_paged_choice")):
+        # (log-probability, is greedy) of each choice.
+        for (logprob, greedy), (expected_logprob, expected_greedy) in zip(a, b):
+            assert float(logprob) == pytest.approx(float(expected_logprob), abs=1e-4)
+            assert greedy == expected_greedy
+
+
+def test_the_engine_really_ran(folder, monkeypatch):
+    import hf_paged
+    from hf_paged.lm_eval_model import PagedLM
+
+    steps = []
+    step = hf_paged.Engine.step
+    monkeypatch.setattr(hf_paged.Engine, "step", lambda self: (steps.append(self), step(self))[1])
+    model = PagedLM(str(MODEL), dtype="float32", device="cpu", max_length=64)
+    assert model._loglikelihood_tokens([(None, [5, 6], [7])], disable_tqdm=True)[0][0] < 0
+    of_loglikelihood = len(steps)
+    out = model._model_generate(torch.tensor([[5, 6, 7]]), max_length=8, stop=["\n"])
+    assert 0 < of_loglikelihood < len(steps)
+    assert out.shape[1] <= 8
+
+
+def test_a_text_longer_than_the_model_is_cut_as_hf_cuts_it(eager):
+    from lm_eval.models.huggingface import HFLM
+
+    from hf_paged.lm_eval_model import PagedLM
+
+    tokens = torch.randint(5, 1000, (90,), generator=torch.Generator().manual_seed(0)).tolist()
+    requests = [(None, tokens[:a], tokens[a:b]) for a, b in ((80, 90), (54, 64), (54, 65))]
+    arguments = {"dtype": "float32", "device": "cpu", "max_length": 64}
+    expected = HFLM(str(MODEL), attn_implementation="eager", **arguments)._loglikelihood_tokens(requests, True)
+    got = PagedLM(str(MODEL), **arguments)._loglikelihood_tokens(requests, True)
+    assert [score for score, _ in got] == pytest.approx([score for score, _ in expected], rel=1e-5)
+    assert [greedy for _, greedy in got] == [greedy for _, greedy in expected]
+
+
+def test_a_batch_that_is_no_number():
+    from hf_paged.lm_eval_model import PagedLM
+
+    with pytest.raises(ValueError, match="generate_batch must be an int of at least 1, got 0"):
+        PagedLM(str(MODEL), generate_batch=0)
+
+
+def test_the_command_line(folder, monkeypatch, capsys):
+    from hf_paged.lm_eval_model import main
+
+    arguments = [
+        "lm_eval", "run", "--model", "hf-paged", "--model_args", f"pretrained={MODEL},dtype=float32,max_length=64",
+        "--tasks", "hf_paged_choice", "--include_path", str(folder), "--device", "cpu",
+    ]  # fmt: skip
+    monkeypatch.setattr(sys, "argv", arguments)
+    main()
+    assert "hf_paged_choice" in capsys.readouterr().out
+
+
+def test_without_lm_eval_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval.api.registry", None)
+    monkeypatch.delitem(sys.modules, "hf_paged.lm_eval_model", raising=False)
+    with pytest.raises(ImportError, match=r'pip install "hf-paged\[lm-eval\]"'):
+        importlib.import_module("hf_paged.lm_eval_model")
