@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: help demo test lint perplexity support small-model clean
+.PHONY: help demo test lint perplexity report support small-model clean
 
 help:            ## list the tasks
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -27,6 +27,13 @@ perplexity: $(BIN)/activate  ## the small model's perplexity, every path
 	$(BIN)/python -m eval.perplexity --model integration_tests/assets/small_model \
 	  --data integration_tests/assets/heldout.txt --attn eager sdpa paged_flash \
 	  --path prefill paged_prefill decode --window 256 --stride 128 --max-tokens 4096 --dtype float32
+
+report: $(BIN)/activate      ## was anything lost? the small model's report and generation check
+	$(BIN)/python -m eval.report --model integration_tests/assets/small_model \
+	  --data integration_tests/assets/heldout.txt --window 256 --stride 128 --max-tokens 4096 --dtype float32 \
+	  --batch-size 8 --output eval/results/report
+	$(BIN)/python -m eval.generation --model integration_tests/assets/small_model \
+	  --data integration_tests/assets/heldout.txt --dtype float32 --output eval/results/report/generation.json
 
 support: $(BIN)/activate     ## regenerate eval/results/model_support.md
 	HF_PAGED_WRITE_SUPPORT=1 $(BIN)/python -m pytest -n 2 integration_tests/models/test_parity.py

@@ -7,7 +7,7 @@ Per model, and with graphs on and off:
 * start: seconds from the weights on the card to a ready engine, and to capture every batch size.
 * latency: one request of 128 prompt tokens, milliseconds a token in steady state.
 * steady: 256 running requests of 128 prompt tokens, milliseconds of a decode step, greedy and sampled (top_p 0.95);
-  beside the greedy one, the same graph replayed with nothing between the replays.
+  beside the greedy one, the same graph replayed with nothing between the replays, just after: what the host adds.
 * throughput: 256 requests at once, prompts and outputs of 100 to 1,024 tokens (Python's random, seed 0), greedy, no
   eos.
 
@@ -258,7 +258,8 @@ def markdown(report: dict[str, Any]) -> str:
     lines = [
         f"# Engine on a GPU\n\n{report['device']}, python {report['python']}, torch {report['torch']}, triton "
         f"{report['triton']}, transformers {report['transformers']}, hf_paged {report['hf_paged']}, {report['date']}; "
-        f"written by `python -m eval.bench_engine --gpu`. Random bfloat16 weights.\n",
+        f"written by `python -m eval.bench_engine --gpu`. Random bfloat16 weights; (cut): stopped at the part's limit. "
+        f"The replays come after the measured steps, at contexts about 60 tokens longer, so they may take longer.\n",
         "| model | decode | ready, s | graphs, s | batch 1, ms a token | roofline | 256 running, ms a step "
         "| replay alone, ms | sampled, ms | throughput, tokens/s | roofline |\n|" + "---|" * 11,
     ]

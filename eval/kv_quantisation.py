@@ -6,6 +6,7 @@ Every cache is fed the same windows in chunks, so that all but the newest keys a
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from tqdm import tqdm
@@ -19,25 +20,25 @@ from eval.quality import Settings
 
 RESIDUAL = 16
 
+
+def _quantized(backend: str, bits: int, config: PreTrainedConfig, page_size: int) -> Cache:
+    """A QuantizedCache, which has no pages. Raises ImportError where its backend is not installed."""
+    if backend == "fp8":  # one scale for each tensor, and no options
+        return QuantizedCache(backend, config)
+    return QuantizedCache(backend, config, nbits=bits, residual_length=RESIDUAL)
+
+
 CACHES: dict[str, Callable[[PreTrainedConfig, int], Cache]] = {
     "DynamicCache": lambda config, page_size: DynamicCache(config=config),
     "PagedCache auto": lambda config, page_size: hf_paged.PagedCache(config, page_size=page_size),
     "PagedCache fp8": lambda config, page_size: hf_paged.PagedCache(config, page_size=page_size, kv_dtype="fp8"),
     "PagedCache int8": lambda config, page_size: hf_paged.PagedCache(config, page_size=page_size, kv_dtype="int8"),
     **{
-        f"QuantizedCache {backend} {bits} bits": (
-            lambda config, page_size, backend=backend, bits=bits: _quantized(backend, config, bits)
-        )
+        f"QuantizedCache {backend} {bits} bits": partial(_quantized, backend, bits)
         for backend, widths in (("fp8", (8,)), ("quanto", (4, 2)), ("hqq", (8, 4, 2)))
         for bits in widths
     },
 }
-
-
-def _quantized(backend: str, config: PreTrainedConfig, bits: int) -> Cache:
-    if backend == "fp8":  # one scale for each tensor, and no options
-        return QuantizedCache(backend, config)
-    return QuantizedCache(backend, config, nbits=bits, residual_length=RESIDUAL)
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,8 +157,11 @@ def perplexity(
     for batch in batches:
         offsets.append(offsets[-1] + sum(item.num_scored for item in batch))
     run = f"{attn} {path} {kv_dtype}"
-    known = {} if partial is None else {index: partial.get(run, index) for index in range(len(batches))}
-    mine = [i for i in range(len(batches)) if i % processes.count == processes.rank and known.get(i) is None]
+    known: dict[int, Figures] = {}
+    if partial is not None:
+        found = ((index, partial.get(run, index)) for index in range(len(batches)))
+        known = {index: figures for index, figures in found if figures is not None}
+    mine = [i for i in range(len(batches)) if i % processes.count == processes.rank and i not in known]
     rows = (torch.stack([ids[item.begin : item.end] for item in batches[i]]) for i in mine)
     make_cache = cache_factory or _default_cache_factory(model, attn, path, page_size, kv_dtype)
     if path == "engine":
@@ -171,7 +174,7 @@ def perplexity(
 
     was_training = model.training
     model.eval()
-    done: list[tuple[int, Figures]] = [(i, known[i]) for i in sorted(known) if known[i] is not None]
+    done: list[tuple[int, Figures]] = sorted(known.items())
     if processes.count > 1:
         done = [(i, figures) for i, figures in done if i % processes.count == processes.rank]
     start = time.perf_counter()

@@ -22,7 +22,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
     num_grids = max(len(grids), 1)
     figure = Figure(figsize=(13, height + 3.4), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    top, bottom = figure.subfigures(2, 1, height_ratios=[height, 3.4])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[height, 3.4])
+    top, bottom = parts
     figure.suptitle(f"{report['model']}: {'passed' if report['verdict']['passed'] else 'FAILED'}", fontsize=14)
     left, right = top.subplots(1, 2, sharey=True)
     names = [run["name"] for run in runs]

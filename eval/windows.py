@@ -21,7 +21,8 @@ Figures of different conventions differ by several percent, so none is quoted wi
 `lm-eval`    Each document for itself, behind one beginning-of-text token (end-of-text where the tokenizer has none),
              every token scored. A window feeds `window` tokens and scores what no window before it scored; all but the
              last are disjoint, the last reaches back to be full. Gives word and byte level figures too: the sum over
-             all documents, divided by the words and bytes of the documents as they came.
+             all documents, divided by the words and bytes of the documents as they came. (Where a tokenizer adds
+             special tokens of its own, lm-eval keeps them unless told `add_bos_token=False`; this never adds them.)
 
 Sources: https://huggingface.co/docs/transformers/perplexity, https://github.com/IST-DASLab/gptq,
 https://github.com/ggml-org/llama.cpp/tree/master/tools/perplexity and

@@ -78,7 +78,7 @@ class PagedLM(HFLM):
         requests: Sequence[tuple[tuple[str, str] | None, Tokens, Tokens]],
         disable_tqdm: bool = False,
         override_bs: int | None = None,
-        **_: Any,
+        **options: Any,
     ) -> list[tuple[float, bool]]:
         """(log-probability of the continuation, whether it is what greedy decoding gives) of each request.
 
@@ -86,21 +86,21 @@ class PagedLM(HFLM):
             requests: (context and continuation or None, their tokens); where they are too long together, the beginning
                 is cut off, as in `--model hf`.
             disable_tqdm: no progress bar.
-            override_bs: no effect: the engine makes its own batches.
+            override_bs, options: no effect: the engine makes its own batches.
         """
         if self._engine is None:
             self._engine = Engine(self.model, self._options, background=False)
         else:
             self._engine.wake()
         try:
-            handles = [self._submit([*context, *continuation]) for _, context, continuation in requests]
+            handles = [self._submit([*before, *scored]) for _, before, scored in requests]
             answers = []
             bar = tqdm(total=len(requests), disable=disable_tqdm or self.rank != 0, desc="loglikelihood requests")
-            for handle, (texts, _, continuation) in zip(handles, requests):
+            for handle, (texts, _, scored) in zip(handles, requests):
                 output = handle.result()
                 if output.error is not None:
                     raise output.error
-                known = [*output.prompt_logprobs, *(output.logprobs if handle.forced else [])][-len(continuation) :]
+                known = [*output.prompt_logprobs, *(output.logprobs if handle.forced else [])][-len(scored) :]
                 total = sum(item.logprob for item in known)
                 answers.append((total, all(item.top_ids[0] == item.token_id for item in known)))
                 if texts is not None:

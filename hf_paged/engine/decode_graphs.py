@@ -52,7 +52,7 @@ class DecodeGraphs:
         capture: makes the function that replays a step.
 
     Attributes:
-        failure: why there are no graphs any more, None while there are.
+        failure: why there are no graphs, None while there may be.
     """
 
     def __init__(self, step: Step, num_slots: int, device: torch.device, capture: Capture | None = None) -> None:
@@ -63,6 +63,7 @@ class DecodeGraphs:
         self._replays: dict[int, tuple[torch.Tensor, Callable[[], Outputs]]] = {}
         self._held: dict[int, np.ndarray] = {}
         self._asked: dict[int, int] = {}
+        self._failed: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._replays)
@@ -90,7 +91,9 @@ class DecodeGraphs:
         """Capture the buckets of these batch sizes (None: all), the largest first: the others use its memory."""
         wanted = {self._size_for(size) for size in (self.sizes if sizes is None else sizes)} - self._replays.keys()
         for bucket in tqdm(sorted(wanted, reverse=True), desc="capturing decode steps", disable=not progress):
-            if not self._make(bucket):
+            if bucket not in self._failed:
+                self._make(bucket)
+            if self.failure is not None:
                 return
 
     def drop(self) -> None:
@@ -98,6 +101,7 @@ class DecodeGraphs:
         self._replays.clear()
         self._held.clear()
         self._asked.clear()
+        self._failed.clear()
 
     def _size_for(self, count: int) -> int:
         return next(size for size in self.sizes if size >= count)
@@ -111,18 +115,22 @@ class DecodeGraphs:
             return bucket
         larger = min((size for size in self._replays if size > bucket), default=None)
         self._asked[bucket] = self._asked.get(bucket, 0) + 1
-        if larger is not None and self._asked[bucket] <= PADDED_STEPS:
+        may_wait = larger is not None and self._asked[bucket] <= PADDED_STEPS
+        if may_wait or bucket in self._failed or not self._make(bucket):
             return larger
-        return bucket if self._make(bucket) else None
+        return bucket
 
     def _make(self, bucket: int) -> bool:
         static = torch.full((bucket,), self.num_slots, dtype=torch.int64, device=self.device)
         try:
             self._replays[bucket] = static, self._capture(self.step, static)
         except Exception as error:
-            self.drop()
-            self.failure = f"{type(error).__name__}: {error}"
-            logger.warning_once(f"decode steps run without CUDA graphs: capturing one failed with {self.failure}")
+            # With others there, it was this one's size: memory is short, say.
+            self._failed.add(bucket)
+            message = f"{type(error).__name__}: {error}"
+            if not self._replays:
+                self.failure = message
+            logger.warning_once(f"decode steps of {bucket} rows run without a CUDA graph of their own: {message}")
             return False
         return True
 

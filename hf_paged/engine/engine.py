@@ -603,8 +603,8 @@ class Engine:
                 self._core.end(request, "error", error)
             if request.output is None:
                 self._core.abandon(request, error)
-        self._publish()
         self._attention.restore()
+        self._publish()
 
     def _broken_message(self) -> str:
         return f"the engine has stopped with an error of its own: {self._broken!r}."
@@ -638,10 +638,11 @@ class Engine:
         self._intake()
         for request in list(self._unfinished.values()):
             self._core.end(request, reason)
-        self._publish()
         self._core.drop_prefixes()
         self._core.cache.drop()
         self._attention.restore()
+        # Last: whoever gets a result may go on with the model at once.
+        self._publish()
         with self._changed:
             self._changed.notify_all()
 

@@ -213,6 +213,24 @@ def test_a_capture_that_fails_leaves_everything_to_eager_steps(model):
         assert "not on this device" in engine._core.runner.graphs.failure
 
 
+def test_a_size_that_cannot_be_captured_takes_a_larger_one(model):
+    def fail_small(step, slots):
+        if len(slots) < 4:
+            raise RuntimeError("no memory left")
+        return run_again(step, slots)
+
+    with make_engine(model) as engine:
+        engine._core.use_graphs(fail_small)
+        prompts = [prompt(n, n) for n in (5, 9, 14)]
+        options = [config(n) for n in (40, 20, 3)]
+        expected = [alone(model, ids, option) for ids, option in zip(prompts, options)]
+        assert [o.token_ids for o in engine.generate(prompts, generation_config=options)] == expected
+        graphs = engine._core.runner.graphs
+        assert graphs.failure is None
+        assert set(graphs._replays) == {4}
+        assert graphs._failed == {1, 2}
+
+
 def test_a_few_padded_steps_come_before_a_capture_of_their_own():
     made = []
 

@@ -19,7 +19,7 @@ TASKS = {
 output_type: multiple_choice
 doc_to_text: "{{question}}"
 target_delimiter: ""
-doc_to_choice: ["{{good}}", "{{bad}}", "{{ugly}}"]
+doc_to_choice: "{{[good, bad, ugly]}}"
 doc_to_target: 0
 metric_list: [{metric: acc}, {metric: acc_norm}]
 """,
@@ -69,11 +69,11 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-def evaluate(folder: Path, model: str, **arguments):
+def evaluate(folder: Path, model: str, tasks=tuple(TASKS), **arguments):
     return lm_eval.simple_evaluate(
         model=model,
         model_args={"pretrained": str(MODEL), "dtype": "float32", "max_length": 64, **arguments},
-        tasks=[f"hf_paged_{name}" for name in TASKS], task_manager=TaskManager(include_path=str(folder)),
+        tasks=[f"hf_paged_{name}" for name in tasks], task_manager=TaskManager(include_path=str(folder)),
         bootstrap_iters=0, log_samples=True, device="cpu", verbosity="ERROR",
     )  # fmt: skip
 
@@ -102,7 +102,6 @@ def test_the_engine_gives_the_scores_of_eager(folder, eager):
     assert set(got) == {f"hf_paged_{name}" for name in TASKS}
     for task in expected:
         assert got[task] == pytest.approx(expected[task], rel=1e-5), task
-    print([(s["arguments"], s["filtered_resps"], s["target"], s["acc"]) for s in paged["samples"]["hf_paged_choice"]])
     assert scores(paged)["hf_paged_choice"]["acc,none"] > 0.5
     assert responses(paged, "hf_paged_answer") == responses(eager, "hf_paged_answer")
     for a, b in zip(responses(paged, "hf_paged_choice"), responses(eager, "hf_paged_choice")):
@@ -110,6 +109,28 @@ def test_the_engine_gives_the_scores_of_eager(folder, eager):
         for (logprob, greedy), (expected_logprob, expected_greedy) in zip(a, b):
             assert float(logprob) == pytest.approx(float(expected_logprob), abs=1e-4)
             assert greedy == expected_greedy
+
+
+def test_hf_with_paged_flash_gives_the_scores_of_eager(folder, eager):
+    import hf_paged  # noqa: F401  registers the attention
+
+    found = scores(evaluate(folder, "hf", tasks=["choice", "rolling"], attn_implementation="paged_flash"))
+    assert len(found) == 2
+    for task in found:
+        assert found[task] == pytest.approx(scores(eager)[task], rel=1e-5), task
+
+
+def test_perplexity_of_the_convention_lm_eval_is_that_of_lm_eval(folder, eager):
+    from eval.perplexity import main
+
+    report = main(
+        ["--model", str(MODEL), "--data", str(folder / "documents.jsonl"), "--convention", "lm-eval", "--window", "64",
+         "--attn", "eager", "paged_flash", "--dtype", "float32", "--device", "cpu"]
+    )  # fmt: skip
+    expected = scores(eager)["hf_paged_rolling"]
+    for row in report["results"]:
+        for name in ("word_perplexity", "byte_perplexity", "bits_per_byte"):
+            assert row[name] == pytest.approx(expected[f"{name},none"], rel=1e-5), (row["attn"], name)
 
 
 def test_the_engine_really_ran(folder, monkeypatch):

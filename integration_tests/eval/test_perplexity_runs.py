@@ -45,7 +45,7 @@ def tokenizer():
 @pytest.fixture(scope="module")
 def ids(tokenizer):
     text = (ASSETS / "heldout.txt").read_text(encoding="utf-8")[:4000]
-    return tokenizer(text, verbose=False)["input_ids"][:600]
+    return tokenizer(text, verbose=False)["input_ids"][:400]
 
 
 @pytest.fixture(scope="module")

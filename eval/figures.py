@@ -1,0 +1,121 @@
+"""The README's figure, from committed results alone: nothing is measured here.
+
+    python -m eval.figures --output eval/results/figures.png
+
+Left: memory of one prefill over its length (`prefill_memory_h200.json`). Middle: bytes that each cache holds
+(`cache_memory.json`). Right: tokens a second of the engine, with one request and with many running
+(`bench_engine_h200.json`). Pages over time have a picture of their own: `eval/page_picture.py`.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results"
+INPUTS = ("prefill_memory_h200.json", "cache_memory.json", "bench_engine_h200.json")
+COLORS = {"paged_flash": "#2a6f97", "sdpa": "#c8553d", "eager": "#8d8d8d"}
+CACHES = {"PagedCache": "#2a6f97", "PagedCache int8": "#7fb0cc", "DynamicCache": "#c8553d"}
+CASES = {"a": "32 ragged\nprompts", "b": "8 beams,\n2k prompt", "c": "16 samples,\n4k prompt"}
+MODELS = ("#588157", "#7b5ea7", "#f2c14e")
+RUNNING = 256
+"""Requests that run in the part `steady` of `eval.bench_engine --gpu`."""
+
+
+def load(folder: Path) -> dict[str, Any]:
+    """The committed results by file name.
+
+    Raises:
+        FileNotFoundError: one of `INPUTS` is not in `folder`; the message names it and the command that makes it.
+    """
+    found = {}
+    for name in INPUTS:
+        path = folder / name
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"results (--results) {str(folder)!r} has no {name}; make it with python -m "
+                f"eval.{name.removesuffix('.json').removesuffix('_h200')}"
+            )
+        found[name] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+def draw(results: dict[str, Any], path: Path) -> None:
+    """Write the PNG.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise ImportError('eval.figures draws with matplotlib: pip install "hf-paged[eval]"') from error
+    figure = Figure(figsize=(13, 4.2), dpi=100, layout="constrained")
+    FigureCanvasAgg(figure)
+    prefill, caches, engine = figure.subplots(1, 3)
+    _prefill(prefill, results["prefill_memory_h200.json"])
+    _caches(caches, results["cache_memory.json"])
+    _engine(engine, results["bench_engine_h200.json"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+
+
+def _prefill(axes: Any, report: dict[str, Any]) -> None:
+    for attn, color in COLORS.items():
+        rows = [row for row in report["rows"] if row["attn_implementation"] == attn and row["peak_bytes"]]
+        axes.plot([row["tokens"] for row in rows], [row["peak_bytes"] / 2**30 for row in rows], "o-", color=color,
+                  label=attn)  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("tokens of a prompt")
+    axes.set_ylabel("GiB above the weights")
+    axes.set_title(f"One prefill, {report['layers']} layers, {report['device']}", fontsize=10)
+    axes.legend(frameon=False)
+
+
+def _caches(axes: Any, report: dict[str, Any]) -> None:
+    held = {(row["case"], row["cache"]): row["held_bytes"] for row in report["rows"]}
+    width = 0.8 / len(CACHES)
+    for index, (cache, color) in enumerate(CACHES.items()):
+        values = [(held.get((case, cache)) or 0) / 2**20 for case in CASES]
+        places = [case + (index - 1) * width for case in range(len(CASES))]
+        bars = axes.bar(places, values, width, color=color, label=cache)
+        axes.bar_label(bars, [f"{value:.0f}" if value else "" for value in values], fontsize=8)
+    axes.set_xticks(range(len(CASES)), list(CASES.values()), fontsize=8)
+    axes.set_ylabel("MiB held")
+    axes.set_title(f"Memory of the cache, {report['sizes']['num_layers']} layers", fontsize=10)
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _engine(axes: Any, report: dict[str, Any]) -> None:
+    for index, (name, model) in enumerate(report["models"].items()):
+        parts = model.get("graphs", {})
+        if not {"latency", "steady"} <= parts.keys():
+            continue
+        speeds = [1000 / parts["latency"]["ms_per_token"], RUNNING * 1000 / parts["steady"]["step_ms"]]
+        axes.plot([1, RUNNING], speeds, "o-", color=MODELS[index % len(MODELS)], label=name)
+        for place, speed in zip((1, RUNNING), speeds):
+            axes.annotate(f"{speed:,.0f}", (place, speed), textcoords="offset points", xytext=(0, 7), fontsize=8,
+                          ha="left" if place == 1 else "right")  # fmt: skip
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("requests running")
+    axes.set_ylabel("tokens a second, decode")
+    axes.set_title(f"Engine, {report['device']}, bfloat16", fontsize=10)
+    axes.margins(y=0.15)
+    axes.legend(frameon=False)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder with the committed JSON")
+    parser.add_argument("--output", type=Path, required=True, help="PNG file")
+    args = parser.parse_args(argv)
+    draw(load(args.results), args.output)
+
+
+if __name__ == "__main__":
+    main()
