@@ -14,17 +14,16 @@ CPUs add `--multi_gpu` before `-m` and `--device cpu` at the end: with `--cpu`, 
 A run that was stopped goes on with `--resume`. `--device-map auto` spreads a big model over devices.
 
 Every run is compared with the first one token by token. On a small model that paired difference says more than the
-figure. Exit status 0, or an error that names the argument.
+figure. Exit status 0, or 2 and an error that names the argument.
 """
 
 import argparse
 import hashlib
 import inspect
 import json
-import math
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -58,6 +57,7 @@ from eval.loading import (
 )
 from eval.partial_results import PartialResults
 from eval.perplexity_result import PairedDifference, PerplexityResult
+from eval.perplexity_table import format_report, report_row
 from eval.processes import Processes
 from eval.scoring import KV_DTYPES, PATHS, engine_scores, reason_against, scored_logits, token_nll
 from eval.text_data import ACCEPTED_SPECS, Documents, load_documents, load_text
@@ -327,15 +327,6 @@ def encode(tokenizer: PreTrainedTokenizerBase, documents: Documents, convention:
     return ids, starts
 
 
-def document_figures(nll_sum: float, documents: Documents) -> dict[str, float]:
-    """Word and byte level figures of the convention "lm-eval", from the sum of the nll over all documents in nats."""
-    return {
-        "word_perplexity": math.exp(nll_sum / documents.num_words),
-        "byte_perplexity": math.exp(nll_sum / documents.num_bytes),
-        "bits_per_byte": nll_sum / documents.num_bytes / math.log(2),
-    }
-
-
 def plan_runs(
     attns: Sequence[str], paths: Sequence[str], kv_dtypes: Sequence[str]
 ) -> tuple[list[tuple[str, str, str]], list[str]]:
@@ -443,7 +434,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "processes": processes.count,
         "left_out": left_out,
         "reference": {"attn": first.attn, "path": first.path},
-        "results": [_row(result, first, documents) for result in results],
+        "results": [report_row(result, first, documents) for result in results],
     }
     if processes.is_main:
         print(format_report(report))
@@ -471,84 +462,6 @@ def _window_and_stride(args: argparse.Namespace, config: PreTrainedConfig) -> tu
     if stride is None:
         stride = window if args.convention in DISJOINT else min(512, window // 2)
     return window, stride
-
-
-def _row(result: PerplexityResult, reference: PerplexityResult, documents: Documents) -> dict[str, Any]:
-    levels = {}
-    if result.convention == "lm-eval":
-        levels = document_figures(result.nll.sum().item(), documents)
-    return {
-        **levels,
-        "attn": result.attn,
-        "path": result.path,
-        "kv_dtype": result.kv_dtype,
-        "num_windows": len(result.windows),
-        "num_scored": result.num_scored,
-        "mean_nll": result.mean_nll,
-        # JSON has no infinity.
-        "ppl": result.perplexity if math.isfinite(result.perplexity) else None,
-        "seconds": result.seconds,
-        "top1_agreement": result.top1_agreement(reference),
-        "difference": asdict(result.paired_difference(reference)),
-    }
-
-
-def format_report(report: dict[str, Any]) -> str:
-    """The plain-text table of what `main` returns."""
-    first = report["reference"]
-    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
-    header = (
-        f"{report['model']} on {report['data']}: {report['num_tokens']} tokens, convention {report['convention']}, "
-        f"window {report['window']}, stride {report['stride']}\n"
-        f"{report['dtype']} on {report['device']}; {versions}\n"
-        f"differences in nats per token against {first['attn']} {first['path']}, standard error over windows\n"
-    )
-    titles = (
-        "attn",
-        "path",
-        "cache",
-        "windows",
-        "scored",
-        "ppl",
-        "mean nll",
-        "difference",
-        "std error",
-        "max |diff|",
-        "seconds",
-    )
-    rows = [titles]
-    for row in report["results"]:
-        difference = row["difference"]
-        error = difference["standard_error"]
-        rows.append(
-            (
-                row["attn"],
-                row["path"],
-                row["kv_dtype"],
-                str(row["num_windows"]),
-                str(row["num_scored"]),
-                "overflow" if row["ppl"] is None else f"{row['ppl']:.4f}",
-                f"{row['mean_nll']:.6f}",
-                f"{difference['mean']:+.2e}",
-                "-" if error is None else f"{error:.1e}",
-                f"{difference['max_abs']:.1e}",
-                f"{row['seconds']:.1f}",
-            )
-        )
-    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
-    lines = [
-        # Names to the left, figures to the right.
-        "  ".join(cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
-        for row in rows
-    ]
-    for row in report["results"]:
-        if "word_perplexity" in row:
-            lines.append(
-                f"{row['attn']} {row['path']} {row['kv_dtype']}: word perplexity {row['word_perplexity']:.4f}, byte "
-                f"perplexity {row['byte_perplexity']:.4f}, bits per byte {row['bits_per_byte']:.4f}"
-            )
-    lines += [f"left out: {reason}" for reason in report["left_out"]]
-    return header + "\n".join(line.rstrip() for line in lines)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -586,4 +499,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ValueError, FileNotFoundError, ImportError, hf_paged.UnsupportedModelError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)

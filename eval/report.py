@@ -76,7 +76,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     ids = tokenizer(text, verbose=False)["input_ids"][: args.max_tokens]
     float32 = load_pretrained(AutoModelForCausalLM, args.model, dtype="float32", attn_implementation="eager").to(device)
     settings = _settings(args, float32)
-    plan_windows(len(ids), settings.window, settings.stride, settings.convention)  # refuses a bad length early
+    try:
+        plan_windows(len(ids), settings.window, settings.stride, settings.convention)  # refuses a bad length early
+    except ValueError as error:
+        raise ValueError(f"spec (--data) {args.data!r}: {error}") from error
     check_window(float32.config, settings.window)
 
     reference = Reference(float32, ids, settings)

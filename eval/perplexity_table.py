@@ -1,0 +1,96 @@
+"""Perplexity runs as JSON and as a plain-text table."""
+
+import math
+from dataclasses import asdict
+from typing import Any
+
+from eval.perplexity_result import PerplexityResult
+from eval.text_data import Documents
+
+
+def document_figures(nll_sum: float, documents: Documents) -> dict[str, float]:
+    """Word and byte level figures of the convention "lm-eval", from the sum of the nll over all documents in nats."""
+    return {
+        "word_perplexity": math.exp(nll_sum / documents.num_words),
+        "byte_perplexity": math.exp(nll_sum / documents.num_bytes),
+        "bits_per_byte": nll_sum / documents.num_bytes / math.log(2),
+    }
+
+
+def report_row(result: PerplexityResult, reference: PerplexityResult, documents: Documents) -> dict[str, Any]:
+    """One run as JSON: its figures, and its difference from the first run."""
+    levels = {}
+    if result.convention == "lm-eval":
+        levels = document_figures(result.nll.sum().item(), documents)
+    return {
+        **levels,
+        "attn": result.attn,
+        "path": result.path,
+        "kv_dtype": result.kv_dtype,
+        "num_windows": len(result.windows),
+        "num_scored": result.num_scored,
+        "mean_nll": result.mean_nll,
+        # JSON has no infinity.
+        "ppl": result.perplexity if math.isfinite(result.perplexity) else None,
+        "seconds": result.seconds,
+        "top1_agreement": result.top1_agreement(reference),
+        "difference": asdict(result.paired_difference(reference)),
+    }
+
+
+def format_report(report: dict[str, Any]) -> str:
+    """The plain-text table of what `main` returns."""
+    first = report["reference"]
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    header = (
+        f"{report['model']} on {report['data']}: {report['num_tokens']} tokens, convention {report['convention']}, "
+        f"window {report['window']}, stride {report['stride']}\n"
+        f"{report['dtype']} on {report['device']}; {versions}\n"
+        f"differences in nats per token against {first['attn']} {first['path']}, standard error over windows\n"
+    )
+    titles = (
+        "attn",
+        "path",
+        "cache",
+        "windows",
+        "scored",
+        "ppl",
+        "mean nll",
+        "difference",
+        "std error",
+        "max |diff|",
+        "seconds",
+    )
+    rows = [titles]
+    for row in report["results"]:
+        difference = row["difference"]
+        error = difference["standard_error"]
+        rows.append(
+            (
+                row["attn"],
+                row["path"],
+                row["kv_dtype"],
+                str(row["num_windows"]),
+                str(row["num_scored"]),
+                "overflow" if row["ppl"] is None else f"{row['ppl']:.4f}",
+                f"{row['mean_nll']:.6f}",
+                f"{difference['mean']:+.2e}",
+                "-" if error is None else f"{error:.1e}",
+                f"{difference['max_abs']:.1e}",
+                f"{row['seconds']:.1f}",
+            )
+        )
+    widths = [max(len(cell) for cell in column) for column in zip(*rows)]
+    lines = [
+        # Names to the left, figures to the right.
+        "  ".join(cell.ljust(width) if i < 3 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths)))
+        for row in rows
+    ]
+    for row in report["results"]:
+        if "word_perplexity" in row:
+            lines.append(
+                f"{row['attn']} {row['path']} {row['kv_dtype']}: word perplexity {row['word_perplexity']:.4f}, byte "
+                f"perplexity {row['byte_perplexity']:.4f}, bits per byte {row['bits_per_byte']:.4f}"
+            )
+    lines += [f"left out: {reason}" for reason in report["left_out"]]
+    return header + "\n".join(line.rstrip() for line in lines)
