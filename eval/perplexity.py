@@ -295,8 +295,6 @@ def _engine_batches(
         )
     config = hf_paged.EngineConfig(
         page_size=page_size, kv_dtype=kv_dtype, max_model_len=longest + 1, max_num_seqs=16, max_batch_tokens=512,
-        # The check holds logits against unquantised ones.
-        self_check=kv_dtype == "auto",
     )  # fmt: skip
     with hf_paged.Engine(model, config, background=False) as engine:
         batches = (list(batch) for batch in rows)

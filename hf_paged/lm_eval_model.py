@@ -14,7 +14,6 @@ Texts, tokens, truncation and stop sequences are those of `--model hf`, of which
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from transformers import GenerationConfig
 from transformers.utils.logging import tqdm
 
@@ -68,7 +67,6 @@ class PagedLM(HFLM):
         self._options = EngineConfig(
             page_size=page_size, kv_dtype=kv_dtype, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs,
             memory_fraction=memory_fraction, num_pages=num_pages, max_model_len=self.max_length + 1,
-            self_check=kv_dtype == "auto",
         )  # fmt: skip
         self._engine: Engine | None = None
         patch_generate(self.model, self._options)
@@ -126,10 +124,6 @@ class PagedLM(HFLM):
             prefix_allowed_tokens_fn=lambda _, history: [last],
         )  # fmt: skip
         return _Scored(handle, True)
-
-    def _model_generate(self, context: torch.Tensor, max_length: int, stop: list[str], **options: Any) -> torch.Tensor:
-        """As in `--model hf`; `generate()` is patched, so the engine runs it."""
-        return super()._model_generate(context, max_length, stop, **options)
 
 
 class _Scored:

@@ -444,3 +444,13 @@ def own_decoding_loop(model: Any, config: GenerationConfig) -> Callable[..., Any
         raise ValueError(f"transformers has no loop for {mode.value.replace('_', ' ')}: leave custom_generate out.")
     touch(GenerationMixin, loops[mode])
     return getattr(type(model), loops[mode])
+
+
+def hooks_of(model: torch.nn.Module) -> list[dict[int, Any]]:
+    """The forward hooks and pre-hooks of every module, as torch keeps them: what is added later shows up in them."""
+    return [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+
+
+def is_moved_by_accelerate(model: torch.nn.Module) -> bool:
+    """Whether accelerate moves or offloads a module of the model: it leaves its hook there."""
+    return any(hasattr(module, "_hf_hook") for module in model.modules())

@@ -17,7 +17,7 @@ class EngineConfig:
     Attributes:
         page_size: tokens of a page: 8, 16, 32, 64, 128 or 256.
         num_pages: pages of the whole model (of every layer); None: as many as ``memory_fraction`` allows, and no more
-            than ``max_num_seqs`` sequences of ``max_model_len`` tokens can use.
+            than ``max_num_seqs`` sequences of ``max_model_len`` tokens can use (and one, for a shared prompt).
         memory_fraction: the part of the device's free memory that pages may take where ``num_pages`` is None.
         max_batch_tokens: tokens that one step computes at most; longer prompts are computed in chunks.
         max_num_seqs: sequences that run at a time (a request with 4 beams counts as 4).

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
+from ..transformers_internals import hooks_of, is_moved_by_accelerate
 from .transfers import send
 
 logger = logging.get_logger(__name__)
@@ -226,7 +227,7 @@ def reason_against(model: Any, device: torch.device) -> str | None:
         return f"the model is on {device}"
     if len({p.device for p in model.parameters()}) > 1:
         return "the model is on several devices"
-    if any(hasattr(module, "_hf_hook") for module in model.modules()):
+    if is_moved_by_accelerate(model):
         return "accelerate moves or offloads the model's modules"
     return None
 
@@ -237,9 +238,7 @@ class LiveModel:
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model, self._device = model, device
         self._is_training = model.training
-        self._hooks = [
-            hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        ]
+        self._hooks = hooks_of(model)
         self._weights = [*model.parameters(), *model.buffers()]
         self._places = self._read_places()
 

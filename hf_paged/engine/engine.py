@@ -143,7 +143,8 @@ class Engine:
                 pages_of_one = -(-self.max_model_len // config.page_size)
                 num_pages = config.num_pages
                 if num_pages is None:
-                    most = config.max_num_seqs * pages_of_one
+                    # One more: rows that share a prompt copy its last page before they write into it.
+                    most = config.max_num_seqs * pages_of_one + 1
                     num_pages = choose_num_pages(learned.page_bytes, config.memory_fraction, most)
                 core = EngineCore(model, config, num_pages, self.max_model_len)
                 core.runner.needs_lengths = learned.needs_lengths

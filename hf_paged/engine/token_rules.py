@@ -61,7 +61,8 @@ class TokenRules:
         padding_ids: padding that processors and criteria see before the prompt, as in a padded batch.
     """
 
-    config: GenerationConfig
+    # Its own repr fails on the tensors that generate() puts into it.
+    config: GenerationConfig = dataclasses.field(repr=False)
     mode: Mode
     num_rows: int
     max_length: int

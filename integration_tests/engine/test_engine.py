@@ -13,6 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor
 
 import hf_paged
 from hf_paged.engine.cpu_attention import attend_groups, plan_groups
+from hf_paged.engine.selection import TokenRules
 from hf_paged.paging import LayerPages
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
@@ -58,10 +59,18 @@ def test_families_through_a_small_pool(family):
 
 @pytest.mark.parametrize("kv_dtype", ["int8", "fp8"])
 def test_quantised_pages(model, kv_dtype):
-    with make_engine(model, kv_dtype=kv_dtype) as engine:
+    with make_engine(model, kv_dtype=kv_dtype, self_check=True) as engine:
         outputs = engine.generate([prompt(20)], generation_config=config(2))
         assert outputs[0].finish_reason == "length"
         assert all(pages.is_quantized for pages in engine._core.pool.groups[None].layers.values())
+
+
+def test_as_many_samples_as_sequences_fit_a_pool_of_default_size(model):
+    options = GenerationConfig(do_sample=True, num_return_sequences=8, max_new_tokens=3, pad_token_id=0)
+    with make_engine(model, num_pages=None, max_num_seqs=8, max_model_len=10) as engine:
+        output = engine.generate([prompt(7)], generation_config=options)[0]
+        assert [len(row.token_ids) for row in output.sequences] == [3] * 8
+    assert "num_rows=8" in repr(TokenRules.make(model, options, prompt_ids=prompt(7)))
 
 
 def test_a_stored_prompt_is_found_again(model):
@@ -242,7 +251,7 @@ def test_results_come_in_order_with_a_config_each(model):
 
 def test_the_default_number_of_pages_is_bounded(model):
     with hf_paged.Engine(model, hf_paged.EngineConfig(max_num_seqs=4, self_check=False), background=False) as engine:
-        assert engine.stats().pages_total == 4 * 128 // 16
+        assert engine.stats().pages_total == 4 * 128 // 16 + 1  # one for a copy of a shared prompt's last page
         assert engine.generate([prompt(9)], generation_config=config())[0].finish_reason == "length"
 
 

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 import hf_paged.attention
 from eval import report
@@ -139,8 +138,8 @@ def test_a_shifted_position_is_caught(monkeypatch, capsys):
     assert "paged_flash decode: perplexity differs" in line
 
 
-def test_an_ignored_pad_mask_is_caught(monkeypatch, capsys):
-    attention = ALL_ATTENTION_FUNCTIONS["paged_flash"]
+def test_an_ignored_pad_mask_is_caught(request, capsys):
+    attention = AttentionInterface()["paged_flash"]
 
     def blind(module, query, key, value, attention_mask, *args, **kwargs):
         padded = attention_mask is not None
@@ -148,7 +147,8 @@ def test_an_ignored_pad_mask_is_caught(monkeypatch, capsys):
             module, query, key, value, torch.ones_like(attention_mask) if padded else None, *args, **kwargs
         )
 
-    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "paged_flash", blind)
+    AttentionInterface.register("paged_flash", blind)
+    request.addfinalizer(lambda: AttentionInterface.register("paged_flash", attention))
     line = fails(capsys, "--path", "prefill", "padded_prefill", "--induction-lengths")
     assert "paged_flash padded_prefill: perplexity differs" in line
     assert "paged_flash prefill:" not in line

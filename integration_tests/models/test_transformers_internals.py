@@ -317,6 +317,28 @@ def test_a_foreign_mask_function_is_not_plain(function):
     assert internals.packed_segments(function) is None
 
 
+# Hooks
+
+
+def test_hooks_are_seen_when_they_come():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    hooks = internals.hooks_of(model)
+    assert not any(hooks)
+    added = [model[0].register_forward_hook(lambda *_: None), model.register_forward_pre_hook(lambda *_: None)]
+    assert sum(map(len, hooks)) == 2
+    for handle in added:
+        handle.remove()
+    assert not any(hooks)
+
+
+def test_a_module_that_accelerate_moves_is_seen():
+    accelerate = pytest.importorskip("accelerate")
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    assert not internals.is_moved_by_accelerate(model)
+    accelerate.cpu_offload(model, torch.device("cpu"))
+    assert internals.is_moved_by_accelerate(model)
+
+
 # The wall
 
 
