@@ -4,7 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
-from hf_paged_kernels.ops import split_plan_op
+
+from .split_plans import SplitPlans
 
 
 @dataclass(slots=True)
@@ -39,7 +40,7 @@ class StepPlan:
     cu_seqlens_q: torch.Tensor
     token_index: torch.Tensor | None
     _copies: dict[torch.device, "StepPlan"] = field(default_factory=dict)
-    _split_plans: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
+    _split_plans: SplitPlans = field(default_factory=SplitPlans)
 
     def on(self, device: torch.device, place_table: Callable[[torch.Tensor], torch.Tensor]) -> "StepPlan":
         """The plan with its tensors on ``device``; one copy per device, made once.
@@ -55,14 +56,10 @@ class StepPlan:
         return self._copies[device]
 
     def split_plan(self, page_size: int, window_left: int | None) -> torch.Tensor | None:
-        """The work list of short queries on a GPU, made once for all layers of a window; None for other steps."""
-        if self.max_query_len > 16 or self.seq_lens.device.type == "cpu":
-            return None
-        key = page_size, window_left
-        if key not in self._split_plans:
-            max_tokens = self.page_table.shape[1] * page_size
-            self._split_plans[key] = split_plan_op(self.seq_lens, self.cu_seqlens_q, max_tokens, window_left)
-        return self._split_plans[key]
+        """The work list of short queries, see :class:`SplitPlans`; None for other steps."""
+        return self._split_plans.get(
+            self.page_table, self.seq_lens, self.cu_seqlens_q, self.max_query_len, page_size, window_left
+        )
 
     def pack(self, states: torch.Tensor) -> torch.Tensor:
         """``[B, H, L, D]`` to packed tokens ``[T, H, D]``."""

@@ -13,16 +13,13 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from hf_paged_kernels.ops import split_plan_op
 
+from ..split_plans import SplitPlans
 from .cpu_attention import RowGroup
 from .scheduler import StepWork
 from .slot_pages import SlotPages
 from .slots import Slots
 from .transfers import send
-
-SHORT_QUERY = 16
-"""Tokens up to which a step's queries take the split path, as drafts and decode rows do."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +62,7 @@ class StepInputs:
     groups: list[GroupInputs]
     cpu_groups: dict[tuple[int, int | None], list[RowGroup]] = field(default_factory=dict)
     _copies: dict[torch.device, "StepInputs"] = field(default_factory=dict)
-    _split_plans: dict[tuple[int, int | None], torch.Tensor] = field(default_factory=dict)
+    _split_plans: SplitPlans = field(default_factory=SplitPlans)
 
     def on(self, device: torch.device) -> "StepInputs":
         """The inputs on another device of the model, copied once."""
@@ -80,20 +77,22 @@ class StepInputs:
         return self._copies[device]
 
     def split_plan(self, number: int, page_size: int, left: int | None) -> torch.Tensor | None:
-        """The work list of short queries on a GPU, made once for all layers of a window; None for other steps.
+        """The work list of short queries, see :class:`SplitPlans`; None for other steps.
 
         Args:
             number: of the group of layers.
             page_size: tokens of a page.
             left: keys that a query sees before its own, None: all.
         """
-        if self.max_query_len > SHORT_QUERY or self.seq_lens.device.type == "cpu":
-            return None
-        key = number, left
-        if key not in self._split_plans:
-            max_tokens = self.groups[number].page_table.shape[1] * page_size
-            self._split_plans[key] = split_plan_op(self.seq_lens, self.cu_seqlens_q, max_tokens, left)
-        return self._split_plans[key]
+        return self._split_plans.get(
+            self.groups[number].page_table,
+            self.seq_lens,
+            self.cu_seqlens_q,
+            self.max_query_len,
+            page_size,
+            left,
+            number,
+        )
 
     @property
     def cu_seqlens_k(self) -> torch.Tensor:

@@ -34,14 +34,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import tiles_triton
+from . import split_plan_triton, tiles_triton
 from .backend import device_guard
-from .settings import LOG2_E, HopperSettings, hopper_settings, multiprocessors
+from .settings import LOG2_E, SHORT_QUERY, HopperSettings, hopper_settings, multiprocessors
 from .split_plan_triton import SplitPlan, make_split_plan_launch, merge_parts_launch
 
 key_bounds = gluon.jit(tiles_triton.key_bounds.fn)
 unmasked_bounds = gluon.jit(tiles_triton.unmasked_bounds.fn)
 find_sequence = gluon.jit(tiles_triton.find_sequence.fn)
+split_lengths = gluon.jit(split_plan_triton.split_lengths.fn)
 # Names of Triton 3.6 (right) and of 3.7 and 3.9 (left).
 load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
 barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
@@ -59,21 +60,10 @@ def view(smem, DTYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def split_length(seq_len):
-    """Keys of one split of a sequence; the same rule as ``split_plan_triton.split_lengths``."""
-    length = seq_len * 0 + 256
-    while length < 1024 and length * 16 < seq_len:
-        length = length * 2
-    while length * 32 < seq_len:
-        length = length * 2
-    return length
-
-
-@gluon.jit
 def _schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
     """The scheduler warp: finds out what this program does next and hands it out, a tile ahead of the others.
 
-    Splits weigh the same, so programs take them in turn; other tiles go to who asks first. ``queue``: two slots of 16
+    Splits weigh the same, so programs take them in turn; other tiles go to who asks first. ``queue``: two notes of 16
     numbers in shared memory with their full and empty barriers, and the counter of tiles handed out to all programs.
     """
     MODE: gl.constexpr = OPTIONS[0]
@@ -102,25 +92,25 @@ def _schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
 
 @gluon.jit
 def _hand_out(found, turn, queue):
-    slots, full, empty = queue
+    notes, full, empty = queue
     layout: gl.constexpr = gl.BlockedLayout([16], [32], [gl.num_warps()], [0])
     index = gl.arange(0, 16, layout=layout)
     numbers = gl.zeros([16], gl.int32, layout)
     for i in gl.static_range(11):
         numbers = gl.where(index == i, found[i], numbers)
     mbarrier.wait(empty.index(turn % 2), (turn // 2 & 1) ^ 1)
-    slots.index(turn % 2).store(numbers)
+    notes.index(turn % 2).store(numbers)
     mbarrier.arrive(full.index(turn % 2))
 
 
 @gluon.jit
 def _receive(turn, queue):
     """What ``_find_work`` found for this turn; a negative sequence: nothing is left."""
-    slots, full, empty = queue
+    notes, full, empty = queue
     layout: gl.constexpr = gl.BlockedLayout([16], [32], [gl.num_warps()], [0])
     index = gl.arange(0, 16, layout=layout)
     mbarrier.wait(full.index(turn % 2), turn // 2 & 1)
-    numbers = slots.index(turn % 2).load(layout)
+    numbers = notes.index(turn % 2).load(layout)
     mbarrier.arrive(empty.index(turn % 2))
     found = ()
     for i in gl.static_range(11):
@@ -193,7 +183,7 @@ def _find_work(
     num_parts = tile * 0 + 1
     if MODE == "split":
         num_parts = gl.load(sequences + 2 * seq + 1)
-        length = split_length(num_keys)
+        length = split_lengths(num_keys)
         start = gl.maximum(start, split * length)
         stop = gl.minimum(stop, (split + 1) * length)
     if first_token >= query_len:
@@ -468,28 +458,16 @@ def _consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
 
             full_low = gl.minimum(gl.maximum(full_start // BLOCK_N, low + 1), high)
             full_high = gl.maximum(full_stop // BLOCK_N, full_low)
-            if HAS_LEFT:
-                for index in range(low + 1, full_low):
+            # Tiles that the window cuts, tiles that every row sees, tiles at the end.
+            bounds = (low + 1, full_low, full_high, high)
+            for run in gl.static_range(0 if HAS_LEFT else 1, 3):
+                for index in range(bounds[run], bounds[run + 1]):
                     o, p, running_max, running_sum = _step(
                         o, p, running_max, running_sum, q_tile, k_smem, v_smem, barriers, count, index * BLOCK_N,
-                        positions, stop, scale_log2, softcap, window_left, window_right, True, HAS_LEFT, HAS_RIGHT,
+                        positions, stop, scale_log2, softcap, window_left, window_right, run != 1, HAS_LEFT, HAS_RIGHT,
                         HAS_SOFTCAP, BLOCK_N, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT,
                     )  # fmt: skip
                     count += 1
-            for index in range(full_low, full_high):
-                o, p, running_max, running_sum = _step(
-                    o, p, running_max, running_sum, q_tile, k_smem, v_smem, barriers, count, index * BLOCK_N, positions,
-                    stop, scale_log2, softcap, window_left, window_right, False, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-                    BLOCK_N, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT,
-                )  # fmt: skip
-                count += 1
-            for index in range(full_high, high):
-                o, p, running_max, running_sum = _step(
-                    o, p, running_max, running_sum, q_tile, k_smem, v_smem, barriers, count, index * BLOCK_N, positions,
-                    stop, scale_log2, softcap, window_left, window_right, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP,
-                    BLOCK_N, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT,
-                )  # fmt: skip
-                count += 1
             if MODE != "split":
                 mbarrier.arrive(q_empty.index(q_stage))
             q_count += 1
@@ -597,15 +575,15 @@ def _hopper_forward(
         mbarrier.init(k_empty.index(i), count=CONSUMERS)
         mbarrier.init(v_full.index(i), count=1)
         mbarrier.init(v_empty.index(i), count=CONSUMERS)
-    slots = gl.allocate_shared_memory(gl.int32, [2, 16], gl.SwizzledSharedLayout(1, 1, 1, [0]))
-    slot_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    slot_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    notes = gl.allocate_shared_memory(gl.int32, [2, 16], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    note_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    note_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):
-        mbarrier.init(slot_full.index(i), count=1)
-        mbarrier.init(slot_empty.index(i), count=CONSUMERS + 2)
+        mbarrier.init(note_full.index(i), count=1)
+        mbarrier.init(note_empty.index(i), count=CONSUMERS + 2)
     fence_async_shared()
 
-    queue = (slots, slot_full, slot_empty)
+    queue = (notes, note_full, note_empty)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     lengths = (cu_seqlens_q, cu_seqlens_k, seq_lens, items, sequences)
     work = (num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, section, window_left, window_right)
@@ -680,7 +658,18 @@ def _launch(
     plan: "SplitPlan | None" = None,
     rows: int = TILE_ROWS,
 ) -> None:
-    """Launch on ``q [B, L, Hq, D]`` (packed: B is 1); see the two callers for the rest."""
+    """Launch on ``q [B, L, Hq, D]`` (packed: B is 1).
+
+    Args:
+        k: keys and values, ``[B, Lk, Hk, D]`` or pages ``[num_pages, Hk, page_size, D]``.
+        out: like q, written; ``lse`` float32 ``[B, Hq, L]`` or ``[Hq, T]``, written.
+        mode: "dense", "varlen", "paged", or "split" with ``plan``.
+        lengths: cu_seqlens_q, cu_seqlens_k, seq_lens, page_table; int32, None where the mode has none.
+        group: query heads per key/value head; ``pack`` rows of a tile stand for them, 1: a head has tiles of its own.
+        num_blocks: upper bound of the blocks of query rows of a head (of a sequence, if dense).
+        kv_tokens: upper bound of the tokens of a head's keys, for the share of the L2 cache.
+        rows: query rows of a split.
+    """
     s = settings
     batch, seqlen_q, num_q_heads, head_dim = q.shape
     paged = mode in ("paged", "split")
@@ -794,7 +783,7 @@ def hopper_paged_launch(
     if out.numel() == 0:
         return out, lse
     rows = triton.next_power_of_2(max_query_len * pack)
-    split = rows <= TILE_ROWS and max_query_len <= 16
+    split = rows <= TILE_ROWS and max_query_len <= SHORT_QUERY
     s = settings or hopper_settings(head_dim, max_query_len, split)
     split_plan = None
     if split:

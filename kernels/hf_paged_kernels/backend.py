@@ -24,7 +24,7 @@ def device_guard(tensor: torch.Tensor) -> AbstractContextManager:
 
 
 @lru_cache
-def _has_gluon(device: torch.device) -> bool:
+def has_gluon(device: torch.device) -> bool:
     """Whether the Gluon kernels run on ``device``: Hopper and a Triton that has Gluon, not switched off."""
     if device.type != "cuda" or torch.version.cuda is None or os.environ.get("HF_PAGED_GLUON") == "0":
         return False
@@ -39,7 +39,7 @@ def uses_gluon(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) 
     head_dim = q.shape[-1]
     group = q.shape[-2] // max(1, k.shape[-2 if k.ndim == q.ndim else 1])
     return (
-        _has_gluon(q.device)
+        has_gluon(q.device)
         and q.dtype in (torch.float16, torch.bfloat16)
         and k.dtype == v.dtype == q.dtype
         and head_dim == v.shape[-1]

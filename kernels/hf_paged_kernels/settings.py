@@ -12,6 +12,8 @@ import torch
 LOG2_E = 1.4426950408889634
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """Largest number of each quantised page dtype."""
+SHORT_QUERY = 16
+"""Query tokens of a sequence up to which a step takes the split path: decode, and the verification of drafts."""
 SPLIT_LENGTH = 512
 """Keys per split of the decode path, in tokens. A fixed length, not a fixed count: a row's reduction order depends on
 its own length only."""
@@ -134,7 +136,7 @@ def paged_settings(
 
 def is_short_query(group: int, max_query_len: int) -> bool:
     """Whether a step takes the split path: decode, and draft verification of up to 16 tokens a sequence."""
-    return max_query_len <= 16 and max_query_len * group <= 128
+    return max_query_len <= SHORT_QUERY and max_query_len * group <= 128
 
 
 def choose_paged_settings(
