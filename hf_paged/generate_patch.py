@@ -31,9 +31,9 @@ class PatchedGenerate:
     model have the original ``generate``.
     """
 
-    def __init__(self, model: PreTrainedModel, config: EngineConfig) -> None:
+    def __init__(self, model: PreTrainedModel, config: EngineConfig, keep_awake: bool) -> None:
         self._model = weakref.ref(model)
-        self.config = config
+        self.config, self.keep_awake = config, keep_awake
         self.engine: Engine | None = None
         self._refusal: str | None = None
         self._is_checked = False
@@ -94,10 +94,10 @@ class PatchedGenerate:
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[Engine]:
-        """The engine, made by the first call that needs it; it sleeps between calls.
+        """The engine, made by the first call that needs it; it sleeps between calls, or pauses if it is kept awake.
 
-        Calls from several threads share it. Once the last has ended, its pages are given back and the model has its own
-        attention implementation, so that training and everything else find the model as it was.
+        Calls from several threads share it. Once the last has ended, the model has its own attention implementation, so
+        that training and everything else find the model as it was. An engine that sleeps gives its pages back.
 
         Raises:
             UnsupportedModelError: it cannot serve the model; every later call goes to transformers at once.
@@ -112,12 +112,17 @@ class PatchedGenerate:
                 self._num_calls -= 1
                 if self._num_calls == 0 and engine is self.engine:
                     with contextlib.suppress(RequestError):  # it was closed meanwhile, or has broken
-                        engine.sleep()
+                        if self.keep_awake:
+                            # Weights may be others in the next call: no key or value of today's is used then.
+                            engine.drop_prefixes()
+                            engine.pause(keep_graphs=True)
+                        else:
+                            engine.sleep()
 
     def _awake_engine(self) -> Engine:
         if self.engine is not None:
             try:
-                self.engine.wake()
+                self.engine.wake()  # after a pause as well
                 return self.engine
             except RequestError as error:
                 logger.warning(f"generate() starts a new engine: {error}")
@@ -160,7 +165,7 @@ def _stop_strings_as_criterion(
         kwargs["stop_strings"] = None
 
 
-def patch_generate(model: Any, config: EngineConfig | None = None) -> None:
+def patch_generate(model: Any, config: EngineConfig | None = None, *, keep_awake: bool = False) -> None:
     """Let ``model.generate()`` run in continuous batches.
 
     Same signature, arguments and results as before, and one argument more: ``seed``. Each prompt of a batch is
@@ -177,19 +182,25 @@ def patch_generate(model: Any, config: EngineConfig | None = None) -> None:
     Args:
         model: a causal LM of transformers, or a PEFT model around one.
         config: the engine's options. Patching a patched model again takes the new ones.
+        keep_awake: between calls, keep the memory of the pages and the captured decode steps, so that the next call
+            starts at once: for many calls in a row, on a GPU with room. Cached prefixes are dropped all the same, and
+            weights may be trained or exchanged; see :meth:`Engine.pause` for the changes that are not seen. False: a
+            call gives all memory back when it ends.
 
     Raises:
-        TypeError: not such a model, or not an :class:`EngineConfig`.
+        TypeError: not such a model, not an :class:`EngineConfig`, or not a bool.
         ValueError: something else has replaced ``model.generate``.
     """
     base = _base_model(model)
     if config is not None and not isinstance(config, EngineConfig):
         raise TypeError(f"config is {config!r}: an EngineConfig or None is accepted.")
+    if not isinstance(keep_awake, bool):
+        raise TypeError(f"keep_awake is {keep_awake!r}: True or False is accepted.")
     unpatch_generate(base)
     other = base.__dict__.get("generate")
     if other is not None and getattr(other, "__func__", None) is not type(base).generate:
         raise ValueError(f"model.generate has been replaced by {other!r}: undo that first, only one can stand there.")
-    base.generate = PatchedGenerate(base, config or EngineConfig())
+    base.generate = PatchedGenerate(base, config or EngineConfig(), keep_awake)
 
 
 def unpatch_generate(model: Any) -> None:

@@ -241,9 +241,22 @@ class LiveModel:
         self._hooks = hooks_of(model)
         self._weights = [*model.parameters(), *model.buffers()]
         self._places = self._read_places()
+        self._modules = self._read_modules()
 
     def _read_places(self) -> list[int]:
         return [x.data_ptr() for x in self._weights]
+
+    def _read_modules(self) -> list[tuple[Any, ...]]:
+        """Each module, with a forward of its own if it has one, and what tells PEFT which adapters it runs."""
+        names = ("forward", "_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+        return [
+            (id(module), *(str(module.__dict__[name]) for name in names if name in module.__dict__))
+            for module in self._model.modules()
+        ]
+
+    def has_other_modules(self) -> bool:
+        """Whether modules or adapters are others than they were."""
+        return self._read_modules() != self._modules
 
     def objection(self) -> str | None:
         """Why the model's forward must be run at present, and not a replay of it; None: it need not."""

@@ -653,11 +653,20 @@ class Engine:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def pause(self) -> None:
-        """Stop once the running step has ended; requests keep their pages, the model gets its attention back."""
+    def pause(self, *, keep_graphs: bool = False) -> None:
+        """Stop once the running step has ended; requests keep their pages, the model gets its attention back.
+
+        Args:
+            keep_graphs: captured decode steps are replayed again after :meth:`resume`, unless weights have moved,
+                modules or PEFT adapters were exchanged, or the model changed between training and evaluation. Other
+                changes to what the model computes (an attribute of a module, say) are not seen. False: decode steps are
+                captured again.
+        """
         with self._drive:
             self._check_open()
-            self._settle()
+            self._collect_pending()
+            if not keep_graphs:
+                self._core.runner.drop_graphs()
             self._paused = True
             self._attention.restore()
 
@@ -669,7 +678,7 @@ class Engine:
                 raise RequestError("the engine sleeps: call wake().")
             if self._paused:
                 self._attention.use_paged()
-                self._core.runner.drop_graphs()  # Modules may be others than before.
+                self._core.runner.check_modules()
                 self._paused = False
         with self._changed:
             self._wake_loop()
@@ -694,17 +703,19 @@ class Engine:
             graphs.warm_up(sizes, progress)
             return len(graphs)
 
-    def _settle(self) -> None:
-        """Have nothing on its way, and nothing captured that rests on modules and pages as they are now."""
-        self._collect_pending()
-        self._core.runner.drop_graphs()
-
     def refresh_weights(self) -> None:
         """Say that the weights have changed: prefixes are dropped, running requests compute their tokens again."""
         with self._drive:
             self._check_open()
-            self._settle()
+            self._collect_pending()
+            self._core.runner.drop_graphs()
             self._core.preempt_all(allow_swap=False)
+            self._core.drop_prefixes()
+
+    def drop_prefixes(self) -> None:
+        """Forget every cached prefix; running requests keep their pages."""
+        with self._drive:
+            self._check_open()
             self._core.drop_prefixes()
 
     def sleep(self) -> None:

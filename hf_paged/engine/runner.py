@@ -109,6 +109,11 @@ class Runner:
         if self._live is not None and self.graphs and self._live.has_changed():
             self.drop_graphs()
 
+    def check_modules(self) -> None:
+        """Forget what was captured if weights, modules or adapters have changed since."""
+        if self._live is not None and self.graphs and (self._live.has_changed() or self._live.has_other_modules()):
+            self.drop_graphs()
+
     def _run_graph(self, work: StepWork) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The decode rows of a step; None: nothing was run."""
         n = work.num_decode

@@ -288,3 +288,69 @@ def test_reading_from_the_host_is_only_refused_on_a_device():
         assert int(torch.tensor(3)) == 3
         with pytest.raises(RuntimeError, match="indexes with a mask"):
             torch.arange(3)[torch.tensor([True, False, True])]
+
+
+def test_a_pause_may_keep_what_was_captured(model):
+    ids = prompt(9)
+    expected = alone(model, ids, config(8))
+    with make_engine(model) as engine:
+
+        def tokens():
+            return engine.generate([ids], generation_config=config(8))[0].token_ids
+
+        assert tokens() == expected
+        graphs = engine._core.runner.graphs
+        captured = len(graphs)
+        assert captured
+        engine.pause(keep_graphs=True)
+        assert len(graphs) == captured
+        engine.resume()
+        assert len(graphs) == captured and tokens() == expected
+        engine.pause()
+        assert not len(graphs)
+
+
+@pytest.mark.parametrize("change", ["weights", "module", "forward", "training"])
+def test_what_was_captured_is_dropped_if_the_model_changed_in_a_pause(change):
+    model = tiny_model("llama")
+    layer = model.model.layers[0]
+    with make_engine(model) as engine:
+        engine.generate([prompt(9)], generation_config=config(4))
+        graphs = engine._core.runner.graphs
+        assert len(graphs)
+        engine.pause(keep_graphs=True)
+        if change == "weights":
+            layer.mlp.up_proj.weight.data = layer.mlp.up_proj.weight.data.clone()
+        elif change == "module":
+            new = torch.nn.Linear(layer.mlp.up_proj.in_features, layer.mlp.up_proj.out_features, bias=False)
+            new.weight = layer.mlp.up_proj.weight
+            layer.mlp.up_proj = new
+        elif change == "forward":
+            forward = layer.mlp.forward
+            layer.mlp.forward = lambda x: forward(x) * 2
+        else:
+            model.train()
+        engine.resume()
+        assert not len(graphs)
+
+
+def test_other_adapters_are_noticed_after_a_pause():
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    adapted.add_adapter("other", peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    with make_engine(model) as engine:
+        graphs = engine._core.runner.graphs
+
+        def captured_after(change):
+            engine.generate([prompt(9)], generation_config=config(4))
+            assert len(graphs)
+            engine.pause(keep_graphs=True)
+            change()
+            engine.resume()
+            return len(graphs)
+
+        assert captured_after(lambda: None)
+        assert not captured_after(lambda: adapted.set_adapter("other"))
+        assert not captured_after(adapted.base_model.disable_adapter_layers)
+        assert not captured_after(adapted.merge_adapter)

@@ -538,6 +538,40 @@ def test_the_model_is_as_it_was_between_calls(model):
         model.lm_head.weight.data.neg_()
 
 
+def test_an_engine_kept_awake_keeps_its_pages_and_no_prefix(model, reasons):
+    inputs = batch(20, 17)
+    expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    hf_paged.patch_generate(model, CONFIG, keep_awake=True)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), expected)
+    engine = model.generate.engine
+    pages = [page.k.data_ptr() for group in engine._core.pool.groups.values() for page in group.layers.values()]
+    assert pages and model.config._attn_implementation == "sdpa"
+    assert engine.stats().pages_used == 0
+    weight = model.model.layers[0].mlp.down_proj.weight
+    before = weight.detach().clone()
+    try:
+        with torch.no_grad():
+            weight.mul_(-2)
+        hf_paged.unpatch_generate(model)
+        changed = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+        hf_paged.patch_generate(model, CONFIG, keep_awake=True)
+        for expected_now in (changed, changed):
+            assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), expected_now)
+        with torch.no_grad():
+            weight.copy_(before)
+        assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), expected)
+    finally:
+        with torch.no_grad():
+            weight.copy_(before)
+    assert not torch.equal(changed, expected), "weights that change nothing prove nothing"
+    assert not reasons
+
+
+def test_keep_awake_is_a_bool(model):
+    with pytest.raises(TypeError, match="keep_awake is 1"):
+        hf_paged.patch_generate(model, keep_awake=1)
+
+
 def test_patching_again_takes_the_new_options(model):
     hf_paged.patch_generate(model, CONFIG)
     model.generate(batch(5)["input_ids"], max_new_tokens=4)
