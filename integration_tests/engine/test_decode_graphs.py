@@ -305,7 +305,8 @@ def test_a_pause_may_keep_what_was_captured(model):
         engine.pause(keep_graphs=True)
         assert len(graphs) == captured
         engine.resume()
-        assert len(graphs) == captured and tokens() == expected
+        assert len(graphs) == captured
+        assert tokens() == expected
         engine.pause()
         assert not len(graphs)
 

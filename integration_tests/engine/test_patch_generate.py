@@ -545,7 +545,8 @@ def test_an_engine_kept_awake_keeps_its_pages_and_no_prefix(model, reasons):
     assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), expected)
     engine = model.generate.engine
     pages = [page.k.data_ptr() for group in engine._core.pool.groups.values() for page in group.layers.values()]
-    assert pages and model.config._attn_implementation == "sdpa"
+    assert pages
+    assert model.config._attn_implementation == "sdpa"
     assert engine.stats().pages_used == 0
     weight = model.model.layers[0].mlp.down_proj.weight
     before = weight.detach().clone()
