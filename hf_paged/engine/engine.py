@@ -536,8 +536,11 @@ class Engine:
         with self._changed:
             incoming, self._incoming = self._incoming, []
             cancels, self._cancels = self._cancels, []
-        if incoming:
+        if incoming and self._core.scheduler.running:
             self._core.runner.check_weights()
+        elif incoming and self._core.runner.check_modules():
+            # Other modules or adapters: what they computed before is not what they would compute now.
+            self._core.drop_prefixes()
         for request in incoming:
             self._core.scheduler.add(request)
             if request.deadline is not None:
@@ -678,7 +681,8 @@ class Engine:
                 raise RequestError("the engine sleeps: call wake().")
             if self._paused:
                 self._attention.use_paged()
-                self._core.runner.check_modules()
+                if self._core.runner.check_modules():
+                    self._core.drop_prefixes()
                 self._paused = False
         with self._changed:
             self._wake_loop()

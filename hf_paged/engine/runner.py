@@ -50,13 +50,13 @@ class Runner:
     """
 
     graphs: DecodeGraphs | None = None
-    _live: LiveModel | None = None
 
     def __init__(self, model: Any, cache: EngineCache, slots: Slots, tables: SlotTables) -> None:
         self.model, self.cache, self.slots, self.tables = model, cache, slots, tables
         self.takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.needs_lengths = False
         """Whether the model computes keys from what the cache returns, so attention needs packed lengths."""
+        self._live = LiveModel(model, tables.device)
 
     def run(self, work: StepWork, num_logits: np.ndarray) -> StepLogits:
         """One step.
@@ -89,7 +89,7 @@ class Runner:
 
     def use_graphs(self, graphs: DecodeGraphs) -> None:
         """Run decode steps through ``graphs`` of :meth:`static_decode` from now on."""
-        self.graphs, self._live = graphs, LiveModel(self.model, self.tables.device)
+        self.graphs = graphs
 
     def static_decode(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A decode step over the tables by slot: logits ``[n, vocab]``, and the token of each row's largest."""
@@ -102,22 +102,24 @@ class Runner:
         """Forget what was captured: pages or modules are about to change."""
         if self.graphs is not None:
             self.graphs.drop()
-            self._live = LiveModel(self.model, self.tables.device)
+        self._live = LiveModel(self.model, self.tables.device)
 
     def check_weights(self) -> None:
         """Forget what was captured if the model has changed since."""
-        if self._live is not None and self.graphs and self._live.has_changed():
+        if self.graphs and self._live.has_changed():
             self.drop_graphs()
 
-    def check_modules(self) -> None:
-        """Forget what was captured if weights, modules or adapters have changed since."""
-        if self._live is not None and self.graphs and (self._live.has_changed() or self._live.has_other_modules()):
+    def check_modules(self) -> bool:
+        """Forget what was captured if weights, modules or adapters have changed since; returns whether they have."""
+        is_other = self._live.has_changed() or self._live.has_other_modules()
+        if is_other:
             self.drop_graphs()
+        return is_other
 
     def _run_graph(self, work: StepWork) -> tuple[torch.Tensor, torch.Tensor] | None:
         """The decode rows of a step; None: nothing was run."""
         n = work.num_decode
-        if self.graphs is None or self._live is None or not n or int(work.counts[:n].max()) > 1:
+        if self.graphs is None or not n or int(work.counts[:n].max()) > 1:
             return None
         if self.needs_lengths or self.graphs.failure is not None:
             return None

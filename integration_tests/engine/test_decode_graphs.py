@@ -355,3 +355,22 @@ def test_other_adapters_are_noticed_after_a_pause():
         assert not captured_after(lambda: adapted.set_adapter("other"))
         assert not captured_after(adapted.base_model.disable_adapter_layers)
         assert not captured_after(adapted.merge_adapter)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_other_adapters_are_noticed_by_an_idle_engine(graphs):
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    adapted.add_adapter("other", peft.LoraConfig(r=2, target_modules=["v_proj"], init_lora_weights=False))
+    ids = prompt(30)
+    expected = {}
+    for name in ("default", "other"):
+        adapted.set_adapter(name)
+        expected[name] = alone(model, ids, config(12))
+    assert expected["default"] != expected["other"]
+    options = hf_paged.EngineConfig(num_pages=32, page_size=8, self_check=False)
+    with make_engine(model) if graphs else hf_paged.Engine(model, options, background=False) as engine:
+        for name in ("other", "default", "default", "other"):
+            adapted.set_adapter(name)
+            assert engine.generate([ids], generation_config=config(12))[0].token_ids == expected[name]
