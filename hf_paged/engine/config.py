@@ -31,7 +31,8 @@ class EngineConfig:
             so nobody waits forever behind later ones.
         self_check: compare a few short prompts with the model's own forward before serving.
         trace_steps: steps that :meth:`Engine.trace` remembers.
-        cuda_graphs: decode steps are captured as CUDA graphs, one for each bucket of batch sizes. None: where that is
+        cuda_graphs: decode steps and short chunks of prompts are captured as CUDA graphs, one for each bucket of batch
+            sizes and of token counts. None: where that is
             possible; True: an engine that cannot is refused; False: never.
         compile, batch_invariant: not available yet; must be False.
 

@@ -20,8 +20,9 @@ import torch
 from ..cache import KV_DTYPES
 from ..paging import GONE, PagePool
 from .beam_search import BeamSearch
+from .chunk_graphs import ChunkGraphs
 from .config import EngineConfig
-from .decode_graphs import Capture, DecodeGraphs, reason_against
+from .decode_graphs import Capture, CudaCapture, DecodeGraphs, reason_against
 from .engine_cache import EngineCache
 from .logprobs import prompt_logprobs
 from .memory import split_pages
@@ -141,15 +142,18 @@ class EngineCore:
         self.finished: list[Request] = []
 
     def use_graphs(self, capture: Capture | None = None) -> str | None:
-        """Capture decode steps from now on, with ``capture`` (None: as CUDA graphs); returns the reason why not."""
+        """Capture steps from now on, with ``capture`` (None: as CUDA graphs); returns the reason why not."""
         reason = None if capture is not None else reason_against(self.model, self.device)
         if self.cache.has_states:
             reason = "the model keeps recurrent states"
         if self.runner.needs_lengths:
             reason = "the model computes keys behind the cache"
         if reason is None:
-            graphs = DecodeGraphs(self.runner.static_decode, self.slots.num_slots, self.device, capture)
-            self.runner.use_graphs(graphs)
+            capture = capture or CudaCapture()  # one pool of memory for all
+            runner, device = self.runner, self.device
+            graphs = DecodeGraphs(runner.static_decode, self.slots.num_slots, device, capture)
+            max_tokens = self.config.max_batch_tokens
+            runner.use_graphs(graphs, ChunkGraphs(runner.static_chunk, self.slots, max_tokens, device, capture))
         return reason
 
     def on_device(self) -> AbstractContextManager:

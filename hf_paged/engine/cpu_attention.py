@@ -49,7 +49,7 @@ def plan_groups(
     # A row without tokens only fills up a batch.
     decode = sorted((row for row, count in enumerate(counts) if count == 1 and lengths[row]), key=lengths.__getitem__)
     groups = [decode[i : i + ROWS_TOGETHER] for i in range(0, len(decode), ROWS_TOGETHER)]
-    groups += [[row] for row, count in enumerate(counts) if count > 1]
+    groups += [[row] for row, count in enumerate(counts) if count > 1 and lengths[row]]
     return [_group(page_table, lengths, bounds, rows, counts[rows[0]], page_size, left) for rows in groups]
 
 

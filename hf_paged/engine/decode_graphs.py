@@ -11,7 +11,7 @@ filled up with the slot behind the last one, which has no tokens, writes nothing
 import contextlib
 import gc
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -26,7 +26,15 @@ logger = logging.get_logger(__name__)
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
 Step = Callable[[torch.Tensor], Outputs]
-Capture = Callable[[Step, torch.Tensor], Callable[[], Outputs]]
+Out = TypeVar("Out")
+
+
+class Capture(Protocol):
+    """Makes the function that replays a step over its one input."""
+
+    def __call__(self, step: Callable[[torch.Tensor], Out], static: torch.Tensor, /) -> Callable[[], Out]:
+        """Capture ``step(static)``; the result runs it again."""
+
 
 PADDED_STEPS = 8
 """Steps that a batch size takes a larger bucket before its own is captured: a few padded steps cost less."""
@@ -143,21 +151,21 @@ class CudaCapture:
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
 
-    def __call__(self, step: Step, slots: torch.Tensor) -> Callable[[], Outputs]:
+    def __call__(self, step: Callable[[torch.Tensor], Out], static: torch.Tensor, /) -> Callable[[], Out]:
         """Run the step once, which compiles kernels and shows what cannot be captured, then capture it."""
         if self._stream is None:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(slots.device)
-        current = torch.cuda.current_stream(slots.device)
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(static.device)
+        current = torch.cuda.current_stream(static.device)
         self._stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
             with RefuseHostReads():
-                step(slots)
+                step(static)
             with _without_garbage_collection():
                 # What other threads do meanwhile is none of this capture's business.
                 graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                 try:
-                    outputs = step(slots)
+                    outputs = step(static)
                 except BaseException:
                     with contextlib.suppress(RuntimeError):
                         graph.capture_end()
@@ -165,7 +173,7 @@ class CudaCapture:
                 graph.capture_end()
         current.wait_stream(self._stream)
 
-        def replay() -> Outputs:
+        def replay() -> Out:
             graph.replay()
             return outputs
 

@@ -688,7 +688,11 @@ class Engine:
             self._wake_loop()
 
     def warm_up(self, batch_sizes: Sequence[int] | None = None, *, progress: bool = False) -> int:
-        """Capture the decode steps of these batch sizes (None: of all up to ``max_num_seqs``) before they are needed.
+        """Capture the decode steps of these batch sizes before they are needed.
+
+        Args:
+            batch_sizes: None: all up to ``max_num_seqs``, and steps over short chunks of prompts as well.
+            progress: show a progress bar.
 
         Returns:
             CUDA graphs that the engine now has; 0 where it captures none.
@@ -701,11 +705,13 @@ class Engine:
             self._check_open()
             if self._paused:
                 raise RequestError("the engine is paused: call resume().")
-            graphs = self._core.runner.graphs
-            if graphs is None:
+            graphs, chunk_graphs = self._core.runner.graphs, self._core.runner.chunk_graphs
+            if graphs is None or chunk_graphs is None:
                 return 0
             graphs.warm_up(sizes, progress)
-            return len(graphs)
+            if sizes is None:
+                chunk_graphs.warm_up(progress)
+            return len(graphs) + len(chunk_graphs)
 
     def refresh_weights(self) -> None:
         """Say that the weights have changed: prefixes are dropped, running requests compute their tokens again."""

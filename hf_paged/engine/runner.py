@@ -9,6 +9,7 @@ import torch
 from hf_paged_kernels.sampling_reference import choose_tokens
 from transformers.utils import logging
 
+from .chunk_graphs import ChunkGraphs
 from .decode_graphs import DecodeGraphs, LiveModel
 from .engine_cache import EngineCache
 from .scheduler import StepWork
@@ -46,10 +47,11 @@ class Runner:
         tables: the same on the device.
 
     Attributes:
-        graphs: decode steps captured as CUDA graphs, None: none are.
+        graphs, chunk_graphs: decode steps, and steps over chunks of prompts, captured as CUDA graphs. None: none are.
     """
 
     graphs: DecodeGraphs | None = None
+    chunk_graphs: ChunkGraphs | None = None
 
     def __init__(self, model: Any, cache: EngineCache, slots: Slots, tables: SlotTables) -> None:
         self.model, self.cache, self.slots, self.tables = model, cache, slots, tables
@@ -71,8 +73,7 @@ class Runner:
             return StepLogits(self._run_with_states(work, num_logits), ends - num_logits, ends)
         decoded = self._run_graph(work)
         if decoded is None:
-            logits = self._run_packed(work, num_logits)
-            return StepLogits(logits, ends - num_logits, ends)
+            return self._run_packed(work, num_logits)
         logits, largest = decoded
         if len(largest) == len(work.slots):
             return StepLogits(logits, ends - num_logits, ends, largest)
@@ -80,16 +81,26 @@ class Runner:
         n = len(largest)
         chunks = StepWork(work.slots[n:], work.counts[n:], 0, work.samples[n:])
         more = self._run_packed(chunks, num_logits[n:])
-        return StepLogits(torch.cat([logits, more]) if len(more) else logits, ends - num_logits, ends)
+        first, last = (np.concatenate([np.arange(n) + i, n + x]) for i, x in enumerate((more.first, more.last)))
+        return StepLogits(torch.cat([logits, more.logits]) if len(more.logits) else logits, first, last)
 
-    def _run_packed(self, work: StepWork, num_logits: np.ndarray) -> torch.Tensor:
-        return self.forward(self.tables.inputs(work), self._index(work.counts, num_logits))[0]
+    def _run_packed(self, work: StepWork, num_logits: np.ndarray) -> StepLogits:
+        """Rows that no decode graph runs: chunks of prompts, candidates, and all of them without graphs."""
+        logits = self._run_chunk_graph(work) if int(num_logits.max()) <= 1 else None
+        if logits is not None:
+            first = np.arange(len(work.slots))
+            return StepLogits(logits, first, first + num_logits)
+        keep = self._index(work.counts, num_logits)
+        inputs = self.tables.inputs(work)
+        ends = num_logits.cumsum()
+        logits = self.forward(inputs, None if keep is None else send(keep, self.tables.device))[0]
+        return StepLogits(logits, ends - num_logits, ends)
 
     # Graphs
 
-    def use_graphs(self, graphs: DecodeGraphs) -> None:
-        """Run decode steps through ``graphs`` of :meth:`static_decode` from now on."""
-        self.graphs = graphs
+    def use_graphs(self, graphs: DecodeGraphs, chunk_graphs: ChunkGraphs) -> None:
+        """Run steps through graphs of :meth:`static_decode` and :meth:`static_chunk` from now on."""
+        self.graphs, self.chunk_graphs = graphs, chunk_graphs
 
     def static_decode(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """A decode step over the tables by slot: logits ``[n, vocab]``, and the token of each row's largest."""
@@ -98,15 +109,20 @@ class Runner:
         self.tables.last_token[slots] = largest.clamp(min=0)
         return logits, largest
 
+    def static_chunk(self, buffer: torch.Tensor) -> torch.Tensor:
+        """A step over an array of :mod:`chunk_graphs`: logits ``[ROWS, vocab]`` of each row's last token."""
+        return self.forward(*self.tables.chunk_inputs(buffer))[0]
+
     def drop_graphs(self) -> None:
         """Forget what was captured: pages or modules are about to change."""
-        if self.graphs is not None:
-            self.graphs.drop()
+        for graphs in (self.graphs, self.chunk_graphs):
+            if graphs is not None:
+                graphs.drop()
         self._live = LiveModel(self.model, self.tables.device)
 
     def check_weights(self) -> None:
         """Forget what was captured if the model has changed since."""
-        if self.graphs and self._live.has_changed():
+        if (self.graphs or self.chunk_graphs) and self._live.has_changed():
             self.drop_graphs()
 
     def check_modules(self) -> bool:
@@ -121,14 +137,26 @@ class Runner:
         n = work.num_decode
         if self.graphs is None or not n or int(work.counts[:n].max()) > 1:
             return None
-        if self.needs_lengths or self.graphs.failure is not None:
-            return None
-        objection = self._live.objection()
-        if objection is not None:
-            logger.warning_once(f"decode steps run without CUDA graphs for now: {objection}.")
+        if self.graphs.failure is not None or not self._may_replay():
             return None
         self.tables.refresh(work.slots[:n])
         return self.graphs.run(work.slots[:n])
+
+    def _run_chunk_graph(self, work: StepWork) -> torch.Tensor | None:
+        """Logits of the last token of each row ``[num_rows, vocab]``; None: nothing was run."""
+        if self.chunk_graphs is None or work.num_decode or not self._may_replay():
+            return None
+        logits = self.chunk_graphs.run(work)
+        if logits is not None:
+            self.tables.stale[work.slots] = True
+        return logits
+
+    def _may_replay(self) -> bool:
+        """Whether a replay does what the model's forward would do now."""
+        objection = self._live.objection()
+        if objection is not None:
+            logger.warning_once(f"steps run without CUDA graphs for now: {objection}.")
+        return objection is None and not self.needs_lengths
 
     def _run_with_states(self, work: StepWork, num_logits: np.ndarray) -> torch.Tensor:
         """Decode rows as a batch ``[B, 1]``, each prompt by itself: states have no packed form."""
@@ -145,7 +173,8 @@ class Runner:
             one = StepWork(work.slots[i : i + 1], work.counts[i : i + 1], 0, work.samples[i : i + 1])
             self.cache.begin_prompt()
             inputs = self.tables.inputs(one)
-            outputs.append(self.forward(inputs, self._index(one.counts, num_logits[i : i + 1]))[0])
+            keep = self._index(one.counts, num_logits[i : i + 1])
+            outputs.append(self.forward(inputs, None if keep is None else send(keep, self.tables.device))[0])
             self.cache.end(torch.from_numpy(one.slots))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
@@ -158,8 +187,8 @@ class Runner:
             return ends[num_logits == 1] - 1
         return np.concatenate([np.arange(end - num, end) for end, num in zip(ends, num_logits)])
 
-    def forward(self, inputs: StepInputs, index: np.ndarray | None) -> torch.Tensor:
-        """Logits ``[B, num, vocab]`` of the packed tokens ``index`` (None: all)."""
+    def forward(self, inputs: StepInputs, keep: torch.Tensor | None) -> torch.Tensor:
+        """Logits ``[B, num, vocab]`` of the packed tokens ``keep``, int64 on the device (None: all)."""
         kwargs: dict[str, Any] = {}
         if self.needs_lengths:
             bounds = inputs.cu_seqlens_k
@@ -167,7 +196,6 @@ class Runner:
                 "cu_seq_lens_q": inputs.cu_seqlens_q, "cu_seq_lens_k": bounds, "max_length_q": inputs.max_query_len,
                 "max_length_k": inputs.longest,
             }  # fmt: skip
-        keep = None if index is None else send(index, inputs.input_ids.device)
         if keep is not None and self.takes_logits_to_keep:
             # None at all: those of one token are the fewest that every model can give.
             kwargs["logits_to_keep"] = keep if len(keep) else 1

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..split_plans import SplitPlans
+from .chunk_graphs import unpack
 from .cpu_attention import RowGroup
 from .scheduler import StepWork
 from .slot_pages import SlotPages
@@ -173,6 +174,26 @@ class SlotTables:
             np.empty(0, dtype=np.int64), self.last_token[slots].view(1, -1), positions.view(1, -1),
             (computed + 1).to(torch.int32), self._range[: num_rows + 1], 1, longest, num_rows * longest, groups,
         )  # fmt: skip
+
+    def chunk_inputs(self, buffer: torch.Tensor) -> tuple[StepInputs, torch.Tensor]:
+        """A step over an array of :mod:`chunk_graphs` on the device; and int64 ``[ROWS]``, each row's last token.
+
+        The host knows the number of tokens only. Tokens of the last row write nothing.
+        """
+        slots, ends, lengths, ids, positions, rows = unpack(buffer)
+        page_size, num_tokens = self.pages.page_size, len(ids)
+        groups = []
+        for table in self.page_tables:
+            taken = table[slots]
+            page = taken[rows, positions // page_size].long()
+            mapping = torch.where(rows < len(slots) - 1, page * page_size + positions % page_size, -1)
+            groups.append(GroupInputs(taken, mapping))
+        longest = (self.page_tables[0].shape[1] if self.page_tables else 0) * page_size
+        inputs = StepInputs(
+            np.empty(0, dtype=np.int64), ids.view(1, -1), positions.view(1, -1), lengths.to(torch.int32),
+            torch.nn.functional.pad(ends, (1, 0)).to(torch.int32), num_tokens, longest, len(slots) * longest, groups,
+        )  # fmt: skip
+        return inputs, (ends - 1).clamp(min=0)
 
     def decode_inputs(self, slots: np.ndarray, batched: bool = False) -> StepInputs:
         """One token for each of ``slots``; their ``computed`` on the device counts it from then on."""

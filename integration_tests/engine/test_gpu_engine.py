@@ -71,6 +71,22 @@ def test_a_graph_captured_at_short_lengths_serves_long_ones(model):
         assert all(graphs._replays[size] is made[size] for size in made), "a graph was captured again"
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "qwen3", "mixtral"])
+def test_captured_chunks_of_prompts_give_the_tokens_of_generate(family):
+    model = tiny_model(family).cuda()
+    with make_engine(model, max_batch_tokens=100, prefix_caching=False) as engine:
+        engine.warm_up()
+        graphs = engine._core.runner.chunk_graphs
+        assert graphs.failure is None, graphs.failure
+        assert len(graphs) == 4
+        made = dict(graphs._replays)
+        for lengths in ((5,), (9, 17, 3), (60, 1, 33), (90, 2), (120, 40)):
+            prompts = [prompt(n, n) for n in lengths]
+            expected = [alone(model, ids, 12) for ids in prompts]
+            assert [o.token_ids for o in engine.generate(prompts, generation_config=config(12))] == expected
+        assert graphs._replays == made, "a graph was captured again"
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_those_of_eager_steps(dtype):
     """Heads of 64 take the Hopper kernels where there are any, split plan and all."""
