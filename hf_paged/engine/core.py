@@ -21,6 +21,7 @@ from ..cache import KV_DTYPES
 from ..paging import GONE, PagePool
 from .beam_search import BeamSearch
 from .chunk_graphs import ChunkGraphs
+from .compiled import CompiledModules
 from .config import EngineConfig
 from .decode_graphs import Capture, CudaCapture, DecodeGraphs, reason_against
 from .engine_cache import EngineCache
@@ -122,6 +123,8 @@ class EngineCore:
             group.allocator.grow(count)
         self.tables = SlotTables(self.slots, self.pages, self.device)
         self.runner = Runner(model, self.cache, self.slots, self.tables)
+        if config.compile:
+            self.runner.compiled = CompiledModules(model)
         self.selector = TokenSelector(num_slots, self.vocab_size, self.device)
         self.scheduler = Scheduler(
             self.slots,
@@ -149,7 +152,7 @@ class EngineCore:
         if self.runner.needs_lengths:
             reason = "the model computes keys behind the cache"
         if reason is None:
-            capture = capture or CudaCapture()  # one pool of memory for all
+            capture = capture or CudaCapture(self.config.compile)  # one pool of memory for all
             runner, device = self.runner, self.device
             graphs = DecodeGraphs(runner.static_decode, self.slots.num_slots, device, capture)
             max_tokens = self.config.max_batch_tokens

@@ -145,9 +145,14 @@ class DecodeGraphs:
 
 
 class CudaCapture:
-    """Captures steps on one stream, into one pool of memory."""
+    """Captures steps on one stream, into one pool of memory.
 
-    def __init__(self) -> None:
+    Args:
+        compiles: steps have modules that torch.compile compiles, outside of the run that is searched for host reads.
+    """
+
+    def __init__(self, compiles: bool = False) -> None:
+        self._compiles = compiles
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
 
@@ -160,6 +165,8 @@ class CudaCapture:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
             with RefuseHostReads():
+                step(static)
+            if self._compiles:
                 step(static)
             with _without_garbage_collection():
                 # What other threads do meanwhile is none of this capture's business.

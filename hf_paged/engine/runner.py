@@ -1,6 +1,7 @@
 """Runs the model over a step's rows."""
 
 import inspect
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ from hf_paged_kernels.sampling_reference import choose_tokens
 from transformers.utils import logging
 
 from .chunk_graphs import ChunkGraphs
+from .compiled import CompiledModules
 from .decode_graphs import DecodeGraphs, LiveModel
 from .engine_cache import EngineCache
 from .scheduler import StepWork
@@ -48,10 +50,12 @@ class Runner:
 
     Attributes:
         graphs, chunk_graphs: decode steps, and steps over chunks of prompts, captured as CUDA graphs. None: none are.
+        compiled: modules that torch.compile compiles, None: none are.
     """
 
     graphs: DecodeGraphs | None = None
     chunk_graphs: ChunkGraphs | None = None
+    compiled: CompiledModules | None = None
 
     def __init__(self, model: Any, cache: EngineCache, slots: Slots, tables: SlotTables) -> None:
         self.model, self.cache, self.slots, self.tables = model, cache, slots, tables
@@ -118,6 +122,8 @@ class Runner:
         for graphs in (self.graphs, self.chunk_graphs):
             if graphs is not None:
                 graphs.drop()
+        if self.compiled is not None and self._live.has_other_modules():
+            self.compiled.forget()
         self._live = LiveModel(self.model, self.tables.device)
 
     def check_weights(self) -> None:
@@ -200,10 +206,11 @@ class Runner:
             # None at all: those of one token are the fewest that every model can give.
             kwargs["logits_to_keep"] = keep if len(keep) else 1
         self.cache.step = inputs
-        out = self.model(
-            input_ids=inputs.input_ids, position_ids=inputs.position_ids, past_key_values=self.cache, use_cache=True,
-            return_dict=True, **kwargs,
-        )  # fmt: skip
+        with nullcontext() if self.compiled is None else self.compiled.active(self.cache):
+            out = self.model(
+                input_ids=inputs.input_ids, position_ids=inputs.position_ids, past_key_values=self.cache,
+                use_cache=True, return_dict=True, **kwargs,
+            )  # fmt: skip
         logits = out.logits
         if keep is not None and not len(keep):
             return logits[:, :0]

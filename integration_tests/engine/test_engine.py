@@ -269,7 +269,8 @@ def test_the_default_number_of_pages_is_bounded(model):
         ({"ageing_s": 0}, ValueError, "ageing_s"),
         ({"prefix_caching": 1}, TypeError, "prefix_caching"),
         ({"seed": -1}, ValueError, "seed"),
-        ({"compile": True}, ValueError, "not available yet"),
+        ({"compile": 1}, TypeError, "compile must be True or False"),
+        ({"batch_invariant": True}, ValueError, "not available yet"),
         ({"cuda_graphs": "yes"}, TypeError, "cuda_graphs must be None, True or False"),
     ],
 )
