@@ -11,7 +11,8 @@ Two measurements:
   contestant has one warm-up with two short requests; all have the same weights, and give the same tokens where their
   arithmetic agrees.
 
-Writes the table as Markdown beside the JSON. With ``--gpu``: what :mod:`eval.bench_engine_gpu` measures.
+Writes the table as Markdown beside the JSON. With ``--gpu``: what :mod:`eval.bench_engine_gpu` measures; ``--plots``:
+its plots from its JSON.
 """
 
 import argparse
@@ -19,6 +20,7 @@ import json
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from datetime import date
@@ -32,6 +34,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hf_paged
+from eval import bench_engine_gpu, bench_engine_plots
 
 NUM_REQUESTS = 64
 PROMPT_LENGTHS = (16, 512)
@@ -207,34 +210,26 @@ def markdown(report: dict[str, Any]) -> str:
 SAME = "requests_with_the_engine's_tokens"
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path)
-    parser.add_argument("--gpu", action="store_true", help="models in their real shapes on a GPU")
-    parser.add_argument("--models", nargs="+", default=["qwen3-0.6b", "llama3-8b"], help="with --gpu")
-    parts = ["latency", "throughput", "steady", "steady_sampled"]
-    parser.add_argument("--parts", nargs="+", choices=parts, default=parts, help="with --gpu")
-    parser.add_argument("--graphs", choices=("on", "off", "both"), default="both", help="with --gpu")
-    parser.add_argument("--limit-s", type=float, default=120.0, help="with --gpu: seconds of a part")
-    parser.add_argument("--eager-parts", nargs="*", choices=parts, default=parts, help="with --gpu: without graphs")
-    parser.add_argument(
-        "--eager-limit-s", type=float, default=30.0, help="with --gpu: seconds of a part without graphs"
-    )
+    parser.add_argument("--gpu", action="store_true", help="models in their real shapes on a GPU, beside peers")
+    parser.add_argument("--plots", type=Path, metavar="JSON", help="draw the PNG of a report of --gpu")
+    bench_engine_gpu.add_arguments(parser)
     parser.add_argument("--model", choices=("tiny", "small"), default="small")
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--only", choices=("host", "throughput"))
-    options = parser.parse_args()
+    argv = sys.argv[1:] if argv is None else argv
+    options = parser.parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
+    if options.plots:
+        bench_engine_plots.draw(
+            json.loads(options.plots.read_text(encoding="utf-8")), options.output or options.plots.with_suffix(".png")
+        )
+        return
     if options.gpu:
-        from eval import bench_engine_gpu
-
-        parts_by_graphs = {True: options.parts, False: options.eager_parts}
-        if options.graphs != "both":
-            del parts_by_graphs[options.graphs == "off"]
-        limits_s = {True: options.limit_s, False: options.eager_limit_s}
-        output = options.output or Path("eval/results/bench_engine_gpu.json")
-        print(bench_engine_gpu.markdown(bench_engine_gpu.run(output, options.models, parts_by_graphs, limits_s)))
+        bench_engine_gpu.main(options, argv)
         return
     options.output = options.output or Path("eval/results/bench_engine_cpu.json")
     model = build(options.model)

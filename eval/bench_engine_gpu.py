@@ -1,284 +1,363 @@
-"""The engine on a GPU: models in their real shapes with random bfloat16 weights, decode graphs on and off.
+"""The engine on a GPU beside its peers: models in their real shapes with random bfloat16 weights.
 
     python -m eval.bench_engine --gpu --output eval/results/bench_engine_h200.json
+    python -m eval.bench_engine --gpu --models qwen3-0.6b --parts throughput arrivals --limits arrivals=240
+    python -m eval.bench_engine --plots eval/results/bench_engine_h200.json
 
-Per model, and with graphs on and off:
+Parts, for each model:
 
-* start: seconds from the weights on the card to a ready engine, and to capture every batch size.
-* latency: one request of 128 prompt tokens, milliseconds a token in steady state.
-* steady: 256 running requests of 128 prompt tokens, milliseconds of a decode step, greedy and sampled (top_p 0.95);
-  beside the greedy one, the same graph replayed with nothing between the replays, just after: what the host adds.
+* latency: one request of 128 prompt tokens, milliseconds a token.
 * throughput: 256 requests at once, prompts and outputs of 100 to 1,024 tokens (Python's random, seed 0), greedy, no
   eos.
+* steady: 256 running requests of 128 prompt tokens, milliseconds of a greedy decode step; beside it the same graph
+  replayed with nothing between the replays.
+* steady_sampled: the same steps with temperature 0.8 and top_p 0.95, and the ratio of both.
+* busy: the share of wall time in which the device works, from a profile of such steps; kernels, gaps.
+* arrivals: requests that arrive at random, at fractions of saturation: time to first token, time between tokens.
+* long_context: prompts of 32k tokens, 1 and 8 at a time.
+* shared_prefix: 64 prompts with 16 samples each, with and without sharing.
+* equality: the same tokens as with everything off (float32), log-probabilities (bfloat16), on a small model of the
+  family.
 
-The roofline counts the bytes of the weights and of the keys and values at 4.3 TB/s, and the prompts' arithmetic at 700
-TFLOP/s. A part that takes longer than its limit is cut, and the report says so.
+Every part has a limit of seconds; a part that is cut says so. Variants of the engine: everything on ("graphs"), and
+with switches off or on: "unfused", "eager" (no graphs), "plain" (neither), "compiled". One that this version of the
+engine lacks is left out, and the report says why. `--tiny` runs all of it on tiny models, without a GPU too.
+
+The report (JSON and Markdown beside it) is written after each part, a PNG at the end where matplotlib is installed;
+`--add` puts several runs into one report.
 """
 
-import contextlib
+import argparse
+import dataclasses
 import gc
 import json
 import platform
-import random
+import sys
 import time
 from collections.abc import Callable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 import transformers
-import triton
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 import hf_paged
+from eval import bench_engine_peers, bench_engine_plots
+from eval.bench_engine_arrivals import arrivals
+from eval.bench_engine_busy import busy
+from eval.bench_engine_equality import equality
+from eval.bench_engine_models import MODELS, NUM_REQUESTS, Costs, build, draw_requests
+from eval.bench_engine_models import TINY as TINY_SHAPE
+from eval.bench_engine_parts import (
+    FULL,
+    TINY,
+    Sizes,
+    config,
+    first_requests,
+    latency,
+    long_context,
+    make_engine,
+    shared_prefix,
+    steady,
+    steady_sampled,
+    synchronize,
+    throughput,
+)
+from eval.bench_engine_report import VARIANTS, markdown
 
-BYTES_PER_S = 4.3e12
-FLOPS_PER_S = 700e12
-NUM_REQUESTS = 256
-LENGTHS = (100, 1024)
-MAX_MODEL_LEN = 2 * LENGTHS[1]
-MAX_BATCH_TOKENS = 8192
-LATENCY_PROMPT = 128
-PAGE_SIZE = 16
+__all__ = ["NUM_REQUESTS", "PARTS", "add_arguments", "build", "config", "draw_requests", "main", "make_engine", "run"]
 
+SWITCHES: dict[str, dict[str, Any]] = {
+    "graphs": {},
+    "unfused": {"fuse": False},
+    "eager": {"cuda_graphs": False},
+    "plain": {"fuse": False, "cuda_graphs": False},
+    "compiled": {"compile": True},
+}
+"""Options of the variants of the engine."""
 
-def build(name: str) -> Any:
-    """A model in its real shape, random weights on the GPU."""
-    if name == "qwen3-0.6b":
-        kind: Any = Qwen3ForCausalLM
-        config: Any = Qwen3Config(
-            vocab_size=151_936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28, num_attention_heads=16,
-            num_key_value_heads=8, head_dim=128, max_position_embeddings=40_960, rope_theta=1e6,
-            tie_word_embeddings=True, rms_norm_eps=1e-6, eos_token_id=None, bos_token_id=None, pad_token_id=None,
-        )  # fmt: skip
-    elif name == "llama3-8b":
-        kind = LlamaForCausalLM
-        config = LlamaConfig(
-            vocab_size=128_256, hidden_size=4096, intermediate_size=14_336, num_hidden_layers=32,
-            num_attention_heads=32, num_key_value_heads=8, max_position_embeddings=8192, rope_theta=500_000.0,
-            tie_word_embeddings=False, rms_norm_eps=1e-5, eos_token_id=None, bos_token_id=None, pad_token_id=None,
-        )  # fmt: skip
-    else:
-        raise ValueError(f"unknown model {name!r}: qwen3-0.6b or llama3-8b.")
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = kind._from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16).eval()
-    model.generation_config = GenerationConfig(do_sample=False)
-    return model
-
-
-def draw_requests() -> tuple[list[list[int]], list[int]]:
-    """Prompts and output lengths of the throughput run."""
-    draw = random.Random(0)
-    prompts = [[draw.randint(0, 10_000) for _ in range(draw.randint(*LENGTHS))] for _ in range(NUM_REQUESTS)]
-    return prompts, [draw.randint(*LENGTHS) for _ in range(NUM_REQUESTS)]
-
-
-def read_bytes(model: Any) -> tuple[int, int, int]:
-    """Bytes of the weights that a step reads, of a token's keys and values, and parameters of a token's matmuls."""
-    config = model.config
-    embeddings = model.get_input_embeddings().weight
-    matmul = model.num_parameters() - (0 if config.tie_word_embeddings else embeddings.numel())
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return matmul * 2, config.num_hidden_layers * config.num_key_value_heads * head_dim * 2 * 2, matmul
-
-
-def roofline(model: Any, prompts: list[int], outputs: list[int]) -> float:
-    """Seconds that requests of these lengths, all started together, need at the card's limits."""
-    weights, per_token, matmul = read_bytes(model)
-    head = model.config.vocab_size * model.config.hidden_size
-    flops = 2 * (matmul - head) * sum(prompts)
-    cached = sum(new * prompt + new * new // 2 for prompt, new in zip(prompts, outputs))
-    return flops / FLOPS_PER_S + (weights * max(outputs) + per_token * cached) / BYTES_PER_S
-
-
-def make_engine(model: Any, graphs: bool, num_seqs: int = NUM_REQUESTS) -> hf_paged.Engine:
-    """An engine that whoever calls ``step`` drives."""
-    options = hf_paged.EngineConfig(
-        page_size=PAGE_SIZE, max_num_seqs=num_seqs, max_batch_tokens=MAX_BATCH_TOKENS, max_model_len=MAX_MODEL_LEN,
-        prefix_caching=False, cuda_graphs=graphs,
-    )  # fmt: skip
-    return hf_paged.Engine(model, options, background=False)
-
-
-def timed_steps(engine: hf_paged.Engine, steps: int, limit_s: float) -> tuple[float, int]:
-    """Milliseconds of a step over ``steps`` steps, fewer if the limit is reached; and how many."""
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    done = 0
-    while done < steps and time.perf_counter() - started < limit_s:
-        engine.step()
-        done += 1
-    torch.cuda.synchronize()
-    return (time.perf_counter() - started) * 1e3 / max(done, 1), done
-
-
-def config(new: int, **options: Any) -> GenerationConfig:
-    """Generates exactly ``new`` tokens."""
-    return GenerationConfig(max_new_tokens=new, pad_token_id=0, **({"do_sample": False} | options))
-
-
-def latency(engine: hf_paged.Engine, limit_s: float, steps: int = 256) -> dict[str, Any]:
-    """Milliseconds a token of one request."""
-    handle = engine.submit(list(range(LATENCY_PROMPT)), generation_config=config(steps + 64))
-    for _ in range(12):
-        engine.step()
-    ms, done = timed_steps(engine, steps, limit_s)
-    handle.cancel()
-    return {"ms_per_token": ms, "steps": done, "cut": done < steps}
-
-
-def steady(engine: hf_paged.Engine, limit_s: float, sampled: bool, steps: int = 100) -> dict[str, Any]:
-    """Milliseconds of a decode step of 256 requests."""
-    how = dict(do_sample=True, top_p=0.95, top_k=0, temperature=0.8) if sampled else {}
-    prompt = list(range(LATENCY_PROMPT))
-    handles = [engine.submit(prompt, generation_config=config(steps + 400, **how)) for _ in range(NUM_REQUESTS)]
-    deadline = time.perf_counter() + limit_s
-    core = engine._core
-    while core.slots.decoding.sum() < NUM_REQUESTS and time.perf_counter() < deadline:
-        engine.step()
-    for _ in range(12 if core.runner.graphs is not None else 2):
-        engine.step()
-    ms, done = timed_steps(engine, steps, max(1.0, deadline - time.perf_counter()))
-    result: dict[str, Any] = {"step_ms": ms, "steps": done, "cut": done < steps}
-    graphs = core.runner.graphs
-    if graphs is not None and not sampled and not graphs.failure:
-        started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        slots = np.arange(NUM_REQUESTS)
-        graphs.run(slots)
-        started.record()
-        for _ in range(20):
-            graphs.run(slots)
-        ended.record()
-        torch.cuda.synchronize()
-        result["replay_ms"] = started.elapsed_time(ended) / 20
-        core.tables.stale[:] = True
-    for handle in handles:
-        handle.cancel()
-    return result
-
-
-def throughput(engine: hf_paged.Engine, limit_s: float) -> dict[str, Any]:
-    """New tokens a second of the whole run, or of what fitted into the limit."""
-    prompts, outputs = draw_requests()
-    torch.cuda.synchronize()
-    started = time.perf_counter()
-    before = engine.stats()
-    handles = [engine.submit(p, generation_config=config(n)) for p, n in zip(prompts, outputs)]
-    while engine.step() and time.perf_counter() - started < limit_s:
-        pass
-    torch.cuda.synchronize()
-    seconds = time.perf_counter() - started
-    after = engine.stats()
-    tokens = after.new_tokens - before.new_tokens
-    unfinished = sum(not handle.is_done for handle in handles)
-    for handle in handles:
-        handle.cancel()
-    return {
-        "seconds": seconds, "new_tokens": tokens, "tokens_per_s": tokens / seconds, "steps": after.steps - before.steps,
-        "cut": unfinished > 0, "unfinished": unfinished, "preemptions": after.preemptions - before.preemptions,
-    }  # fmt: skip
-
-
-PARTS: dict[str, Callable[[hf_paged.Engine, float], dict[str, Any]]] = {
+ON_ENGINE: dict[str, Callable[[hf_paged.Engine, Sizes, float], dict[str, Any]]] = {
     "latency": latency,
     "throughput": throughput,
-    "steady": lambda engine, limit_s: steady(engine, limit_s, sampled=False),
-    "steady_sampled": lambda engine, limit_s: steady(engine, limit_s, sampled=True, steps=40),
+    "steady": steady,
+    "steady_sampled": steady_sampled,
+    "busy": busy,
+    "arrivals": arrivals,
 }
+"""Parts that share an engine."""
+
+ON_MODEL: dict[str, Callable[[Any, Sizes, float, dict[str, Any]], dict[str, Any]]] = {
+    "long_context": long_context,
+    "shared_prefix": shared_prefix,
+}
+"""Parts that make engines of their own."""
+
+PARTS = (*ON_ENGINE, *ON_MODEL, "equality")
+LIMITS_S = {"arrivals": 220.0, "throughput": 60.0, "long_context": 60.0, "shared_prefix": 90.0}
+PEER_LIMIT_S = 100.0
 
 
-def describe() -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, slots=True)
+class Plan:
+    """What to run.
+
+    Attributes:
+        models: of :data:`~eval.bench_engine_models.MODELS`.
+        parts: of :data:`PARTS`, with everything on.
+        switch_parts: with the other variants.
+        variants: of :data:`SWITCHES`.
+        limits_s: seconds of a part; ``default_s`` of those not named.
+        switch_limit_s: at most this for a part of the other variants.
+        peers: names of peers; ``peer_limit_s`` seconds each.
+        is_tiny: tiny models and little work, on a CPU if there is no GPU.
+        sizes: of the parts.
+    """
+
+    models: tuple[str, ...]
+    parts: tuple[str, ...] = PARTS
+    switch_parts: tuple[str, ...] = ("latency", "throughput")
+    variants: tuple[str, ...] = tuple(SWITCHES)
+    limits_s: dict[str, float] = dataclasses.field(default_factory=dict)
+    default_s: float = 30.0
+    switch_limit_s: float = 30.0
+    peers: tuple[str, ...] = ()
+    peer_limit_s: float = PEER_LIMIT_S
+    is_tiny: bool = False
+    sizes: Sizes = FULL
+
+    def limit_s(self, part: str, variant: str = "graphs") -> float:
+        """Seconds of a part."""
+        limit = self.limits_s.get(part, self.default_s)
+        return limit if variant == "graphs" else min(limit, self.switch_limit_s)
+
+
+def describe(sizes: Sizes) -> dict[str, Any]:
     """The machine and the versions."""
+    try:
+        import triton
+
+        triton_version = triton.__version__
+    except ImportError:
+        triton_version = "not installed"
     return {
-        "date": date.today().isoformat(), "device": torch.cuda.get_device_name(), "python": platform.python_version(),
-        "torch": torch.__version__, "triton": triton.__version__, "transformers": transformers.__version__,
-        "hf_paged": hf_paged.__version__, "max_model_len": MAX_MODEL_LEN, "max_batch_tokens": MAX_BATCH_TOKENS,
-        "page_size": PAGE_SIZE,
+        "date": date.today().isoformat(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU",
+        "python": platform.python_version(), "torch": torch.__version__, "triton": triton_version,
+        "transformers": transformers.__version__, "hf_paged": hf_paged.__version__,
+        "sizes": dataclasses.asdict(sizes),
     }  # fmt: skip
 
 
-def run(output: Path, models: list[str], parts: dict[bool, list[str]], limits_s: dict[bool, float]) -> dict[str, Any]:
-    """These parts, with graphs (True) and without, each within its limit; the report is written after each."""
-    report: dict[str, Any] = {**describe(), "models": {}}
+def objection(options: dict[str, Any]) -> str | None:
+    """Why this version of the engine has no such variant; None: it has."""
+    missing = [name for name in options if name not in {f.name for f in dataclasses.fields(hf_paged.EngineConfig)}]
+    if missing:
+        return f"the engine has no option {missing[0]}"
+    try:
+        hf_paged.EngineConfig(**options)
+    except ValueError as error:
+        return str(error)
+    return None
 
-    def write() -> None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-        output.with_suffix(".md").write_text(markdown(report), encoding="utf-8")
 
-    for name in models:
-        model = build(name)
-        prompts, outputs = draw_requests()
-        weights, _, _ = read_bytes(model)
-        entry: dict[str, Any] = {
-            "parameters": model.num_parameters(),
-            "roofline": {
-                "ms_per_token": weights / BYTES_PER_S * 1e3,
-                "tokens_per_s": sum(outputs) / roofline(model, [len(p) for p in prompts], outputs),
-            },
-        }
-        report["models"][name] = entry
-        for is_on in parts:
-            results: dict[str, Any] = {}
-            entry["graphs" if is_on else "eager"] = results
-            torch.cuda.synchronize()
-            started = time.perf_counter()
-            engine = make_engine(model, is_on)
-            torch.cuda.synchronize()
-            results["start_s"] = time.perf_counter() - started
-            with engine:
-                if is_on:
-                    started = time.perf_counter()
-                    results["num_graphs"] = engine.warm_up()
-                    torch.cuda.synchronize()
-                    results["capture_s"] = time.perf_counter() - started
-                    results["failure"] = engine._core.runner.graphs.failure  # type: ignore[union-attr]
-                for part, measure in PARTS.items():
-                    if part in parts[is_on]:
-                        print(name, "graphs" if is_on else "eager", part, flush=True)
-                        results[part] = measure(engine, limits_s[is_on])
-                        print(results[part], flush=True)
-                        while engine.step():
-                            pass
-                        write()
-            del engine
-            write()
-        del model
-        gc.collect()
-        with contextlib.suppress(RuntimeError):
-            torch.cuda.empty_cache()
+def run(output: Path, plan: Plan, command: str = "", is_added: bool = False) -> dict[str, Any]:
+    """The plan; the report is written after each part.
+
+    Args:
+        output: the JSON.
+        plan: what to run.
+        command: for the report.
+        is_added: what ``output`` has of other models, variants, parts and peers stays in the report.
+    """
+    weights = "tiny models, float32" if plan.is_tiny else "the models' real shapes, bfloat16"
+    report: dict[str, Any] = {**describe(plan.sizes), "weights": weights, "command": command, "models": {}}
+    if is_added and output.exists():
+        before = json.loads(output.read_text(encoding="utf-8"))
+        report |= {"models": before["models"], "command": f"{before['command']}`, `{command}"}
+    bench = _Bench(output, plan, report)
+    for name in plan.models:
+        bench.run_model(name)
+        bench.free()
     return report
 
 
-def markdown(report: dict[str, Any]) -> str:
-    """The report as a table."""
-    lines = [
-        f"# Engine on a GPU\n\n{report['device']}, python {report['python']}, torch {report['torch']}, triton "
-        f"{report['triton']}, transformers {report['transformers']}, hf_paged {report['hf_paged']}, {report['date']}; "
-        f"written by `python -m eval.bench_engine --gpu`. Random bfloat16 weights; (cut): stopped at the part's limit. "
-        f"The replays come after the measured steps, at contexts about 60 tokens longer, so they may take longer.\n",
-        "| model | decode | ready, s | graphs, s | batch 1, ms a token | roofline | 256 running, ms a step "
-        "| replay alone, ms | sampled, ms | throughput, tokens/s | roofline |\n|" + "---|" * 11,
-    ]
-    for name, entry in report["models"].items():
-        for kind in ("graphs", "eager"):
-            if kind not in entry:
-                continue
-            row = entry[kind]
+class _Bench:
+    """One run: the plan, and the report as it grows."""
 
-            def cell(part: str, key: str, form: str, row: dict[str, Any] = row) -> str:
-                if part not in row or key not in row[part]:
-                    return ""
-                return format(row[part][key], form) + (" (cut)" if row[part].get("cut") else "")
+    def __init__(self, output: Path, plan: Plan, report: dict[str, Any]) -> None:
+        self.output, self.plan, self.report = output, plan, report
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-            lines.append(
-                f"| {name} | {kind} | {row.get('start_s', 0):.1f} | {row.get('capture_s', 0):.1f} | "
-                f"{cell('latency', 'ms_per_token', '.2f')} | {entry['roofline']['ms_per_token']:.2f} | "
-                f"{cell('steady', 'step_ms', '.2f')} | {cell('steady', 'replay_ms', '.2f')} | "
-                f"{cell('steady_sampled', 'step_ms', '.2f')} | {cell('throughput', 'tokens_per_s', ',.0f')} | "
-                f"{entry['roofline']['tokens_per_s']:,.0f} |"
-            )
-    return "\n".join(lines) + "\n"
+    def write(self) -> None:
+        """The report as it is by now."""
+        self.output.parent.mkdir(parents=True, exist_ok=True)
+        self.output.write_text(json.dumps(self.report, indent=2) + "\n", encoding="utf-8")
+        self.output.with_suffix(".md").write_text(markdown(self.report), encoding="utf-8")
+
+    def measure(self, where: dict[str, Any], part: str, said: str, function: Callable[[], dict[str, Any]]) -> None:
+        """Put a part's figures, or what it raised, into ``where``."""
+        print(f"{said} ...", flush=True)
+        started = time.perf_counter()
+        try:
+            where[part] = function()
+        except Exception as error:  # the other parts' figures shall not be lost
+            where[part] = {"error": f"{type(error).__name__}: {error}"[:500]}
+        where[part]["took_s"] = round(time.perf_counter() - started, 2)
+        print(f"{said}: {json.dumps(where[part])[:400]}", flush=True)
+        self.write()
+
+    def run_model(self, name: str) -> None:
+        """All of one model."""
+        plan = self.plan
+        changes, dtype = (TINY_SHAPE, torch.float32) if plan.is_tiny else (None, torch.bfloat16)
+        started = time.perf_counter()
+        model = build(name, changes, dtype, self.device)
+        synchronize()
+        prompts, outputs = draw_requests(plan.sizes.num_requests, plan.sizes.lengths, plan.sizes.tokens)
+        costs, lengths = Costs.of(model), [len(prompt) for prompt in prompts]
+        entry: dict[str, Any] = self.report["models"].setdefault(name, {})
+        entry |= {
+            "parameters": model.num_parameters(), "build_s": time.perf_counter() - started,
+            "roofline": {
+                "ms_per_token": costs.decode_s([plan.sizes.short_prompt]) * 1e3,
+                "tokens_per_s": sum(outputs) / costs.run_s(lengths, outputs),
+            },
+        }  # fmt: skip
+        for variant in plan.variants:
+            self.run_variant(name, model, variant, entry)
+        if "equality" in plan.parts:
+            off = {key: value for key, value in SWITCHES["plain"].items() if objection({key: value}) is None}
+            kinds = {kind: SWITCHES[kind] for kind in ("graphs", "compiled") if kind in plan.variants}
+            kinds = {kind: options for kind, options in kinds.items() if objection(options) is None}
+            limit_s = plan.limit_s("equality")
+            self.measure(
+                entry, "equality", f"{name} equality",
+                partial(equality, name, plan.sizes, limit_s, kinds, off, self.device),
+            )  # fmt: skip
+        for peer in plan.peers:
+            self.measure(
+                entry.setdefault("peers", {}), peer, f"{name} {peer}",
+                partial(bench_engine_peers.run_peer, peer, model, plan.sizes, plan.peer_limit_s),
+            )  # fmt: skip
+
+    def run_variant(self, name: str, model: Any, variant: str, entry: dict[str, Any]) -> None:
+        """All parts of a model with one variant of the engine."""
+        plan, options = self.plan, SWITCHES[variant]
+        parts = plan.parts if variant == "graphs" else plan.switch_parts
+        reason = objection(options)
+        if reason is not None:
+            entry[variant] = {"failure": reason}
+            return
+        on_engine = [part for part in parts if part in ON_ENGINE]
+        results: dict[str, Any] = {}
+        if parts:
+            results = entry.setdefault(variant, {})
+            results.pop("failure", None)
+        if on_engine:
+            try:
+                self.run_on_engine(f"{name} {VARIANTS[variant]}", model, variant, on_engine, results)
+            except Exception as error:  # an engine that cannot start is a result
+                results["failure"] = f"{type(error).__name__}: {error}"[:500]
+                print(f"{name} {variant}: {results['failure']}", flush=True)
+                self.write()
+            self.free()
+        for part, function in ON_MODEL.items():
+            if part in parts:
+                limit_s = plan.limit_s(part, variant)
+                said = f"{name} {VARIANTS[variant]} {part}"
+                self.measure(results, part, said, partial(function, model, plan.sizes, limit_s, options))
+                self.free()
+
+    def run_on_engine(self, said: str, model: Any, variant: str, parts: list[str], results: dict[str, Any]) -> None:
+        """The parts that share an engine."""
+        plan, options = self.plan, SWITCHES[variant]
+        synchronize()
+        started = time.perf_counter()
+        with make_engine(model, sizes=plan.sizes, **options) as engine:
+            synchronize()
+            results["start_s"] = time.perf_counter() - started
+            started = time.perf_counter()
+            results["num_graphs"] = engine.warm_up()
+            synchronize()
+            results["capture_s"] = time.perf_counter() - started
+            graphs = engine._core.runner.graphs
+            results["graph_failure"] = None if graphs is None else graphs.failure
+            results["first_s"] = first_requests(engine, plan.sizes)
+            results["ready_s"] = results["start_s"] + results["capture_s"] + results["first_s"]
+            print(said, {key: results[key] for key in ("start_s", "capture_s", "first_s", "graph_failure")}, flush=True)
+            for part in parts:
+                limit_s = plan.limit_s(part, variant)
+                function = partial(ON_ENGINE[part], engine, plan.sizes, limit_s)
+                self.measure(results, part, f"{said} {part}", function)
+
+    def free(self) -> None:
+        """Give memory back to the device."""
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``--gpu``."""
+    gpu = parser.add_argument_group("with --gpu")
+    models = ["qwen3-0.6b", "llama3-8b", "mistral-7b", "olmoe-1b-7b"]
+    gpu.add_argument("--models", nargs="+", choices=list(MODELS), default=models)
+    gpu.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="with everything on")
+    gpu.add_argument("--variants", nargs="+", choices=list(SWITCHES), default=list(SWITCHES))
+    switch_parts = [part for part in PARTS if part != "equality"]
+    gpu.add_argument(
+        "--switch-parts", nargs="*", choices=switch_parts, default=["latency", "throughput"],
+        help="with the other variants",
+    )  # fmt: skip
+    gpu.add_argument("--limit-s", type=float, default=30.0, help="seconds of a part that --limits does not name")
+    gpu.add_argument("--limits", nargs="+", type=_limit, default=[], metavar="PART=SECONDS", help=f"default {LIMITS_S}")
+    gpu.add_argument("--switch-limit-s", type=float, default=30.0, help="seconds of a part of the other variants")
+    peers = list(bench_engine_peers.available())
+    gpu.add_argument("--peers", nargs="*", choices=peers, default=peers, help="default: all that are installed")
+    gpu.add_argument("--peer-limit-s", type=float, default=PEER_LIMIT_S)
+    gpu.add_argument("--saturation-s", type=float, default=FULL.saturation_s, help="of measuring saturation")
+    gpu.add_argument("--load-s", type=float, default=FULL.load_s, help="longest load of one arrival rate")
+    gpu.add_argument("--fractions", nargs="+", type=float, default=list(FULL.fractions), help="of saturation")
+    gpu.add_argument("--add", action="store_true", help="keep what --output has of other models, parts and peers")
+    gpu.add_argument("--tiny", action="store_true", help="tiny models and little work, without a GPU too")
+
+
+def _limit(text: str) -> tuple[str, float]:
+    part, _, seconds = text.partition("=")
+    if part not in PARTS or not seconds:
+        raise argparse.ArgumentTypeError(f"must be PART=SECONDS with a part of {', '.join(PARTS)}, got {text!r}")
+    return part, float(seconds)
+
+
+def make_plan(options: argparse.Namespace) -> Plan:
+    """The plan of the command line."""
+    sizes = TINY
+    if not options.tiny:
+        sizes = dataclasses.replace(
+            FULL, load_s=options.load_s, saturation_s=options.saturation_s, fractions=tuple(options.fractions)
+        )
+    return Plan(
+        models=tuple(options.models), parts=tuple(options.parts), switch_parts=tuple(options.switch_parts),
+        variants=tuple(options.variants), limits_s=LIMITS_S | dict(options.limits), default_s=options.limit_s,
+        switch_limit_s=options.switch_limit_s, is_tiny=options.tiny, sizes=sizes, peer_limit_s=options.peer_limit_s,
+        peers=tuple(options.peers),
+    )  # fmt: skip
+
+
+def main(options: argparse.Namespace, argv: list[str]) -> None:
+    """``--gpu``, from parsed options.
+
+    Raises:
+        RuntimeError: there is no GPU, and ``--tiny`` was not given.
+    """
+    if not options.tiny and not torch.cuda.is_available():
+        raise RuntimeError("--gpu needs a CUDA GPU; --tiny runs every part on tiny models without one.")
+    output = options.output or Path("eval/results/bench_engine_gpu.json")
+    report = run(output, make_plan(options), "python -m eval.bench_engine " + " ".join(argv), options.add)
+    if bench_engine_plots.can_draw():
+        bench_engine_plots.draw(report, output.with_suffix(".png"))
+    else:
+        print(f"no matplotlib here: python -m eval.bench_engine --plots {output} draws where it is", file=sys.stderr)
+    print(markdown(report))

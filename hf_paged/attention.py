@@ -12,6 +12,7 @@ from hf_paged_kernels.reference import attend_rows
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.utils import logging
 
+from .batched_decode import decode_rows
 from .errors import UnsupportedModelError
 from .layer_group import check_window
 from .paged_states import PagedStates
@@ -377,7 +378,7 @@ def _batched(
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
     """A step of transformers' continuous batching: one row ``[1, H, T, D]`` of packed sequences."""
-    new_key, new_value = key, value
+    new_key, new_value, tables = key, value, kwargs.get("block_table")
     key, value = batching_update(cache, module, key, value, kwargs)
     if kwargs.get("block_table") is None:
         # Prefill and mixed steps: transformers has gathered the keys through its read_index. It is not read in place:
@@ -389,19 +390,13 @@ def _batched(
     # Decode: one new token a sequence, written and read in place through the block table.
     k_pages, v_pages = (kwargs[name].transpose(1, 2) for name in ("k_cache", "v_cache"))
     check_pages(k_pages, v_pages)
-    table = kwargs["block_table"]
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, new_key, new_value))
-    num_seqs, page_size = q.shape[0], k_pages.shape[2]
-    seq_lens = kwargs["cu_seq_lens_k"].diff()[:num_seqs].to(torch.int32)
-    last = (seq_lens - 1).clamp(min=0).long()
-    page = table.gather(1, (last // page_size)[:, None]).squeeze(1).long()
-    # A sequence that only pads the batch has no tokens or no block.
-    slots = torch.where((seq_lens > 0) & (page >= 0), page * page_size + last % page_size, -1)
-    write_pages_op(k, v, k_pages, v_pages, slots, None, None)
-    cu_seqlens_q = torch.arange(num_seqs + 1, dtype=torch.int32, device=q.device)
+    table, page_size = kwargs["block_table"], k_pages.shape[2]
+    rows = decode_rows(cache, tables, module.layer_idx, table, kwargs["cu_seq_lens_k"], page_size, options.left)
+    write_pages_op(k, v, k_pages, v_pages, rows.slots, None, None)
     out, _ = paged_attention_op(
-        q, k_pages, v_pages, table, torch.where(slots >= 0, seq_lens, 0), cu_seqlens_q, 1, options.left, options.right,
-        options.softcap, options.sinks, options.scale, None, None,
+        q, k_pages, v_pages, table, rows.seq_lens, rows.cu_seqlens_q, 1, options.left, options.right,
+        options.softcap, options.sinks, options.scale, None, None, rows.plan,
     )  # fmt: skip
     return out.unsqueeze(0)
 

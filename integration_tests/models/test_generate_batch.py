@@ -22,7 +22,7 @@ from explicit_models import tiny_model as tiny_model_on_cpu
 from helpers import DEVICE, TOLERANCE, error, softmax_attention
 
 import hf_paged
-from hf_paged import attention
+from hf_paged import attention, batched_decode
 
 GREEDY = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
 LENGTHS = (1, 5, 23, 40, 11)
@@ -310,3 +310,35 @@ def test_the_alias_is_the_same_implementation():
     out = [tiny_model("llama", name)(ids).logits for name in ("paged_flash", "paged_flash_2")]
     assert torch.equal(*out)
     assert hf_paged.__version__
+
+
+def test_layers_of_a_step_share_its_rows_and_a_step_starts_at_its_first_layer():
+    """A graph is captured in a second pass over the same tensors: what layers share must be computed in it again."""
+    tables = torch.tensor([[[3, 1], [2, -1], [-1, -1]], [[5, 4], [0, -1], [-1, -1]]], dtype=torch.int32)
+    bounds = torch.tensor([0, 9, 13, 13], dtype=torch.int32)
+    cache = type("Cache", (), {})()
+
+    def rows(layer: int, group: int, tables=tables):
+        return batched_decode.decode_rows(cache, tables, layer, tables[group], bounds, 8, None)
+
+    first = rows(0, 0)
+    assert first.slots.tolist() == [1 * 8 + 0, 2 * 8 + 3, -1]
+    assert first.seq_lens.tolist() == [9, 4, 0]
+    assert rows(1, 0) is first
+    assert rows(2, 1).slots.tolist() == [4 * 8 + 0, 0 * 8 + 3, -1]
+    assert rows(3, 0) is first
+    bounds += torch.tensor([0, 1, 2, 2], dtype=torch.int32)
+    again = rows(0, 0)
+    assert again.seq_lens.tolist() == [10, 5, 0], "the second pass starts anew"
+    assert rows(1, 0) is again
+    other = rows(2, 0, tables.clone())
+    assert other is not again, "another step has other tables"
+
+
+@pytest.mark.usefixtures("block_tables_on_cpu")
+def test_rows_are_computed_once_a_step(steps, monkeypatch):
+    made, make = [], batched_decode._make_rows
+    monkeypatch.setattr(batched_decode, "_make_rows", lambda *args: made.append(1) or make(*args))
+    model = tiny_model("llama", "paged_flash_2")
+    generate_batch(model, prompts(*LENGTHS), use_cuda_graph=False, max_blocks_per_request=8)
+    assert len(made) * model.config.num_hidden_layers == sum(step.table for step in steps) > 0
