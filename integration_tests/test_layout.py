@@ -78,7 +78,9 @@ LAUNCHERS = {
     for module, function in (
         ("backend", "uses_gluon"),
         ("flash_attention_triton", "flash_attention_launch"),
+        ("paged_attention_quantized_triton", "quantized_paged_attention_launch"),
         ("paged_attention_triton", "paged_attention_launch"),
+        ("paged_attention_quantized_triton", "quantized_paged_attention_launch"),
     )
     for name in (module, f"{module}.{function}")
 }
@@ -89,8 +91,8 @@ def test_eval_uses_public_names_only(package):
     public = {"hf_paged": hf_paged, "hf_paged_kernels": hf_paged_kernels}[package].__all__
     allowed = {package, *(f"{package}.{name}" for name in public)}
     for path in (ROOT / "eval").rglob("*.py"):
-        if path.stem == "tune_kernels":
-            continue  # it makes the tables of the kernels' settings
+        if path.stem in ("tune_kernels", "bench_decode_parts"):
+            continue  # the tables of the kernels' settings, and kernels that are part of the engine
         found = {m for m in imports(path) if m.partition(".")[0] == package}
         # The kernel benchmark also times the launcher that a call would not choose on this device.
         assert found <= allowed | (LAUNCHERS if path.stem == "bench_kernels_calls" else set()), path
