@@ -258,10 +258,15 @@ class PagedInputs:
 
     def portable(self) -> list[Call]:
         """The Triton kernel, whatever the device would choose."""
+        from hf_paged_kernels.paged_attention_quantized_triton import quantized_paged_attention_launch
         from hf_paged_kernels.paged_attention_triton import paged_attention_launch
 
+        launch: Callable[..., object] = (
+            paged_attention_launch if self.k_scale is None else quantized_paged_attention_launch
+        )
+
         def attend(table: torch.Tensor) -> object:
-            return paged_attention_launch(
+            return launch(
                 self.q, self.k_pages, self.v_pages, table, self.seq_lens, self.cu_seqlens_q, self.max_query_len,
                 None, 0, None, None, self.row.head_dim**-0.5, self.k_scale, self.v_scale,
             )  # fmt: skip

@@ -190,7 +190,7 @@ def make_split_plan(
 
     A sequence is cut into splits of a length that depends on the sequence alone, so a row's result never depends on
     what else is in the batch. The list is as long as the page table allows, so it can be made inside a captured graph.
-    On a GPU without the Gluon kernel it is not read.
+    On a GPU without the Gluon kernels it is read for quantised pages only.
 
     Args:
         seq_lens: int32 ``[num_seqs]``, as in :func:`paged_attention`.

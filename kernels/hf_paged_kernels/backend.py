@@ -7,8 +7,13 @@ from importlib.util import find_spec
 
 import torch
 
+from .settings import SHORT_QUERY
+
 TRITON_DEVICES = ("cuda", "xpu")
 GLUON_HEAD_DIMS = (64, 128, 256)
+QUANTIZED_ROWS = 8
+"""Query rows of a sequence and key/value head up to which quantised pages take the Gluon kernel: the least that the
+tensor cores take as columns."""
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:
@@ -47,6 +52,27 @@ def uses_gluon(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) 
         and group <= 64
         and scale > 0
         and all(_is_aligned(x) for x in (q, k, v))
+    )
+
+
+def uses_quantized_gluon(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_scale: torch.Tensor,
+    max_query_len: int,
+) -> bool:
+    """Whether a step over FP8 or INT8 pages takes the Gluon kernel: a Hopper GPU, short queries, what TMA can read."""
+    head_dim = q.shape[-1]
+    return (
+        has_gluon(q.device)
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and head_dim == v_pages.shape[-1]
+        and head_dim in GLUON_HEAD_DIMS
+        and max_query_len <= SHORT_QUERY
+        and max_query_len * (q.shape[1] // k_pages.shape[1]) <= QUANTIZED_ROWS
+        and all(_is_aligned(x) for x in (k_pages, v_pages, k_scale, v_scale))
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import reference
-from .backend import uses_gluon, uses_triton
+from .backend import uses_gluon, uses_quantized_gluon, uses_triton
 
 
 @torch.library.custom_op("hf_paged::flash_attention", mutates_args=())
@@ -137,6 +137,14 @@ def paged_attention_op(
         from .attention_hopper_gluon import hopper_paged_launch
 
         return hopper_paged_launch(*arguments[:12], plan)
+    if k_scale is not None and v_scale is not None and q.dtype != torch.float32:
+        if uses_quantized_gluon(q, k_pages, v_pages, k_scale, v_scale, max_query_len):
+            from .paged_attention_quantized_gluon import quantized_splits_launch
+
+            return quantized_splits_launch(*arguments[:12], k_scale, v_scale, plan)
+        from .paged_attention_quantized_triton import quantized_paged_attention_launch
+
+        return quantized_paged_attention_launch(*arguments[:12], k_scale, v_scale, plan)
     from .paged_attention_triton import paged_attention_launch
 
     return paged_attention_launch(*arguments)
@@ -168,7 +176,8 @@ def _(
 def split_plan_op(
     seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor, max_tokens: int, window_left: int | None
 ) -> torch.Tensor:
-    """The work list of a step of short queries: see ``make_split_plan_launch``. Only the Gluon kernel reads it.
+    """The work list of a step of short queries: see ``make_split_plan_launch``. The Gluon kernels and
+    those of quantised pages read it.
 
     Made once per step and window and passed to :func:`paged_attention_op` by every layer; without it each call makes
     its own.

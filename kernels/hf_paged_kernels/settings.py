@@ -4,7 +4,7 @@ No run-time autotuning: the same call launches the same kernel every time, so re
 reproducible. Blocks of keys never change a row's reduction order with the batch, only with these settings.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -168,8 +168,79 @@ def choose_paged_settings(
 
 
 @dataclass(frozen=True, slots=True)
+class QuantizedSettings:
+    """Settings of the Triton kernel over FP8 and INT8 pages.
+
+    Attributes:
+        block_m: query rows of a tile.
+        block_n: keys of a tile, a power of two up to 256. Not less than half of the threads: see ``_load_scales``.
+        num_warps: of a program. One warp shares its work with nobody, and needs no barriers.
+        num_stages: of software pipelining; a tile of keys waits for its page numbers, so half of them hold keys.
+        pairs: read values as pairs of columns, for tensor cores that take them from registers.
+        programs_per_sm: programs launched for each multiprocessor, where they walk through splits.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    pairs: bool = True
+    programs_per_sm: int = 64
+
+
+def quantized_settings(device: torch.device, head_dim: int, group: int, max_query_len: int) -> QuantizedSettings:
+    """Settings of attention over FP8 and INT8 pages; ``head_dim`` the larger of keys' and values'."""
+    rows = max_query_len * group if is_short_query(group, max_query_len) else None
+    return choose_quantized_settings(head_dim, shared_memory_limit(device), group, rows)
+
+
+def choose_quantized_settings(
+    head_dim: int, shared_memory: int, group: int, short_rows: int | None
+) -> QuantizedSettings:
+    """Pure part of :func:`quantized_settings`; measured: eval/results/kernels_h200_notes.md.
+
+    Args:
+        head_dim: the larger of keys' and values'.
+        shared_memory: in bytes.
+        group: query heads per key/value head.
+        short_rows: query rows of a sequence and key/value head on the split path, None: blocks of long queries.
+    """
+    large = shared_memory >= 200 * 1024
+    if short_rows is not None and short_rows <= 32:
+        block_m = 16 if short_rows <= 16 else 32
+        if head_dim > 256:
+            return QuantizedSettings(block_m, 32, 2, 3)
+        if head_dim > 128:
+            return QuantizedSettings(block_m, 64, 2, 3)
+        if block_m == 32:
+            return QuantizedSettings(32, 64, 2, 5)
+        return QuantizedSettings(16, 64 if head_dim <= 64 else 32, 1, 5)
+    needed = group if short_rows is None else short_rows
+    if head_dim > 256:
+        # Slow, but it fits.
+        chosen = QuantizedSettings(32, 64, 4, 1, pairs=False)
+    elif head_dim > 128:
+        chosen = QuantizedSettings(128, 128, 8, 3, False) if large else QuantizedSettings(32, 64, 4, 2, False)
+    elif large or head_dim <= 64:
+        chosen = QuantizedSettings(64, 128, 4, 3, False)
+    else:
+        chosen = QuantizedSettings(64, 64, 4, 2, False)
+    while chosen.block_m < needed:
+        num_warps = min(2 * chosen.num_warps, chosen.block_n // 16)
+        chosen = replace(chosen, block_m=2 * chosen.block_m, num_warps=num_warps)
+    return chosen
+
+
+@dataclass(frozen=True, slots=True)
 class HopperSettings:
-    """Settings of the Gluon kernel: consumer warp groups of 64 rows, keys per tile, stages, registers per thread."""
+    """Settings of the Gluon kernel: consumer warp groups of 64 rows, keys per tile, stages, registers per thread.
+
+    Attributes:
+        take_turns: consumers start their matrix products one after the other, so that one's softmax runs under the
+            others' products.
+        full_weights: weights stay float32 from one tile to the next, and each thread sums its own. Fewer instructions
+            and more registers.
+    """
 
     consumers: int
     block_n: int
@@ -177,6 +248,8 @@ class HopperSettings:
     q_stages: int = 1
     programs_per_sm: int = 1
     max_registers: int | None = None
+    take_turns: bool = False
+    full_weights: bool = False
 
 
 def hopper_settings(head_dim: int, max_query_len: int, split: bool = False) -> HopperSettings:
@@ -188,9 +261,32 @@ def hopper_settings(head_dim: int, max_query_len: int, split: bool = False) -> H
             256: HopperSettings(1, 64, 2, 1, 1, 256),
         }[head_dim]
     return {
-        64: HopperSettings(3, 128, 3, 1) if max_query_len > 8192 else HopperSettings(2, 128, 3, 2),
+        64: HopperSettings(3, 128, 3, 1, take_turns=True)
+        if max_query_len > 8192
+        else HopperSettings(2, 128, 3, 2, full_weights=True),
         128: HopperSettings(2, 128, 2, 1),
         256: HopperSettings(2, 64, 2, 1),
+    }[head_dim]
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedHopperSettings:
+    """Settings of the Gluon decode over FP8 and INT8 pages: keys of a tile, tiles in shared memory, programs launched
+    for each multiprocessor, registers of a thread."""
+
+    block_n: int
+    stages: int
+    programs_per_sm: int
+    max_registers: int
+
+
+def choose_quantized_hopper_settings(head_dim: int) -> QuantizedHopperSettings:
+    """Settings of the Gluon decode over FP8 and INT8 pages. Registers bound how many programs share a multiprocessor;
+    with fewer the kernel spills."""
+    return {
+        64: QuantizedHopperSettings(32, 2, 64, 104),
+        128: QuantizedHopperSettings(32, 2, 64, 152),
+        256: QuantizedHopperSettings(32, 2, 64, 200),
     }[head_dim]
 
 
