@@ -11,9 +11,10 @@ query token ``m // PACK`` and query head ``m % PACK`` of the group that shares a
     consumer 0      S0=QK0  softmax  | S1=QK1, O+=P0V0 | softmax | S2=QK2, O+=P1V1 | ...
     consumer 1         the same on its rows
 
-While a consumer's softmax runs, the tensor cores work on the product of the tile before and on the other consumer's
-(Shah et al. 2024, "FlashAttention-3"). Keys are walked from left to right: programs that start together on blocks of
-one head read the same keys at the same time, from the L2 cache.
+While a consumer's softmax runs, the tensor cores work on the other consumers' products (Shah et al. 2024,
+"FlashAttention-3"), and on its own of the tile before as far as ptxas leaves the wait for that where it is. Keys are
+walked from left to right: programs that start together on blocks of one head read the same keys at the same time, from
+the L2 cache.
 
 Tiles in shared memory are stored as runs of 64 columns, ``[HEAD_DIM / 64][BLOCK_N][64]`` with 128-byte swizzling, which
 is both what wgmma reads as ``[BLOCK_N, HEAD_DIM]`` and what TMA writes page by page::
@@ -33,9 +34,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from . import split_plan_triton, tiles_triton
 from .backend import device_guard
+from .dependent_launch_triton import has_dependent_launch
 from .settings import LOG2_E, SHORT_QUERY, HopperSettings, hopper_settings, multiprocessors
 from .split_plan_triton import SplitPlan, make_split_plan_launch, merge_parts_launch
 
@@ -65,6 +68,9 @@ def _schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
 
     Splits weigh the same, so programs take them in turn; other tiles go to who asks first. ``queue``: two notes of 16
     numbers in shared memory with their full and empty barriers, and the counter of tiles handed out to all programs.
+
+    Decode is launched before the previous kernel has ended (``dependent_launch_triton``). No warp touches global memory
+    before the first note, so it is enough that this one waits.
     """
     MODE: gl.constexpr = OPTIONS[0]
     PACK: gl.constexpr = OPTIONS[2]
@@ -74,7 +80,11 @@ def _schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
     BLOCK_Q: gl.constexpr = 64 * CONSUMERS // PACK
     turn = 0
     tile = gl.program_id(0)
-    while tile < work[0]:
+    num_tiles = work[0]
+    if MODE == "split":
+        gdc_wait()
+        num_tiles = gl.maximum(gl.load(lengths[5]), 1) * work[5]
+    while tile < num_tiles:
         if MODE == "split":
             upcoming = tile + gl.num_programs(0)
         else:
@@ -83,6 +93,9 @@ def _schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
         _hand_out(found, turn, queue)
         tile = upcoming
         turn += 1
+    if MODE == "split" and work[0] <= gl.num_programs(0):
+        # The merge gets ready meanwhile. With more than one tile a program that was slower (H200: 8 x 8k by 2%).
+        gdc_launch_dependents()
     nothing = tile * 0
     _hand_out(
         (nothing - 1, nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing),
@@ -136,7 +149,7 @@ def _find_work(
     Heads are taken in sections whose keys and values fit in the L2 cache; within a section the last blocks, which see
     most keys, come first.
     """
-    cu_seqlens_q, cu_seqlens_k, seq_lens, items, sequences = lengths
+    cu_seqlens_q, cu_seqlens_k, seq_lens, items, sequences, _num_items = lengths
     _num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, section, window_left, window_right = work
     split = tile * 0
     place = tile * 0
@@ -193,16 +206,13 @@ def _find_work(
 
 @gluon.jit
 def _find_pages(table_row, key, start, stop, PAGE_SIZE: gl.constexpr, CHUNKS: gl.constexpr, CHUNK: gl.constexpr):
-    """``(pages, slots)`` of a tile's chunks. Outside of start..stop the table may hold anything: a slot past the page's
-    end is given, which reads as zeros."""
+    """The pages of a tile's chunks. Outside of start..stop the table may hold anything: -1 is given."""
     pages = ()
-    slots = ()
     for chunk in gl.static_range(CHUNKS):
         first = key + chunk * CHUNK
         inside = (first + CHUNK > start) & (first < stop)
-        pages += (gl.load(table_row + first // PAGE_SIZE, mask=inside, other=0),)
-        slots += (gl.where(inside, first % PAGE_SIZE, PAGE_SIZE),)
-    return pages, slots
+        pages += (gl.load(table_row + first // PAGE_SIZE, mask=inside, other=-1),)
+    return pages
 
 
 @gluon.jit
@@ -225,9 +235,9 @@ def _produce(tensors, OPERAND: gl.constexpr, OPTIONS: gl.constexpr):
     dtype: gl.constexpr = q_desc.dtype
     piece: gl.constexpr = gl.NVMMASharedLayout(128, 16, 4)
     if OPERAND == 0:
-        q_full, q_empty, full, empty, _v_full, _v_empty = barriers
+        q_full, q_empty, full, empty, _v_full, _v_empty, _turns = barriers
     else:
-        q_full, q_empty, _k_full, _k_empty, full, empty = barriers
+        q_full, q_empty, _k_full, _k_empty, full, empty, _turns = barriers
     q_pieces = view(q_smem, dtype, [Q_STAGES * CONSUMERS * HALVES, 1, 64 // PACK, PACK, 64], piece)
     if PAGED:
         pieces = view(smem, dtype, [STAGES * HALVES * CHUNKS, 1, 1, CHUNK, 64], piece)
@@ -242,6 +252,10 @@ def _produce(tensors, OPERAND: gl.constexpr, OPTIONS: gl.constexpr):
         if stop > start:
             kv_head = head // GROUP if PACK == 1 else head
             batch = seq if MODE == "dense" else 0
+            if PAGED:
+                table_row = page_table + gl.cast(seq, gl.int64) * stride_table
+                key = start // BLOCK_N * BLOCK_N
+                pages = _find_pages(table_row, key, start, stop, PAGE_SIZE, CHUNKS, CHUNK)
             if OPERAND == 0:
                 first_head = head if PACK == 1 else head * GROUP
                 q_stage = q_count % Q_STAGES
@@ -255,25 +269,22 @@ def _produce(tensors, OPERAND: gl.constexpr, OPTIONS: gl.constexpr):
                         )  # fmt: skip
                 q_count += 1
             if PAGED:
-                table_row = page_table + gl.cast(seq, gl.int64) * stride_table
-                key = start // BLOCK_N * BLOCK_N
-                pages, slots = _find_pages(table_row, key, start, stop, PAGE_SIZE, CHUNKS, CHUNK)
                 while key < stop:
                     # The next tile's pages are looked up before this one's are waited for.
-                    next_pages, next_slots = _find_pages(
-                        table_row, key + BLOCK_N, start, stop, PAGE_SIZE, CHUNKS, CHUNK
-                    )
+                    next_pages = _find_pages(table_row, key + BLOCK_N, start, stop, PAGE_SIZE, CHUNKS, CHUNK)
+                    # A tile is several pages, or a part of one. Slots past the page's end read as zeros.
+                    first_slot = 0 if CHUNK == PAGE_SIZE else key % PAGE_SIZE
                     stage = count % STAGES
                     mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
                     mbarrier.expect(full.index(stage), BLOCK_N * HEAD_DIM * 2)
                     for chunk in gl.static_range(CHUNKS):
+                        slot = gl.where(pages[chunk] < 0, PAGE_SIZE, first_slot)
                         for half in gl.static_range(HALVES):
                             load_async(
-                                desc, [pages[chunk], kv_head, slots[chunk], half * 64], full.index(stage),
+                                desc, [pages[chunk], kv_head, slot, half * 64], full.index(stage),
                                 pieces.index(stage * (HALVES * CHUNKS) + half * CHUNKS + chunk),
                             )  # fmt: skip
                     pages = next_pages
-                    slots = next_slots
                     key += BLOCK_N
                     count += 1
             else:
@@ -295,11 +306,12 @@ def _produce(tensors, OPERAND: gl.constexpr, OPTIONS: gl.constexpr):
 def _softmax(
     scores, running_max, running_sum, positions, key, stop, scale_log2, softcap, window_left, window_right,
     MASKED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
-    BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr,
+    BLOCK_N: gl.constexpr, LAYOUT: gl.constexpr, PARTIAL_SUMS: gl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax on raw scores: ``(weights, correction, running_max, running_sum)``.
 
-    The running maximum is of raw scores (of capped ones with a softcap); ``scale_log2`` must be positive.
+    The running maximum is of raw scores (of capped ones with a softcap); ``scale_log2`` must be positive. With
+    PARTIAL_SUMS the running sum is ``[64, 8]``, of every eighth column: each thread adds up its own.
     """
     if HAS_SOFTCAP:
         # softcap * tanh(x): see tiles_triton.scale_scores.
@@ -323,36 +335,49 @@ def _softmax(
         pivot = new_max * factor
     weights = gl.exp2(scores * factor - pivot[:, None])
     correction = gl.exp2(running_max * factor - pivot)
-    return weights, correction, new_max, running_sum * correction + gl.sum(weights, 1)
+    if PARTIAL_SUMS:
+        sum_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16])
+        sums = gl.convert_layout(gl.sum(gl.reshape(weights, [64, BLOCK_N // 8, 8]), 1), sum_layout)
+        running_sum = running_sum * gl.convert_layout(correction, gl.SliceLayout(1, sum_layout))[:, None] + sums
+    else:
+        running_sum = running_sum * correction + gl.sum(weights, 1)
+    return weights, correction, new_max, running_sum
 
 
 @gluon.jit
 def _step(
-    o, p, running_max, running_sum, q_tile, k_tiles, v_tiles, barriers, count, key, positions, stop,
+    o, p, running_max, running_sum, q_tile, k_tiles, v_tiles, barriers, count, steps, key, positions, stop,
     scale_log2, softcap, window_left, window_right,
     MASKED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
-    P_LAYOUT: gl.constexpr,
+    P_LAYOUT: gl.constexpr, WHICH: gl.constexpr, CONSUMERS: gl.constexpr, TAKE_TURNS: gl.constexpr,
+    FULL_WEIGHTS: gl.constexpr,
 ):  # fmt: skip
     """Scores of tile ``count``, while the weights ``p`` of tile ``count - 1`` are multiplied with its values."""
-    _q_full, _q_empty, k_full, k_empty, v_full, v_empty = barriers
+    _q_full, _q_empty, k_full, k_empty, v_full, v_empty, turns = barriers
     stage = count % STAGES
     last = (count - 1) % STAGES
     mbarrier.wait(k_full.index(stage), count // STAGES & 1)
     zeros = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
+    weights = gl.convert_layout(p.to(k_tiles.dtype), P_LAYOUT)
+    if TAKE_TURNS:
+        mbarrier.wait(turns.index(WHICH), (steps & 1) ^ (1 if WHICH == 0 else 0))
     s = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(last), (count - 1) // STAGES & 1)
-    o = warpgroup_mma(p, v_tiles.index(last), o, is_async=True)
+    o = warpgroup_mma(weights, v_tiles.index(last), o, is_async=True)
+    if TAKE_TURNS:
+        mbarrier.arrive(turns.index((WHICH + 1) % CONSUMERS))
     s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(k_empty.index(stage))
-    weights, correction, running_max, running_sum = _softmax(
+    p, correction, running_max, running_sum = _softmax(
         s, running_max, running_sum, positions, key, stop, scale_log2, softcap, window_left, window_right,
-        MASKED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BLOCK_N, S_LAYOUT,
+        MASKED, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BLOCK_N, S_LAYOUT, FULL_WEIGHTS,
     )  # fmt: skip
     o = warpgroup_mma_wait(0, deps=[o])
     mbarrier.arrive(v_empty.index(last))
     o = o * gl.convert_layout(correction, gl.SliceLayout(1, O_LAYOUT))[:, None]
-    p = gl.convert_layout(weights.to(p.dtype), P_LAYOUT)
+    if not FULL_WEIGHTS:
+        p = gl.convert_layout(p.to(k_tiles.dtype), P_LAYOUT)
     return o, p, running_max, running_sum
 
 
@@ -393,7 +418,9 @@ def _consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
     HAS_RIGHT: gl.constexpr = OPTIONS[11]
     HAS_SOFTCAP: gl.constexpr = OPTIONS[12]
     HAS_SINKS: gl.constexpr = OPTIONS[13]
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = barriers
+    TAKE_TURNS: gl.constexpr = OPTIONS[14]
+    FULL_WEIGHTS: gl.constexpr = OPTIONS[15]
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, _turns = barriers
     stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh = strides
     dtype: gl.constexpr = q_smem.dtype
     HALVES: gl.constexpr = HEAD_DIM // 64
@@ -414,6 +441,7 @@ def _consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
 
     q_count = 0
     count = 0
+    steps = 0
     turn = 0
     seq, head, first_token, query_len, q_start, num_keys, _k_start, start, stop, place, num_parts = _receive(
         turn, queue
@@ -426,7 +454,10 @@ def _consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
         positions = context_len + gl.minimum(tokens, last_token)
         o = gl.zeros([64, HEAD_DIM], gl.float32, O_LAYOUT)
         running_max = gl.full([64], float("-inf"), gl.float32, ROW_LAYOUT)
-        running_sum = gl.zeros([64], gl.float32, ROW_LAYOUT)
+        if FULL_WEIGHTS:
+            running_sum = gl.zeros([64, 8], gl.float32, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 8, 16]))
+        else:
+            running_sum = gl.zeros([64], gl.float32, ROW_LAYOUT)
         if stop > start:
             q_stage = q_count % Q_STAGES
             mbarrier.wait(q_full.index(q_stage), q_count // Q_STAGES & 1)
@@ -449,11 +480,12 @@ def _consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
             s = warpgroup_mma(q_tile, k_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(stage))
-            weights, _correction, running_max, running_sum = _softmax(
+            p, _correction, running_max, running_sum = _softmax(
                 s, running_max, running_sum, positions, low * BLOCK_N, stop, scale_log2, softcap, window_left,
-                window_right, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BLOCK_N, S_LAYOUT,
+                window_right, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BLOCK_N, S_LAYOUT, FULL_WEIGHTS,
             )  # fmt: skip
-            p = gl.convert_layout(weights.to(dtype), P_LAYOUT)
+            if not FULL_WEIGHTS:
+                p = gl.convert_layout(p.to(dtype), P_LAYOUT)
             count += 1
 
             full_low = gl.minimum(gl.maximum(full_start // BLOCK_N, low + 1), high)
@@ -463,11 +495,13 @@ def _consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
             for run in gl.static_range(0 if HAS_LEFT else 1, 3):
                 for index in range(bounds[run], bounds[run + 1]):
                     o, p, running_max, running_sum = _step(
-                        o, p, running_max, running_sum, q_tile, k_smem, v_smem, barriers, count, index * BLOCK_N,
-                        positions, stop, scale_log2, softcap, window_left, window_right, run != 1, HAS_LEFT, HAS_RIGHT,
-                        HAS_SOFTCAP, BLOCK_N, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT,
+                        o, p, running_max, running_sum, q_tile, k_smem, v_smem, barriers, count, steps,
+                        index * BLOCK_N, positions, stop, scale_log2, softcap, window_left, window_right, run != 1,
+                        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BLOCK_N, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT, WHICH,
+                        CONSUMERS, TAKE_TURNS, FULL_WEIGHTS,
                     )  # fmt: skip
                     count += 1
+                    steps += 1
             if MODE != "split":
                 mbarrier.arrive(q_empty.index(q_stage))
             q_count += 1
@@ -480,7 +514,8 @@ def _consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
                     _clear_rows(
                         v_pieces, last * (HALVES * CHUNKS) + chunk, first_row - chunk * CHUNK, HALVES, CHUNKS, CHUNK
                     )
-            o = warpgroup_mma(p, v_smem.index(last), o, is_async=True)
+            weights = gl.convert_layout(p.to(dtype), P_LAYOUT)
+            o = warpgroup_mma(weights, v_smem.index(last), o, is_async=True)
             o = warpgroup_mma_wait(0, deps=[o])
             mbarrier.arrive(v_empty.index(last))
 
@@ -488,6 +523,8 @@ def _consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
             factor: gl.constexpr = 1.4426950408889634
         else:
             factor = scale_log2
+        if FULL_WEIGHTS:
+            running_sum = gl.convert_layout(gl.sum(running_sum, 1), ROW_LAYOUT)
         # From here on the running maximum is in base 2.
         running_max = running_max * factor
         heads = (head if PACK == 1 else head * GROUP) + rows % PACK
@@ -518,13 +555,14 @@ def _consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
             )  # fmt: skip
             gl.store(lse + batch * stride_lb + packed * stride_lt + heads * stride_lh, row_lse, mask=valid)
         else:
-            # An unnormalised part of the rows, for merge_parts_launch to add up.
+            # An unnormalised part of the rows, for merge_parts_launch to add up. It stays in the L2 cache till then:
+            # pushed out to memory by the keys and values, it cost several times what its bytes take.
             slot = gl.cast(place * num_heads + head, gl.int64) * ROWS
             part_rows = gl.convert_layout(rows, gl.SliceLayout(1, O_LAYOUT))
             part_columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_LAYOUT))
             gl.store(
                 parts + slot * HEAD_DIM + part_rows[:, None] * HEAD_DIM + part_columns[None, :], o,
-                mask=(part_rows < ROWS)[:, None],
+                mask=(part_rows < ROWS)[:, None], eviction_policy="evict_last",
             )  # fmt: skip
             gl.store(part_lse + 2 * slot + rows, running_max, mask=rows < ROWS)
             gl.store(part_lse + 2 * slot + ROWS + rows, running_sum, mask=rows < ROWS)
@@ -552,10 +590,9 @@ def _hopper_forward(
     MODE: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, PAGE_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
+    TAKE_TURNS: gl.constexpr, FULL_WEIGHTS: gl.constexpr,
 ):  # fmt: skip
     """``num_warps`` must be 4: the warps that a program starts with are the first consumer."""
-    if MODE == "split":
-        num_tiles = gl.maximum(gl.load(num_items), 1) * num_heads
     dtype: gl.constexpr = q_desc.dtype
     tile_layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     q_smem = gl.allocate_shared_memory(dtype, [Q_STAGES * CONSUMERS, 64, HEAD_DIM], tile_layout)
@@ -581,11 +618,14 @@ def _hopper_forward(
     for i in gl.static_range(2):
         mbarrier.init(note_full.index(i), count=1)
         mbarrier.init(note_empty.index(i), count=CONSUMERS + 2)
+    turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(CONSUMERS):
+        mbarrier.init(turns.index(i), count=1)
     fence_async_shared()
 
     queue = (notes, note_full, note_empty)
-    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
-    lengths = (cu_seqlens_q, cu_seqlens_k, seq_lens, items, sequences)
+    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
+    lengths = (cu_seqlens_q, cu_seqlens_k, seq_lens, items, sequences, num_items)
     work = (num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, section, window_left, window_right)
     strides = (stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh)
     tensors = (
@@ -596,7 +636,7 @@ def _hopper_forward(
     values = (q_desc, v_desc, page_table, stride_table, q_smem, v_smem, barriers, queue)
     options: gl.constexpr = (
         MODE, GROUP, PACK, PAGE_SIZE, HEAD_DIM, BLOCK_N, ROWS, STAGES, Q_STAGES, CONSUMERS,
-        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_SINKS,
+        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_SINKS, TAKE_TURNS, FULL_WEIGHTS,
     )  # fmt: skip
     if CONSUMERS == 1:
         gl.warp_specialize(
@@ -708,7 +748,8 @@ def _launch(
             MODE=mode, GROUP=group, PACK=pack, PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_N=s.block_n, ROWS=rows,
             STAGES=s.stages, Q_STAGES=s.q_stages, CONSUMERS=s.consumers, HAS_LEFT=window_left is not None,
             HAS_RIGHT=window_right is not None, HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None,
-            num_warps=4, maxnreg=s.max_registers,
+            TAKE_TURNS=s.take_turns, FULL_WEIGHTS=s.full_weights,
+            num_warps=4, maxnreg=s.max_registers, launch_pdl=plan is not None and has_dependent_launch(q.device),
         )  # fmt: skip
     if plan is not None and plan.max_parts > 1:
         assert parts is not None

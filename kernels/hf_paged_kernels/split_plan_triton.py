@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from .backend import device_guard
+from .dependent_launch_triton import dependent_launch, start_next, wait_for_previous
 from .settings import max_split_items, max_splits, split_plan_size
 
 
@@ -109,20 +110,23 @@ def _merge_parts(
     BLOCK_D: tl.constexpr,
     BLOCK_S: tl.constexpr,
     HAS_SINKS: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):
     """One program: one row of a sequence and key/value head. Parts are added in an order that the row alone decides."""
+    start_next(DEPENDENT)
     seq = tl.program_id(0)
     kv_head = tl.program_id(1)
     row = tl.program_id(2)
-    num_parts = tl.load(sequences + 2 * seq + 1)
-    if num_parts <= 1:
-        return  # its only split has written the result
-    q_start = tl.load(cu_seqlens_q + seq)
-    token = row // PACK
-    if (token >= tl.load(cu_seqlens_q + seq + 1) - q_start) | (row % PACK >= GROUP):
-        return
-    head = kv_head * GROUP + row % PACK
+    # Loads that wait for one another are most of what this kernel costs: all of the plan at once, before the wait.
     place = tl.load(sequences + 2 * seq)
+    num_parts = tl.load(sequences + 2 * seq + 1)
+    q_start = tl.load(cu_seqlens_q + seq)
+    query_len = tl.load(cu_seqlens_q + seq + 1) - q_start
+    token = row // PACK
+    wait_for_previous(DEPENDENT)
+    if (num_parts <= 1) | (token >= query_len) | (row % PACK >= GROUP):
+        return  # its only split has written the result, or there is no such row
+    head = kv_head * GROUP + row % PACK
     splits = tl.arange(0, BLOCK_S)
     held = splits < num_parts
     columns = tl.arange(0, BLOCK_D)
@@ -169,6 +173,9 @@ def merge_parts_launch(
 ) -> None:
     """Add up the parts of every sequence with more than one split.
 
+    The plan is read ahead of the wait for the previous kernel: where that one lets the next start early
+    (``dependent_launch_triton``), it must have waited itself before.
+
     Args:
         parts: float32 ``[max_items * num_kv_heads, rows, head_dim]``, unnormalised sums of weighted values.
         part_lse: float32 ``[max_items * num_kv_heads, 2, rows]``, maxima of the scores in base 2, and sums of weights.
@@ -183,6 +190,7 @@ def merge_parts_launch(
             parts, part_lse, plan.sequences, cu_seqlens_q, sinks, out, lse, *out.stride()[:2], lse.stride(0),
             GROUP=group, PACK=pack, ROWS=rows, HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
             BLOCK_S=triton.next_power_of_2(plan.max_parts), HAS_SINKS=sinks is not None, num_warps=2,
+            **dependent_launch(out.device),
         )  # fmt: skip
 
 
