@@ -111,21 +111,29 @@ class BeamResult:
 
     Attributes:
         num_prompts, num_beams: sizes.
-        num_same: sequences with the same tokens, of `num_prompts * num_beams`.
-        max_score_diff: largest difference of a score at the same place.
-        limit: what that may be.
+        num_same: sequences that both found, of `num_prompts * num_beams`.
+        max_score_diff: largest difference of the score of a sequence that both found.
+        max_best_diff: largest difference of the best score of a prompt.
+        max_place_diff: largest difference of the scores at the same place, by rank.
+        limit: what the first two may be, in nats a token; in float32 the third as well.
+        is_exact: float32. In other dtypes candidates that the dtype does not tell apart are kept or dropped by chance,
+            and so are all beams that would have come of them.
     """
 
     num_prompts: int
     num_beams: int
     num_same: int
     max_score_diff: float
+    max_best_diff: float
+    max_place_diff: float
     limit: float
+    is_exact: bool
 
     @property
     def passed(self) -> bool:
-        """The scores agree; so do the tokens, but for beams whose scores do not tell them apart."""
-        return self.max_score_diff <= self.limit
+        """Scores agree; in float32 so do the tokens, but for beams whose scores do not tell them apart."""
+        differences = [self.max_score_diff, self.max_best_diff, *([self.max_place_diff] if self.is_exact else [])]
+        return self.num_same > 0 and max(differences) <= self.limit
 
 
 def make_prompts(ids: Sequence[int], num_prompts: int, longest: int) -> list[list[int]]:
@@ -246,7 +254,6 @@ def chi_square(setting: str, drawn: torch.Tensor, probabilities: torch.Tensor) -
 @torch.no_grad()
 def beam_check(model: PreTrainedModel, prompts: Sequence[Sequence[int]], num_beams: int, new_tokens: int) -> BeamResult:
     """All beams of every prompt, by `generate()` and by the engine."""
-    same, worst = 0, 0.0
     config = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, num_beams=num_beams, num_return_sequences=num_beams, pad_token_id=0
     )
@@ -260,15 +267,21 @@ def beam_check(model: PreTrainedModel, prompts: Sequence[Sequence[int]], num_bea
         expected.append((out.sequences[:, len(prompt) :].tolist(), out.sequences_scores.tolist()))
     with hf_paged.Engine(model, background=False) as engine:
         outputs = engine.generate([list(prompt) for prompt in prompts], generation_config=config)
+    of_same, of_best, of_place = [], [], []
     for (sequences, scores), output in zip(expected, outputs):
         if output.error is not None:
             raise output.error
-        for tokens, score, beam in zip(sequences, scores, output.sequences):
+        beams = [(beam.token_ids, float(beam.score or 0.0)) for beam in output.sequences]
+        of_best.append(abs(max(scores) - max(score for _, score in beams)))
+        of_place += [abs(score - other) for score, (_, other) in zip(scores, beams)]
+        for tokens, score in beams:
             # generate() pads beams that ended early.
-            same += tokens[: len(beam.token_ids)] == beam.token_ids
-            worst = max(worst, abs(score - float(beam.score or 0.0)))
-    limit = 1e-4 if model.dtype == torch.float32 else 5e-2
-    return BeamResult(len(prompts), num_beams, same, worst, limit)
+            found = [other for row, other in zip(sequences, scores) if row[: len(tokens)] == tokens]
+            of_same += [abs(score - found[0])] if found else []
+    return BeamResult(
+        len(prompts), num_beams, len(of_same), max(of_same, default=0.0), max(of_best), max(of_place),
+        1e-4 if model.dtype == torch.float32 else 5e-2, model.dtype == torch.float32,
+    )  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -318,8 +331,10 @@ def markdown(report: dict[str, Any], greedy: GreedyResult, samples: Sequence[Sam
         "`python -m eval.generation`.\n",
         f"Greedy: {greedy.num_exact} of {greedy.num_prompts} prompts give the same {greedy.new_tokens} tokens patched "
         f"and unpatched; first differences at new token: {found} ({greedy.ties} of them ties of the dtype).\n",
-        f"Beams: {beams.num_same} of {beams.num_prompts * beams.num_beams} sequences are the same, scores differ by "
-        f"{beams.max_score_diff:.1e} at most (limit {beams.limit:g}).\n",
+        f"Beams: {beams.num_same} of {beams.num_prompts * beams.num_beams} sequences are found by both, their scores "
+        f"differ by {beams.max_score_diff:.1e} at most; the best of each prompt by {beams.max_best_diff:.1e}; those of "
+        f"one rank by {beams.max_place_diff:.1e} (limit {beams.limit:g}"
+        f"{'' if beams.is_exact else ', for the first two: ties of the dtype change which beams are kept'}).\n",
         "Samples, chi-square of first tokens against the softmax:\n",
         "| setting | draws | bins | chi-square | p | impossible tokens |",
         "|---|---|---|---|---|---|",

@@ -1,7 +1,8 @@
 """Perplexity against bits of keys and values: quantised pages beside transformers' `QuantizedCache`.
 
 Every cache is fed the same windows in chunks, so that all but the newest keys are read as the cache keeps them. A
-`QuantizedCache` keeps its newest tokens unquantised; here up to `RESIDUAL` of them.
+`QuantizedCache` keeps its newest tokens unquantised; here up to `RESIDUAL` of them. Its backends are packages of their
+own (`pip install optimum-quanto hqq`); what is not installed has a row that says so.
 """
 
 from collections.abc import Callable, Sequence

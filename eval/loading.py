@@ -1,9 +1,11 @@
 """Models and devices by their names, with errors that name the argument; what a report says of where it was made."""
 
 import importlib.metadata
+import json
 import platform
 from collections.abc import Sequence
 from difflib import get_close_matches
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +14,11 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 import hf_paged  # importing it is what registers "paged_flash"
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEVICE_MAPS = ("auto", "balanced", "balanced_low_0", "sequential")
+ACCEPTED_DEVICE_MAPS = (
+    f"one of {', '.join(DEVICE_MAPS)}, or a JSON object of modules and devices such as "
+    '{"": "cuda:0"}, or a .json file with one'
+)
 
 
 def attention_implementation(model: PreTrainedModel) -> str:
@@ -52,7 +59,8 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
     """`auto_class.from_pretrained(name, **kwargs)`, its errors naming the argument."""
     try:
         return auto_class.from_pretrained(name, **kwargs)
-    except (OSError, ValueError, ImportError) as error:
+    # A device that is not there: RuntimeError, or AssertionError of a torch without CUDA.
+    except (OSError, ValueError, ImportError, RuntimeError, AssertionError) as error:
         raise ValueError(
             f"model (--model) {name!r}: {auto_class.__name__}.from_pretrained with {kwargs} failed: {error}; pass a "
             "folder with a model and its tokenizer, or a reachable hub id"
@@ -69,6 +77,27 @@ def checked_device(name: str | None) -> torch.device:
         raise ValueError(
             f"device (--device) {name!r} cannot be used here: {error}; pass cpu, cuda or cuda:0"
         ) from error
+
+
+def parsed_device_map(text: str) -> str | dict[str, Any]:
+    """A `device_map` of `from_pretrained`.
+
+    Raises:
+        ValueError: `text` is none of `ACCEPTED_DEVICE_MAPS`.
+    """
+    if text in DEVICE_MAPS:
+        return text
+    source = Path(text).read_text(encoding="utf-8") if text.endswith(".json") and Path(text).is_file() else text
+    try:
+        device_map = json.loads(source)
+    except json.JSONDecodeError:
+        device_map = None
+    if not isinstance(device_map, dict):
+        raise ValueError(
+            f"device_map (--device-map) {text!r} is unknown{did_you_mean(text, DEVICE_MAPS)}; pass "
+            f"{ACCEPTED_DEVICE_MAPS}"
+        )
+    return device_map
 
 
 def set_attention(model: PreTrainedModel, name: str) -> None:

@@ -5,8 +5,8 @@
 | `wikitext-2`, `wikitext-103` | Salesforce/wikitext, test | rows joined by two newlines (empty rows kept) |
 | `wikitext-2-documents` | EleutherAI/wikitext_document_level, test | a document each, detokenised after counting |
 | `c4` | allenai/c4, en, first validation shard | the first 1100 rows joined by a space; 256 windows are used of them |
-| `pg19` | emozilla/pg19, test | a book each; joined by two newlines where documents are not kept apart |
-| `lambada` | EleutherAI/lambada_openai, test | a passage each |
+| `pg19` | emozilla/pg19-test, test | a book each; joined by two newlines where documents are not kept apart |
+| `lambada` | EleutherAI/lambada_openai, test | a passage each; for `--convention last-word` |
 
 `name@path` takes the rows from a local file or folder instead of the hub, with the same preprocessing.
 
@@ -77,6 +77,6 @@ NAMED_DATA = {
         "allenai/c4", None, "validation", data_files="en/c4-validation.00000-of-00008.json.gz", separator=" ",
         max_rows=1100, max_windows=256,
     ),
-    "pg19": NamedData("emozilla/pg19", None, "test"),
+    "pg19": NamedData("emozilla/pg19-test", None, "test"),
     "lambada": NamedData("EleutherAI/lambada_openai", "default", "test"),
 }  # fmt: skip

@@ -43,6 +43,7 @@ from transformers import (
 
 import hf_paged
 from eval.loading import (
+    ACCEPTED_DEVICE_MAPS,
     DTYPES,
     attention_implementation,
     check_attention,
@@ -52,6 +53,7 @@ from eval.loading import (
     did_you_mean,
     load_pretrained,
     max_positions,
+    parsed_device_map,
     set_attention,
     versions,
 )
@@ -61,7 +63,7 @@ from eval.perplexity_table import format_report, report_row
 from eval.processes import Processes
 from eval.scoring import KV_DTYPES, PATHS, engine_scores, reason_against, scored_logits, token_nll
 from eval.text_data import ACCEPTED_SPECS, Documents, load_documents, load_text
-from eval.windows import CONVENTIONS, DISJOINT, Window, plan_windows
+from eval.windows import BY_DOCUMENT, CONVENTIONS, DISJOINT, Window, plan_windows
 
 __all__ = ["PairedDifference", "PerplexityResult", "Window", "load_text", "main", "perplexity", "plan_windows"]
 
@@ -79,6 +81,7 @@ def perplexity(
     path: str = "prefill",
     convention: str = "hf",
     document_starts: Sequence[int] = (0,),
+    word_tokens: Sequence[int] = (),
     page_size: int = 16,
     kv_dtype: str = "auto",
     chunk: int = 64,
@@ -102,7 +105,8 @@ def perplexity(
         stride: tokens from one window to the next; see `plan_windows`.
         path: one of `eval.scoring.PATHS`.
         convention: one of `eval.windows.CONVENTIONS`.
-        document_starts: for convention "lm-eval", the beginning-of-text token of each document.
+        document_starts: for conventions "lm-eval" and "last-word", the first token of each document.
+        word_tokens: for convention "last-word", how many tokens each last word has.
         page_size: tokens in a page of the default PagedCache and of the engine.
         kv_dtype: of their pages: "auto", "fp8" or "int8".
         chunk: tokens in a forward of path "chunked_prefill".
@@ -150,7 +154,7 @@ def perplexity(
     if reason is not None:
         raise ValueError(f"path={path!r} with attn={attn!r} and kv_dtype={kv_dtype!r}: {reason}")
     ids = _checked_token_ids(token_ids, model)
-    windows = plan_windows(ids.numel(), window, stride, convention, document_starts)
+    windows = plan_windows(ids.numel(), window, stride, convention, document_starts, word_tokens)
 
     batches = list(_batches(windows, batch_size))
     offsets = [0]
@@ -287,14 +291,8 @@ def _engine_batches(
     kv_dtype: str,
 ) -> Iterator[Figures]:
     """Figures of each batch by an engine."""
-    limit = max_positions(model.config)
-    if limit is not None and longest > limit:
-        raise ValueError(
-            f"path='engine' feeds {longest} tokens with the last label, and the model has max_position_embeddings="
-            f"{limit}; pass a smaller window (--window)"
-        )
     config = hf_paged.EngineConfig(
-        page_size=page_size, kv_dtype=kv_dtype, max_model_len=longest + 1, max_num_seqs=16, max_batch_tokens=512,
+        page_size=page_size, kv_dtype=kv_dtype, max_model_len=longest, max_num_seqs=16, max_batch_tokens=512,
     )  # fmt: skip
     with hf_paged.Engine(model, config, background=False) as engine:
         batches = (list(batch) for batch in rows)
@@ -323,6 +321,24 @@ def encode(tokenizer: PreTrainedTokenizerBase, documents: Documents, convention:
         starts.append(len(ids))
         ids += [prefix, *tokenizer(row, add_special_tokens=False, verbose=False)["input_ids"]]
     return ids, starts
+
+
+def encode_last_words(
+    tokenizer: PreTrainedTokenizerBase, documents: Documents
+) -> tuple[list[int], list[int], list[int]]:
+    """(token ids, document starts, tokens of each document's last word): a word is what stands behind the last space.
+
+    Context and word are tokenised together, as lm-eval does: the word's tokens are those that it adds.
+    """
+    ids: list[int] = []
+    starts: list[int] = []
+    words: list[int] = []
+    for row in documents.rows:
+        starts.append(len(ids))
+        whole = tokenizer(row, verbose=False)["input_ids"]
+        words.append(len(whole) - len(tokenizer(row.rpartition(" ")[0].rstrip(), verbose=False)["input_ids"]))
+        ids += whole
+    return ids, starts, words
 
 
 def plan_runs(
@@ -361,10 +377,10 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         check_attention(name)
     if args.max_tokens is not None and args.max_tokens < 2:
         raise ValueError(f"max_tokens={args.max_tokens} (--max-tokens) must be at least 2, to read one and score one")
-    if args.max_tokens is not None and args.convention == "lm-eval":
+    if args.max_tokens is not None and args.convention in BY_DOCUMENT:
         raise ValueError(
-            f"max_tokens={args.max_tokens} (--max-tokens) would cut a document, and convention 'lm-eval' counts its "
-            "words; pass fewer documents (--data)"
+            f"max_tokens={args.max_tokens} (--max-tokens) would cut a document, and convention {args.convention!r} "
+            "counts its words; pass fewer documents (--data)"
         )
     if args.output is not None and args.output.is_dir():
         raise ValueError(f"output (--output) {str(args.output)!r} is a folder; pass the path of a JSON file")
@@ -379,13 +395,18 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     check_window(config, window)
 
     documents = load_documents(args.data, args.text_column)
-    token_ids, starts = encode(load_pretrained(AutoTokenizer, args.model), documents, args.convention)
+    tokenizer = load_pretrained(AutoTokenizer, args.model)
+    words: list[int] = []
+    if args.convention == "last-word":
+        token_ids, starts, words = encode_last_words(tokenizer, documents)
+    else:
+        token_ids, starts = encode(tokenizer, documents, args.convention)
     token_ids = token_ids[: args.max_tokens]
     if documents.max_windows is not None and args.convention in ("gptq", "llama.cpp"):
         token_ids = token_ids[: documents.max_windows * window]
     try:
         # Planned again by each run; here it refuses a bad length before the weights are loaded.
-        plan_windows(len(token_ids), window, stride, args.convention, starts)
+        plan_windows(len(token_ids), window, stride, args.convention, starts, words)
     except ValueError as error:
         raise ValueError(f"spec (--data) {args.data!r}: {error}") from error
     model = _load_model(args, device, processes)
@@ -417,8 +438,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             results.append(
                 perplexity(
                     model, token_ids, window=window, stride=stride, path=path, convention=args.convention,
-                    document_starts=starts, page_size=args.page_size, kv_dtype=kv_dtype, chunk=args.chunk,
-                    batch_size=args.batch_size, processes=processes, partial=partial, progress=True,
+                    document_starts=starts, word_tokens=words, page_size=args.page_size, kv_dtype=kv_dtype,
+                    chunk=args.chunk, batch_size=args.batch_size, processes=processes, partial=partial, progress=True,
                 )
             )  # fmt: skip
         finished = True
@@ -432,7 +453,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "processes": processes.count,
         "left_out": left_out,
         "reference": {"attn": first.attn, "path": first.path},
-        "results": [report_row(result, first, documents) for result in results],
+        "results": [report_row(result, first, documents, token_ids) for result in results],
     }
     if processes.is_main:
         print(format_report(report))
@@ -450,7 +471,7 @@ def _load_model(args: argparse.Namespace, device: torch.device, processes: Proce
             f"device_map (--device-map) {args.device_map!r} spreads one copy of the model over all devices, and there "
             f"are {processes.count} processes; pass one of the two"
         )
-    return load_pretrained(AutoModelForCausalLM, args.model, device_map=args.device_map, **options)
+    return load_pretrained(AutoModelForCausalLM, args.model, device_map=parsed_device_map(args.device_map), **options)
 
 
 def _window_and_stride(args: argparse.Namespace, config: PreTrainedConfig) -> tuple[int, int]:
@@ -490,7 +511,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=1, help="windows in a forward (1)")
     parser.add_argument("--page-size", type=int, default=16, help="tokens in a page of the PagedCache (16)")
     parser.add_argument("--chunk", type=int, default=64, help="tokens in a forward of chunked_prefill (64)")
-    parser.add_argument("--device-map", help='spread a big model over devices, "auto" for one (none)')
+    parser.add_argument("--device-map", help=f"spread a big model over devices: {ACCEPTED_DEVICE_MAPS} (none)")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--resume", action="store_true", help="go on with a stopped run of the same --output")
     return parser

@@ -1,8 +1,11 @@
 """Perplexity runs as JSON and as a plain-text table."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
+
+import torch
 
 from eval.perplexity_result import PerplexityResult
 from eval.text_data import Documents
@@ -17,9 +20,23 @@ def document_figures(nll_sum: float, documents: Documents) -> dict[str, float]:
     }
 
 
-def report_row(result: PerplexityResult, reference: PerplexityResult, documents: Documents) -> dict[str, Any]:
+def last_word_figures(result: PerplexityResult, token_ids: Sequence[int]) -> dict[str, float]:
+    """Perplexity of words and share of words that greedy decoding writes, of the convention "last-word"."""
+    counts = [window.num_scored for window in result.windows]
+    nll = [part.sum().item() for part in result.nll.split(counts)]
+    assert result.top1 is not None
+    is_hit = result.top1 == torch.as_tensor(token_ids)[result.positions]
+    hits = [bool(part.all()) for part in is_hit.split(counts)]
+    return {"last_word_perplexity": math.exp(sum(nll) / len(nll)), "last_word_accuracy": sum(hits) / len(hits)}
+
+
+def report_row(
+    result: PerplexityResult, reference: PerplexityResult, documents: Documents, token_ids: Sequence[int]
+) -> dict[str, Any]:
     """One run as JSON: its figures, and its difference from the first run."""
     levels = {}
+    if result.convention == "last-word":
+        levels = last_word_figures(result, token_ids)
     if result.convention == "lm-eval":
         levels = document_figures(result.nll.sum().item(), documents)
     return {
@@ -45,7 +62,8 @@ def format_report(report: dict[str, Any]) -> str:
     header = (
         f"{report['model']} on {report['data']}: {report['num_tokens']} tokens, convention {report['convention']}, "
         f"window {report['window']}, stride {report['stride']}\n"
-        f"{report['dtype']} on {report['device']}; {versions}\n"
+        f"{report['dtype']} on {report['device']}, processes: {report['processes']}; "
+        f"{versions}\n"
         f"differences in nats per token against {first['attn']} {first['path']}, standard error over windows\n"
     )
     titles = (
@@ -91,6 +109,11 @@ def format_report(report: dict[str, Any]) -> str:
             lines.append(
                 f"{row['attn']} {row['path']} {row['kv_dtype']}: word perplexity {row['word_perplexity']:.4f}, byte "
                 f"perplexity {row['byte_perplexity']:.4f}, bits per byte {row['bits_per_byte']:.4f}"
+            )
+        if "last_word_perplexity" in row:
+            lines.append(
+                f"{row['attn']} {row['path']} {row['kv_dtype']}: last word perplexity "
+                f"{row['last_word_perplexity']:.4f}, accuracy {row['last_word_accuracy']:.4f}"
             )
     lines += [f"left out: {reason}" for reason in report["left_out"]]
     return header + "\n".join(line.rstrip() for line in lines)

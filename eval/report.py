@@ -5,8 +5,8 @@
 
 - Perplexity of every attention implementation, path and cache dtype, token by token beside eager attention in float32
   (`eval/quality.py`), with bootstrap intervals over windows.
-- Retrieval from far context: the hand-built induction model, which must score 1.000, and for a model that can answer, a
-  passkey in filler text (`--passkey-lengths`) beside another attention (`eval/retrieval.py`).
+- Retrieval from far context: the hand-built induction model on every path, which must score 1.000, and for a model that
+  can answer, a passkey in filler text (`--passkey-lengths`) beside another attention (`eval/retrieval.py`).
 - Perplexity against bits of the cache, beside transformers' QuantizedCache (`eval/kv_quantisation.py`).
 - The verdict (`eval/verdict.py`): limits by the dtype of weights and pages; `--max-delta-ppl 0.001` sets one for the
   perplexity of all runs, relative. Exit status 0: passed, 1: failed, 2: bad arguments.
@@ -44,14 +44,11 @@ from eval.loading import (
 )
 from eval.perplexity import check_path, plan_runs
 from eval.quality import Reference, Settings, measure
-from eval.retrieval import Grid, induction_grid, passkey_grid
+from eval.retrieval import INDUCTION_PATHS, QUANTISED_PATHS, Grid, induction_grid, passkey_grid
 from eval.scoring import KV_DTYPES, PATHS
 from eval.text_data import ACCEPTED_SPECS, load_text
 from eval.verdict import judge, limits_of
-from eval.windows import CONVENTIONS, plan_windows
-
-QUANTISED_PATHS = ("chunked_prefill", "decode", "engine")
-"""Paths that read what a quantised cache holds."""
+from eval.windows import BY_DOCUMENT, CONVENTIONS, plan_windows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -105,7 +102,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "versions": versions(),
         "reference": {"ppl": reference.result.perplexity, "mean_nll": reference.result.mean_nll},
         "runs": [
-            {"name": row.name, **asdict(row), "limits": asdict(limits_of(row, args.max_delta_ppl))} for row in rows
+            {"name": row.name, **asdict(row), "limits": asdict(limits_of(row, rows, args.max_delta_ppl))}
+            for row in rows
         ],
         "memory": _memory(model, ids[: settings.window], settings),
         "caches": [asdict(row) for row in caches],
@@ -116,8 +114,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.output is not None:
         args.output.mkdir(parents=True, exist_ok=True)
         (args.output / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        report_figure.draw(report, args.output / "report.png")
         (args.output / "report.md").write_text(markdown(report, verdict.line), encoding="utf-8")
+        try:
+            report_figure.draw(report, args.output / "report.png")
+        except ImportError as error:
+            print(f"report.png is not drawn: {error}; then python -m eval.report_figure {args.output}", file=sys.stderr)
     print(markdown(report, verdict.line))
     return 0 if verdict.passed else 1
 
@@ -150,8 +151,9 @@ def _induction(args: argparse.Namespace, device: torch.device) -> list[Grid]:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     model = induction_model(dtype=dtype).to(device)
     return [
-        induction_grid(model, lengths, args.depths, kv_dtype=kv_dtype, page_size=args.page_size)
+        induction_grid(model, lengths, args.depths, path=path, kv_dtype=kv_dtype, page_size=args.page_size)
         for kv_dtype in args.kv_dtype
+        for path in (INDUCTION_PATHS if kv_dtype == "auto" else QUANTISED_PATHS)
     ]
 
 
@@ -196,7 +198,9 @@ def markdown(report: dict[str, Any], verdict_line: str) -> str:
         "## Perplexity\n",
         f"Eager attention in float32: {reference['ppl']:.6f}. Differences are against it, token by token, in nats; "
         "intervals are 95%, by bootstrap over windows, and say how much the text decides; top-1 is the share of tokens "
-        "with the same most likely token; KL from eager float32.\n",
+        "with the same most likely token; KL from eager float32"
+        + ("." if report["dtype"] == "float32" else f". Eager attention in {report['dtype']} is the dtype's own noise.")
+        + "\n",
         "| attention | path | pages | perplexity | interval | relative | mean \\|diff\\| | max \\|diff\\| | top-1 | KL "
         "mean | KL max | tokens/s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -209,13 +213,20 @@ def markdown(report: dict[str, Any], verdict_line: str) -> str:
             f"{_or_dash(run['kl_max'])} | {run['num_scored'] / run['seconds']:,.0f} |"
         )
     if report["induction"] or report["passkey"]:
-        lines += ["\n## Retrieval\n", "| what | tokens | depths | worst cell | mean |", "|---|---|---|---|---|"]
+        lines += [
+            "\n## Retrieval\n",
+            "Seconds are of the longest prompt, the fastest of its depths; bytes are what the cache holds after it.\n",
+            "| what | tokens | depths | worst cell | mean | seconds | cache MiB |",
+            "|---|---|---|---|---|---|---|",
+        ]
         for grid in [*report["induction"], *report["passkey"]]:
             scores = [score for row in grid["scores"] for score in row]
+            seconds = "-" if grid["seconds"] is None else f"{grid['seconds'][-1]:.2f}"
+            held = "-" if grid["cache_bytes"] is None else f"{grid['cache_bytes'][-1] / 2**20:.1f}"
             lines.append(
                 f"| {grid['name']} | {', '.join(f'{length:,}' for length in grid['lengths'])} | "
                 f"{', '.join(f'{depth:g}' for depth in grid['depths'])} | {min(scores):.3f} | "
-                f"{sum(scores) / len(scores):.3f} |"
+                f"{sum(scores) / len(scores):.3f} | {seconds} | {held} |"
             )
     lines += ["\n## Memory of one window\n", "| cache | tokens | bytes | bytes per token |", "|---|---|---|---|"]
     for row in report["memory"]:
@@ -257,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--attn", nargs="+", default=["eager", "sdpa", "paged_flash"], help="attention implementations")
     parser.add_argument("--path", nargs="+", default=list(PATHS), help=f"from {PATHS} (all)")
     parser.add_argument("--kv-dtype", nargs="+", choices=KV_DTYPES, default=list(KV_DTYPES), help="of the pages (all)")
-    parser.add_argument("--convention", choices=[c for c in CONVENTIONS if c != "lm-eval"], default="hf")
+    parser.add_argument("--convention", choices=[c for c in CONVENTIONS if c not in BY_DOCUMENT], default="hf")
     parser.add_argument("--window", type=int, help="tokens in a window (2048, or the model's positions if fewer)")
     parser.add_argument("--stride", type=int, help="tokens from window to window")
     parser.add_argument("--max-tokens", type=int, help="use the first so many tokens of the text (all)")

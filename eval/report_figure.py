@@ -1,9 +1,19 @@
-"""The picture of a report: differences of every run against their limits, and the retrieval heat maps."""
+"""The picture of a report: differences of every run against their limits, and the retrieval heat maps.
 
+    python -m eval.report_figure eval/results/report
+
+draws `report.png` again from the folder's `report.json`, which may come from a machine without matplotlib.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 WITHIN, OVER = "#2a6f97", "#c8553d"
+GRIDS_A_ROW = 4
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -12,6 +22,12 @@ def draw(report: dict[str, Any], path: Path) -> None:
     Raises:
         ImportError: matplotlib is not installed.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure_of(report).savefig(path)
+
+
+def figure_of(report: dict[str, Any]) -> Any:
+    """The picture as a matplotlib Figure; errors as `draw`."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -19,10 +35,11 @@ def draw(report: dict[str, Any], path: Path) -> None:
         raise ImportError('the report draws with matplotlib: pip install "hf-paged[eval]"') from error
     runs, grids = report["runs"], [*report["induction"], *report["passkey"]]
     height = max(3.2, 0.32 * len(runs) + 1.4)
-    num_grids = max(len(grids), 1)
-    figure = Figure(figsize=(13, height + 3.4), dpi=100, layout="constrained")
+    num_rows = max(1, -(-len(grids) // GRIDS_A_ROW))
+    bottom_height = 2.6 * num_rows + 0.4
+    figure = Figure(figsize=(13, height + bottom_height), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    parts: Any = figure.subfigures(2, 1, height_ratios=[height, 3.4])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[height, bottom_height])
     top, bottom = parts
     figure.suptitle(f"{report['model']}: {'passed' if report['verdict']['passed'] else 'FAILED'}", fontsize=14)
     left, right = top.subplots(1, 2, sharey=True)
@@ -49,16 +66,45 @@ def draw(report: dict[str, Any], path: Path) -> None:
     right.set_xlim(left=5e-9)
     right.set_xlabel("largest difference of a token's log-probability, nats (line: limit)", fontsize=9)
 
-    for axes, grid in zip(bottom.subplots(1, num_grids, squeeze=False)[0], grids):
-        image = axes.imshow(grid["scores"], vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
+    fields = bottom.subplots(num_rows, min(GRIDS_A_ROW, max(1, len(grids))), squeeze=False).ravel()
+    for axes in fields:
+        axes.set_axis_off()
+    for axes, grid in zip(fields, grids):
+        axes.set_axis_on()
+        axes.imshow(grid["scores"], vmin=0, vmax=1, cmap="RdYlGn", aspect="auto")
         axes.set_xticks(range(len(grid["lengths"])), [f"{length:,}" for length in grid["lengths"]], fontsize=8)
         axes.set_yticks(range(len(grid["depths"])), [f"{depth:.0%}" for depth in grid["depths"]], fontsize=8)
         axes.set_xlabel("tokens", fontsize=9)
         axes.set_ylabel("depth", fontsize=9)
-        axes.set_title(grid["name"], fontsize=9)
+        axes.set_title(grid["name"], fontsize=8)
         for y, row in enumerate(grid["scores"]):
             for x, score in enumerate(row):
-                axes.text(x, y, f"{score:.2f}", ha="center", va="center", fontsize=7)
-        bottom.colorbar(image, ax=axes, fraction=0.04)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
+                color = "white" if abs(score - 0.5) > 0.35 else "black"  # on the dark ends of the map
+                axes.text(x, y, f"{score:.3f}", ha="center", va="center", fontsize=7, color=color)
+    return figure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command.
+
+    Raises:
+        ValueError: the folder has no report.json.
+        ImportError: matplotlib is not installed.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.report_figure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="with the report.json of eval.report")
+    folder = parser.parse_args(argv).folder
+    source = folder / "report.json"
+    if not source.is_file():
+        raise ValueError(f"folder {str(folder)!r} has no report.json; make it with python -m eval.report --output")
+    draw(json.loads(source.read_text(encoding="utf-8")), folder / "report.png")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, ImportError) as problem:
+        print(f"error: {problem}", file=sys.stderr)
+        sys.exit(2)

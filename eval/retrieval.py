@@ -1,25 +1,35 @@
 """Far context: is a token found again that stands far back? On a grid of depth and length.
 
 `induction_grid`  the hand-built model of `eval.induction_model`, which copies a string without a miss at any length:
-                  less than 1.000 is a fault of attention or cache.
+                  less than 1.000 is a fault of attention or cache. Along the paths of `eval.scoring`.
 `passkey_grid`    a number in filler text that the model under test is asked for at the end (Mohtashami and Jaggi 2023,
                   https://arxiv.org/abs/2305.16300): what the model can do, beside the same with another attention.
 """
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
-from transformers import Cache, LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 import hf_paged
+from eval.cache_memory import held_bytes
 from eval.induction_model import copy_prompt
+from eval.scoring import engine_scores, scored_logits
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 KEY = "The pass key is {key}. Remember it. {key} is the pass key. "
 QUESTION = "What is the pass key? The pass key is "
 MAX_ANSWER = 10
+
+INDUCTION_PATHS = ("prefill", "paged_prefill", "chunked_prefill", "decode", "engine")
+QUANTISED_PATHS = ("chunked_prefill", "decode", "engine")
+"""Paths that read what a quantised cache holds."""
+STRING_LEN = 32
+"""Tokens that the induction model copies; all but the first are scored."""
+SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,12 +41,16 @@ class Grid:
         lengths: tokens of the prompt.
         depths: where the answer stands, 0 at the beginning.
         scores: a list of each depth's scores by length.
+        seconds: of a prompt of each length, the fastest of its depths; None: not taken.
+        cache_bytes: that the cache holds after a prompt of each length; None where there is none to ask.
     """
 
     name: str
     lengths: tuple[int, ...]
     depths: tuple[float, ...]
     scores: tuple[tuple[float, ...], ...]
+    seconds: tuple[float, ...] | None = None
+    cache_bytes: tuple[int, ...] | None = None
 
     @property
     def worst(self) -> float:
@@ -49,51 +63,92 @@ class Grid:
         return sum(map(sum, self.scores)) / (len(self.lengths) * len(self.depths))
 
 
-@torch.no_grad()
-def induction_score(
-    model: LlamaForCausalLM, length: int, depth: float, cache: Cache, chunk: int, string_len: int, seed: int = 0
-) -> float:
-    """Share of the second string that the induction model predicts, the prompt fed `chunk` tokens at a time.
-
-    Args:
-        model: of `eval.induction_model.induction_model`.
-        length, depth, string_len, seed: of `copy_prompt`.
-        cache: empty.
-        chunk: tokens of a forward.
-    """
-    prompt = copy_prompt(model.config.vocab_size, length, seed, string_len=string_len, depth=depth).to(model.device)
-    predicted = []
-    for begin in range(0, length, chunk):
-        rows = prompt[:, begin : begin + chunk]
-        keep = min(rows.shape[1], max(1, begin + rows.shape[1] - (length - string_len)))
-        logits = model(rows, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
-        if begin + rows.shape[1] > length - string_len:
-            predicted.append(logits.argmax(dim=-1))
-    answers = torch.cat(predicted, dim=1)[:, -string_len:-1]
-    return (answers == prompt[:, length - string_len + 1 :]).double().mean().item()
-
-
 def induction_grid(
     model: LlamaForCausalLM,
     lengths: Sequence[int],
     depths: Sequence[float],
     *,
+    path: str = "chunked_prefill",
     kv_dtype: str = "auto",
     page_size: int = 16,
-    chunk: int = 512,
-    string_len: int = 32,
 ) -> Grid:
-    """The induction model through a `hf_paged.PagedCache`, on "paged_flash"."""
+    """Share of a string seen before that the induction model predicts, on "paged_flash".
+
+    Args:
+        model: of `eval.induction_model.induction_model`.
+        lengths, depths: of the prompts, see `eval.induction_model.copy_prompt`.
+        path: one of `INDUCTION_PATHS`.
+        kv_dtype, page_size: of the pages.
+    """
     model.set_attn_implementation("paged_flash")
-    scores = {
-        (depth, length): induction_score(
-            model, length, depth, hf_paged.PagedCache(model.config, page_size=page_size, kv_dtype=kv_dtype), chunk,
-            string_len,
-        )
-        for depth in tqdm(depths, desc=f"induction {kv_dtype}")
-        for length in lengths
-    }  # fmt: skip
-    return _grid(f"induction model, paged_flash, {kv_dtype} pages", lengths, depths, scores)
+    grid = _engine_grid if path == "engine" else _forward_grid
+    scores, seconds, cache_bytes = grid(model, lengths, depths, path, kv_dtype, page_size)
+    return Grid(
+        f"induction model, {path}, {kv_dtype} pages",
+        tuple(lengths),
+        tuple(depths),
+        tuple(tuple(scores[depth, length] for length in lengths) for depth in depths),
+        tuple(min(seconds[depth, length] for depth in depths) for length in lengths),
+        tuple(cache_bytes[length] for length in lengths) if cache_bytes else None,
+    )
+
+
+Cells = dict[tuple[float, int], float]
+"""A figure by depth and length."""
+
+
+@torch.no_grad()
+def _forward_grid(
+    model: LlamaForCausalLM, lengths: Sequence[int], depths: Sequence[float], path: str, kv_dtype: str, page_size: int
+) -> tuple[Cells, Cells, dict[int, int]]:
+    """Scores, seconds, and bytes of the cache by length."""
+    scores, seconds, cache_bytes = {}, {}, {}
+    for depth in tqdm(depths, desc=f"induction {path} {kv_dtype}"):
+        for length in lengths:
+            prompt = _induction_prompt(model, length, depth).to(model.device)
+            cache = None
+            if path != "prefill":
+                cache = hf_paged.PagedCache(model.config, page_size=page_size, kv_dtype=kv_dtype)
+            begin = time.perf_counter()
+            # At most 32 chunks.
+            logits = scored_logits(model, prompt, STRING_LEN - 1, path, cache, chunk=max(512, length // 32))
+            predicted = torch.cat([part.argmax(dim=-1) for part in logits], dim=1)[0].tolist()
+            seconds[depth, length] = time.perf_counter() - begin
+            scores[depth, length] = _hits(predicted, prompt)
+            if cache is not None:
+                cache_bytes[length] = held_bytes(cache)
+                cache.reset()
+    return scores, seconds, cache_bytes
+
+
+def _engine_grid(
+    model: LlamaForCausalLM, lengths: Sequence[int], depths: Sequence[float], path: str, kv_dtype: str, page_size: int
+) -> tuple[Cells, Cells, dict[int, int]]:
+    """As `_forward_grid`, each prompt a request of an engine, without bytes: its pages are gone with the request."""
+    scores, seconds = {}, {}
+    config = hf_paged.EngineConfig(
+        page_size=page_size, kv_dtype=kv_dtype, max_model_len=max(lengths), max_num_seqs=4, max_batch_tokens=4096
+    )
+    with hf_paged.Engine(model, config, background=False) as engine:
+        for depth in tqdm(depths, desc=f"induction {path} {kv_dtype}"):
+            for length in lengths:
+                prompt = _induction_prompt(model, length, depth)
+                begin = time.perf_counter()
+                [[(_, predicted)]] = engine_scores(engine, [prompt], [STRING_LEN - 1])
+                seconds[depth, length] = time.perf_counter() - begin
+                scores[depth, length] = _hits(predicted, prompt)
+    return scores, seconds, {}
+
+
+def _induction_prompt(model: LlamaForCausalLM, length: int, depth: float) -> torch.Tensor:
+    """[1, length] int64."""
+    return copy_prompt(model.config.vocab_size, length, SEED, string_len=STRING_LEN, depth=depth)
+
+
+def _hits(predicted: Sequence[int], prompt: torch.Tensor) -> float:
+    """Share of the string's tokens but the first that are predicted."""
+    expected = prompt[0, 1 - STRING_LEN :].tolist()
+    return sum(a == b for a, b in zip(predicted, expected, strict=True)) / len(expected)
 
 
 def passkey_prompt(tokenizer: PreTrainedTokenizerBase, length: int, depth: float, key: int) -> list[int]:

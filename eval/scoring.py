@@ -150,9 +150,13 @@ def engine_scores(
 ) -> Iterator[list[tuple[list[float], list[int]]]]:
     """nll and most likely token of the last tokens of each row, by an engine, which serves all rows at a time.
 
+    A row is a prompt and the one token that the engine "generates": its last, the only one allowed. So no token is fed
+    but those that the other paths feed, and a row may be one token longer than the model has positions. All
+    log-probabilities are of the model's own distribution, before what is allowed.
+
     Args:
-        engine: an engine for rows one token longer than the longest.
-        batches: rows [length] int64, in batches.
+        engine: an engine for rows as long as the longest.
+        batches: rows [length] int64 of at least 2 tokens, in batches.
         num_scored: for each batch, how many tokens of its rows are scored.
 
     Yields:
@@ -161,16 +165,23 @@ def engine_scores(
     Raises:
         RequestError: the engine could not serve a row.
     """
-    # The end-of-text of the model's own config cannot end a request of one token.
-    config = GenerationConfig(max_new_tokens=1, do_sample=False, num_beams=1)
-    pending = [[engine.submit(row, generation_config=config, prompt_logprobs=1) for row in rows] for rows in batches]
+    pending = [[_submit(engine, row.tolist()) for row in rows] for rows in batches]
     for handles, count in zip(pending, num_scored):
         scores = []
         for handle in handles:
             output = handle.result()
             if output.error is not None:
                 raise output.error
-            assert output.prompt_logprobs is not None
-            known = output.prompt_logprobs[-count:]
+            known = [*output.prompt_logprobs, *output.logprobs][-count:]
             scores.append(([-item.logprob for item in known], [item.top_ids[0] for item in known]))
         yield scores
+
+
+def _submit(engine: hf_paged.Engine, tokens: list[int]) -> hf_paged.RequestHandle:
+    *prompt, last = tokens
+    # The end-of-text of the model's own config cannot end a request of one token.
+    config = GenerationConfig(max_new_tokens=1, do_sample=False, num_beams=1)
+    return engine.submit(
+        prompt, generation_config=config, prompt_logprobs=1, logprobs=1,
+        prefix_allowed_tokens_fn=lambda _, history: [last],
+    )  # fmt: skip

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from eval.loading import did_you_mean
 from eval.named_data import NAMED_DATA, NamedData
 
 if TYPE_CHECKING:
@@ -64,6 +65,7 @@ def load_text(spec: str, text_column: str = "text") -> str:
             - an existing folder: written by `Dataset.save_to_disk`, or holding data files that
               `datasets.load_dataset` reads; it must have one split only, else name it as below;
             - `name:config:split`: a dataset of the hub or a folder, with one of its splits; the config may be empty.
+              `datasets` fetches all splits of the config.
         text_column: column with the text, for everything but text files. Its rows are joined by two newlines.
 
     Raises:
@@ -114,7 +116,9 @@ def _rows_of(spec: str, text_column: str) -> list[str]:
     if ":" in spec:
         parts = spec.count(":") + 1
         raise ValueError(f"spec (--data) {spec!r} is no existing path and has {parts} parts; pass {ACCEPTED_SPECS}")
-    raise FileNotFoundError(f"spec (--data) {spec!r}: no such file or folder; pass {ACCEPTED_SPECS}")
+    raise FileNotFoundError(
+        f"spec (--data) {spec!r}: no such file or folder{did_you_mean(spec, tuple(NAMED_DATA))}; pass {ACCEPTED_SPECS}"
+    )
 
 
 def _read_named(name: str, named: NamedData, text_column: str) -> list[str]:

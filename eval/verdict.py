@@ -1,7 +1,7 @@
 """Pass or fail: the line that a CI reads, and the limits behind it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from eval.quality import QualityRow
 from eval.retrieval import Grid
@@ -15,10 +15,12 @@ class Limits:
         delta_ppl: of the perplexity, relative: 0.01 is 1%.
         max_abs_diff: of one token's log-probability, in nats. Faults of far context hardly move a perplexity, but they
             show here.
+        mean_abs_diff: of the log-probabilities, in nats; None: no limit.
     """
 
     delta_ppl: float
     max_abs_diff: float
+    mean_abs_diff: float | None = None
 
 
 FLOAT32 = Limits(1e-4, 2e-3)
@@ -27,10 +29,25 @@ QUANTISED = Limits(2e-2, 2.0)
 """For pages of FP8 or INT8, whatever the weights are."""
 
 
-def limits_of(row: QualityRow, max_delta_ppl: float | None = None) -> Limits:
-    """The limits that a run is held to; `max_delta_ppl` replaces that of the perplexity."""
+NOISE = 1.5
+"""A run may differ, in the mean, by so many times what eager attention in the same dtype differs by."""
+
+
+def limits_of(row: QualityRow, rows: Sequence[QualityRow], max_delta_ppl: float | None = None) -> Limits:
+    """The limits that a run is held to.
+
+    Args:
+        row: the run.
+        rows: all runs. With weights in bfloat16 or float16, the prefill of eager attention among them says what the
+            dtype alone does: noise, above which no run on unquantised pages may be.
+        max_delta_ppl: replaces the limit of the perplexity.
+    """
     limits = QUANTISED if row.kv_dtype != "auto" else FLOAT32 if row.dtype == "float32" else HALF
-    return limits if max_delta_ppl is None else Limits(max_delta_ppl, limits.max_abs_diff)
+    if limits is HALF:
+        eager = [other for other in rows if (other.attn, other.path, other.dtype) == ("eager", "prefill", row.dtype)]
+        if eager:
+            limits = replace(limits, mean_abs_diff=NOISE * eager[0].mean_abs_diff)
+    return limits if max_delta_ppl is None else replace(limits, delta_ppl=max_delta_ppl)
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +93,7 @@ def judge(
     failures = []
     num_checks = 0
     for row in rows:
-        limits = limits_of(row, max_delta_ppl)
+        limits = limits_of(row, rows, max_delta_ppl)
         num_checks += 2
         if not abs(row.delta_ppl) <= limits.delta_ppl:
             failures.append(f"{row.name}: perplexity differs by {row.delta_ppl:+.2e}, limit {limits.delta_ppl:g}")
@@ -85,6 +102,13 @@ def judge(
                 f"{row.name}: a token's log-probability differs by {row.max_abs_diff:.2e} nats, limit "
                 f"{limits.max_abs_diff:g}"
             )
+        if limits.mean_abs_diff is not None:
+            num_checks += 1
+            if not row.mean_abs_diff <= limits.mean_abs_diff:
+                failures.append(
+                    f"{row.name}: log-probabilities differ by {row.mean_abs_diff:.2e} nats in the mean, limit "
+                    f"{limits.mean_abs_diff:.2e}, {NOISE:g} times what eager attention in {row.dtype} differs by"
+                )
     for grid in induction:
         num_checks += 1
         if grid.worst < 1:

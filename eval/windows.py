@@ -23,18 +23,24 @@ Figures of different conventions differ by several percent, so none is quoted wi
              last are disjoint, the last reaches back to be full. Gives word and byte level figures too: the sum over
              all documents, divided by the words and bytes of the documents as they came. (Where a tokenizer adds
              special tokens of its own, lm-eval keeps them unless told `add_bos_token=False`; this never adds them.)
+`last-word`  What is reported for LAMBADA: of each document only the last word is scored, after all that stands before
+             it. Gives the perplexity of words (exp of the mean nll of a word, all its tokens together) and the share of
+             words that greedy decoding writes. A document longer than the window loses its beginning.
 
 Sources: https://huggingface.co/docs/transformers/perplexity, https://github.com/IST-DASLab/gptq,
 https://github.com/ggml-org/llama.cpp/tree/master/tools/perplexity and
-https://github.com/EleutherAI/lm-evaluation-harness (`get_rolling_token_windows`, task `wikitext`).
+https://github.com/EleutherAI/lm-evaluation-harness (`get_rolling_token_windows`, tasks `wikitext`,
+`lambada_openai`).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-CONVENTIONS = ("hf", "gptq", "llama.cpp", "lm-eval")
-DISJOINT = ("gptq", "llama.cpp", "lm-eval")
+CONVENTIONS = ("hf", "gptq", "llama.cpp", "lm-eval", "last-word")
+DISJOINT = ("gptq", "llama.cpp", "lm-eval", "last-word")
 """Conventions whose stride is the window."""
+BY_DOCUMENT = ("lm-eval", "last-word")
+"""Conventions that score each document for itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,17 +63,19 @@ def plan_windows(
     stride: int,
     convention: str = "hf",
     document_starts: Sequence[int] = (0,),
+    word_tokens: Sequence[int] = (),
 ) -> tuple[Window, ...]:
     """The windows over a text of `num_tokens` tokens; the module's docstring draws them.
 
     Args:
         num_tokens: length of the text in tokens.
-        window: most tokens in a window (for "lm-eval": most tokens fed).
+        window: most tokens in a window (for "lm-eval" and "last-word": most tokens fed).
         stride: "hf": tokens from one window's start to the next, at most `window - 1`, as the first token of a window
             has nothing before it to be predicted from. Else: equal to `window`.
         convention: one of `CONVENTIONS`.
-        document_starts: for "lm-eval" only: ascending, the first token of each document, which is not scored; the
-            first is 0.
+        document_starts: for "lm-eval" and "last-word": ascending, the first token of each document, which is not
+            scored; the first is 0.
+        word_tokens: for "last-word": how many tokens the last word of each document has.
 
     Raises:
         ValueError: a bad value, or a text too short to score one token ("hf", "lm-eval") or to fill one window.
@@ -82,10 +90,12 @@ def plan_windows(
         )
     if convention == "lm-eval":
         return _plan_documents(num_tokens, window, document_starts)
+    if convention == "last-word":
+        return _plan_last_words(num_tokens, window, document_starts, word_tokens)
     if tuple(document_starts) != (0,):
         raise ValueError(
             f"document_starts has {len(document_starts)} documents, and convention {convention!r} scores one text; "
-            "join them, or pass convention='lm-eval'"
+            "join them, or pass convention='lm-eval' or 'last-word'"
         )
     if convention in DISJOINT:
         return _plan_disjoint(num_tokens, window, convention)
@@ -123,13 +133,35 @@ def _plan_disjoint(num_tokens: int, window: int, convention: str) -> tuple[Windo
     )
 
 
-def _plan_documents(num_tokens: int, window: int, starts: Sequence[int]) -> tuple[Window, ...]:
-    """Windows of lm-eval; each holds up to `window` tokens to feed and the label of the last one."""
+def _check_starts(num_tokens: int, starts: Sequence[int]) -> None:
     if not starts or starts[0] != 0 or any(a >= b for a, b in zip(starts, [*starts[1:], num_tokens])):
         raise ValueError(
             f"document_starts={list(starts)[:4]} ... must ascend from 0 to less than the {num_tokens} tokens of the "
             "text, so that each document has at least its beginning-of-text token"
         )
+
+
+def _plan_last_words(
+    num_tokens: int, window: int, starts: Sequence[int], word_tokens: Sequence[int]
+) -> tuple[Window, ...]:
+    """A window for each document; each holds up to `window` tokens to feed and the label of the last one."""
+    _check_starts(num_tokens, starts)
+    if len(word_tokens) != len(starts):
+        raise ValueError(f"word_tokens has {len(word_tokens)} counts for {len(starts)} documents; pass one for each")
+    windows = []
+    for index, (start, stop, count) in enumerate(zip(starts, [*starts[1:], num_tokens], word_tokens)):
+        if not 1 <= count < stop - start or count > window:
+            raise ValueError(
+                f"document {index} has {stop - start} tokens and a last word of {count}, and window={window}; pass "
+                "documents of at least two words (--data), and a window (--window) that holds a word"
+            )
+        windows.append(Window(max(start, stop - window - 1), stop, count))
+    return tuple(windows)
+
+
+def _plan_documents(num_tokens: int, window: int, starts: Sequence[int]) -> tuple[Window, ...]:
+    """Windows of lm-eval; each holds up to `window` tokens to feed and the label of the last one."""
+    _check_starts(num_tokens, starts)
     windows: list[Window] = []
     for start, stop in zip(starts, [*starts[1:], num_tokens]):
         num_covered = start + 1  # the beginning-of-text token is never scored

@@ -1,9 +1,11 @@
 """lm-evaluation-harness with the engine behind it: the model class `hf-paged`.
 
-    python -m hf_paged.lm_eval_model run --model hf-paged --model_args pretrained=gpt2,dtype=float32 --tasks arc_easy
+    hf-paged-lm-eval run --model hf-paged --model_args pretrained=gpt2,dtype=float32 --tasks arc_easy
 
-is `lm_eval run ...` with this class registered, for lm_eval finds models of other packages only once they are imported.
-`--model hf --model_args attn_implementation=paged_flash,...` works the same way, without the engine. From Python:
+is `lm_eval run ...` with this class registered (not installed: `python -m hf_paged.lm_eval_model run ...`).
+(lm_eval up to 0.4.13 knows no models but its own. Later versions read the entry point `lm_eval.models` of this package:
+`lm_eval run --model hf-paged` works by itself.) `--model hf --model_args attn_implementation=paged_flash,...` works the
+same way, without the engine. From Python:
 
     import hf_paged.lm_eval_model
     lm_eval.simple_evaluate(model="hf-paged", model_args={"pretrained": "gpt2"}, tasks=["arc_easy"])

@@ -1,5 +1,6 @@
 """Generation quality: agreement, samples and beams of a sound engine, and what a fault looks like."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_paged.attention
 from eval import generation
-from eval.generation import beam_check, chi_square, greedy_agreement, main, make_prompts, sampling_check
+from eval.generation import BeamResult, beam_check, chi_square, greedy_agreement, main, make_prompts, sampling_check
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 
@@ -85,8 +86,38 @@ def test_chi_square_by_hand_and_against_scipy():
 def test_beams_have_the_scores_of_generate(model, prompts):
     result = beam_check(model, prompts[:3], num_beams=3, new_tokens=6)
     assert result.num_same == 9
-    assert result.max_score_diff < 1e-5
+    assert max(result.max_score_diff, result.max_best_diff, result.max_place_diff) < 1e-5
     assert result.passed
+
+
+@pytest.mark.parametrize(
+    ("changes", "passed"),
+    [
+        ({}, True),
+        ({"max_place_diff": 0.2}, False),
+        ({"max_place_diff": 0.2, "is_exact": False}, True),
+        ({"max_best_diff": 0.2, "is_exact": False}, False),
+        ({"max_score_diff": 0.2, "is_exact": False}, False),
+        ({"num_same": 0}, False),
+    ],
+)
+def test_beams_pass_by_their_scores(changes, passed):
+    result = BeamResult(2, 4, 8, 0.0, 0.0, 0.0, 0.1, True)
+    assert dataclasses.replace(result, **changes).passed == passed
+
+
+def test_scores_of_beams_that_are_wrong_are_seen(model, prompts, monkeypatch):
+    generate = hf_paged.Engine.generate
+
+    def wrong(self, *args, **options):
+        outputs = generate(self, *args, **options)
+        for output in outputs:
+            for beam in output.sequences:
+                object.__setattr__(beam, "score", beam.score + 0.01)
+        return outputs
+
+    monkeypatch.setattr(hf_paged.Engine, "generate", wrong)
+    assert not beam_check(model, prompts[:2], num_beams=2, new_tokens=4).passed
 
 
 def test_the_command_writes_its_report(tmp_path, capsys):

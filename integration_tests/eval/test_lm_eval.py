@@ -2,7 +2,11 @@
 
 import importlib
 import json
+import os
+import re
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,6 +26,12 @@ target_delimiter: ""
 doc_to_choice: "{{[good, bad, ugly]}}"
 doc_to_target: 0
 metric_list: [{metric: acc}, {metric: acc_norm}]
+""",
+    "word": """
+output_type: loglikelihood
+doc_to_text: "{{text.split(' ')[:-1]|join(' ')}}"
+doc_to_target: "{{' '+text.split(' ')[-1]}}"
+metric_list: [{metric: perplexity, aggregation: perplexity, higher_is_better: false}, {metric: acc}]
 """,
     "rolling": """
 output_type: loglikelihood_rolling
@@ -133,6 +143,20 @@ def test_perplexity_of_the_convention_lm_eval_is_that_of_lm_eval(folder, eager):
             assert row[name] == pytest.approx(expected[f"{name},none"], rel=1e-5), (row["attn"], name)
 
 
+def test_the_convention_last_word_is_what_lm_eval_reports_of_lambada(folder, eager):
+    from eval.perplexity import main
+
+    report = main(
+        ["--model", str(MODEL), "--data", str(folder / "documents.jsonl"), "--convention", "last-word", "--window",
+         "64", "--attn", "eager", "paged_flash", "--path", "prefill", "engine", "--dtype", "float32", "--device", "cpu"]
+    )  # fmt: skip
+    expected = scores(eager)["hf_paged_word"]
+    assert len(report["results"]) == 3
+    for row in report["results"]:
+        assert row["last_word_perplexity"] == pytest.approx(expected["perplexity,none"], rel=1e-5)
+        assert row["last_word_accuracy"] == expected["acc,none"]
+
+
 def test_the_engine_really_ran(folder, monkeypatch):
     import hf_paged
     from hf_paged.lm_eval_model import PagedLM
@@ -169,16 +193,47 @@ def test_a_batch_that_is_no_number():
         PagedLM(str(MODEL), generate_batch=0)
 
 
-def test_the_command_line(folder, monkeypatch, capsys):
-    from hf_paged.lm_eval_model import main
-
+def run(folder: Path, code: str, model: str, model_args: str = "") -> dict[str, float]:
+    """The command line in a process of its own that runs `code`; returns the scores it writes."""
+    output = Path(tempfile.mkdtemp(dir=folder))
     arguments = [
-        "lm_eval", "run", "--model", "hf-paged", "--model_args", f"pretrained={MODEL},dtype=float32,max_length=64",
-        "--tasks", "hf_paged_choice", "--include_path", str(folder), "--device", "cpu",
+        "run", "--model", model, "--model_args", f"pretrained={MODEL},dtype=float32,max_length=64{model_args}",
+        "--tasks", "hf_paged_choice", "--include_path", str(folder), "--device", "cpu", "--output_path", str(output),
     ]  # fmt: skip
-    monkeypatch.setattr(sys, "argv", arguments)
-    main()
-    assert "hf_paged_choice" in capsys.readouterr().out
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=folder, env=environment, capture_output=True, text=True,
+        timeout=240, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    (written,) = output.rglob("results_*.json")
+    found = json.loads(written.read_text(encoding="utf-8"))["results"]["hf_paged_choice"]
+    return {name: value for name, value in found.items() if name.startswith("acc") and "stderr" not in name}
+
+
+def declared(table: str, name: str) -> str:
+    """The object that pyproject.toml gives for a name."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    section = text.split(f"[{table}]", 1)[1].split("\n[", 1)[0]
+    return re.search(rf'^{name} = "(.+)"$', section, re.MULTILINE)[1]
+
+
+def test_the_command_gives_the_score_of_hf_with_eager_attention(folder, eager):
+    module, function = declared("project.scripts", "hf-paged-lm-eval").split(":")
+    code = f"from {module} import {function}; {function}()"
+    expected = {name: eager["results"]["hf_paged_choice"][name] for name in ("acc,none", "acc_norm,none")}
+    assert run(folder, code, "hf-paged") == expected
+    assert run(folder, code, "hf", ",attn_implementation=paged_flash") == expected
+
+
+def test_the_entry_point_is_one_that_lm_eval_resolves(folder, eager):
+    """Later versions of lm_eval register entry points as this does, before they look for the model."""
+    target = declared('project.entry-points."lm_eval.models"', "hf-paged")
+    code = (
+        f"from lm_eval.api.registry import model_registry; model_registry.register('hf-paged', target='{target}')\n"
+        "from lm_eval.__main__ import cli_evaluate; cli_evaluate()"
+    )
+    assert run(folder, code, "hf-paged")["acc,none"] == eager["results"]["hf_paged_choice"]["acc,none"]
 
 
 def test_without_lm_eval_the_extra_is_named(monkeypatch):

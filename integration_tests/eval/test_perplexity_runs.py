@@ -1,5 +1,6 @@
 """Perplexity: every path and cache dtype on the small model, conventions, named data, several processes, resuming."""
 
+import gzip
 import json
 import os
 import subprocess
@@ -79,6 +80,21 @@ def test_the_engine_leaves_the_attention_implementation_as_it_was(model, ids):
     model.set_attn_implementation("paged_flash")
     perplexity(model, ids[:100], window=64, stride=32, path="engine")
     assert model.config._attn_implementation == "paged_flash"
+
+
+@pytest.mark.parametrize("path", ["paged_prefill", "engine"])
+def test_windows_of_lm_eval_may_be_as_long_as_the_model_has_positions(ids, path):
+    """They feed `window` tokens and score one more, which is never fed."""
+    model = AutoModelForCausalLM.from_pretrained(
+        ASSETS / "small_model", attn_implementation="eager", dtype=torch.float32, max_position_embeddings=64
+    )
+    settings = {"window": 64, "stride": 64, "convention": "lm-eval", "document_starts": [0, 150, 152]}
+    expected = perplexity(model, ids[:300], **settings)
+    model.set_attn_implementation("paged_flash")
+    result = perplexity(model, ids[:300], path=path, **settings)
+    assert max(window.end - window.begin for window in result.windows) == 65
+    assert result.paired_difference(expected).max_abs < 1e-3
+    assert torch.equal(result.top1, expected.top1)
 
 
 @pytest.mark.parametrize("path", ["padded_prefill", "chunked_prefill"])
@@ -202,6 +218,78 @@ def test_detokenising_is_that_of_lm_eval():
     assert detokenize_wikitext(page) == preprocess.wikitext_detokenizer({"page": page})
 
 
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """Repositories laid out as those of the hub, found by `datasets` under their names because they lie right here."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    monkeypatch.chdir(tmp_path)
+    wrong = [{"text": "not this one"}]
+
+    def write(path: str, rows: list[dict]) -> None:
+        file = tmp_path / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if path.endswith(".parquet"):
+            datasets.Dataset.from_list(rows).to_parquet(file)
+        elif path.endswith(".gz"):
+            file.write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
+        else:
+            file.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+
+    def configs(repository: str, *names: str) -> None:
+        entries = "".join(
+            f"- config_name: {name}\n  data_files:\n"
+            + "".join(f"  - {{split: {split}, path: {name}/{split}-*}}\n" for split in ("test", "train"))
+            for name in names
+        )
+        (tmp_path / repository / "README.md").write_text(f"---\nconfigs:\n{entries}---\n", encoding="utf-8")
+
+    rows = [{"text": ""}, {"text": " = Title = \n"}, {"text": ""}, {"text": " It cost 1 @,@ 000 . \n"}]
+    for name in ("wikitext-2-raw-v1", "wikitext-103-raw-v1"):
+        write(f"Salesforce/wikitext/{name}/test-00000-of-00001.parquet", [*rows, {"text": name}])
+        write(f"Salesforce/wikitext/{name}/train-00000-of-00001.parquet", wrong)
+    configs("Salesforce/wikitext", "wikitext-2-raw-v1", "wikitext-103-raw-v1")
+    pages = "EleutherAI/wikitext_document_level"
+    write(f"{pages}/wikitext-2-raw-v1/test-00000-of-00001.parquet", [{"page": " = A = \n b 1 @.@ 5"}, {"page": "c"}])
+    write(f"{pages}/wikitext-2-raw-v1/train-00000-of-00001.parquet", [{"page": "not this one"}])
+    configs(pages, "wikitext-2-raw-v1")
+    web = [{"text": f"r{i}", "timestamp": "2019", "url": "http://"} for i in range(1200)]
+    write("allenai/c4/en/c4-validation.00000-of-00008.json.gz", web)
+    write("allenai/c4/en/c4-validation.00001-of-00008.json.gz", wrong)
+    write("allenai/c4/en/c4-train.00000-of-01024.json.gz", wrong)
+    books = [{"short_book_title": t, "publication_date": 1900, "url": "", "text": f"Book {t}"} for t in "ab"]
+    write("emozilla/pg19-test/data/test-00000-of-00001-29a571947c0b5ccc.parquet", books)
+    write("EleutherAI/lambada_openai/data/lambada_test.jsonl", [{"text": "He came in ."}, {"text": "She went"}])
+    (tmp_path / "EleutherAI/lambada_openai/README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - {split: test, path: data/lambada_test.jsonl}\n---\n",
+        encoding="utf-8",
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("wikitext-2", "\n\n = Title = \n\n\n\n\n It cost 1 @,@ 000 . \n\n\nwikitext-2-raw-v1"),
+        ("wikitext-103", "\n\n = Title = \n\n\n\n\n It cost 1 @,@ 000 . \n\n\nwikitext-103-raw-v1"),
+        ("wikitext-2-documents", " = A =\nb 1.5\n\nc"),
+        ("c4", " ".join(f"r{i}" for i in range(1100))),
+        ("pg19", "Book a\n\nBook b"),
+        ("lambada", "He came in .\n\nShe went"),
+    ],
+)
+@pytest.mark.usefixtures("hub")
+def test_named_data_in_the_layout_of_the_hub(name, text):
+    documents = load_documents(name)
+    assert documents.text == text
+    assert documents.max_windows == (256 if name == "c4" else None)
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_name_close_to_one_that_is_known():
+    with pytest.raises(FileNotFoundError, match="'lambda': no such file or folder, did you mean 'lambada'"):
+        load_documents("lambda")
+
+
 def test_named_data_that_cannot_be_reached(monkeypatch):
     datasets = pytest.importorskip("datasets")
 
@@ -218,7 +306,7 @@ def test_named_data_without_the_column(monkeypatch):
     datasets = pytest.importorskip("datasets")
     rows = datasets.Dataset.from_dict({"body": ["a"]})
     monkeypatch.setattr(text_data, "_load_split", lambda *args, **kwargs: rows)
-    with pytest.raises(ValueError, match=r"'text' is not in 'pg19' \(emozilla/pg19\), which has \['body'\]"):
+    with pytest.raises(ValueError, match=r"'text' is not in 'pg19' \(emozilla/pg19-test\), which has \['body'\]"):
         load_documents("pg19")
 
 
@@ -302,6 +390,40 @@ def test_resume_needs_an_output():
         main(["--model", "x", "--data", "y", "--resume"])
 
 
+# ---- a model spread over devices
+
+
+@pytest.mark.parametrize("device_map", ["auto", '{"": "cpu"}', "spread.json"])
+def test_a_device_map_gives_the_same_figures(tmp_path, device_map):
+    pytest.importorskip("accelerate")
+    if device_map == "spread.json":
+        # Two of the layers lie on the disk and are fetched for each forward.
+        spread = {
+            "model.embed_tokens": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.layers.2": "disk",
+            "model.layers.3": "cpu", "model.norm": "cpu", "model.rotary_emb": "cpu", "lm_head": "cpu",
+        }  # fmt: skip
+        device_map = str(tmp_path / device_map)
+        Path(device_map).write_text(json.dumps(spread), encoding="utf-8")
+    options = ["--path", "prefill", "chunked_prefill", "decode", "--max-tokens", "200"]
+    expected = main(command(tmp_path / "one.json", *options))
+    assert figures(main(command(tmp_path / "map.json", *options, "--device-map", device_map))) == figures(expected)
+
+
+@pytest.mark.parametrize(
+    ("device_map", "message"),
+    [
+        ("autoo", r"device_map \(--device-map\) 'autoo' is unknown, did you mean 'auto'\?; pass one of auto, .* JSON"),
+        ('{"": 1', "is unknown; pass one of auto"),
+        ("absent.json", "'absent.json' is unknown"),
+        ('{"": "cuda:99"}', r"from_pretrained with .*cuda:99.* failed"),
+    ],
+)
+def test_a_bad_device_map_is_refused(tmp_path, device_map, message):
+    pytest.importorskip("accelerate")
+    with pytest.raises(ValueError, match=message):
+        main(command(tmp_path / "map.json", "--device-map", device_map))
+
+
 # ---- several processes
 
 
@@ -351,3 +473,19 @@ def test_lm_eval_encoding_puts_each_document_behind_its_token(tokenizer, tmp_pat
     data.write_text('{"text": "import os"}\n{"text": "x = 1"}\n', encoding="utf-8")
     token_ids, starts = encode(tokenizer, load_documents(str(data)), "lm-eval")
     assert [token_ids[start] for start in starts] == [tokenizer.bos_token_id or tokenizer.eos_token_id] * 2
+
+
+def test_last_words_are_scored_alone():
+    windows = plan_windows(20, 6, 6, "last-word", [0, 9], [2, 3])
+    assert windows == (Window(2, 9, 2), Window(13, 20, 3))
+    with pytest.raises(ValueError, match="word_tokens has 1 counts for 2 documents"):
+        plan_windows(20, 6, 6, "last-word", [0, 9], [2])
+    with pytest.raises(ValueError, match="document 1 has 11 tokens and a last word of 7, and window=6"):
+        plan_windows(20, 6, 6, "last-word", [0, 9], [2, 7])
+
+
+def test_a_document_of_one_word_is_refused(tmp_path):
+    data = tmp_path / "rows.jsonl"
+    data.write_text('{"text": "import os"}\n{"text": "import"}\n', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"rows\.jsonl': document 1 has \d tokens .* at least two words \(--data\)"):
+        main(["--model", str(ASSETS / "small_model"), "--data", str(data), "--convention", "last-word"])

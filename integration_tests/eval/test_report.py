@@ -1,7 +1,9 @@
 """The report: a sound model passes, every deliberate fault is caught by the verdict, the files are written."""
 
 import dataclasses
+import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,11 +11,11 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 import hf_paged.attention
-from eval import report
+from eval import report, report_figure
 from eval.induction_model import induction_model
 from eval.kv_quantisation import kv_table
 from eval.quality import QualityRow, Reference, Settings, measure
-from eval.retrieval import Grid, induction_grid, passkey_grid, passkey_prompt
+from eval.retrieval import INDUCTION_PATHS, QUANTISED_PATHS, Grid, induction_grid, passkey_grid, passkey_prompt
 from eval.verdict import judge, limits_of
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
@@ -64,14 +66,46 @@ def test_the_report_of_a_sound_model_passes_and_is_written(tmp_path, capsys):
             assert run["max_abs_diff"] < 1e-4
             assert run["kl_mean"] is None if run["path"] == "engine" else run["kl_mean"] < 1e-6
     assert runs["eager prefill"]["max_abs_diff"] == 0
-    assert [grid["scores"] for grid in written["induction"]] == [[[1.0, 1.0], [1.0, 1.0]]] * 2
+    grids = {grid["name"]: grid for grid in written["induction"]}
+    assert set(grids) == {
+        *(f"induction model, {path}, auto pages" for path in INDUCTION_PATHS),
+        *(f"induction model, {path}, int8 pages" for path in QUANTISED_PATHS),
+    }
+    assert all(grid["scores"] == [[1.0, 1.0], [1.0, 1.0]] for grid in grids.values())
+    held = {name: grid["cache_bytes"] for name, grid in grids.items()}
+    assert held["induction model, prefill, auto pages"] is None
+    assert 0 < held["induction model, decode, int8 pages"][1] < held["induction model, decode, auto pages"][1] / 3
     caches = {row["cache"]: row for row in written["caches"]}
     assert caches["PagedCache auto"]["bits"] >= 32 > 16 > caches["PagedCache int8"]["bits"]
     assert caches["PagedCache int8"]["max_abs_diff"] > 0
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     assert text.splitlines()[2].startswith("**VERDICT: PASS, ")
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "report.png").unlink()
+    report_figure.main([str(tmp_path)])
+    assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+    heat_maps = [axes.images[0].get_array().tolist() for axes in report_figure.figure_of(written).axes if axes.images]
+    assert heat_maps == [grid["scores"] for grid in written["induction"]]
     assert capsys.readouterr().out.rstrip() == text.rstrip()
+
+
+def test_without_matplotlib_all_but_the_picture_is_written(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert report.main(arguments("--path", "prefill", "--induction-lengths", "--output", str(tmp_path))) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"report.json", "report.md"}
+    said = capsys.readouterr().err
+    assert 'pip install "hf-paged[eval]"' in said
+    assert f"then python -m eval.report_figure {tmp_path}" in said
+
+
+def test_a_folder_without_a_report_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"has no report\.json; make it with python -m eval\.report"):
+        report_figure.main([str(tmp_path)])
+
+
+def test_bfloat16_is_held_to_the_noise_of_eager_attention(capsys):
+    assert report.main(arguments("--attn", "eager", "paged_flash", "--path", "prefill", "decode", "engine", "--dtype",
+                                 "bfloat16", "--induction-lengths")) == 0  # fmt: skip
 
 
 def test_max_delta_ppl_is_the_limit_of_every_run(capsys):
@@ -121,7 +155,9 @@ def test_a_dropped_page_is_caught_by_retrieval_alone(monkeypatch, capsys):
         hf_paged.attention, "paged_attention_op", drop_one_page(hf_paged.attention.paged_attention_op)
     )  # fmt: skip
     line = fails(capsys, "--path", "prefill", "--induction-lengths", "600")
-    assert "induction model, paged_flash, auto pages" in line
+    assert "induction model, chunked_prefill, auto pages" in line
+    assert "induction model, decode, auto pages" in line
+    assert "prefill: perplexity" not in line
 
 
 def test_a_shifted_position_is_caught(monkeypatch, capsys):
@@ -187,9 +223,21 @@ def test_failures_are_said(rows, grids, passkey, message):
 def test_limits_follow_weights_and_pages():
     half = dataclasses.replace(ROW, dtype="bfloat16")
     quantised = dataclasses.replace(ROW, kv_dtype="fp8")
-    assert limits_of(ROW).delta_ppl < limits_of(half).delta_ppl < limits_of(quantised).delta_ppl
+    assert limits_of(ROW, []).delta_ppl < limits_of(half, []).delta_ppl < limits_of(quantised, []).delta_ppl
     assert judge([dataclasses.replace(half, delta_ppl=5e-3)], [grid(1.0)]).passed
-    assert limits_of(half, 1e-3).delta_ppl == 1e-3
+    assert limits_of(half, [], 1e-3).delta_ppl == 1e-3
+
+
+@pytest.mark.parametrize(
+    ("difference", "kv_dtype", "passed"), [(0.014, "auto", True), (0.016, "auto", False), (0.1, "int8", True)]
+)
+def test_noise_is_what_eager_attention_of_the_dtype_has(difference, kv_dtype, passed):
+    eager = dataclasses.replace(ROW, attn="eager", path="prefill", dtype="bfloat16", mean_abs_diff=0.01)
+    row = dataclasses.replace(ROW, dtype="bfloat16", mean_abs_diff=difference, kv_dtype=kv_dtype)
+    verdict = judge([eager, row], [])
+    assert verdict.passed == passed
+    if not passed:
+        assert "differ by 1.60e-02 nats in the mean, limit 1.50e-02, 1.5 times what eager attention in" in verdict.line
 
 
 # ---- quality
@@ -223,12 +271,14 @@ def test_the_reference_is_in_float32():
 # ---- retrieval
 
 
-@pytest.mark.parametrize("kv_dtype", ["auto", "fp8", "int8"])
-def test_the_induction_grid_is_all_ones(kv_dtype):
-    found = induction_grid(induction_model(), [97, 257], [0.0, 0.5, 1.0], kv_dtype=kv_dtype, chunk=40)
+@pytest.mark.parametrize(
+    ("path", "kv_dtype"),
+    [*((path, "auto") for path in INDUCTION_PATHS), *((path, "fp8") for path in QUANTISED_PATHS), ("decode", "int8")],
+)
+def test_the_induction_grid_is_all_ones(path, kv_dtype):
+    found = induction_grid(induction_model(), [97, 700], [0.0, 0.5, 1.0], path=path, kv_dtype=kv_dtype)
     assert (found.worst, found.mean) == (1.0, 1.0)
-    assert len(found.scores) == 3
-    assert len(found.scores[0]) == 2
+    assert (len(found.scores), len(found.scores[0]), len(found.seconds)) == (3, 2, 2)
 
 
 def test_passkey_prompts_have_their_length_and_depth():
@@ -267,5 +317,6 @@ def test_caches_that_are_not_installed_have_a_note():
     )
     assert rows[0].delta_ppl == 0
     assert rows[1].note or rows[1].ppl
+    assert (rows[1].ppl is None) == (importlib.util.find_spec("hqq") is None)
     with pytest.raises(ValueError, match="names has 'hqq'; pass some of"):
         kv_table(model, [1, 2], Settings(2, 1), ["hqq"])
