@@ -36,6 +36,11 @@ class EngineConfig:
             possible; True: an engine that cannot is refused; False: never.
         compile: torch.compile compiles norms, MLPs and the like (whatever sees neither the cache nor attention), which
             takes a minute at the first steps and serves every length.
+        fuse: modules of usual kinds (norms, gated MLPs, attention, decoder layers) run fused while the engine computes:
+            fewer kernels and larger matmuls. Each is compared with its own forward first. Weights of matmuls that
+            become one are moved into one storage, of which the model's parameters are views; :meth:`Engine.close`
+            moves them out again. None: on a GPU; True: on a CPU as well, and an engine in which nothing can be is
+            refused; False: never.
         batch_invariant: not available yet; must be False.
 
     Raises:
@@ -57,6 +62,7 @@ class EngineConfig:
     trace_steps: int = 100_000
     cuda_graphs: bool | None = None
     compile: bool = False
+    fuse: bool | None = None
     batch_invariant: bool = False
 
     def __post_init__(self) -> None:
@@ -87,8 +93,9 @@ class EngineConfig:
         for name in ("prefix_caching", "self_check", "compile", "batch_invariant"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
-        if self.cuda_graphs is not None and not isinstance(self.cuda_graphs, bool):
-            raise TypeError(f"cuda_graphs must be None, True or False, got {self.cuda_graphs!r}.")
+        for name in ("cuda_graphs", "fuse"):
+            if getattr(self, name) is not None and not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be None, True or False, got {getattr(self, name)!r}.")
         if self.batch_invariant:
             raise ValueError("batch_invariant=True is not available yet: leave it False.")
 

@@ -63,6 +63,11 @@ class Launched:
     beams: dict[Request, list[tuple[Row, torch.Tensor]]] = field(default_factory=dict)
     prompts: list[tuple[Row, int, torch.Tensor]] = field(default_factory=list)
 
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the step chooses, those of verified candidates counted as one."""
+        return len(self.slots) + len(self.drafted) + sum(len(rows) for rows in self.beams.values())
+
 
 @dataclass(frozen=True, slots=True)
 class SwappedRow:
@@ -122,10 +127,10 @@ class EngineCore:
         for group, count in zip(groups, split_pages(num_pages, [g.num_layers for g in groups], useful)):
             group.allocator.grow(count)
         self.tables = SlotTables(self.slots, self.pages, self.device)
-        self.runner = Runner(model, self.cache, self.slots, self.tables)
+        self.selector = TokenSelector(num_slots, self.vocab_size, self.device)
+        self.runner = Runner(model, self.cache, self.slots, self.tables, self.selector.sampling)
         if config.compile:
             self.runner.compiled = CompiledModules(model)
-        self.selector = TokenSelector(num_slots, self.vocab_size, self.device)
         self.scheduler = Scheduler(
             self.slots,
             self.pages,
@@ -306,17 +311,16 @@ class EngineCore:
         launched.slots = chosen
         if len(chosen):
             launched.generation = slots.generation[chosen]
-            self._select(launched, logits, index, result.largest)
+            self._select(launched, result, index)
         return launched
 
-    def _select(
-        self, launched: Launched, logits: torch.Tensor, index: np.ndarray, largest: torch.Tensor | None
-    ) -> None:
-        """Choose the tokens of ``launched.slots`` from ``logits[index]``, and let the rows go on from them."""
+    def _select(self, launched: Launched, result: StepLogits, index: np.ndarray) -> None:
+        """Choose the tokens of ``launched.slots`` from logits ``index``, and let the rows go on from them."""
+        logits, tokens, lse = result.logits, result.tokens, result.lse
         host, chosen = self.slots, launched.slots
         is_all = len(index) == logits.shape[0] and np.array_equal(index, np.arange(len(index)))
-        if largest is not None and is_all and self.selector.is_greedy(chosen):
-            launched.selection = Selection(largest)
+        if tokens is not None and lse is not None and is_all and not self.selector.needs_host(chosen):
+            launched.selection = self.selector.chosen(logits, chosen, tokens, lse)
         else:
             if not is_all:
                 logits = logits[send(index, logits.device)]
@@ -375,10 +379,11 @@ class EngineCore:
         host.history[slots, lengths] = ids
         lengths = lengths + 1
         host.length[slots] = lengths
-        if selection.logprobs:
-            for slot, logprobs in selection.logprobs.items():
-                if host.rows[slot] is not None:
-                    host.row(slot).logprobs.append(logprobs)
+        logprobs = selection.logprobs
+        if logprobs:
+            for slot in slots.tolist():
+                if slot in logprobs:
+                    host.row(slot).logprobs.append(logprobs[slot])
         is_eos = (ids[:, None] == host.eos[slots]).any(1)
         ended = is_eos | (lengths >= host.max_length[slots])
         if host.watched[slots].any():

@@ -2,7 +2,7 @@
 
 A graph has one input, the rows' slots; everything else it takes from the tables by slot and writes back there::
 
-    slots [bucket] -> computed, last_token, page tables -> forward -> logits, largest logit -> last_token, computed + 1
+    slots [bucket] -> computed, last_token, page tables -> forward -> logits, tokens -> last_token, computed + 1
 
 so replaying it twice computes two steps, and no length is known to the host. A bucket that is larger than the batch is
 filled up with the slot behind the last one, which has no tokens, writes nothing and stays as it is.
@@ -24,7 +24,7 @@ from .transfers import send
 
 logger = logging.get_logger(__name__)
 
-Outputs = tuple[torch.Tensor, torch.Tensor]
+Outputs = tuple[torch.Tensor, ...]
 Step = Callable[[torch.Tensor], Outputs]
 Out = TypeVar("Out")
 
@@ -54,8 +54,8 @@ class DecodeGraphs:
     """The captured decode steps of one model.
 
     Args:
-        step: a decode step of the rows in slots ``[bucket]`` on the device: ``(logits [bucket, vocab], the token with
-            the largest logit [bucket])``. It must read nothing from the host but the slots' number.
+        step: a decode step of the rows in slots ``[bucket]`` on the device: tensors
+            ``[bucket, ...]``. It must read nothing from the host but the slots' number.
         num_slots: the slot of that number stands for no row.
         device: of the tables.
         capture: makes the function that replays a step.
@@ -81,7 +81,7 @@ class DecodeGraphs:
         """Queue a decode step; None: it cannot be captured, nothing was done.
 
         Returns:
-            Logits ``[n, vocab]`` and tokens ``[n]``: overwritten by a later step.
+            What the step gives of these rows: overwritten by a later one.
         """
         bucket = self._bucket(len(slots))
         if bucket is None:
@@ -93,8 +93,7 @@ class DecodeGraphs:
             padded[: len(slots)] = slots
             static.copy_(send(padded, self.device))
             self._held[bucket] = slots.copy()
-        logits, tokens = replay()
-        return logits[: len(slots)], tokens[: len(slots)]
+        return tuple(output[: len(slots)] for output in replay())
 
     def warm_up(self, sizes: Iterable[int] | None = None, progress: bool = False) -> None:
         """Capture the buckets of these batch sizes (None: all), the largest first: the others use its memory."""

@@ -25,9 +25,12 @@ from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
 from ..errors import RequestError, UnsupportedModelError
+from ..fusion import FusedModel
 from ..transformers_internals import attention_of
 from .config import EngineConfig
 from .core import EngineCore, Launched
+from .decode_graphs import reason_against
+from .fuse_steps import fuse
 from .handle import RequestHandle
 from .memory import choose_num_pages, model_length
 from .request import Request, RequestOutput, Row
@@ -131,6 +134,8 @@ class Engine:
         self._trace = Trace(self.config.trace_steps, self._core.clock())
 
     _thread: threading.Thread | None
+    fused: FusedModel | None = None
+    """Modules that run fused while the engine computes, and why others do not; None: none do."""
 
     def _start(self) -> EngineCore:
         """Check the model, see what a page costs, make the pages."""
@@ -140,6 +145,7 @@ class Engine:
             self._attention.use_paged()
             try:
                 learned = probe(model, config, reference)
+                self.fused = self._fuse(learned.needs_lengths)
                 pages_of_one = -(-self.max_model_len // config.page_size)
                 num_pages = config.num_pages
                 if num_pages is None:
@@ -148,6 +154,8 @@ class Engine:
                     num_pages = choose_num_pages(learned.page_bytes, config.memory_fraction, most)
                 core = EngineCore(model, config, num_pages, self.max_model_len)
                 core.runner.needs_lengths = learned.needs_lengths
+                if self.fused is not None:
+                    core.runner.use_fused(self.fused)
                 if config.cuda_graphs is not False:
                     reason = core.use_graphs()
                     if reason is not None and config.cuda_graphs:
@@ -157,7 +165,25 @@ class Engine:
                 return core
             except BaseException:
                 self._attention.restore()
+                if self.fused is not None:
+                    self.fused.restore()
                 raise
+
+    def _fuse(self, needs_lengths: bool) -> FusedModel | None:
+        """Modules that run fused; None: none do.
+
+        Raises:
+            ValueError: some were asked for, and there are none.
+        """
+        wanted = self.config.fuse
+        device = self.model.get_input_embeddings().weight.device
+        if wanted is False or (wanted is None and reason_against(self.model, device) is not None):
+            return None
+        fused = fuse(self.model, self.config, needs_lengths, self.max_model_len)
+        logger.info(f"{type(self.model).__name__} in the engine: {fused}")
+        if not len(fused) and wanted:
+            raise ValueError(f"fuse=True cannot be: {fused}. Leave it None.")
+        return fused if len(fused) else None
 
     # Requests
 
@@ -471,12 +497,12 @@ class Engine:
             moved = self._collect_pending()
             self._publish()
             return moved
-        num_tokens, num_sampled = work.num_tokens, int(work.samples.sum())
-        forward_s = 0.0
+        num_tokens, forward_s = work.num_tokens, 0.0
         try:
             result = core.run(work)
             forward_s = clock() - start
             launched = core.launch(work, result)
+            self._new_tokens += launched.num_tokens
             self._collect_pending()
             self._pending = launched
             if not core.can_wait(launched):
@@ -490,7 +516,6 @@ class Engine:
             self._publish()
             raise
         self._steps += 1
-        self._new_tokens += num_sampled
         self._prompt_tokens += num_tokens - work.num_decode
         duration = clock() - start
         self._busy_s += duration
@@ -645,6 +670,8 @@ class Engine:
         self._core.drop_prefixes()
         self._core.cache.drop()
         self._attention.restore()
+        if self.fused is not None:
+            self.fused.restore()
         # Last: whoever gets a result may go on with the model at once.
         self._publish()
         with self._changed:

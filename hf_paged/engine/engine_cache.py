@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import torch
+from hf_paged_kernels.fused_ops import rotary_write_op
 from hf_paged_kernels.ops import copy_pages_op, paged_attention_op, write_pages_op
 from hf_paged_kernels.reference import dequantize
 from transformers import DynamicCache
@@ -49,6 +50,37 @@ class EngineLayer(CacheLayerMixin):
             StepStates(self, key_states, step.num_keys, is_key=True),
             StepStates(self, value_states, step.num_keys, is_key=False),
         )
+
+    def rotate_and_write(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cos: torch.Tensor | None,
+        sin: torch.Tensor | None,
+        interleaved: bool,
+        q_weight: torch.Tensor | None,
+        k_weight: torch.Tensor | None,
+        eps: float,
+        weight_offset: float,
+        round_first: bool,
+    ) -> torch.Tensor:
+        """Rotate queries and keys, write keys and values to pages: :func:`rotary_write_op`; the queries come back.
+
+        Without ``cos`` and ``sin`` there is no rotation, and no norm either.
+        """
+        step = self.cache.step.on(q.device)
+        key, value = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
+        pages = self.group.layer(self.index, key, value)
+        pages.check_like(key, value)
+        mapping = step.groups[self.number].slot_mapping
+        if cos is None or sin is None:
+            write_pages_op(k, v, pages.k, pages.v, mapping, pages.k_scale, pages.v_scale)
+            return q
+        return rotary_write_op(
+            q, k, v, cos, sin, interleaved, q_weight, k_weight, eps, weight_offset, round_first,
+            pages.k, pages.v, pages.k_scale, pages.v_scale, mapping,
+        )  # fmt: skip
 
     def attend(
         self,

@@ -4,6 +4,8 @@ import dataclasses
 
 import torch
 
+from .transfers import Arrival
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TokenLogprobs:
@@ -22,23 +24,40 @@ class TokenLogprobs:
     top_logprobs: tuple[float, ...] = ()
 
 
-def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> list[TokenLogprobs]:
-    """Log-probabilities of one token a row, from the float32 log-softmax of the logits.
+class ComingLogprobs:
+    """Log-probabilities of one token a row that are on their way to the host.
 
     Args:
-        logits: ``[num_rows, vocab]``, any float dtype.
+        logits: ``[num_rows, vocab]``, any float dtype, not read later.
         token_ids: ``[num_rows]`` int64; a negative id has log-probability NaN.
-        num_top: how many of the best to report, at most the vocabulary.
+        counts: for each row, how many of the best to report, at most the vocabulary.
+        lse: ``[num_rows]`` float32, log-sum-exp of the logits; None: not known.
     """
-    logprobs = logits.float().log_softmax(dim=-1)
-    chosen = logprobs.gather(1, token_ids.clamp(min=0)[:, None])[:, 0].masked_fill(token_ids < 0, torch.nan)
-    top = logprobs.topk(min(num_top, logprobs.shape[-1]), dim=-1)
-    return [
-        TokenLogprobs(token, logprob, tuple(ids), tuple(values))
-        for token, logprob, ids, values in zip(
-            token_ids.tolist(), chosen.tolist(), top.indices.tolist(), top.values.tolist()
-        )
-    ]
+
+    def __init__(
+        self, logits: torch.Tensor, token_ids: torch.Tensor, counts: list[int], lse: torch.Tensor | None = None
+    ) -> None:
+        if lse is None:
+            lse = logits.float().logsumexp(dim=-1)
+        chosen = logits.gather(1, token_ids.clamp(min=0)[:, None])[:, 0].float() - lse
+        top = logits.topk(min(max(counts, default=0), logits.shape[-1]), dim=-1)
+        self._counts = counts
+        self._chosen = Arrival(chosen.masked_fill(token_ids < 0, torch.nan))
+        self._tokens, self._top_ids = Arrival(token_ids), Arrival(top.indices)
+        self._top = Arrival(top.values.float() - lse[:, None])
+
+    def wait(self) -> list[TokenLogprobs]:
+        """Those of each row; blocks until they have been computed, and no longer."""
+        columns = (self._tokens.wait(), self._chosen.wait(), self._top_ids.wait(), self._top.wait())
+        return [
+            TokenLogprobs(token, logprob, tuple(ids[:count]), tuple(values[:count]))
+            for count, token, logprob, ids, values in zip(self._counts, *(column.tolist() for column in columns))
+        ]
+
+
+def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> list[TokenLogprobs]:
+    """:class:`ComingLogprobs` with ``num_top`` of the best in every row, at once."""
+    return ComingLogprobs(logits, token_ids, [num_top] * len(token_ids)).wait()
 
 
 def prompt_logprobs(logits: torch.Tensor, next_ids: torch.Tensor, num_top: int) -> list[TokenLogprobs]:

@@ -1,19 +1,20 @@
 """Runs the model over a step's rows."""
 
 import inspect
-from contextlib import nullcontext
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from hf_paged_kernels.sampling_reference import choose_tokens
 from transformers.utils import logging
 
+from ..fusion import FusedModel
 from .chunk_graphs import ChunkGraphs
 from .compiled import CompiledModules
 from .decode_graphs import DecodeGraphs, LiveModel
 from .engine_cache import EngineCache
+from .sampling import SlotSampling
 from .scheduler import StepWork
 from .slots import Slots
 from .step_inputs import SlotTables, StepInputs
@@ -29,14 +30,16 @@ class StepLogits:
     Attributes:
         logits: ``[num, vocab]``.
         first, last: int ``[num_rows]`` on the host: row i has ``logits[first[i]:last[i]]``, of its last tokens.
-        largest: int64 ``[num_rows]``, the token with the largest logit of each row, -1 where a logit is NaN; it is
-            noted as the row's last token already. None: not computed.
+        tokens: int64 ``[num_rows]``, chosen by the parameters of each row's slot, -1 where none can be; they are noted
+            as the rows' last tokens already. None: not chosen.
+        lse: float32 ``[num_rows]`` with ``tokens``: the log-sum-exp of rows that report log-probabilities.
     """
 
     logits: torch.Tensor
     first: np.ndarray
     last: np.ndarray
-    largest: torch.Tensor | None = None
+    tokens: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
 
 
 class Runner:
@@ -47,18 +50,23 @@ class Runner:
         cache: where its keys, values and states live.
         slots: sequences, on the host.
         tables: the same on the device.
+        sampling: parameters of the slots.
 
     Attributes:
         graphs, chunk_graphs: decode steps, and steps over chunks of prompts, captured as CUDA graphs. None: none are.
         compiled: modules that torch.compile compiles, None: none are.
+        fused: modules that run fused, None: none do.
     """
 
     graphs: DecodeGraphs | None = None
     chunk_graphs: ChunkGraphs | None = None
     compiled: CompiledModules | None = None
+    fused: FusedModel | None = None
 
-    def __init__(self, model: Any, cache: EngineCache, slots: Slots, tables: SlotTables) -> None:
-        self.model, self.cache, self.slots, self.tables = model, cache, slots, tables
+    def __init__(
+        self, model: Any, cache: EngineCache, slots: Slots, tables: SlotTables, sampling: SlotSampling
+    ) -> None:
+        self.model, self.cache, self.slots, self.tables, self.sampling = model, cache, slots, tables, sampling
         self.takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
         self.needs_lengths = False
         """Whether the model computes keys from what the cache returns, so attention needs packed lengths."""
@@ -72,17 +80,18 @@ class Runner:
             num_logits: int ``[num_rows]``: logits of this many last tokens of each row are needed.
         """
         self.tables.sync()
+        self.sampling.sync()
         ends = num_logits.cumsum()
         if self.cache.has_states:
             return StepLogits(self._run_with_states(work, num_logits), ends - num_logits, ends)
         decoded = self._run_graph(work)
         if decoded is None:
             return self._run_packed(work, num_logits)
-        logits, largest = decoded
-        if len(largest) == len(work.slots):
-            return StepLogits(logits, ends - num_logits, ends, largest)
+        logits, tokens, lse = decoded
+        if len(tokens) == len(work.slots):
+            return StepLogits(logits, ends - num_logits, ends, tokens, lse)
         # Prompts in a launch of their own: decode rows keep the kernels of short queries.
-        n = len(largest)
+        n = len(tokens)
         chunks = StepWork(work.slots[n:], work.counts[n:], 0, work.samples[n:])
         more = self._run_packed(chunks, num_logits[n:])
         first, last = (np.concatenate([np.arange(n) + i, n + x]) for i, x in enumerate((more.first, more.last)))
@@ -100,18 +109,24 @@ class Runner:
         logits = self.forward(inputs, None if keep is None else send(keep, self.tables.device))[0]
         return StepLogits(logits, ends - num_logits, ends)
 
+    def use_fused(self, fused: FusedModel) -> None:
+        """Run fused modules from now on; their weights have moved."""
+        self.fused = fused
+        self._live = LiveModel(self.model, self.tables.device)
+
     # Graphs
 
     def use_graphs(self, graphs: DecodeGraphs, chunk_graphs: ChunkGraphs) -> None:
         """Run steps through graphs of :meth:`static_decode` and :meth:`static_chunk` from now on."""
         self.graphs, self.chunk_graphs = graphs, chunk_graphs
 
-    def static_decode(self, slots: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """A decode step over the tables by slot: logits ``[n, vocab]``, and the token of each row's largest."""
+    def static_decode(self, slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A decode step over the tables by slot: logits ``[n, vocab]``, the tokens chosen, and log-sum-exps."""
         logits = self.forward(self.tables.static_inputs(slots), None)[0]
-        largest = choose_tokens(logits)
-        self.tables.last_token[slots] = largest.clamp(min=0)
-        return logits, largest
+        # Counted already: the index of the new token.
+        tokens, lse = self.sampling.choose_static(logits, slots, self.tables.computed[slots])
+        self.tables.last_token[slots] = tokens.clamp(min=0)
+        return logits, tokens, lse
 
     def static_chunk(self, buffer: torch.Tensor) -> torch.Tensor:
         """A step over an array of :mod:`chunk_graphs`: logits ``[ROWS, vocab]`` of each row's last token."""
@@ -124,6 +139,9 @@ class Runner:
                 graphs.drop()
         if self.compiled is not None and self._live.has_other_modules():
             self.compiled.forget()
+        if self.fused is not None:
+            # Moved weights are packed again: that is not a change of its own.
+            self.fused.refresh()
         self._live = LiveModel(self.model, self.tables.device)
 
     def check_weights(self) -> None:
@@ -138,7 +156,7 @@ class Runner:
             self.drop_graphs()
         return is_other
 
-    def _run_graph(self, work: StepWork) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def _run_graph(self, work: StepWork) -> tuple[torch.Tensor, ...] | None:
         """The decode rows of a step; None: nothing was run."""
         n = work.num_decode
         if self.graphs is None or not n or int(work.counts[:n].max()) > 1:
@@ -206,7 +224,10 @@ class Runner:
             # None at all: those of one token are the fewest that every model can give.
             kwargs["logits_to_keep"] = keep if len(keep) else 1
         self.cache.step = inputs
-        with nullcontext() if self.compiled is None else self.compiled.active(self.cache):
+        with ExitStack() as stack:
+            for modules in (self.fused, self.compiled):
+                if modules is not None:
+                    stack.enter_context(modules.active(self.cache))
             out = self.model(
                 input_ids=inputs.input_ids, position_ids=inputs.position_ids, past_key_values=self.cache,
                 use_cache=True, return_dict=True, **kwargs,

@@ -1,52 +1,69 @@
 """The vectorised path: greedy and plainly sampled rows of a batch, chosen together, whatever their parameters are."""
 
-from typing import Any
-
 import numpy as np
 import torch
-from hf_paged_kernels.sampling_reference import choose_tokens, gumbel_noise, warp_logits
+from hf_paged_kernels.sampling_ops import sample_tokens_op
+from hf_paged_kernels.sampling_reference import choose_tokens, gumbel_noise
 
 from .token_rules import Sampling, TokenRules
 from .transfers import send
 
-FIELDS: dict[str, tuple[Any, float]] = {
-    "do_sample": (np.bool_, False),
-    "temperature": (np.float32, 1.0),
-    "top_k": (np.int64, 0),
-    "top_p": (np.float64, 1.0),  # float64: 1 - top_p must round as it does in transformers
-    "min_p": (np.float32, 0.0),
-    "seed": (np.int64, 0),
-}
-"""Parameters of a slot: dtype and the value that changes nothing."""
+NEUTRAL: dict[str, float] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "logprobs": 0}
+INTEGERS = ("top_k", "seed", "logprobs")
+"""Parameters of a slot, in the order of the op's arguments, and the values of a greedy row. Each takes eight bytes:
+float64, in which 1 - top_p rounds as it does in transformers, or int64."""
+
+SMALLEST_TEMPERATURE = 1e-45
+"""The smallest that is not zero as float32."""
 
 
 class SlotSampling:
-    """Sampling parameters of every slot, as one array each, and the choice of tokens from them.
+    """Sampling parameters of every slot, on the host and on the device, and the choice of tokens from them.
 
     A row's token depends on its logits, its parameters, its seed and its position only.
+
+    Args:
+        num_slots: slots; one more, that of no row, is greedy.
+        device: where tokens are chosen.
     """
 
     def __init__(self, num_slots: int, device: torch.device) -> None:
         self.device = device
-        self.values: dict[str, np.ndarray] = {
-            name: np.full(num_slots, neutral, dtype) for name, (dtype, neutral) in FIELDS.items()
-        }
+        self._num_slots = num_slots
+        # An even number of columns: every table starts at a multiple of 16 bytes, whatever the number of slots is.
+        self._words = np.zeros((len(NEUTRAL), (num_slots + 2) // 2 * 2), dtype=np.int64)
+        for name, neutral in NEUTRAL.items():
+            self._column(name)[:] = neutral
+        # On a CPU the host's tables are the device's.
+        self._device_words = torch.from_numpy(self._words).to(device, copy=device.type != "cpu")
+        self._is_stale = False
         self._token_ids = torch.empty(0, dtype=torch.int32, device=device)
 
     def grow(self, num_slots: int) -> None:
-        """Make room for more slots."""
-        for name, (dtype, neutral) in FIELDS.items():
-            old = self.values[name]
-            self.values[name] = np.concatenate([old, np.full(num_slots - len(old), neutral, dtype)])
+        """Make room for more slots. Nothing may have been captured."""
+        new = SlotSampling(num_slots, self.device)
+        new._words[:, : self._num_slots] = self._words[:, : self._num_slots]
+        self._num_slots, self._words, self._device_words = num_slots, new._words, new._device_words
+        self._is_stale = self.device.type != "cpu"
 
     def set(self, slot: int, rules: TokenRules, row: int) -> None:
         """Take over the parameters of a row; a row with processors of its own has only a seed here."""
         sampling = rules.plain or Sampling(do_sample=rules.do_sample)
-        for name in FIELDS:
-            if name != "seed":
-                self.values[name][slot] = getattr(sampling, name)
+        for name in ("top_k", "top_p", "min_p"):
+            self._column(name)[slot] = getattr(sampling, name)
+        self._column("temperature")[slot] = (
+            max(sampling.temperature, SMALLEST_TEMPERATURE) if sampling.do_sample else 0.0
+        )
         seed = rules.seed_of_row(row)
-        self.values["seed"][slot] = seed - 2**64 if seed >= 2**63 else seed
+        self._column("seed")[slot] = seed - 2**64 if seed >= 2**63 else seed
+        self._column("logprobs")[slot] = rules.num_logprobs is not None
+        self._is_stale = self.device.type != "cpu"
+
+    def sync(self) -> None:
+        """Send what :meth:`set` has changed, in the order of the stream."""
+        if self._is_stale:
+            self._device_words.copy_(send(self._words, self.device))
+            self._is_stale = False
 
     def choose(self, logits: torch.Tensor, slots: np.ndarray, positions: np.ndarray) -> torch.Tensor:
         """The next token of each row.
@@ -59,25 +76,30 @@ class SlotSampling:
         Returns:
             ``[num_rows]`` int64; ``INVALID_TOKEN`` where no token can be chosen.
         """
-        is_sampled = self.values["do_sample"][slots]
-        if not is_sampled.any():
-            return choose_tokens(logits)  # widening to float32 changes neither the order nor the ties
-        if is_sampled.all():
-            return self._draw(logits.float(), slots, positions)
-        token_ids = torch.empty(len(slots), dtype=torch.int64, device=logits.device)
-        for rows, drawn in ((np.flatnonzero(is_sampled), True), (np.flatnonzero(~is_sampled), False)):
-            index = send(rows, logits.device)
-            chosen = (
-                self._draw(logits[index].float(), slots[rows], positions[rows])
-                if drawn
-                else choose_tokens(logits[index])
-            )
-            token_ids[index] = chosen
-        return token_ids
+        if not self._column("temperature")[slots].any():
+            # One launch in the place of several, where no graph hides what they cost the host.
+            return choose_tokens(logits)
+        self.sync()
+        index = send(slots.astype(np.int64, copy=False), self.device)
+        return self.choose_static(logits.to(self.device), index, send(positions, self.device))[0]
+
+    def choose_static(
+        self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`choose` with slots and positions on the device, by what :meth:`sync` has sent.
+
+        Returns:
+            The tokens, and float32 ``[num_rows]``: the log-sum-exp of the logits of rows that report log-probabilities.
+        """
+        tables = (
+            words if name in INTEGERS else words.view(torch.float64) for name, words in zip(NEUTRAL, self._device_words)
+        )
+        return sample_tokens_op(logits, slots, positions, *tables)
 
     def noise(self, slots: np.ndarray, positions: np.ndarray, vocab_size: int) -> torch.Tensor:
         """Gumbel noise ``[num_rows, vocab]`` of rows at their positions."""
-        return gumbel_noise(self._column("seed", slots), self._to_device(positions), self.token_ids(vocab_size))
+        seeds = send(self._column("seed")[slots], self.device)
+        return gumbel_noise(seeds, send(positions, self.device), self.token_ids(vocab_size))
 
     def token_ids(self, vocab_size: int) -> torch.Tensor:
         """0 to ``vocab_size - 1`` as int32 on the device."""
@@ -85,24 +107,7 @@ class SlotSampling:
             self._token_ids = torch.arange(vocab_size, dtype=torch.int32, device=self.device)
         return self._token_ids[:vocab_size]
 
-    def _draw(self, logits: torch.Tensor, slots: np.ndarray, positions: np.ndarray) -> torch.Tensor:
-        # A parameter that no row of the batch uses is left out; left out or neutral, a row's scores are the same.
-        top_k = self.values["top_k"][slots]
-        scores = warp_logits(
-            logits,
-            temperature=self._used("temperature", slots),
-            top_k=self._used("top_k", slots),
-            max_top_k=int(top_k.max()),
-            top_p=self._used("top_p", slots),
-            min_p=self._used("min_p", slots),
-        )
-        return choose_tokens(scores, self.noise(slots, positions, logits.shape[-1]))
-
-    def _used(self, name: str, slots: np.ndarray) -> torch.Tensor | None:
-        return self._column(name, slots) if (self.values[name][slots] != FIELDS[name][1]).any() else None
-
-    def _column(self, name: str, slots: np.ndarray) -> torch.Tensor:
-        return self._to_device(self.values[name][slots])
-
-    def _to_device(self, values: np.ndarray) -> torch.Tensor:
-        return send(values, self.device)
+    def _column(self, name: str) -> np.ndarray:
+        """A parameter of every slot, on the host."""
+        words = self._words[list(NEUTRAL).index(name)]
+        return words if name in INTEGERS else words.view(np.float64)

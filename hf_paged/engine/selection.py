@@ -7,7 +7,7 @@ import torch
 from hf_paged_kernels.sampling_reference import INVALID_TOKEN, choose_tokens
 
 from . import prompt_lookup
-from .logprobs import TokenLogprobs, token_logprobs
+from .logprobs import ComingLogprobs, TokenLogprobs
 from .sampling import SlotSampling
 from .stopping import history_tensor, is_stopped
 from .token_rules import TokenRules
@@ -23,13 +23,21 @@ class Selection:
     Attributes:
         token_ids: ``[num_rows]`` int64 on the device; :data:`INVALID_TOKEN` for a row that must end with its entry of
             ``errors``, or, where it has none, with :func:`invalid_scores_error`.
-        logprobs: of the slots whose requests asked for them.
+        coming_logprobs: the slots whose requests asked for log-probabilities, and these.
         errors: what a row's processor raised, by slot; other rows are not affected.
     """
 
     token_ids: torch.Tensor
-    logprobs: dict[int, TokenLogprobs] | None = None
+    coming_logprobs: tuple[list[int], ComingLogprobs] | None = None
     errors: dict[int, Exception] = dataclasses.field(default_factory=dict)
+
+    @property
+    def logprobs(self) -> dict[int, TokenLogprobs]:
+        """Log-probabilities by slot, of those that asked for them; waits until they are there."""
+        if self.coming_logprobs is None:
+            return {}
+        slots, coming = self.coming_logprobs
+        return dict(zip(slots, coming.wait()))
 
 
 def invalid_scores_error(slot: int) -> ValueError:
@@ -116,14 +124,20 @@ class TokenSelector:
                     errors[slot] = error
         return Selection(token_ids, self._logprobs(logits, slots, token_ids), errors)
 
-    def is_greedy(self, slots: np.ndarray) -> bool:
-        """Whether each of these rows takes the largest logit, and reports nothing but its token."""
-        is_plain = self.is_plain[slots] & ~self.has_logprobs[slots] & ~self.sampling.values["do_sample"][slots]
-        return bool(is_plain.all())
+    def chosen(self, logits: torch.Tensor, slots: np.ndarray, token_ids: torch.Tensor, lse: torch.Tensor) -> Selection:
+        """What :meth:`select` gives for rows that need no host and whose tokens are chosen.
+
+        Args:
+            logits: ``[num_rows, vocab]``.
+            slots: ``[num_rows]`` int.
+            token_ids: ``[num_rows]`` int64.
+            lse: ``[num_rows]`` float32, see :meth:`SlotSampling.choose_static`.
+        """
+        return Selection(token_ids, self._logprobs(logits, slots, token_ids, lse))
 
     def needs_host(self, slots: np.ndarray) -> bool:
-        """Whether the next token of one of these rows is chosen, or reported, on the host."""
-        return not bool((self.is_plain[slots] & ~self.has_logprobs[slots]).all())
+        """Whether the next token of one of these rows is chosen with the host's help."""
+        return not bool(self.is_plain[slots].all())
 
     def stopped(
         self, slots: np.ndarray, history: np.ndarray, lengths: np.ndarray
@@ -217,15 +231,14 @@ class TokenSelector:
         return choose_tokens(scores, noise)
 
     def _logprobs(
-        self, logits: torch.Tensor, slots: np.ndarray, token_ids: torch.Tensor
-    ) -> dict[int, TokenLogprobs] | None:
+        self, logits: torch.Tensor, slots: np.ndarray, token_ids: torch.Tensor, lse: torch.Tensor | None = None
+    ) -> tuple[list[int], ComingLogprobs] | None:
         wanted = np.flatnonzero(self.has_logprobs[slots])
         if not wanted.size:
             return None
-        index = torch.from_numpy(wanted).to(logits.device)
-        counts = [self._rows[slot].rules.num_logprobs or 0 for slot in slots[wanted].tolist()]
-        entries = token_logprobs(logits[index], token_ids[index], max(counts))
-        return {
-            slot: dataclasses.replace(entry, top_ids=entry.top_ids[:count], top_logprobs=entry.top_logprobs[:count])
-            for slot, count, entry in zip(slots[wanted].tolist(), counts, entries)
-        }
+        names = slots[wanted].tolist()
+        counts = [self._rows[slot].rules.num_logprobs or 0 for slot in names]
+        if len(wanted) < len(slots):
+            index = send(wanted, logits.device)
+            logits, token_ids, lse = logits[index], token_ids[index], None if lse is None else lse[index]
+        return names, ComingLogprobs(logits, token_ids, counts, lse)

@@ -79,7 +79,7 @@ def probe(model: Any, config: EngineConfig, reference: Reference | None) -> Prob
     # The check is of the packing: quantised pages differ by their rounding, whatever the model.
     plain = dataclasses.replace(config, kv_dtype="auto")
     logits, core = _packed_logits(model, plain, prompts)
-    if reference is not None and not _agree(reference.logits, logits):
+    if reference is not None and not agree(reference.logits, logits):
         raise UnsupportedModelError(_describe(model, reference, logits, core))
     if config.kv_dtype != "auto":
         _, core = _packed_logits(model, config, prompts)
@@ -139,22 +139,23 @@ def _run(core: EngineCore, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
     return [torch.cat(part) for part in parts]
 
 
-def _differences(dense: list[torch.Tensor], packed: list[torch.Tensor]) -> tuple[float, float]:
+def differences(dense: list[torch.Tensor], packed: list[torch.Tensor]) -> tuple[float, float]:
     """Largest and mean difference, in standard deviations of the dense logits."""
     wanted, got = torch.cat(dense).float(), torch.cat(packed).float()
     difference = (wanted - got).abs() / wanted.std()
     return float(difference.max()), float(difference.mean())
 
 
-def _agree(dense: list[torch.Tensor], packed: list[torch.Tensor]) -> bool:
-    most, mean = _differences(dense, packed)
+def agree(dense: list[torch.Tensor], packed: list[torch.Tensor]) -> bool:
+    """Whether logits ``[L, vocab]`` of several prompts differ by no more than roundings."""
+    most, mean = differences(dense, packed)
     # NaN agrees with nothing.
     limit = MOST_DIFFERENCE.get(dense[0].dtype)
     return most <= limit if limit is not None else mean <= MEAN_DIFFERENCE
 
 
 def _describe(model: Any, reference: Reference, packed: list[torch.Tensor], core: EngineCore) -> str:
-    most, mean = _differences(reference.logits, packed)
+    most, mean = differences(reference.logits, packed)
     return (
         f"{type(model).__name__} computes something else in the engine than by itself: logits of short prompts differ "
         f"by up to {most:.2g} standard deviations ({mean:.2g} on average). {_blame(model, reference, core)} Use the "
@@ -175,7 +176,7 @@ def _blame(model: Any, reference: Reference, core: EngineCore) -> str:
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
     for number, (name, layer) in enumerate(_layers(model).items()):
         own, got = reference.layers.get(name), paged.get(name)
-        if own is not None and got is not None and not _agree([own], [got]):
+        if own is not None and got is not None and not agree([own], [got]):
             kind = f" ({kinds[number]})" if kinds and number < len(kinds) else ""
             return f"The first layer that differs is {name}{kind}, a {type(layer).__name__}."
     return "A prompt computed alone agrees: its layers mix the sequences of a packed batch."

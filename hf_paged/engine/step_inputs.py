@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from hf_paged_kernels.fused_ops import decode_inputs_op, decode_rows_op
 
 from ..split_plans import SplitPlans
 from .chunk_graphs import unpack
@@ -158,21 +159,14 @@ class SlotTables:
 
         ``computed`` counts the step from then on. Slots without tokens get seq_len 0 and write nothing.
         """
-        computed = self.computed[slots]
-        is_row = computed >= 0
-        self.computed[slots] = torch.where(is_row, computed + 1, -1)
-        positions = computed.clamp(min=0)
+        ids, positions, seq_lens = decode_inputs_op(slots, self.computed, self.last_token)
         page_size = self.pages.page_size
-        groups = []
-        for table in self.page_tables:
-            rows = table[slots]
-            page = rows.gather(1, (positions // page_size)[:, None]).squeeze(1).long()
-            groups.append(GroupInputs(rows, torch.where(is_row, page * page_size + positions % page_size, -1)))
+        groups = [GroupInputs(*decode_rows_op(slots, seq_lens, table, page_size)) for table in self.page_tables]
         num_rows = len(slots)
         longest = (self.page_tables[0].shape[1] if self.page_tables else 0) * page_size
         return StepInputs(
-            np.empty(0, dtype=np.int64), self.last_token[slots].view(1, -1), positions.view(1, -1),
-            (computed + 1).to(torch.int32), self._range[: num_rows + 1], 1, longest, num_rows * longest, groups,
+            np.empty(0, dtype=np.int64), ids.view(1, -1), positions.view(1, -1), seq_lens,
+            self._range[: num_rows + 1], 1, longest, num_rows * longest, groups,
         )  # fmt: skip
 
     def chunk_inputs(self, buffer: torch.Tensor) -> tuple[StepInputs, torch.Tensor]:

@@ -165,3 +165,48 @@ def choose_tokens(scores: torch.Tensor, noise: torch.Tensor | None = None) -> to
         return token_ids.masked_fill_(best.isnan(), INVALID_TOKEN)
     best, token_ids = (scores + noise).max(dim=-1)
     return token_ids.masked_fill_(~best.isfinite(), INVALID_TOKEN)
+
+
+def sample_tokens_reference(
+    logits: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+    wants_lse: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See ``sampling_ops.sample_tokens_op`` for the arguments. Reads parameters back to the host."""
+    lse = torch.full((len(slots),), torch.nan, device=logits.device)
+    asked = (wants_lse[slots] != 0).nonzero().squeeze(1)
+    if len(asked):
+        lse[asked] = logits[asked].float().logsumexp(-1)
+    # Widening to float32 changes neither the order nor the ties.
+    is_drawn = temperature[slots].float() > 0
+    if not is_drawn.any():
+        return choose_tokens(logits), lse
+    drawn, greedy = (rows.nonzero().squeeze(1) for rows in (is_drawn, ~is_drawn))
+    token_ids = torch.empty(len(slots), dtype=torch.int64, device=logits.device)
+    if len(greedy):
+        token_ids[greedy] = choose_tokens(logits[greedy])
+        logits, slots, positions = logits[drawn], slots[drawn], positions[drawn]
+
+    def used(parameters: torch.Tensor, neutral: float) -> torch.Tensor | None:
+        # Left out where no row uses it; left out or neutral, a row's scores are the same.
+        values = parameters[slots]
+        return values if bool((values != neutral).any()) else None
+
+    t, p = used(temperature, 1), used(min_p, 0)
+    scores = warp_logits(
+        logits.float(),
+        temperature=None if t is None else t.float(),
+        top_k=used(top_k, 0),
+        max_top_k=int(top_k[slots].max()),
+        top_p=used(top_p, 1),
+        min_p=None if p is None else p.float(),
+    )
+    token_range = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
+    token_ids[drawn] = choose_tokens(scores, gumbel_noise(seeds[slots], positions, token_range))
+    return token_ids, lse

@@ -1,0 +1,180 @@
+"""Sampled rows in captured decode steps: next to greedy ones, one step ahead, the same tokens as without capture."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hf_paged_kernels.sampling_reference import sample_tokens_reference
+from transformers import GenerationConfig
+
+import hf_paged
+from hf_paged.engine import sampling
+from hf_paged.engine.decode_graphs import CudaCapture
+from hf_paged.engine.sampling import SlotSampling
+from hf_paged.engine.token_rules import TokenRules
+
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
+from explicit_models import tiny_model as tiny_model_without_eos
+from random_requests import tiny_model
+
+MIX = [
+    dict(),
+    dict(do_sample=True, top_k=0),
+    dict(do_sample=True, top_p=0.8, temperature=1.3),
+    dict(do_sample=True, top_k=7),
+    dict(do_sample=True, top_k=0, top_p=0.95, temperature=0.8),
+    dict(do_sample=True, top_k=0, min_p=0.1, temperature=2.0),
+    dict(),
+]
+
+
+def config(new: int, **options) -> GenerationConfig:
+    return GenerationConfig(max_new_tokens=new, pad_token_id=0, **({"do_sample": False} | options))
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return torch.randint(3, 90, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def run_again(step, slots):
+    """Stands for a capture: the step itself, over the same static buffer."""
+    step(slots)
+    return lambda: step(slots)
+
+
+def submit_mix(engine: hf_paged.Engine, new: int, logprobs: int | None = None) -> list:
+    return [
+        engine.submit(prompt(4 + 5 * i, i), generation_config=config(new + i, **MIX[i]), seed=i, logprobs=logprobs)
+        for i in range(len(MIX))
+    ]
+
+
+def make_engine(model, *, captured: bool) -> hf_paged.Engine:
+    options = dict(num_pages=64, page_size=8, max_num_seqs=4, max_batch_tokens=32, self_check=False)
+    engine = hf_paged.Engine(model, hf_paged.EngineConfig(**options), background=False)
+    if captured:
+        assert engine._core.use_graphs(run_again) is None
+        engine._core.runs_ahead = True
+    return engine
+
+
+@pytest.fixture(scope="module")
+def model():
+    return tiny_model("llama")
+
+
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_mixed_rows_give_the_tokens_of_steps_without_capture(model, logprobs):
+    """More requests than slots, so that slots change between greedy and sampled rows."""
+    with make_engine(model, captured=False) as engine:
+        expected = [handle.result() for handle in submit_mix(engine, 9, logprobs)]
+    with make_engine(model, captured=True) as engine:
+        outputs = [handle.result() for handle in submit_mix(engine, 9, logprobs)]
+        engine.check()
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]
+    if logprobs is not None:
+        for output, other in zip(outputs, expected):
+            assert [entry.token_id for entry in output.logprobs] == output.token_ids
+            assert [entry.top_ids for entry in output.logprobs] == [entry.top_ids for entry in other.logprobs]
+            got, want = ([e.logprob for e in x.logprobs] for x in (output, other))
+            assert got == pytest.approx(want, abs=1e-4)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(logprobs=3)], ids=str)
+def test_sampled_steps_are_launched_ahead(model, options):
+    with make_engine(model, captured=True) as engine:
+        handle = engine.submit(prompt(9), generation_config=config(10, do_sample=True, top_p=0.9), seed=3, **options)
+        core, order = engine._core, []
+        run, collect = core.run, core.collect
+        core.run = lambda work: (order.append("run"), run(work))[1]
+        core.collect = lambda launched: (order.append("collect"), collect(launched))[1]
+        while engine.step():
+            engine.check()
+        assert order == ["run"] + ["run", "collect"] * 9 + ["collect"]
+        assert len(handle.result().token_ids) == 10
+
+
+def test_the_tokens_of_captured_steps_are_taken_as_they_are(model, monkeypatch):
+    """Rows whose parameters the device has are not chosen again."""
+    with make_engine(model, captured=True) as engine:
+        handles = submit_mix(engine, 12)[:3]
+        for _ in range(6):
+            engine.step()
+        monkeypatch.setattr(engine._core.selector, "select", None)
+        engine.step()
+        monkeypatch.undo()
+        assert all(handle.result().finish_reason == "length" for handle in handles)
+
+
+def sampling_of_mix(model, device: torch.device, num_slots: int = 32) -> SlotSampling:
+    slots = SlotSampling(num_slots, device)
+    for slot in range(num_slots):
+        options = MIX[slot % len(MIX)]
+        slots.set(slot, TokenRules.make(model, config(5, **options), prompt_ids=[5], seed=slot), 0)
+    return slots
+
+
+def test_parameters_of_slots():
+    """Every slot has its own; the slot behind the last one is greedy; a slot can be set again, and the tables grow."""
+    model = tiny_model_without_eos("llama", "eager", num_hidden_layers=1)
+    slots = sampling_of_mix(model, torch.device("cpu"), 7)
+    logits = torch.randn(1, 50).expand(8, -1)
+    index, positions = np.arange(8), np.full(8, 3)
+    first = slots.choose(logits, index, positions)
+    assert first[[0, 6, 7]].tolist() == [int(logits[0].argmax())] * 3
+    alone = [slots.choose(logits[:1], index[i : i + 1], positions[:1]).item() for i in range(8)]
+    assert first.tolist() == alone
+    slots.grow(20)
+    assert torch.equal(slots.choose(logits, np.array([*range(7), 20]), positions), first)
+    slots.set(2, TokenRules.make(model, config(5), prompt_ids=[5]), 0)
+    assert slots.choose(logits[:1], np.array([2]), positions[:1]).item() == int(logits[0].argmax())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("num_rows", "vocab"), [(1, 151_936), (37, 128_256), (256, 32_000)])
+def test_a_captured_choice_follows_slots_and_tables(dtype, num_rows, vocab):
+    model = tiny_model_without_eos("llama", "eager", num_hidden_layers=1).cuda()
+    device = torch.device("cuda", torch.cuda.current_device())
+    table = sampling_of_mix(model, device, 256)
+    logits, positions = torch.empty(num_rows, vocab, dtype=dtype, device=device), torch.arange(num_rows, device=device)
+    index = torch.zeros(num_rows, dtype=torch.int64, device=device)
+    table.sync()
+    replay = CudaCapture()(lambda slots: table.choose_static(logits, slots, positions), index)
+    for round_ in range(4):
+        logits.normal_(std=(0.6, 3.0)[round_ % 2])
+        index.copy_(torch.randperm(256)[:num_rows])
+        positions += 1
+        if round_ == 2:
+            for slot in range(256):
+                rules = TokenRules.make(model, config(5, **MIX[-1 - slot % len(MIX)]), prompt_ids=[5], seed=slot)
+                table.set(slot, rules, 0)
+        table.sync()
+        tokens, _ = replay()
+        words = [words if i in (1, 4, 5) else words.view(torch.float64) for i, words in enumerate(table._device_words)]
+        expected, _ = sample_tokens_reference(logits, index, positions, *words)
+        # A token within rounding of a border may differ: hardly ever does one.
+        assert (tokens != expected).sum() <= num_rows // 100
+
+
+@pytest.mark.gpu
+def test_an_engine_with_graphs_gives_the_tokens_of_the_reference(monkeypatch):
+    model = tiny_model("llama").cuda()
+    options = dict(num_pages=256, page_size=16, max_num_seqs=8, self_check=False)
+    calls = []
+
+    def reference(*arguments):
+        calls.append(len(arguments[1]))
+        return sample_tokens_reference(*arguments)
+
+    with hf_paged.Engine(model, hf_paged.EngineConfig(**options), background=False) as engine:
+        outputs = [handle.result() for handle in submit_mix(engine, 30)]
+        assert engine._core.runner.graphs.failure is None
+    monkeypatch.setattr(sampling, "sample_tokens_op", reference)
+    eager = hf_paged.EngineConfig(**options, cuda_graphs=False)
+    with hf_paged.Engine(model, eager, background=False) as engine:
+        expected = [handle.result() for handle in submit_mix(engine, 30)]
+    assert calls
+    assert [output.token_ids for output in outputs] == [output.token_ids for output in expected]

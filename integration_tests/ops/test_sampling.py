@@ -1,0 +1,257 @@
+"""The sampling kernels (in the interpreter on CPU) against warpers and noise in float64, and against the reference."""
+
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from helpers import DEVICE
+from hf_paged_kernels import sampling_triton
+from hf_paged_kernels.sampling_ops import sample_tokens_op
+from hf_paged_kernels.sampling_reference import INVALID_TOKEN, gumbel_noise, sample_tokens_reference
+from hf_paged_kernels.sampling_triton import sample_tokens_launch
+
+NEUTRAL = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+KINDS = {
+    "greedy": dict(temperature=0.0),
+    "temperature": dict(temperature=0.7),
+    "hot": dict(temperature=5.0),
+    "top_k": dict(top_k=50),
+    "one": dict(top_k=1, temperature=1.3),
+    "many": dict(top_k=700),
+    "all": dict(top_k=10**12, temperature=0.9),
+    "top_p": dict(top_p=0.95, temperature=0.8),
+    "half": dict(top_p=0.5),
+    "narrow": dict(top_p=0.05),
+    "none": dict(top_p=0.0),
+    "min_p": dict(min_p=0.1, temperature=1.5),
+    "equal": dict(min_p=1.0),
+    "top_k top_p": dict(top_k=20, top_p=0.8, temperature=0.6),
+    "top_p min_p": dict(top_p=0.9, min_p=0.05),
+    "everything": dict(top_k=300, top_p=0.95, min_p=0.02, temperature=1.1),
+}
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def tables(parameters: list[dict[str, float]]) -> tuple[torch.Tensor, ...]:
+    """Parameters of each row in a slot of its own, shuffled; other slots hold what no row may read.
+
+    Returns slots, positions, and the tables in the order of the op's arguments.
+    """
+    num = len(parameters)
+    slots = torch.randperm(num + 3)[:num]
+    poison = dict(temperature=math.nan, top_k=-(10**9), top_p=math.nan, min_p=math.nan)
+    dtypes = dict(temperature=torch.float64, top_k=torch.int64, top_p=torch.float64, min_p=torch.float64)
+    columns = []
+    for name, dtype in dtypes.items():
+        column = torch.full((num + 3,), poison[name], dtype=dtype)
+        column[slots] = torch.tensor([(NEUTRAL | p)[name] for p in parameters], dtype=dtype)
+        columns.append(column)
+    seeds = torch.randint(-(2**63), 2**63 - 1, (num + 3,))
+    positions = torch.randint(0, 2**20, (num,))
+    wants_lse = torch.randint(0, 2, (num + 3,))
+    return tuple(x.to(DEVICE) for x in (slots, positions, *columns, seeds, wants_lse))
+
+
+def kept_or_border(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float):
+    """Which tokens are kept, and which so close to a border that rounding decides: float64, from the definition."""
+    scores = (logits.float().cpu() / torch.tensor(temperature)).double()
+    kept = torch.ones_like(scores, dtype=torch.bool)
+    border = torch.zeros_like(kept)
+    if top_k:
+        kept = scores >= scores.sort(descending=True).values[min(top_k, len(scores)) - 1]
+    if top_p < 1:
+        order = scores.masked_fill(~kept, -math.inf).sort(stable=True).indices
+        probabilities = (scores.masked_fill(~kept, -math.inf).softmax(0))[order]
+        below = probabilities.cumsum(0)
+        is_kept = below > 1 - top_p
+        is_kept[-1] = True
+        kept_by_p = torch.zeros_like(kept).scatter_(0, order, is_kept)
+        near = torch.zeros_like(kept).scatter_(0, order, (below - (1 - top_p)).abs() < 1e-5)
+        near[order[-1]] = False
+        kept, border = kept & (kept_by_p | near), near & kept
+    if min_p:
+        ratio = (scores - scores.max()).exp()
+        near = (ratio / min_p - 1).abs() < 1e-5
+        kept &= (ratio >= min_p) | near
+        border |= near
+    return kept, border
+
+
+def check(logits: torch.Tensor, parameters: list[dict[str, float]]) -> int:
+    """Choose and compare every row; returns how many rows were decided by rounding at a border."""
+    slots, positions, *columns, seeds, wants_lse = tables(parameters)
+    chosen, lse = sample_tokens_launch(logits, slots, positions, *columns, seeds, wants_lse)
+    got, wanted = chosen.tolist(), (wants_lse[slots] > 0).cpu()
+    expected_lse = logits.double().cpu().logsumexp(-1)
+    is_finite = wanted & expected_lse.isfinite()
+    assert lse.cpu()[~wanted].isnan().all()
+    assert torch.allclose(lse.double().cpu()[is_finite], expected_lse[is_finite], rtol=2e-6, atol=2e-6)
+    ids = torch.arange(logits.shape[-1], dtype=torch.int32)
+    noise = gumbel_noise(seeds[slots].cpu(), positions.cpu(), ids)
+    num_close = 0
+    for row, given in enumerate(parameters):
+        options = NEUTRAL | given
+        x = logits[row].float().cpu()
+        if options["temperature"] == 0:
+            expected = INVALID_TOKEN if x.isnan().any() else int((x == x.max()).nonzero()[0])
+            assert got[row] == expected, (row, given)
+            continue
+        scores = x / torch.tensor(options["temperature"])
+        if not scores.max().isfinite():
+            assert got[row] == INVALID_TOKEN, (row, given)
+            continue
+        kept, border = kept_or_border(logits[row], **options)
+        noisy = (scores + noise[row]).masked_fill(~kept, -math.inf)
+        # The best token that is kept for sure, or one at a border that is better still.
+        sure = noisy.masked_fill(border, -math.inf).max()
+        allowed = {int((noisy.masked_fill(border, -math.inf) == sure).nonzero()[0])}
+        close = set((border & (noisy >= sure)).nonzero().flatten().tolist())
+        num_close += bool(close)
+        assert got[row] in allowed | close, (row, given, got[row], allowed, close)
+    return num_close
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [1, 5, 63, 1000, 4097])
+@pytest.mark.parametrize("spread", [0.5, 8.0])
+def test_all_parameters_next_to_each_other(poison, dtype, vocab, spread):
+    parameters = [KINDS[name] for name in KINDS]
+    logits = (torch.randn(len(parameters), vocab) * spread).to(dtype).to(DEVICE)
+    check(logits, parameters)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_large_vocabulary(poison, dtype):
+    parameters = [KINDS[name] for name in ("greedy", "temperature", "top_k", "top_p", "min_p", "everything")]
+    logits = (torch.randn(len(parameters), 151_936) * 2).to(dtype).to(DEVICE)
+    check(logits, parameters)
+
+
+def test_vocabularies_beyond_the_number_of_tiles(poison, monkeypatch):
+    monkeypatch.setattr(sampling_triton, "MAX_TILES", 2)
+    parameters = [KINDS[name] for name in KINDS]
+    check((torch.randn(len(parameters), 6000) * 3).bfloat16().to(DEVICE), parameters)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ties(poison, dtype):
+    """Few distinct values: top-k keeps those that equal the k-th, top-p removes by rising id."""
+    parameters = [KINDS[name] for name in KINDS]
+    logits = torch.randint(-3, 3, (len(parameters), 300)).to(dtype).to(DEVICE)
+    logits[:3] = 0
+    logits[5, 7] = -0.0
+    check(logits, parameters)
+    check(torch.zeros(len(parameters), 5000, dtype=dtype, device=DEVICE), parameters)
+
+
+def test_scores_that_are_equal_after_the_division():
+    """Neighbouring float32 logits become ties by a temperature, which top-k keeps all."""
+    start = torch.tensor(1.9).view(torch.int32)
+    logits = (start + torch.randperm(200)).int().view(torch.float32)[None].repeat(40, 1).to(DEVICE)
+    assert len((logits[0] / 1.1).unique()) < 200
+    check(logits, [dict(temperature=1.1, top_k=k, top_p=p) for k, p in zip(range(1, 41), [1.0, 0.3, 0.7, 0.99] * 10)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_masked_tokens(poison, dtype):
+    """Most of a row, or all but one token, or all are -inf."""
+    parameters = [KINDS[name] for name in KINDS]
+    logits = torch.randn(len(parameters), 5000) * 3
+    logits[torch.rand(logits.shape) < 0.98] = -math.inf
+    logits[: len(KINDS)] = -math.inf
+    logits[torch.arange(8), torch.randint(0, 5000, (8,))] = 1.5
+    check(logits.to(dtype).to(DEVICE), parameters)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_rows_without_a_distribution(poison, value):
+    parameters = [KINDS[name] for name in KINDS]
+    logits = torch.randn(len(parameters), 5000)
+    logits[:, 4321] = value
+    check(logits.to(DEVICE), parameters)
+
+
+def test_scores_of_any_size(poison):
+    parameters = [dict(temperature=t) for t in (1e-6, 1e-3, 1e-38, 1e3, 1e30)] * 4
+    logits = torch.randn(len(parameters), 3000) * torch.tensor([1, 100.0, 1e-6, 1e4])[:, None].repeat(5, 1)
+    check(logits.to(DEVICE), parameters)
+
+
+def test_most_rows_are_decided_by_their_definition():
+    """The border that rounding may move is small: it hardly ever decides."""
+    parameters = [KINDS["top_p"], KINDS["half"], KINDS["min_p"]] * 15
+    assert check((torch.randn(45, 2000) * 3).to(DEVICE), parameters) <= 2
+
+
+def test_a_row_depends_on_itself_only():
+    """Not on its place, its slot, the batch, or the strides of the logits."""
+    parameters = [KINDS[name] for name in KINDS]
+    slots, positions, *rest = tables(parameters)
+    logits = torch.randn(len(parameters), 4500, device=DEVICE) * 2
+    whole, lse = sample_tokens_launch(logits, slots, positions, *rest)
+    padded = torch.full((len(parameters), 4567), math.nan, device=DEVICE)
+    padded[:, :4500] = logits
+    order = torch.randperm(len(parameters), device=DEVICE)
+    for some in (order[:1], order[:7]):
+        got = sample_tokens_launch(padded[some][:, :4500], slots[some], positions[some], *rest)
+        assert torch.equal(got[0], whole[some])
+        assert torch.equal(got[1].nan_to_num(0), lse[some].nan_to_num(0))
+    assert torch.equal(sample_tokens_launch(logits, slots, positions, *rest)[0], whole)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [dict(), dict(top_k=5), dict(top_p=0.8), dict(min_p=0.1, temperature=0.7), dict(top_k=9, top_p=0.9)],
+    ids=str,
+)
+def test_tokens_have_the_distribution_of_the_kept_scores(options):
+    logits = (torch.randn(12, generator=torch.Generator().manual_seed(3)) * 2).bfloat16()
+    num = 3000 if DEVICE == "cuda" else 150
+    options = NEUTRAL | options
+    slots = torch.zeros(num, dtype=torch.int64, device=DEVICE)
+    columns = [
+        torch.tensor([options[name]], dtype=dtype, device=DEVICE)
+        for name, dtype in (
+            ("temperature", torch.float64), ("top_k", torch.int64), ("top_p", torch.float64), ("min_p", torch.float64)
+        )
+    ]  # fmt: skip
+    seeds = torch.tensor([17], device=DEVICE)
+    rows, positions = logits.expand(num, -1).to(DEVICE), torch.arange(num, device=DEVICE)
+    drawn, _ = sample_tokens_launch(rows, slots, positions, *columns, seeds, torch.zeros_like(seeds))
+    kept, border = kept_or_border(logits, **options)
+    assert not border.any()
+    expected = (logits.float() / options["temperature"]).masked_fill(~kept, -math.inf).softmax(0)
+    counts = torch.bincount(drawn.cpu(), minlength=12)
+    assert counts[~kept].sum() == 0
+    chi_square = ((counts[kept] - num * expected[kept]) ** 2 / (num * expected[kept])).sum()
+    freedom = int(kept.sum()) - 1
+    assert chi_square < freedom + 5 * math.sqrt(2 * freedom) + 5
+
+
+@pytest.mark.parametrize("vocab", [5, 1000, 5000])
+def test_the_reference_chooses_the_same(vocab):
+    """The path of CPU tensors. Rows that rounding decides are few enough to have none here."""
+    parameters = [KINDS[name] for name in KINDS]
+    slots, positions, *rest = tables(parameters)
+    logits = torch.randn(len(parameters), vocab, device=DEVICE) * 3
+    expected, expected_lse = sample_tokens_reference(logits, slots, positions, *rest)
+    for function in (sample_tokens_launch, sample_tokens_op):
+        tokens, lse = function(logits, slots, positions, *rest)
+        assert torch.equal(tokens, expected)
+        assert torch.allclose(lse, expected_lse, rtol=2e-6, atol=2e-6, equal_nan=True)
+
+
+def test_no_rows():
+    slots, positions, *rest = tables([KINDS["top_p"]])
+    tokens, lse = sample_tokens_launch(torch.empty(0, 9, device=DEVICE), slots[:0], positions[:0], *rest)
+    assert tokens.shape == lse.shape == (0,)
+
+
+def test_the_op_has_a_fake_implementation():
+    slots, positions, *rest = tables([KINDS[name] for name in KINDS])
+    logits = torch.randn(len(KINDS), 100, device=DEVICE)
+    torch.library.opcheck(sample_tokens_op, (logits, slots, positions, *rest), test_utils="test_faketensor")
