@@ -237,9 +237,9 @@ def generate(
         reason = reason_in_model(model)
         if reason is not None:
             raise UnsupportedModelError(reason)
-        # No larger than the call can use.
+        # No larger than the call can use; and one call does not make up for comparing fused modules first.
         rows = min(len(input_ids), EngineConfig().max_num_seqs)
-        config = EngineConfig(max_num_seqs=rows, max_model_len=generation_config.max_length)
+        config = EngineConfig(max_num_seqs=rows, max_model_len=generation_config.max_length, fuse=False)
         with Engine(model, config, background=False) as engine:
             yield engine
 

@@ -451,6 +451,18 @@ def hooks_of(model: torch.nn.Module) -> list[dict[int, Any]]:
     return [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
 
 
+def any_hooks(hooks: list[dict[int, Any]]) -> bool:
+    """Whether there are hooks in what :func:`hooks_of` gave, beside those of ``output_hidden_states`` and the like.
+
+    transformers leaves these in a model for good, once one of its calls has asked for them; they do nothing in others.
+    """
+    return any(hooks) and any(
+        getattr(hook, "__module__", None) != "transformers.utils.output_capturing"
+        for some in hooks
+        for hook in some.values()
+    )
+
+
 def is_moved_by_accelerate(model: torch.nn.Module) -> bool:
     """Whether accelerate moves or offloads a module of the model: it leaves its hook there."""
     return any(hasattr(module, "_hf_hook") for module in model.modules())

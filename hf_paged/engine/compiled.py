@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from ..transformers_internals import hooks_of
+from ..transformers_internals import any_hooks, hooks_of
 
 ONE_KERNEL = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Dropout, torch.nn.Identity)
 
@@ -38,7 +38,7 @@ class CompiledModules:
     @contextlib.contextmanager
     def active(self, cache: object) -> Iterator[None]:
         """One forward of the model on ``cache``; the first one runs uncompiled and is watched."""
-        if any(self._hooks) or is_in_torch_dispatch_mode():
+        if any_hooks(self._hooks) or is_in_torch_dispatch_mode():
             # Compiled code would not call hooks of modules inside; under a mode torch gives compilation up for good.
             yield
         elif self._forwards is None:

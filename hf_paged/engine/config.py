@@ -38,9 +38,9 @@ class EngineConfig:
             takes a minute at the first steps and serves every length.
         fuse: modules of usual kinds (norms, gated MLPs, attention, decoder layers) run fused while the engine computes:
             fewer kernels and larger matmuls. Each is compared with its own forward first. Weights of matmuls that
-            become one are moved into one storage, of which the model's parameters are views; :meth:`Engine.close`
-            moves them out again. None: on a GPU; True: on a CPU as well, and an engine in which nothing can be is
-            refused; False: never.
+            become one are moved into one storage, of which the model's parameters are views (whoever keeps addresses of
+            weights, as a CUDA graph does, must take them later); :meth:`Engine.close` moves them out again. None: on a
+            GPU; True: on a CPU as well, and an engine in which nothing can be is refused; False: never.
         batch_invariant: not available yet; must be False.
 
     Raises:

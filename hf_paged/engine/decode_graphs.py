@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
-from ..transformers_internals import hooks_of, is_moved_by_accelerate
+from ..transformers_internals import any_hooks, hooks_of, is_moved_by_accelerate
 from .transfers import send
 
 logger = logging.get_logger(__name__)
@@ -274,7 +274,7 @@ class LiveModel:
 
     def objection(self) -> str | None:
         """Why the model's forward must be run at present, and not a replay of it; None: it need not."""
-        if any(self._hooks):
+        if any_hooks(self._hooks):
             return "a module of the model has forward hooks, which a graph would not call"
         if torch.is_autocast_enabled(self._device.type):
             return "autocast is on, which keeps copies of weights that a graph would outlive"

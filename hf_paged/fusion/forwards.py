@@ -111,7 +111,7 @@ class Unit:
         self._children = [
             (owner, name, child)
             for owner in module.modules()
-            for name, child in owner._modules.items()
+            for name, child in owner.named_children()
             if id(child) in wanted
         ]
         self._seen = [_Seen(x) for x in (module, *inside)]
@@ -121,7 +121,7 @@ class Unit:
         """Whether modules and their attributes are those that the fused forward was proven with."""
         if self._drops_out and self.module.training:
             return False
-        is_there = all(owner._modules.get(name) is child for owner, name, child in self._children)
+        is_there = all(getattr(owner, name, None) is child for owner, name, child in self._children)
         return is_there and all(seen.is_same() for seen in self._seen)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
@@ -145,7 +145,7 @@ def _has_dropout(module: nn.Module) -> bool:
 
 def is_small(num_tokens: int, weight: torch.Tensor, is_gated: bool = False) -> bool:
     """Whether the kernel of few tokens multiplies so many by ``weight`` ``[N, K]``."""
-    if not has_gluon(weight.device):
+    if not has_gluon(weight.device) or weight.dtype == torch.float64:
         return False
     out_features, in_features = weight.shape
     return choose_small_linear(num_tokens, out_features, in_features, is_gated, weight.element_size()) is not None
@@ -411,6 +411,7 @@ class LayerParts:
         attention, mlp: modules, with their fused forwards where they have some.
         pre_attention, post_attention, pre_mlp, post_mlp: norms; None: there is none.
         handed_on: arguments of the layer that attention gets.
+        defaults: of the layer's arguments.
         following: the norm of the next layer, or the model's last one; None: not known.
     """
 
@@ -421,6 +422,7 @@ class LayerParts:
     pre_mlp: FusedNorm | None
     post_mlp: FusedNorm | None
     handed_on: tuple[str, ...]
+    defaults: dict[str, Any]
     fused_attention: FusedAttention | None = None
     fused_mlp: FusedMlp | None = None
     following: FusedNorm | None = None
@@ -459,7 +461,8 @@ class FusedLayer(Unit):
         norms = [parts.pre_attention, parts.post_attention, parts.pre_mlp, parts.post_mlp]
         if not kwargs.keys() <= self.allowed or not all(norm is None or self.is_in_use(norm) for norm in norms):
             return NotImplemented
-        given = {name: kwargs[name] for name in parts.handed_on if name in kwargs}
+        arguments = parts.defaults | kwargs
+        given = {name: arguments[name] for name in parts.handed_on if name in arguments}
         normed, total = self._attend(hidden_states, given)
         return self._transform(normed, total)
 

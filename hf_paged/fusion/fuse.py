@@ -3,7 +3,7 @@
 What stays as it is: module objects, their classes and attributes, Parameter objects, the state dict, hooks. Fused
 forwards stand in the modules' ``__dict__`` for as long as :meth:`FusedModel.active` lasts, nothing else is patched.
 What changes: the weights of matmuls that became one are views of one storage, see :mod:`weights`;
-:meth:`FusedModel.restore` gives each one of its own again.
+:meth:`FusedModel.restore` gives each one of its own again. Where nobody calls it, they stay views and work as before.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from hf_paged_kernels.backend import has_gluon
 from torch import nn
 from transformers.utils import logging
 
-from ..transformers_internals import hooks_of
+from ..transformers_internals import any_hooks, hooks_of
 from .forwards import (
     ROTATIONS,
     FusedAttention,
@@ -91,7 +91,7 @@ class FusedModel:
         has been exchanged or changed runs unfused until it is the one it was.
         """
         device = next(iter(self._model.parameters())).device.type
-        if any(self._hooks) or torch.is_autocast_enabled(device) or torch.is_grad_enabled():
+        if any_hooks(self._hooks) or torch.is_autocast_enabled(device) or torch.is_grad_enabled():
             yield
             return
         self.refresh()

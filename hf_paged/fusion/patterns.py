@@ -205,7 +205,7 @@ def attention_parts(module: nn.Module, recording: Recording, cache: Any) -> Atte
         raise NotThisKind(f"its layers have {has} outputs, attention has {sizes}")
     sinks = None
     if seen.sinks is not None:
-        sinks = next((p for p in module._parameters.values() if p is not None and _is_of(seen.sinks, p)), None)
+        sinks = next((p for p in module.parameters(recurse=False) if _is_of(seen.sinks, p)), None)
         if sinks is None:
             raise NotThisKind("its sinks are no parameter")
     _check_parameters(module, [*linears, *norms], sinks)
@@ -288,17 +288,21 @@ def layer_parts(module: nn.Module, recording: Recording, norms: dict[nn.Module, 
         raise NotThisKind("its output is not the sum of its parts")
     if len(transformed.args) != 1 or transformed.kwargs:
         raise NotThisKind("the MLP takes more than hidden states")
-    given = _by_name(module, call)
+    defaults = {
+        name: parameter.default
+        for name, parameter in inspect.signature(type(module).forward).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
     for step in recording.steps_of(module) or ():
         layer_call, inner = recording.call(module, step), recording.call(attention[0], step)
         if layer_call is None or inner is None:
             raise NotThisKind("its parts do not run in every step")
-        given, passed = _by_name(module, layer_call), _by_name(attention[0], inner)
+        given, passed = defaults | _by_name(module, layer_call), _by_name(attention[0], inner)
         if any(name not in given or given[name] is not x for name, x in passed.items() if name != "hidden_states"):
             raise NotThisKind("attention gets arguments that the layer does not get")
     handed_on = tuple(name for name in _by_name(attention[0], attended) if name != "hidden_states")
     return LayerParts(
-        attention[0], mlp[0], pre_attention, post_attention, pre_mlp, post_mlp, handed_on, modules=children
+        attention[0], mlp[0], pre_attention, post_attention, pre_mlp, post_mlp, handed_on, defaults, modules=children
     )
 
 

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 HELD = "somebody else holds a weight's memory: a state dict, another model, or a graph that waits for backward()"
 """The objection that whoever starts the engine may want to do something about."""
@@ -138,10 +139,12 @@ def _objection_to(parameter: nn.Parameter, like: nn.Parameter) -> str | None:
 
 
 def _num_holders(tensor: torch.Tensor) -> int:
-    """Tensors that share a tensor's storage, itself counted; 1 where torch does not tell."""
-    count = getattr(torch._C, "_storage_Use_Count", None)
-    if count is None:
-        return 1
+    """Tensors that share a tensor's storage, itself counted."""
     # Of a tensor that nobody else holds: itself, and what the question takes.
     lonely = torch.empty(1)
-    return count(tensor.untyped_storage()._cdata) - count(lonely.untyped_storage()._cdata) + 1
+    return _use_count(tensor) - _use_count(lonely) + 1
+
+
+def _use_count(tensor: torch.Tensor) -> int:
+    """As torch's own CUDA graphs ask for it."""
+    return torch._C._storage_Use_Count(StorageWeakRef(tensor.untyped_storage()).cdata)

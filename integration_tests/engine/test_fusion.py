@@ -267,6 +267,20 @@ def test_hooks_added_later_are_called():
     assert called
 
 
+def test_hooks_that_transformers_leaves_behind_do_not_count(monkeypatch):
+    model = tiny_model("llama")
+    expected = tokens_alone(model)
+    model(torch.tensor([prompt(4)]), output_hidden_states=True)
+    assert any(module._forward_hooks for module in model.modules())
+    with engine_of(model) as engine:
+        calls = []
+        original = forwards.gated_activation_op
+        monkeypatch.setattr(forwards, "gated_activation_op", lambda *args: calls.append(1) or original(*args))
+        assert tokens_of(engine) == expected
+        assert calls
+        assert engine._core.runner._live.objection() is None
+
+
 def test_a_hook_that_changes_values_counts():
     model = tiny_model("llama")
     with engine_of(model) as engine:
