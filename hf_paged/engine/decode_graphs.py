@@ -10,7 +10,10 @@ filled up with the slot behind the last one, which has no tokens, writes nothing
 
 import contextlib
 import gc
-from collections.abc import Callable, Iterable, Sequence
+import threading
+import warnings
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -154,16 +157,20 @@ class CudaCapture:
         self._compiles = compiles
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
+        self._in_pool: weakref.WeakSet[_InPool] = weakref.WeakSet()
 
     def __call__(self, step: Callable[[torch.Tensor], Out], static: torch.Tensor, /) -> Callable[[], Out]:
         """Run the step once, which compiles kernels and shows what cannot be captured, then capture it."""
         if self._stream is None:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(static.device)
+            self._stream = torch.cuda.Stream(static.device)
+        if not self._in_pool:
+            # A pool dies with its last graph, and cannot be used again.
+            self._pool = torch.cuda.graph_pool_handle()
         current = torch.cuda.current_stream(static.device)
         self._stream.wait_stream(current)
-        graph = torch.cuda.CUDAGraph()
+        graph, in_pool = torch.cuda.CUDAGraph(), _InPool()
         with torch.cuda.stream(self._stream):
-            with RefuseHostReads():
+            with refuse_synchronisation(), RefuseHostReads():
                 step(static)
             if self._compiles:
                 step(static)
@@ -175,15 +182,52 @@ class CudaCapture:
                 except BaseException:
                     with contextlib.suppress(RuntimeError):
                         graph.capture_end()
+                    self._in_pool.clear()
                     raise
                 graph.capture_end()
+        self._in_pool.add(in_pool)
         current.wait_stream(self._stream)
 
         def replay() -> Out:
+            assert in_pool is not None
             graph.replay()
             return outputs
 
         return replay
+
+
+class _InPool:
+    """Lives as long as a graph in the pool."""
+
+
+@contextlib.contextmanager
+def refuse_synchronisation() -> Iterator[None]:
+    """Raise :class:`CaptureError` at the end if this thread waited for a CUDA device inside of an operation.
+
+    :class:`RefuseHostReads` sees operations, this sees what they do (experts in other dtypes than bfloat16 read offsets
+    back, for one). CUDA's sync debug mode warns; warnings of other threads go where they always go.
+    """
+    places: list[str] = []
+    thread = threading.get_ident()
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", message=".*synchronizing CUDA operation")
+        show = warnings.showwarning
+
+        def note(message: Any, category: Any, filename: str, lineno: int, *args: Any, **kwargs: Any) -> None:
+            if threading.get_ident() == thread and "synchronizing CUDA operation" in str(message):
+                places.append(f"{filename}:{lineno}")
+            else:
+                show(message, category, filename, lineno, *args, **kwargs)
+
+        warnings.showwarning = note
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    if places:
+        raise CaptureError(f"the model waits for the device ({places[0]})")
 
 
 @contextlib.contextmanager

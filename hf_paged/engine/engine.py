@@ -736,7 +736,7 @@ class Engine:
             if graphs is None or chunk_graphs is None:
                 return 0
             graphs.warm_up(sizes, progress)
-            if sizes is None:
+            if sizes is None and graphs.failure is None:
                 chunk_graphs.warm_up(progress)
             return len(graphs) + len(chunk_graphs)
 

@@ -170,6 +170,8 @@ class Runner:
         """Logits of the last token of each row ``[num_rows, vocab]``; None: nothing was run."""
         if self.chunk_graphs is None or work.num_decode or not self._may_replay():
             return None
+        if self.graphs is not None and self.graphs.failure is not None:
+            return None
         logits = self.chunk_graphs.run(work)
         if logits is not None:
             self.tables.stale[work.slots] = True

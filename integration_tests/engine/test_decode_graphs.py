@@ -1,6 +1,8 @@
 """Decode steps over static buffers, and steps launched ahead: on a CPU, with a replay that runs the step again."""
 
 import sys
+import threading
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +11,13 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor
 
 import hf_paged
-from hf_paged.engine.decode_graphs import DecodeGraphs, RefuseHostReads, bucket_sizes
+from hf_paged.engine.decode_graphs import (
+    CaptureError,
+    DecodeGraphs,
+    RefuseHostReads,
+    bucket_sizes,
+    refuse_synchronisation,
+)
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
 from random_requests import tiny_model
@@ -289,6 +297,27 @@ def test_reading_from_the_host_is_only_refused_on_a_device():
         assert int(torch.tensor(3)) == 3
         with pytest.raises(RuntimeError, match="indexes with a mask"):
             torch.arange(3)[torch.tensor([True, False, True])]
+
+
+def test_waiting_for_the_device_is_found_by_its_warnings(monkeypatch):
+    modes = []
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
+
+    def wait():
+        warnings.warn("called a synchronizing CUDA operation", stacklevel=1)
+
+    with pytest.raises(CaptureError, match="waits for the device"), refuse_synchronisation():
+        wait()
+    assert modes == ["warn", 0]
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        with refuse_synchronisation():
+            warnings.warn("something else", stacklevel=1)
+            thread = threading.Thread(target=wait)
+            thread.start()
+            thread.join()
+    assert [str(w.message) for w in seen] == ["something else", "called a synchronizing CUDA operation"]
 
 
 def test_a_pause_may_keep_what_was_captured(model):

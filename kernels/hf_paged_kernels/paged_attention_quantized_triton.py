@@ -418,7 +418,7 @@ def _quantized_forward(
             columns = offs_dv
         store_mask = row_valid[:, None] & (columns < V_DIM)[None, :]
         num_parts = tile * 0
-        if IS_SPLIT:
+        if IS_SPLIT and parts is not None:
             num_parts = tl.load(sequences + 2 * seq + 1)
             if num_parts > 1:
                 # An unnormalised part of the rows, for merge_parts_launch to add up.
