@@ -14,6 +14,7 @@ import torch
 from hf_paged_kernels.backend import has_gluon
 from torch import nn
 from transformers.utils import logging
+from transformers.utils.logging import tqdm
 
 from ..transformers_internals import any_hooks, hooks_of
 from .forwards import (
@@ -170,17 +171,16 @@ class _Builder:
     def build(self) -> FusedModel:
         """All of it."""
         modules = [module for module in self.names if self.recording.steps_of(module) is not None]
-        for module in modules:
-            if any(name in module.__dict__ for name in EPS_NAMES) and not any(True for _ in module.children()):
-                self._try(module, self._norm)
         attention = set(self.recording.attended)
+        norms = [x for x in modules if any(n in x.__dict__ for n in EPS_NAMES) and not any(True for _ in x.children())]
+        linears = {module: sum(type(x) is nn.Linear for x in module.children()) for module in modules}
         # One kind after the other: the memory that a layer's weights leave is that of the next layer's matrix.
-        for module in modules:
-            if module not in attention and sum(type(x) is nn.Linear for x in module.children()) in (2, 3):
-                self._try(module, self._mlp)
-        for module in modules:
-            if module in attention:
-                self._try(module, self._attention)
+        found: list[tuple[nn.Module, Callable[[nn.Module], Unit]]] = [(x, self._norm) for x in norms]
+        found += [(x, self._mlp) for x in modules if x not in attention and linears[x] in (2, 3)]
+        found += [(x, self._attention) for x in modules if x in attention]
+        # Seconds, unless kernels are compiled for the first time.
+        for module, make in tqdm(found, desc="fusing modules", delay=2.0, leave=False):
+            self._try(module, make)
         self._head()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
