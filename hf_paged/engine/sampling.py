@@ -29,21 +29,24 @@ class SlotSampling:
 
     def __init__(self, num_slots: int, device: torch.device) -> None:
         self.device = device
+        self._make_tables(num_slots)
+        self._token_ids = torch.empty(0, dtype=torch.int32, device=device)
+
+    def _make_tables(self, num_slots: int) -> None:
         self._num_slots = num_slots
         # An even number of columns: every table starts at a multiple of 16 bytes, whatever the number of slots is.
         self._words = np.zeros((len(NEUTRAL), (num_slots + 2) // 2 * 2), dtype=np.int64)
         for name, neutral in NEUTRAL.items():
             self._column(name)[:] = neutral
         # On a CPU the host's tables are the device's.
-        self._device_words = torch.from_numpy(self._words).to(device, copy=device.type != "cpu")
+        self._device_words = torch.from_numpy(self._words).to(self.device, copy=self.device.type != "cpu")
         self._is_stale = False
-        self._token_ids = torch.empty(0, dtype=torch.int32, device=device)
 
     def grow(self, num_slots: int) -> None:
         """Make room for more slots. Nothing may have been captured."""
-        new = SlotSampling(num_slots, self.device)
-        new._words[:, : self._num_slots] = self._words[:, : self._num_slots]
-        self._num_slots, self._words, self._device_words = num_slots, new._words, new._device_words
+        before = self._words[:, : self._num_slots]
+        self._make_tables(num_slots)
+        self._words[:, : before.shape[1]] = before
         self._is_stale = self.device.type != "cpu"
 
     def set(self, slot: int, rules: TokenRules, row: int) -> None:
