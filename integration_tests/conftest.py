@@ -79,9 +79,31 @@ def _teach_the_interpreter_indices() -> None:
     interpreter._patch_lang_tensor = patch_lang_tensor
 
 
+def _teach_the_interpreter_masks() -> None:
+    """Triton's interpreter gives a comparison the dtype of what is compared: spread over a block and combined with a
+    mask it is an int32, which Triton 3.9's loads and stores refuse. Compiled it is a mask.
+    """
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+
+    def with_bool(function, place):
+        def call(self, *args):
+            mask = args[place]
+            if mask is not None and mask.data.dtype != bool:
+                mask = interpreter.TensorHandle(mask.data.astype(bool), interpreter.tl.int1)
+            return function(self, *args[:place], mask, *args[place + 1 :])
+
+        return call
+
+    builder.create_masked_load = with_bool(builder.create_masked_load, 1)
+    builder.create_masked_store = with_bool(builder.create_masked_store, 2)
+
+
 if not HAS_GPU:
     _teach_the_interpreter_small_floats()
     _teach_the_interpreter_indices()
+    _teach_the_interpreter_masks()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
