@@ -88,11 +88,11 @@ def _teach_the_interpreter_masks() -> None:
     builder = interpreter.InterpreterBuilder
 
     def with_bool(function, place):
-        def call(self, *args):
+        def call(self, *args, **kwargs):
             mask = args[place]
             if mask is not None and mask.data.dtype != bool:
                 mask = interpreter.TensorHandle(mask.data.astype(bool), interpreter.tl.int1)
-            return function(self, *args[:place], mask, *args[place + 1 :])
+            return function(self, *args[:place], mask, *args[place + 1 :], **kwargs)
 
         return call
 
