@@ -90,7 +90,7 @@ def _teach_the_interpreter_masks() -> None:
     def with_bool(function, place):
         def call(self, *args, **kwargs):
             mask = args[place]
-            if mask is not None and mask.data.dtype != bool:
+            if isinstance(mask, interpreter.TensorHandle) and mask.data.dtype != bool:
                 mask = interpreter.TensorHandle(mask.data.astype(bool), interpreter.tl.int1)
             return function(self, *args[:place], mask, *args[place + 1 :], **kwargs)
 
