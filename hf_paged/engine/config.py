@@ -32,10 +32,10 @@ class EngineConfig:
         self_check: compare a few short prompts with the model's own forward before serving.
         trace_steps: steps that :meth:`Engine.trace` remembers.
         cuda_graphs: decode steps and short chunks of prompts are captured as CUDA graphs, one for each bucket of batch
-            sizes and of token counts. None: where that is
-            possible; True: an engine that cannot is refused; False: never.
+            sizes and of token counts. None: where that is possible; True: an engine that cannot is refused; False:
+            never.
         compile: torch.compile compiles norms, MLPs and the like (whatever sees neither the cache nor attention), which
-            takes a minute at the first steps and serves every length.
+            makes the first steps slow and serves every length.
         fuse: modules of usual kinds (norms, gated MLPs, attention, decoder layers) run fused while the engine computes:
             fewer kernels and larger matmuls. Each is compared with its own forward first. Weights of matmuls that
             become one are moved into one storage, of which the model's parameters are views (whoever keeps addresses of

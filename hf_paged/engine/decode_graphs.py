@@ -157,7 +157,7 @@ class CudaCapture:
         self._compiles = compiles
         self._pool: Any = None
         self._stream: torch.cuda.Stream | None = None
-        self._in_pool: weakref.WeakSet[_InPool] = weakref.WeakSet()
+        self._in_pool: weakref.WeakSet[Callable[[], Any]] = weakref.WeakSet()
 
     def __call__(self, step: Callable[[torch.Tensor], Out], static: torch.Tensor, /) -> Callable[[], Out]:
         """Run the step once, which compiles kernels and shows what cannot be captured, then capture it."""
@@ -168,7 +168,7 @@ class CudaCapture:
             self._pool = torch.cuda.graph_pool_handle()
         current = torch.cuda.current_stream(static.device)
         self._stream.wait_stream(current)
-        graph, in_pool = torch.cuda.CUDAGraph(), _InPool()
+        graph = torch.cuda.CUDAGraph()
         with torch.cuda.stream(self._stream):
             with refuse_synchronisation(), RefuseHostReads():
                 step(static)
@@ -182,22 +182,17 @@ class CudaCapture:
                 except BaseException:
                     with contextlib.suppress(RuntimeError):
                         graph.capture_end()
-                    self._in_pool.clear()
+                    self._in_pool.clear()  # What it left of the pool is not used again either.
                     raise
                 graph.capture_end()
-        self._in_pool.add(in_pool)
         current.wait_stream(self._stream)
 
         def replay() -> Out:
-            assert in_pool is not None
             graph.replay()
             return outputs
 
+        self._in_pool.add(replay)
         return replay
-
-
-class _InPool:
-    """Lives as long as a graph in the pool."""
 
 
 @contextlib.contextmanager

@@ -94,7 +94,8 @@ class Runner:
         n = len(tokens)
         chunks = StepWork(work.slots[n:], work.counts[n:], 0, work.samples[n:])
         more = self._run_packed(chunks, num_logits[n:])
-        first, last = (np.concatenate([np.arange(n) + i, n + x]) for i, x in enumerate((more.first, more.last)))
+        first = np.concatenate([np.arange(n), n + more.first])
+        last = np.concatenate([np.arange(1, n + 1), n + more.last])
         return StepLogits(torch.cat([logits, more.logits]) if len(more.logits) else logits, first, last)
 
     def _run_packed(self, work: StepWork, num_logits: np.ndarray) -> StepLogits:
@@ -103,10 +104,8 @@ class Runner:
         if logits is not None:
             first = np.arange(len(work.slots))
             return StepLogits(logits, first, first + num_logits)
-        keep = self._index(work.counts, num_logits)
-        inputs = self.tables.inputs(work)
         ends = num_logits.cumsum()
-        logits = self.forward(inputs, None if keep is None else send(keep, self.tables.device))[0]
+        logits = self.forward(self.tables.inputs(work), self._index(work.counts, num_logits))[0]
         return StepLogits(logits, ends - num_logits, ends)
 
     def use_fused(self, fused: FusedModel) -> None:
@@ -121,7 +120,14 @@ class Runner:
         self.graphs, self.chunk_graphs = graphs, chunk_graphs
 
     def static_decode(self, slots: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """A decode step over the tables by slot: logits ``[n, vocab]``, the tokens chosen, and log-sum-exps."""
+        """A decode step over the tables by slot.
+
+        Args:
+            slots: int64 ``[n]`` on the device.
+
+        Returns:
+            Logits ``[n, vocab]``, the tokens chosen int64 ``[n]``, and float32 ``[n]``, log-sum-exps of the logits.
+        """
         logits = self.forward(self.tables.static_inputs(slots), None)[0]
         # Counted already: the index of the new token.
         tokens, lse = self.sampling.choose_static(logits, slots, self.tables.computed[slots])
@@ -199,19 +205,20 @@ class Runner:
             one = StepWork(work.slots[i : i + 1], work.counts[i : i + 1], 0, work.samples[i : i + 1])
             self.cache.begin_prompt()
             inputs = self.tables.inputs(one)
-            keep = self._index(one.counts, num_logits[i : i + 1])
-            outputs.append(self.forward(inputs, None if keep is None else send(keep, self.tables.device))[0])
+            outputs.append(self.forward(inputs, self._index(one.counts, num_logits[i : i + 1]))[0])
             self.cache.end(torch.from_numpy(one.slots))
         return torch.cat(outputs) if len(outputs) > 1 else outputs[0]
 
-    def _index(self, counts: np.ndarray, num_logits: np.ndarray) -> np.ndarray | None:
-        """Packed tokens whose logits are needed; None: all."""
+    def _index(self, counts: np.ndarray, num_logits: np.ndarray) -> torch.Tensor | None:
+        """Packed tokens whose logits are needed, int64 on the device; None: all."""
         if np.array_equal(counts, num_logits):
             return None
         ends = counts.cumsum()
         if int(num_logits.max()) <= 1:
-            return ends[num_logits == 1] - 1
-        return np.concatenate([np.arange(end - num, end) for end, num in zip(ends, num_logits)])
+            index = ends[num_logits == 1] - 1
+        else:
+            index = np.concatenate([np.arange(end - num, end) for end, num in zip(ends, num_logits)])
+        return send(index, self.tables.device)
 
     def forward(self, inputs: StepInputs, keep: torch.Tensor | None) -> torch.Tensor:
         """Logits ``[B, num, vocab]`` of the packed tokens ``keep``, int64 on the device (None: all)."""
