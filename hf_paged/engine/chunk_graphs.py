@@ -3,28 +3,41 @@
 A short prompt is bound by the host: launching its kernels takes longer than running them, and every running sequence
 waits meanwhile. A graph takes one array, sent in one piece::
 
-    slots [ROWS]  ends [ROWS]  lengths [ROWS]  ids [tokens]  positions [tokens]  rows [tokens]
+    slots [rows]  ends [rows]  lengths [rows]  ids [tokens]  positions [tokens]  rows [tokens]
 
-Tokens that fill up a bucket belong to the last row, whose slot has no tokens: they write nothing and see nothing. Long
-chunks keep the device busy by themselves and are not captured.
+Tokens that fill up a bucket belong to the last row, whose slot has no tokens: they write nothing and see nothing.
+Chunks that keep the device busy for longer than it takes to launch them gain nothing, and are not captured: which ones
+these are follows from the size of the model, see :func:`chunk_sizes`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
-from .decode_graphs import Capture
+from .decode_graphs import Capture, is_short_of_memory
 from .scheduler import StepWork
 from .slots import Slots
 from .transfers import send
 
 logger = logging.get_logger(__name__)
 
-ROWS = 32
-"""Rows of a captured step, the one that fills it up included."""
+MIN_ROWS = 32
+"""Rows of a captured step at least, the one that fills it up included."""
+
+TOKENS_PER_ROW = 64
+"""Large buckets have a row for so many tokens: a step of many short prompts is captured too."""
+
+ALWAYS_CAPTURED = 2048
+"""Chunks of up to so many tokens are captured whatever the model."""
+
+HOST_BOUND = 25_000_000_000_000
+"""Larger chunks are captured up to this product of tokens and parameters.
+
+At two operations for each it is some 70 ms of an H200: what a host takes for the launches of a model of 30 layers.
+"""
 
 USES_BEFORE_CAPTURE = 2
 """Steps of a bucket that run eagerly, or in a larger graph, before it is captured: a capture costs two of them."""
@@ -32,20 +45,33 @@ USES_BEFORE_CAPTURE = 2
 Step = Callable[[torch.Tensor], torch.Tensor]
 
 
-def chunk_sizes(max_tokens: int) -> list[int]:
-    """Token counts with a graph of their own, ascending, for steps of at most ``max_tokens``."""
-    sizes = [16, 32, *range(64, 512, 64), *range(512, 1024, 128), *range(1024, 2049, 256)]
-    smaller = [size for size in sizes if size < max_tokens]
-    return smaller if max_tokens > sizes[-1] else [*smaller, max_tokens]
+def chunk_sizes(max_tokens: int, num_parameters: int) -> list[int]:
+    """Token counts with a graph of their own, ascending, for steps of at most ``max_tokens``.
+
+    Four for each doubling from 512 on, so that filling up costs 9% on average; those of a model of 0.6 (8) billion
+    parameters end at 41 (3) thousand tokens.
+    """
+    largest = max(ALWAYS_CAPTURED, HOST_BOUND // max(1, num_parameters))
+    sizes = [16, 32, *range(64, 512, 64)]
+    while sizes[-1] < min(max_tokens, largest):
+        octave = 1 << sizes[-1].bit_length()
+        sizes += range(octave, 2 * octave, octave // 4)
+    ends = [max_tokens] if max_tokens <= largest else []
+    return [size for size in sizes if size <= largest and size < max_tokens] + ends
+
+
+def num_rows(num_tokens: int) -> int:
+    """Rows of a bucket of ``num_tokens``, the one that fills it up included."""
+    return max(MIN_ROWS, -(-num_tokens // TOKENS_PER_ROW))
 
 
 class ChunkGraphs:
     """The captured steps of one model over packed chunks.
 
     Args:
-        step: a forward over an array as above: logits ``[ROWS, vocab]`` of each row's last token.
+        step: a forward over an array as above: logits ``[rows, vocab]`` of each row's last token.
         slots: of the sequences, on the host.
-        max_tokens: of a step.
+        sizes: token counts with a graph of their own, ascending.
         device: of the model.
         capture: makes the function that replays a step.
 
@@ -53,13 +79,13 @@ class ChunkGraphs:
         failure: why there are no graphs, None while there may be.
     """
 
-    def __init__(self, step: Step, slots: Slots, max_tokens: int, device: torch.device, capture: Capture) -> None:
-        self.step, self.slots, self.device = step, slots, device
-        self.sizes = chunk_sizes(max_tokens)
+    def __init__(self, step: Step, slots: Slots, sizes: Sequence[int], device: torch.device, capture: Capture) -> None:
+        self.step, self.slots, self.sizes, self.device = step, slots, sizes, device
         self.failure: str | None = None
         self._capture = capture
         self._replays: dict[int, tuple[torch.Tensor, Callable[[], torch.Tensor]]] = {}
         self._asked: dict[int, int] = {}
+        self._failed: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._replays)
@@ -73,7 +99,7 @@ class ChunkGraphs:
         Returns:
             Logits of each row's last token ``[num_rows, vocab]``: overwritten by a later step.
         """
-        bucket = self._bucket(int(work.counts.sum())) if len(work.slots) < ROWS else None
+        bucket = self._bucket(int(work.counts.sum()), len(work.slots))
         if bucket is None:
             return None
         static, replay = self._replays[bucket]
@@ -84,24 +110,27 @@ class ChunkGraphs:
         """Capture every bucket, the largest first: the others use its memory."""
         missing = [size for size in reversed(self.sizes) if size not in self._replays]
         for bucket in tqdm(missing, desc="capturing chunks of prompts", disable=not progress):
-            if self.failure is None:
+            if self.failure is None and bucket not in self._failed:
                 self._make(bucket)
 
     def drop(self) -> None:
         """Forget every graph: they are captured again where they are needed."""
         self._replays.clear()
         self._asked.clear()
+        self._failed.clear()
 
-    def _bucket(self, num_tokens: int) -> int | None:
-        """A captured bucket with room for ``num_tokens``, not much larger."""
-        bucket = next((size for size in self.sizes if size >= num_tokens), None)
-        if bucket is None or self.failure is not None:
+    def _bucket(self, count: int, rows: int) -> int | None:
+        """A captured bucket with room for ``count`` tokens of ``rows`` rows, not much larger."""
+        large = [size for size in self.sizes if size >= count]
+        fitting = [size for size in large if size < 2 * large[0] and num_rows(size) > rows]
+        if not fitting or self.failure is not None:
             return None
-        if bucket not in self._replays:
+        bucket = fitting[0]
+        if bucket not in self._replays and bucket not in self._failed:
             self._asked[bucket] = self._asked.get(bucket, 0) + 1
             if self._asked[bucket] > USES_BEFORE_CAPTURE:
                 self._make(bucket)
-        return next((size for size in self.sizes if size in self._replays and bucket <= size < 2 * bucket), None)
+        return next((size for size in fitting if size in self._replays), None)
 
     def _make(self, bucket: int) -> None:
         nothing = StepWork(np.empty(0, np.int64), np.empty(0, np.int64), 0, np.empty(0, bool))
@@ -109,23 +138,28 @@ class ChunkGraphs:
         try:
             self._replays[bucket] = static, self._capture(self.step, static)
         except Exception as error:
-            self.failure = f"{type(error).__name__}: {error}"
-            logger.warning_once(f"chunks of prompts run without CUDA graphs: {self.failure}")
+            message = f"{type(error).__name__}: {error}"
+            if not self._failed:
+                logger.warning(f"chunks of {bucket} prompt tokens run without CUDA graphs: {message}")
+            self._failed.add(bucket)
+            # With others there, or for want of memory, it was this one's size.
+            if not self._replays and not is_short_of_memory(error):
+                self.failure = message
 
     def _pack(self, work: StepWork, bucket: int) -> np.ndarray:
         """The array of a step, int64."""
         host, num, counts = self.slots, len(work.slots), work.counts
-        num_tokens = int(counts.sum())
-        buffer = np.zeros(3 * ROWS + 3 * bucket, dtype=np.int64)
-        slots, ends, lengths = buffer[: 3 * ROWS].reshape(3, ROWS)
-        ids, positions, rows = buffer[3 * ROWS :].reshape(3, bucket)
+        num_tokens, size = int(counts.sum()), num_rows(bucket)
+        buffer = np.zeros(3 * size + 3 * bucket, dtype=np.int64)
+        slots, ends, lengths = buffer[: 3 * size].reshape(3, size)
+        ids, positions, rows = buffer[3 * size :].reshape(3, bucket)
         slots[:] = host.num_slots
         slots[:num] = work.slots
         ends[:num] = counts.cumsum()
         ends[num:] = num_tokens
         ends[-1] = bucket
         lengths[:num] = host.computed[work.slots] + counts
-        rows[:] = ROWS - 1
+        rows[:] = size - 1
         row = rows[:num_tokens] = np.repeat(np.arange(num), counts)
         positions[:num_tokens] = np.arange(num_tokens) - (ends[:num] - lengths[:num])[row]
         ids[:num_tokens] = host.history[work.slots[row], positions[:num_tokens]]
@@ -133,5 +167,7 @@ class ChunkGraphs:
 
 
 def unpack(buffer: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Slots, ends, lengths ``[ROWS]`` each; ids, positions, rows ``[tokens]`` each, of a step's array."""
-    return (*buffer[: 3 * ROWS].view(3, ROWS).unbind(), *buffer[3 * ROWS :].view(3, -1).unbind())
+    """Slots, ends, lengths ``[rows]`` each; ids, positions, rows ``[tokens]`` each, of a step's array."""
+    # tokens + ceil(tokens / TOKENS_PER_ROW) columns, or tokens + MIN_ROWS where that is more.
+    size = num_rows(-(-(len(buffer) // 3) * TOKENS_PER_ROW // (TOKENS_PER_ROW + 1)))
+    return (*buffer[: 3 * size].view(3, size).unbind(), *buffer[3 * size :].view(3, -1).unbind())

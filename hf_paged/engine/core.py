@@ -20,7 +20,7 @@ import torch
 from ..cache import KV_DTYPES
 from ..paging import GONE, PagePool
 from .beam_search import BeamSearch
-from .chunk_graphs import ChunkGraphs
+from .chunk_graphs import ChunkGraphs, chunk_sizes
 from .compiled import CompiledModules
 from .config import EngineConfig
 from .decode_graphs import Capture, CudaCapture, DecodeGraphs, reason_against
@@ -160,8 +160,9 @@ class EngineCore:
             capture = capture or CudaCapture(self.config.compile)  # one pool of memory for all
             runner, device = self.runner, self.device
             graphs = DecodeGraphs(runner.static_decode, self.slots.num_slots, device, capture)
-            max_tokens = self.config.max_batch_tokens
-            runner.use_graphs(graphs, ChunkGraphs(runner.static_chunk, self.slots, max_tokens, device, capture))
+            num_parameters = sum(p.numel() for p in self.model.parameters())
+            sizes = chunk_sizes(self.config.max_batch_tokens, num_parameters)
+            runner.use_graphs(graphs, ChunkGraphs(runner.static_chunk, self.slots, sizes, device, capture))
         return reason
 
     def on_device(self) -> AbstractContextManager:

@@ -136,14 +136,19 @@ class DecodeGraphs:
         try:
             self._replays[bucket] = static, self._capture(self.step, static)
         except Exception as error:
-            # With others there, it was this one's size: memory is short, say.
+            # With others there, or for want of memory, it was this one's size.
             self._failed.add(bucket)
             message = f"{type(error).__name__}: {error}"
-            if not self._replays:
+            if not self._replays and not is_short_of_memory(error):
                 self.failure = message
             logger.warning_once(f"decode steps of {bucket} rows run without a CUDA graph of their own: {message}")
             return False
         return True
+
+
+def is_short_of_memory(error: Exception) -> bool:
+    """Whether a capture failed because the device's memory is used up."""
+    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
 class CudaCapture:

@@ -718,7 +718,7 @@ class Engine:
         """Capture the decode steps of these batch sizes before they are needed.
 
         Args:
-            batch_sizes: None: all up to ``max_num_seqs``, and steps over short chunks of prompts as well.
+            batch_sizes: None: all up to ``max_num_seqs``, and steps over chunks of prompts as well.
             progress: show a progress bar.
 
         Returns:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from hf_paged.engine import chunk_graphs
-from hf_paged.engine.chunk_graphs import ROWS, ChunkGraphs, chunk_sizes, unpack
+from hf_paged.engine.chunk_graphs import MIN_ROWS, ChunkGraphs, chunk_sizes, num_rows, unpack
 from hf_paged.engine.scheduler import StepWork
 from hf_paged.engine.slots import Slots
 
@@ -23,11 +23,31 @@ def captured_at_once(monkeypatch):
 
 
 def test_sizes():
-    assert chunk_sizes(8192)[:4] == [16, 32, 64, 128]
-    assert chunk_sizes(8192)[-1] == 2048
-    assert chunk_sizes(2048)[-1] == 2048
-    assert chunk_sizes(100) == [16, 32, 64, 100]
-    assert chunk_sizes(5) == [5]
+    assert chunk_sizes(8192, 600_000_000)[:4] == [16, 32, 64, 128]
+    assert chunk_sizes(8192, 600_000_000)[-5:] == [4096, 5120, 6144, 7168, 8192]
+    assert chunk_sizes(2048, 600_000_000)[-1] == 2048
+    assert chunk_sizes(2100, 600_000_000)[-2:] == [2048, 2100]
+    assert chunk_sizes(100, 600_000_000) == [16, 32, 64, 100]
+    assert chunk_sizes(5, 600_000_000) == [5]
+
+
+@pytest.mark.parametrize(("billions", "largest"), [(0.6, 8192), (3.2, 7168), (8.03, 3072), (70.0, 2048)])
+def test_what_keeps_the_device_busy_is_not_captured(billions, largest):
+    assert chunk_sizes(8192, int(billions * 1e9))[-1] == largest
+
+
+def test_filling_up_costs_little():
+    sizes = chunk_sizes(16384, 1)
+    waste = [next(size for size in sizes if size >= count) / count - 1 for count in range(512, 16384)]
+    assert sum(waste) / len(waste) < 0.12
+    assert max(waste) < 0.25
+
+
+@pytest.mark.parametrize("bucket", [1, 16, 100, 2047, 2048, 2049, 2112, 2113, 2560, 8192, 12345])
+def test_the_array_tells_its_rows(bucket):
+    parts = unpack(torch.arange(3 * (num_rows(bucket) + bucket)))
+    assert [len(part) for part in parts] == [num_rows(bucket)] * 3 + [bucket] * 3
+    assert torch.equal(torch.cat(parts), torch.arange(3 * (num_rows(bucket) + bucket)))
 
 
 def test_the_array_says_what_the_host_knows():
@@ -36,17 +56,18 @@ def test_the_array_says_what_the_host_knows():
     slots.history[:] = generator.integers(0, 1000, slots.history.shape)
     slots.computed[:] = [0, 3, 0, 11, 40, 7]
     seen = []
-    graphs = ChunkGraphs(lambda x: x, slots, 64, torch.device("cpu"), lambda step, static: lambda: seen.append(static))
+    capture = lambda step, static: lambda: seen.append(static)  # noqa: E731
+    graphs = ChunkGraphs(lambda x: x, slots, [16, 32, 64], torch.device("cpu"), capture)
     work = StepWork(np.array([4, 1, 3]), np.array([2, 9, 1]), 0, np.ones(3, bool))
     with pytest.raises(TypeError):
         graphs.run(work)  # what was replayed returns None
     num = 12
     taken, ends, lengths, ids, positions, rows = (x.numpy() for x in unpack(seen[0]))
     assert len(ids) == 16
-    assert taken.tolist() == [4, 1, 3] + [6] * (ROWS - 3)
-    assert ends.tolist() == [2, 11, 12] + [12] * (ROWS - 4) + [16]
-    assert lengths.tolist() == [42, 12, 12] + [0] * (ROWS - 3)
-    assert rows.tolist() == [0] * 2 + [1] * 9 + [2] + [ROWS - 1] * 4
+    assert taken.tolist() == [4, 1, 3] + [6] * (MIN_ROWS - 3)
+    assert ends.tolist() == [2, 11, 12] + [12] * (MIN_ROWS - 4) + [16]
+    assert lengths.tolist() == [42, 12, 12] + [0] * (MIN_ROWS - 3)
+    assert rows.tolist() == [0] * 2 + [1] * 9 + [2] + [MIN_ROWS - 1] * 4
     assert positions[:num].tolist() == [40, 41, *range(3, 12), 11]
     assert (ids[:num] == slots.history[taken[rows[:num]], positions[:num]]).all()
 
@@ -73,11 +94,26 @@ def test_families(family):
 
 def test_more_rows_than_a_graph_has_run_eagerly():
     model = tiny_model("llama")
-    prompts = [prompt(1 + n % 2, n) for n in range(ROWS + 4)]
+    prompts = [prompt(1 + n % 2, n) for n in range(MIN_ROWS + 4)]
     expected = [alone(model, ids, config(3)) for ids in prompts]
     with make_engine(model, num_pages=64, max_num_seqs=64, max_batch_tokens=64) as engine:
         assert [output.token_ids for output in engine.generate(prompts, generation_config=config(3))] == expected
         assert not len(engine._core.runner.chunk_graphs)
+
+
+def test_large_steps_are_captured_and_more_rows_take_a_larger_graph(monkeypatch):
+    monkeypatch.setattr(chunk_graphs, "MIN_ROWS", 4)
+    monkeypatch.setattr(chunk_graphs, "TOKENS_PER_ROW", 16)
+    model = tiny_model("llama")
+    with make_engine(model, num_pages=64, max_num_seqs=16, max_batch_tokens=128) as engine:
+        graphs = engine._core.runner.chunk_graphs
+        for lengths, captured in (((50, 60), {128}), ((9,) * 5, {128}), ((30, 20), {64, 128}), ((4, 3), {16, 64, 128})):
+            prompts = [prompt(n, seed) for seed, n in enumerate(lengths)]
+            expected = [alone(model, ids, config(2)) for ids in prompts]
+            outputs = engine.generate(prompts, generation_config=config(2))
+            assert [output.token_ids for output in outputs] == expected
+            assert graphs._replays.keys() == captured
+            engine.drop_prefixes()
 
 
 def test_a_bucket_is_captured_when_it_was_asked_for_often_enough(monkeypatch):
@@ -109,6 +145,29 @@ def test_what_cannot_be_captured_runs_eagerly_and_says_so_once():
         for _ in range(2):
             assert engine.generate([ids], generation_config=config(2))[0].token_ids == expected
         assert graphs.failure == "RuntimeError: no capture today"
+
+
+def test_a_size_too_large_for_the_memory_runs_eagerly_and_the_others_do_not():
+    model = tiny_model("llama")
+    ids, short = prompt(60), prompt(20)
+    expected = [alone(model, prompt_ids, config(2)) for prompt_ids in (ids, short)]
+    with make_engine(model, num_pages=64, max_batch_tokens=64) as engine:
+        graphs = engine._core.runner.chunk_graphs
+        capture = graphs._capture
+
+        def fails_for_large_ones(step, static):
+            if len(unpack(static)[3]) > 32:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return capture(step, static)
+
+        graphs._capture = fails_for_large_ones
+        assert engine.warm_up() > 0
+        assert graphs._replays.keys() == {16, 32}
+        for _ in range(2):
+            assert [engine.generate([p], generation_config=config(2))[0].token_ids for p in (ids, short)] == expected
+            engine.drop_prefixes()
+        assert graphs.failure is None
+        assert graphs._replays.keys() == {16, 32}
 
 
 def test_prompt_logprobs_need_every_logit_and_run_eagerly():
