@@ -20,6 +20,10 @@ class EngineConfig:
             than ``max_num_seqs`` sequences of ``max_model_len`` tokens can use (and one, for a shared prompt).
         memory_fraction: the part of the device's free memory that pages may take where ``num_pages`` is None.
         max_batch_tokens: tokens that one step computes at most; longer prompts are computed in chunks.
+        mixed_prompt_tokens: prompt tokens that a step computes while other sequences decode, which wait for them: fewer
+            make the time between tokens more even, and the time to the first token longer. More are computed where
+            many are queued, up to ``max_batch_tokens``. None: always as many as that. Models that keep recurrent states
+            compute a prompt in one step whatever this says.
         max_num_seqs: sequences that run at a time (a request with 4 beams counts as 4).
         max_model_len: prompt and new tokens of a request; None: what the model's config says.
         prefix_caching: keep full pages after use, and find them again for prompts that begin alike.
@@ -51,6 +55,7 @@ class EngineConfig:
     num_pages: int | None = None
     memory_fraction: float = 0.9
     max_batch_tokens: int = 4096
+    mixed_prompt_tokens: int | None = 192
     max_num_seqs: int = 256
     max_model_len: int | None = None
     prefix_caching: bool = True
@@ -70,7 +75,7 @@ class EngineConfig:
             raise ValueError(f"page_size must be one of {PAGE_SIZES}, got {self.page_size!r}.")
         if self.kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype must be one of {tuple(KV_DTYPES)}, got {self.kv_dtype!r}.")
-        for name in ("num_pages", "max_model_len"):
+        for name in ("num_pages", "max_model_len", "mixed_prompt_tokens"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 1, "None or ")
         for name in ("max_batch_tokens", "max_num_seqs", "trace_steps"):

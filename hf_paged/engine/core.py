@@ -135,6 +135,7 @@ class EngineCore:
             self.slots,
             self.pages,
             max_batch_tokens=config.max_batch_tokens,
+            mixed_prompt_tokens=config.mixed_prompt_tokens,
             whole_prompts=self.cache.has_states,
             prefix_caching=config.prefix_caching and not self.cache.has_states,
             on_admit=self._admit,

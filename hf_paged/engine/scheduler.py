@@ -6,6 +6,13 @@ time of arrival less the priority's advance, so it never changes, and nobody is 
 
     budget 16     | decode rows: 1 token each | chunks of prompts, best key first        |
                   | a  b  c  d                | e e e e  (rest of e)   f f f f f f f f   |
+
+Whoever decodes waits for the chunks of a mixed step. So it computes few prompt tokens, ``mixed_prompt_tokens``, as
+long as few are queued, and more with the square of their number, up to the whole budget: then more sequences wait for
+prompts than are slowed down by them::
+
+    queued prompt tokens, in whole budgets     1/4    1/2     1     2 and more
+    computed in a mixed step                   1/64   1/16   1/4    1
 """
 
 import heapq
@@ -18,6 +25,9 @@ from ..errors import OutOfPagesError
 from .request import Request, Row, State
 from .slot_pages import SlotPages
 from .slots import Slots
+
+LONG_QUEUE = 4
+"""Of the queued prompt tokens a mixed step computes the part that they are of so many whole budgets."""
 
 
 @dataclass(slots=True)
@@ -59,6 +69,7 @@ class Scheduler:
         slots: sequences that run.
         pages: their pages.
         max_batch_tokens: budget of a step.
+        mixed_prompt_tokens: prompt tokens of a step beside decode rows while few are queued; None: the whole budget.
         whole_prompts: a prompt is computed in one step (models whose states cannot go on from a chunk).
         prefix_caching: look for cached prefixes, and store them.
         on_admit, on_release: called with a row that just got a slot, or is about to lose it.
@@ -74,6 +85,7 @@ class Scheduler:
         pages: SlotPages,
         *,
         max_batch_tokens: int,
+        mixed_prompt_tokens: int | None = None,
         whole_prompts: bool = False,
         prefix_caching: bool = True,
         on_admit: Callable[[Row], None] = lambda row: None,
@@ -83,6 +95,7 @@ class Scheduler:
         clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.slots, self.pages, self.max_batch_tokens = slots, pages, max_batch_tokens
+        self.mixed_prompt_tokens = mixed_prompt_tokens
         self.whole_prompts, self.prefix_caching = whole_prompts, prefix_caching
         self.on_admit, self.on_release, self.swap_out, self.swap_in = on_admit, on_release, swap_out, swap_in
         self.clock = clock
@@ -91,6 +104,7 @@ class Scheduler:
         self.prefilling: list[Row] = []
         self.impossible: list[tuple[Request, Exception]] = []
         self.counts = SchedulerCounts()
+        self._waiting_tokens = 0
         self._blocked: tuple[int, int, int] | None = None
         # Of the step that is being planned: tokens of rows that do not decode yet, and slots that were given up.
         self._chunks: dict[Row, int] = {}
@@ -101,12 +115,15 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Put a request in the queue."""
         heapq.heappush(self.waiting, (request.key, request))
+        self._waiting_tokens += len(request.prompt)
         self._blocked = None
 
     def remove(self, request: Request) -> None:
         """Take a request out of the queue or out of its slots, its pages with it."""
         if request.state is State.WAITING:
-            self.waiting = [entry for entry in self.waiting if entry[1] is not request]
+            others = [entry for entry in self.waiting if entry[1] is not request]
+            self._waiting_tokens -= len(request.prompt) * (len(self.waiting) - len(others))
+            self.waiting = others
             heapq.heapify(self.waiting)
         for row in request.rows:
             if row.slot >= 0:
@@ -150,14 +167,16 @@ class Scheduler:
         chunks = self._chunks
         chunks.clear()
         self._vacated.clear()
-        for row in list(self.prefilling):
-            budget -= self._plan_chunk(row, budget)
-        while budget > 0 and self.waiting:
-            admitted = self._admit()
-            if admitted is None:
-                break
-            for row in admitted:
-                budget -= self._plan_chunk(row, budget)
+        if len(decode):
+            budget = min(budget, self._mixed_budget())
+        rows, may_admit = sorted(self.prefilling, key=lambda row: row.request.key), True
+        while budget > 0 and (rows or (self.waiting and may_admit)):
+            if may_admit and self.waiting and (not rows or self.waiting[0][0] < rows[0].request.key):
+                admitted = self._admit()
+                may_admit = admitted is not None
+                rows[:0] = admitted or []
+            else:
+                budget -= self._plan_chunk(rows.pop(0), budget)
         if self._vacated:
             # What was preempted for a chunk is out of the step, whoever has its slot now.
             decode = decode[~np.isin(decode, self._vacated)]
@@ -169,6 +188,16 @@ class Scheduler:
         counts = np.concatenate([1 + self.slots.draft[decode], np.array(list(chunks.values()), dtype=np.int64)])
         samples = self.slots.computed[slots] + counts >= self.slots.length[slots]
         return StepWork(slots, counts, len(decode), samples)
+
+    def _mixed_budget(self) -> int:
+        """Prompt tokens that a step computes beside decode rows."""
+        if self.mixed_prompt_tokens is None or self.whole_prompts:
+            return self.max_batch_tokens
+        queued = sum(self._target(row) - int(self.slots.computed[row.slot]) for row in self.prefilling)
+        if self._blocked is None and self.waiting:
+            # Those that find a slot, at their mean length; what prefixes will save is not known yet.
+            queued += self._waiting_tokens * min(len(self.waiting), self.slots.num_free) // len(self.waiting)
+        return max(self.mixed_prompt_tokens, queued * queued // (LONG_QUEUE * self.max_batch_tokens))
 
     def launched(self, work: StepWork) -> list[tuple[Row, list[Row]]]:
         """A planned step was launched: its tokens count as computed.
@@ -239,8 +268,8 @@ class Scheduler:
 
     def _plan_chunk(self, row: Row, budget: int) -> int:
         """Plan the next tokens of a row whose prompt is not computed; returns how many."""
-        if row.slot < 0:
-            return 0  # It was preempted for a better one just now.
+        if row.slot < 0 or row in self._chunks:
+            return 0  # It was preempted for a better one just now, or admitted again after that.
         slots, pages, slot = self.slots, self.pages, row.slot
         computed = int(slots.computed[slot])
         count = self._target(row) - computed
@@ -289,6 +318,8 @@ class Scheduler:
             self.preempt(worst)
         # Preempted requests of a lower priority are behind this one in the queue.
         heapq.heappop(self.waiting)
+        self._waiting_tokens -= len(request.prompt)
+        self._blocked = None
         request.state = State.RUNNING
         request.started = self.clock() if request.started is None else request.started
         self.running[request] = None
@@ -435,6 +466,8 @@ class Scheduler:
             assert row.slot >= 0, "a row without a slot is to be computed"
         for request in self.running:
             assert request.state is State.RUNNING, "a request that does not run is among those that do"
+        tokens = sum(len(request.prompt) for _, request in self.waiting)
+        assert self._waiting_tokens == tokens, f"{tokens} prompt tokens wait, {self._waiting_tokens} were counted"
         for _, request in self.waiting:
             assert request.state is State.WAITING, "a request that does not wait is in the queue"
             assert all(row.slot < 0 for row in request.rows), "a waiting request has a slot"

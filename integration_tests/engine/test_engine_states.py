@@ -48,7 +48,13 @@ class EngineMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         options = hf_paged.EngineConfig(
-            num_pages=16, page_size=8, max_num_seqs=5, max_batch_tokens=24, self_check=False, swap_space_gib=0.0001
+            num_pages=16,
+            page_size=8,
+            max_num_seqs=5,
+            max_batch_tokens=24,
+            mixed_prompt_tokens=5,
+            self_check=False,
+            swap_space_gib=0.0001,
         )
         self.engine = hf_paged.Engine(model(), options, background=False)
         self.now, self.fail_next = 0.0, False
