@@ -321,12 +321,9 @@ def shared_prefix(model: Any, sizes: Sizes, limit_s: float, options: dict[str, A
         "requests that share nothing": (repeated, each, True),
     }
     rows: list[dict[str, Any]] = []
-    synchronize()
-    begun = time.perf_counter()
     with make_engine(model, sizes=sizes, **{"prefix_caching": True} | options) as engine:
         engine.warm_up()
         first_requests(engine, sizes)
-        start_s = time.perf_counter() - begun
         total = Deadline(limit_s)
         for number, (way, (inputs, how, is_salted)) in enumerate(ways.items()):
             engine.drop_prefixes()
@@ -351,5 +348,5 @@ def shared_prefix(model: Any, sizes: Sizes, limit_s: float, options: dict[str, A
             )  # fmt: skip
     return {
         "prompts": len(prompts), "samples": sizes.samples, "new_tokens_each": sizes.shared_new, "ways": rows,
-        "start_again_s": start_s, "cut": any(row["cut"] for row in rows),
+        "cut": any(row["cut"] for row in rows),
     }  # fmt: skip

@@ -74,15 +74,21 @@ def _speed(models: dict[str, Any]) -> list[str]:
             if part is not None:
                 share = "" if "error" in part else f"{part['tokens_per_s'] / roofline:.0%}"
                 ready = f"{entry[kind]['ready_s']:.1f}"
-                rows.append([name, f"hf_paged, {label}", *figures(part, ("tokens_per_s", ",.0f")), share, ready])
+                again = _again(entry[kind])
+                rows.append([name, f"hf_paged, {label}", *figures(part, ("tokens_per_s", ",.0f")), share, ready, again])
         rows += [[name, peer, *_peer(result, roofline)] for peer, result in entry.get("peers", {}).items()]
         if rows and rows[-1][0] == name:
-            rows.append([name, "roofline", f"{roofline:,.0f}", "", ""])
+            rows.append([name, "roofline", f"{roofline:,.0f}", "", "", ""])
     return _table(
-        "Throughput", ("model", "", "new tokens/s", "of the roofline", "ready after, s"), rows,
+        "Throughput", ("model", "", "new tokens/s", "of the roofline", "ready after, s", "ready again after, s"), rows,
         "All requests at once, greedy, no eos (Python's random, seed 0). Ready: graphs captured and first requests "
-        "served, from the weights on the card.",
+        "served, from the weights on the card; again: a second engine of the same process, kernels compiled.",
     )  # fmt: skip
+
+
+def _again(row: dict[str, Any]) -> str:
+    """Seconds until the second engine of a process was ready."""
+    return f"{row['again']['ready_s']:.1f}" if "ready_s" in row.get("again", {}) else ""
 
 
 def _peer(result: dict[str, Any], roofline: float) -> list[str]:
@@ -91,9 +97,9 @@ def _peer(result: dict[str, Any], roofline: float) -> list[str]:
     ready = f"{result['ready_s']:.1f}" if "ready_s" in result else ""
     if result.get("cut"):
         until = f" ({said} until then)" if said else ""
-        return [f"over {result['limit_s']:.0f} s{until}", "", ready]
+        return [f"over {result['limit_s']:.0f} s{until}", "", ready, ""]
     speed = result.get("tokens_per_s")
-    return [said, "" if speed is None else f"{speed / roofline:.0%}", ready]
+    return [said, "" if speed is None else f"{speed / roofline:.0%}", ready, ""]
 
 
 def _switches(models: dict[str, Any]) -> list[str]:
@@ -104,9 +110,8 @@ def _switches(models: dict[str, Any]) -> list[str]:
             if "failure" in row:
                 rows.append([name, label, f"left out: {row['failure']}", *[""] * 8])
             elif "start_s" in row:
-                again = row.get("shared_prefix", {}).get("start_again_s")
                 start = [f"{row[key]:.1f}" for key in ("start_s", "capture_s", "first_s")]
-                start.append("" if again is None else f"{again:.1f}")
+                start.append(_again(row))
                 latency = figures(row.get("latency"), ("ms_per_token", ".2f"), ("roofline_ms", ".2f"))
                 keys = (("step_ms", ".2f"), ("replay_ms", ".2f"), ("roofline_ms", ".2f"))
                 rows.append([name, label, *start, *latency, *figures(row.get("steady"), *keys)])
@@ -115,7 +120,7 @@ def _switches(models: dict[str, Any]) -> list[str]:
         "roofline", "all running, ms a step", "replay alone, ms", "roofline",
     )  # fmt: skip
     note = (
-        "The first start compiles kernels that Triton has not cached; again: a later engine of the same process. The "
+        "The first start compiles kernels that Triton has not cached; again: a second engine of the same process. The "
         "replays come after the measured steps, at longer contexts, so they may take longer."
     )
     return _table("Decode and start", columns, rows, note)

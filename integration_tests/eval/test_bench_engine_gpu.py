@@ -57,6 +57,8 @@ def test_the_switches_that_the_engine_has_are_measured(report):
             assert entry[name]["throughput"]["tokens_per_s"] > 0
         else:
             assert entry[name] == {"failure": reason}
+    assert entry[VARIANTS[0]]["again"]["ready_s"] > 0, "a second engine is started"
+    assert all("again" not in entry[name] for name in VARIANTS[1:])
     assert "no option nonsense" in str(objection({"nonsense": 1}))
 
 
