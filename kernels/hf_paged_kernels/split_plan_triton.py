@@ -18,7 +18,7 @@ import triton.language as tl
 
 from .backend import device_guard
 from .dependent_launch_triton import dependent_launch, start_next, wait_for_previous
-from .settings import max_split_items, max_splits, split_plan_size
+from .settings import MAX_SPLITS, max_split_items, max_splits, split_plan_size
 
 
 @triton.jit
@@ -185,12 +185,12 @@ def merge_parts_launch(
     """
     rows, head_dim = parts.shape[1:]
     num_kv_heads = out.shape[1] // group
+    block_d = triton.next_power_of_2(head_dim)
     with device_guard(out):
         _merge_parts[(plan.sequences.shape[0] // 2, num_kv_heads, rows)](
             parts, part_lse, plan.sequences, cu_seqlens_q, sinks, out, lse, *out.stride()[:2], lse.stride(0),
-            GROUP=group, PACK=pack, ROWS=rows, HEAD_DIM=head_dim, BLOCK_D=triton.next_power_of_2(head_dim),
-            BLOCK_S=triton.next_power_of_2(plan.max_parts), HAS_SINKS=sinks is not None, num_warps=2,
-            **dependent_launch(out.device),
+            GROUP=group, PACK=pack, ROWS=rows, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=MAX_SPLITS,
+            HAS_SINKS=sinks is not None, num_warps=2 if block_d <= 256 else 8, **dependent_launch(out.device),
         )  # fmt: skip
 
 
