@@ -158,7 +158,30 @@ def test_a_page_size_that_the_kernels_lack_fails_the_requests_with_the_reason():
     assert all("page_size must be one of" in str(output.error) for output in outputs.values())
 
 
+@pytest.fixture
+def filled_inputs(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Wait until transformers' batching has filled its inputs; gives a function that makes the filling late, by cycles.
+
+    transformers 5.17 to 5.23 fills them on the default stream and copies the first step's over them on another one,
+    without waiting. On a GPU that is busy with other processes the filling may come last, and that step is computed
+    from zeros: wrong tokens, whatever the attention. A warm-up of its own waits, but fails for models with windows.
+    """
+    module = importlib.import_module("transformers.generation.continuous_batching.input_outputs")
+    reset, cycles = module.ContinuousBatchingIOs._reset_static_tensors, [0]
+
+    def reset_and_wait(self: Any, full_reset: bool = False) -> None:
+        if full_reset and cycles[0]:
+            torch.cuda._sleep(cycles[0])
+        reset(self, full_reset)
+        if full_reset:
+            torch.cuda.synchronize()
+
+    monkeypatch.setattr(module.ContinuousBatchingIOs, "_reset_static_tensors", reset_and_wait)
+    return lambda late: cycles.__setitem__(0, late)
+
+
 @pytest.mark.gpu
+@pytest.mark.usefixtures("filled_inputs")
 @pytest.mark.parametrize("use_cuda_graph", [False, True])
 @pytest.mark.parametrize("name", ["paged_flash", "paged_flash_2"])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -170,6 +193,67 @@ def test_generate_batch_on_a_gpu(family, name, use_cuda_graph, steps):
     assert generate_batch(model, all_prompts, max_batch_tokens=64, **options) == expected
     # transformers has no block table for models with windows.
     assert any(step.table for step in steps) == (name == "paged_flash_2" and family == "llama")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_inputs_that_are_filled_late_do_not_change_the_first_step(family, filled_inputs):
+    all_prompts = prompts(*LENGTHS, 70, 3)
+    expected = generate_one_by_one(tiny_model(family, "eager"), all_prompts)
+    filled_inputs(300_000_000)
+    model = tiny_model(family, "paged_flash")
+    assert generate_batch(model, all_prompts, max_batch_tokens=64, page_size=16, use_cuda_graph=True) == expected
+
+
+@pytest.mark.usefixtures("poison")
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])
+def test_padded_steps_that_are_replayed_give_the_tokens_of_generate(family, monkeypatch):
+    """What a captured graph does, without one: steps are padded, and a replay computes the step that was captured, with
+    the tensors it had then. Nothing of that step's values may be left in it, and padding may hold anything.
+    """
+    runner, inputs = (
+        importlib.import_module(f"transformers.generation.continuous_batching.{name}")
+        for name in ("model_runner", "input_outputs")
+    )
+    replays: list[int] = []
+
+    class Graph:
+        def __init__(self, *step: Any) -> None:
+            self.step = step
+
+        def replay(self) -> None:
+            replays.append(1)
+            self.step[0](*self.step[1:])
+
+        def reset(self) -> None:
+            pass
+
+    def capture(self: Any, step: Callable[..., None], stream: Any, *arguments: Any) -> None:
+        step(*arguments)
+        self.inputs_and_outputs.set_graph(Graph(step, *arguments))
+
+    def with_attribute(cls: type, name: str) -> None:
+        original = cls.__init__
+
+        def init(self: Any, *args: Any, **kwargs: Any) -> None:
+            original(self, *args, **kwargs)
+            setattr(self, name, True)
+
+        monkeypatch.setattr(cls, "__init__", init)
+
+    with_attribute(runner.ModelRunner, "pad_inputs")
+    with_attribute(inputs.ContinuousBatchingIOs, "use_cuda_graph_varlen")
+    choose = runner.ModelRunner._get_forward_fn
+    monkeypatch.setattr(runner.ModelRunner, "_get_forward_fn", lambda *args, **how: (choose(*args, **how)[0], True))
+    monkeypatch.setattr(runner.ModelRunner, "_capture_graph", capture)
+    # Padding brings more keys than the lengths say, which is refused where lengths can be looked at.
+    monkeypatch.setattr("hf_paged_kernels.checks.may_read_values", lambda q: False)
+
+    all_prompts = prompts(*LENGTHS, 70, 3)
+    expected = generate_one_by_one(tiny_model(family, "eager"), all_prompts)
+    model = tiny_model(family, "paged_flash")
+    assert generate_batch(model, all_prompts, max_batch_tokens=64, page_size=16) == expected
+    assert len(replays) > 5
 
 
 # One block-table step by hand, against attention computed element by element.
