@@ -9,9 +9,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE
-from hf_paged_kernels import sampling_triton
+from hf_paged_kernels import sampling_reference
 from hf_paged_kernels.sampling_ops import sample_tokens_op
-from hf_paged_kernels.sampling_reference import INVALID_TOKEN, gumbel_noise, sample_tokens_reference
+from hf_paged_kernels.sampling_reference import INVALID_TOKEN, gumbel_noise, sample_tokens_reference, tile_size
 from hf_paged_kernels.sampling_triton import sample_tokens_launch
 
 NEUTRAL = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
@@ -75,10 +75,43 @@ def kept_or_border(logits: torch.Tensor, temperature: float, top_k: int, top_p: 
         kept, border = kept & (kept_by_p | near), near & kept
     if min_p:
         ratio = (scores - scores.max()).exp()
-        near = (ratio / min_p - 1).abs() < 1e-5
+        near = ((ratio / min_p - 1).abs() < 1e-5) & (ratio < 1)
         kept &= (ratio >= min_p) | near
         border |= near
     return kept, border
+
+
+def draws(
+    scores: torch.Tensor, seed: torch.Tensor, position: torch.Tensor, kept, border, live, turn: int = 0
+) -> set[int]:
+    """The tokens that may be drawn by tiles, from the definition: one, or several where rounding decides.
+
+    Args:
+        scores: ``[vocab]`` float32.
+        seed, position: ``[1]`` int64.
+        kept, border: of :func:`kept_or_border`.
+        live: bool ``[vocab]``: tokens that can be drawn at this turn.
+    """
+    size = tile_size(len(scores))
+    tiles = scores.double().masked_fill(~live, -math.inf).split(size)
+    start = -(2**31) + 256 * turn
+    ids = torch.arange(start, start + len(tiles), dtype=torch.int32)
+    values = torch.stack([tile.logsumexp(0) for tile in tiles]) + gumbel_noise(seed, position, ids)[0]
+    allowed = set()
+    for tile in (values >= values.max() - 1e-5).nonzero().flatten().tolist():
+        ids = torch.arange(tile * size, min(len(scores), (tile + 1) * size))
+        noisy = scores[ids] + gumbel_noise(seed, position, ids.int())[0]
+        sure = noisy.masked_fill(~live[ids] | border[ids], -math.inf).max()
+        first = (noisy == sure) & (sure > -math.inf)
+        first &= first.cumsum(0) == 1
+        for token in ids[first | (live[ids] & border[ids] & (noisy >= sure))].tolist():
+            if kept[token] or border[token]:
+                allowed.add(token)
+            if not kept[token] or border[token]:
+                above = (scores > scores[token]) | ((scores == scores[token]) & (torch.arange(len(scores)) > token))
+                if (live & above).any():
+                    allowed |= draws(scores, seed, position, kept, border, live & above, turn + 1)
+    return allowed
 
 
 def check(logits: torch.Tensor, parameters: list[dict[str, float]]) -> int:
@@ -90,7 +123,8 @@ def check(logits: torch.Tensor, parameters: list[dict[str, float]]) -> int:
     is_finite = wanted & expected_lse.isfinite()
     assert lse.cpu()[~wanted].isnan().all()
     assert torch.allclose(lse.double().cpu()[is_finite], expected_lse[is_finite], rtol=2e-6, atol=2e-6)
-    ids = torch.arange(logits.shape[-1], dtype=torch.int32)
+    vocab = logits.shape[-1]
+    ids = torch.arange(vocab, dtype=torch.int32)
     noise = gumbel_noise(seeds[slots].cpu(), positions.cpu(), ids)
     num_close = 0
     for row, given in enumerate(parameters):
@@ -105,6 +139,13 @@ def check(logits: torch.Tensor, parameters: list[dict[str, float]]) -> int:
             assert got[row] == INVALID_TOKEN, (row, given)
             continue
         kept, border = kept_or_border(logits[row], **options)
+        if vocab > tile_size(vocab) and not 0 < options["top_k"] < vocab:
+            here = seeds[slots[row]].cpu()[None], positions[row].cpu()[None]
+            live, near = kept_or_border(logits[row], options["temperature"], 0, 1.0, options["min_p"])
+            allowed = draws(scores, *here, kept, border | near, live)
+            num_close += len(allowed) > 1
+            assert got[row] in allowed, (row, given, got[row], allowed)
+            continue
         noisy = (scores + noise[row]).masked_fill(~kept, -math.inf)
         # The best token that is kept for sure, or one at a border that is better still.
         sure = noisy.masked_fill(border, -math.inf).max()
@@ -132,7 +173,7 @@ def test_a_large_vocabulary(poison, dtype):
 
 
 def test_vocabularies_beyond_the_number_of_tiles(poison, monkeypatch):
-    monkeypatch.setattr(sampling_triton, "MAX_TILES", 2)
+    monkeypatch.setattr(sampling_reference, "MAX_TILES", 2)
     parameters = [KINDS[name] for name in KINDS]
     check((torch.randn(len(parameters), 6000) * 3).bfloat16().to(DEVICE), parameters)
 

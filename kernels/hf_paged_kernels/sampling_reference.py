@@ -2,8 +2,7 @@
 
 A token is drawn by the Gumbel-max trick (Gumbel 1954; Yellott 1977): with independent standard Gumbel noise g,
 argmax(logits + g) is distributed as softmax(logits). The noise is a pure function of (seed, position in the sequence,
-token id), so a draw does not depend on what else is in the batch, on the order of rows, or on how the vocabulary is cut
-into tiles::
+token id), so a draw does not depend on what else is in the batch or on the order of rows::
 
     key  = splitmix64(splitmix64(seed) ^ position)              64 bits a row      (Steele, Lea, Flood 2014)
     bits = mix32(mix32(token ^ low32(key)) + high32(key))       32 bits a token    ("lowbias32" of Wellons 2018)
@@ -12,6 +11,17 @@ into tiles::
 
 Everything up to u is integer arithmetic and the same on every device. The logarithms are taken in float64 and rounded
 once, so that two libraries which differ in the last bits of a float64 still give the same float32.
+
+Noise for every token of a large vocabulary costs more than reading its logits. So a vocabulary of more than
+:data:`TILE` tokens is drawn from in two steps, a tile of it and then a token of the tile (the largest of several
+Gumbel variables is one, Maddison, Tarlow, Minka 2014)::
+
+    tile  = argmax over tiles of log(sum of exp(scores in the tile)) + g(tile)
+    token = argmax over the tile of scores + g(token)
+
+Top-p is rejection sampling: a token is drawn from all, and one that top-p removes leaves those that rank above it to
+draw from, with other noise for tiles. (That of tokens may stay: which of the others comes first does not depend on one
+having come before them.) With top-k there are few tokens to draw from, and no tiles.
 
 Warpers keep exactly the tokens that transformers' TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper and
 MinPLogitsWarper keep when applied in that order: the same operations in the same order, with a parameter per row.
@@ -25,6 +35,14 @@ SPLITMIX_B = -7723592293110705685  # 0x94D049BB133111EB
 MIX_A = 0x7FEB352D
 MIX_B = -2073254261  # 0x846CA68B
 """Unsigned constants as the signed integers that torch has; products wrap as unsigned ones do."""
+
+TILE = 2048
+"""Tokens of a tile."""
+MAX_TILES = 256
+"""Of a vocabulary: with larger ones, tiles are larger. Triton 3.6 fails on as many as a program has threads."""
+TILE_NOISE = -(2**31)
+TILES_OF_TURN = MAX_TILES
+"""Tile i has the noise of the token ``TILE_NOISE + turn * TILES_OF_TURN + i``, which no vocabulary has."""
 
 
 def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -167,6 +185,73 @@ def choose_tokens(scores: torch.Tensor, noise: torch.Tensor | None = None) -> to
     return token_ids.masked_fill_(~best.isfinite(), INVALID_TOKEN)
 
 
+def tile_size(vocab_size: int) -> int:
+    """Tokens of a tile of a vocabulary, a power of two."""
+    tile = TILE
+    while tile * MAX_TILES < vocab_size:
+        tile *= 2
+    return tile
+
+
+def draw_tokens(
+    scores: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor, *, tiled: bool = True, turn: int = 0
+) -> torch.Tensor:
+    """A token of each row, distributed as the softmax of its scores.
+
+    Args:
+        scores: ``[num_rows, vocab]`` float32, -inf where a token cannot be drawn.
+        seeds, positions: ``[num_rows]`` int64.
+        tiled: a tile first, if the vocabulary has several.
+        turn: draws of one row and position before this one.
+
+    Returns:
+        ``[num_rows]`` int64, :data:`INVALID_TOKEN` as in :func:`choose_tokens`.
+    """
+    num_rows, vocab_size = scores.shape
+    size = tile_size(vocab_size)
+    token_ids = torch.arange(vocab_size, dtype=torch.int32, device=scores.device)
+    if not tiled or vocab_size <= size:
+        return choose_tokens(scores, gumbel_noise(seeds, positions, token_ids))
+    tiles = torch.nn.functional.pad(scores, (0, -vocab_size % size), value=-torch.inf).view(num_rows, -1, size)
+    masses = tiles.double().logsumexp(-1)
+    first = TILE_NOISE + turn * TILES_OF_TURN
+    ids = torch.arange(first, first + tiles.shape[1], dtype=torch.int32, device=scores.device)
+    chosen = (masses + gumbel_noise(seeds, positions, ids)).argmax(-1)
+    ids = chosen[:, None] * size + torch.arange(size, device=scores.device)
+    noise = torch.cat([gumbel_noise(seeds[i : i + 1], positions[i : i + 1], ids[i].int()) for i in range(num_rows)])
+    index = choose_tokens(tiles[torch.arange(num_rows, device=scores.device), chosen], noise)
+    return torch.where(index == INVALID_TOKEN, index, index + chosen * size)
+
+
+def draw_kept_tokens(
+    scores: torch.Tensor, kept: torch.Tensor, seeds: torch.Tensor, positions: torch.Tensor
+) -> torch.Tensor:
+    """Tokens drawn from all scores until one is kept, each time from those that rank above the one before.
+
+    Args:
+        scores: ``[num_rows, vocab]`` float32.
+        kept: bool ``[num_rows, vocab]``.
+        seeds, positions: ``[num_rows]`` int64.
+
+    Returns:
+        ``[num_rows]`` int64, as in :func:`draw_tokens`.
+    """
+    drawn = draw_tokens(scores, seeds, positions)
+    ids = torch.arange(scores.shape[-1], device=scores.device)
+    left, turn = torch.arange(len(drawn), device=scores.device), 1
+    while True:
+        token = drawn[left]
+        left = left[(token != INVALID_TOKEN) & ~kept[left, token.clamp(min=0)]]
+        if not len(left):
+            return drawn
+        token = drawn[left, None]
+        score = scores[left].gather(1, token)
+        is_above = (scores[left] > score) | ((scores[left] == score) & (ids > token))
+        others = scores[left].masked_fill(~(is_above | kept[left]), -torch.inf)
+        drawn[left] = draw_tokens(others, seeds[left], positions[left], turn=turn)
+        turn += 1
+
+
 def sample_tokens_reference(
     logits: torch.Tensor,
     slots: torch.Tensor,
@@ -198,15 +283,19 @@ def sample_tokens_reference(
         values = parameters[slots]
         return values if bool((values != neutral).any()) else None
 
-    t, p = used(temperature, 1), used(min_p, 0)
-    scores = warp_logits(
-        logits.float(),
-        temperature=None if t is None else t.float(),
-        top_k=used(top_k, 0),
-        max_top_k=int(top_k[slots].max()),
-        top_p=used(top_p, 1),
-        min_p=None if p is None else p.float(),
-    )
-    token_range = torch.arange(logits.shape[-1], dtype=torch.int32, device=logits.device)
-    token_ids[drawn] = choose_tokens(scores, gumbel_noise(seeds[slots], positions, token_range))
+    t, p, k = used(temperature, 1), used(min_p, 0), used(top_k, 0)
+    t, p = None if t is None else t.float(), None if p is None else p.float()
+    x, seeds, most = logits.float(), seeds[slots], int(top_k[slots].max())
+    is_tiled = (top_k[slots] <= 0) | (top_k[slots] >= logits.shape[-1])
+    scores = warp_logits(x, temperature=t, top_k=k, max_top_k=most, top_p=used(top_p, 1), min_p=p)
+    if not is_tiled.any() or logits.shape[-1] <= tile_size(logits.shape[-1]):
+        token_ids[drawn] = draw_tokens(scores, seeds, positions, tiled=False)
+        return token_ids, lse
+    every = torch.where(is_tiled[:, None], warp_logits(x, temperature=t, min_p=p), scores)
+    # What is kept must be there to be drawn, however both are rounded.
+    every = torch.where(scores > -torch.inf, scores, every)
+    tokens = draw_kept_tokens(every, scores > -torch.inf, seeds, positions)
+    if not is_tiled.all():
+        tokens = torch.where(is_tiled, tokens, draw_tokens(scores, seeds, positions, tiled=False))
+    token_ids[drawn] = tokens
     return token_ids, lse

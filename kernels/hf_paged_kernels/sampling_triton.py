@@ -1,22 +1,22 @@
-"""Choosing tokens from logits without sorting them: what ``sampling_reference`` defines, in four launches.
+"""Choosing tokens from logits without sorting them: what ``sampling_reference`` defines, in five launches.
 
 ::
 
-    scan    every tile of every row     largest logit; sum of weights; how good its best token can be
-    reduce  every row                   the best token by score plus noise; greedy rows and most others are done
-    weigh   every tile of every row     with top-p: the probability up to that token
-    finish  every row                   is it kept? if not, the best of those that rank higher, and so on
+    scan    every tile of every row     largest logit; for drawn rows the sum of weights
+    pick    every row                   greedy: the token; drawn: a tile by its sum, and a token in it by its score
+    weigh   tiles of some rows          with top-p: weights of what ranks above that token; with min-p: of what is kept
+    again   tiles of fewer rows         another token where top-p removes the first, and what ranks above it
+    finish  some rows                   the token, if it is known by then; if not, all that is left to do; top-k
 
-Tokens are ranked by score, then by id: the order of a stable sort. Whether top-p keeps a token then follows from one
-sum over the row, of the weights up to its rank. The best of all tokens by score plus noise is kept with a probability
-of at least top_p; one that is not sends the search to higher ranks, as in rejection sampling, and what comes out is
-the best of the kept ones exactly.
+Logits are read once, and with top-p or min-p once more, as far as tiles can hold what is asked for. Tokens are ranked
+by score, then by id: the order of a stable sort. Whether top-p keeps a token follows from one sum over the row, of the
+weights above its rank. A token drawn from all is kept with a probability of at least top_p; one that is not leaves
+the ranks above it to draw from: that is rejection sampling, and what comes out has the distribution of what is kept.
 
-* Noise is float32(-log(-log u)) with float64 logarithms. Nearly all tokens are ruled out by a float32 value that is off
-  by less than :func:`_bound` allows for; the few others are computed as the reference does.
+* Noise is float32(-log(-log u)) with float64 logarithms. Nearly all tokens of a tile are ruled out by a float32 value
+  that is off by less than :func:`_bound` allows for; the few others are computed as the reference does.
 * The k largest logits of a row lie in the groups of 64 tokens with the k largest maxima; rows with top-k look at no
-  others.
-* Rows with min-p are not drawn from before their largest logit is known.
+  others, and draw from them without tiles.
 * Sums are taken in an order that depends on the row alone.
 
 Rows without sampling, and rows with other parameters, may stand next to each other: parameters are read by slot.
@@ -26,18 +26,23 @@ import torch
 import triton
 import triton.language as tl
 
+from . import sampling_reference
 from .backend import device_guard
+from .dependent_launch_triton import dependent_launch, start_next, wait_for_previous
+from .sampling_reference import tile_size
 
-TILE = 2048
 GROUP = 64
-LARGE = 16384
-"""Tokens of a tile; of a group whose largest logit is kept; that are summed at once in a row read end to end."""
-MAX_TILES = 256
-"""Of a row: with larger vocabularies, tiles are larger. Triton 3.6 fails on as many as a program has threads."""
+"""Tokens of a group whose largest logit is kept."""
+LARGE = 32768
+"""Tokens that are summed at once in a row that one program reads from end to end."""
 WARPS, ROW_WARPS = 8, 16
-"""Of programs that work on tiles, and of those of the last launch."""
+"""Of programs that work on a row, and of those that read one from end to end."""
+TILE_WARPS = 2
+"""Of programs that work on tiles: few, so that a thread has many loads on their way and sums need few barriers."""
+SCAN_TILES, WEIGH_TILES = 8, 16
+"""The most tiles of a program: a program starts with loads that wait for one another, and also if it has no work."""
 PROGRAMS = 1024
-"""Enough to fill a device: with more tiles than that, a program takes several."""
+"""Enough of these to fill a device: with more tiles than that, a program takes several."""
 
 INVALID = tl.constexpr(-1)
 NO_TOKEN = tl.constexpr(2**31 - 1)
@@ -46,6 +51,7 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(float("-inf"))
 HIGHEST = tl.constexpr(float("inf"))
 KEY_OF_LOWEST = tl.constexpr(-0x7F800001)
+TILE_NOISE, TILES_OF_TURN = tl.constexpr(sampling_reference.TILE_NOISE), tl.constexpr(sampling_reference.TILES_OF_TURN)
 DONE, TOP_K, TOP_P, MIN_P = (tl.constexpr(i) for i in range(4))
 """What is left to do for a row."""
 
@@ -98,6 +104,15 @@ def _log2(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def _exp2(x, FAST: tl.constexpr):
+    """Two to the power of float32, in one instruction of an NVIDIA GPU if FAST: what is below 2**-126 is zero."""
+    if FAST:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
 def _approximate_noise(bits, FAST: tl.constexpr):
     """Within 4e-5 of :func:`_exact_noise`.
 
@@ -138,6 +153,12 @@ def _up_to(rank, ids, last_rank, last_id):
 
 
 @triton.jit
+def _is_kept(above, total, threshold):
+    """Whether top-p keeps a token: ``above`` and ``total`` are the weights of what ranks above it, and of all."""
+    return (total - above > threshold * total) | (above == 0)
+
+
+@triton.jit
 def _inverse(temperature):
     return tl.minimum(1.0 / temperature, 3e38)
 
@@ -164,64 +185,105 @@ def _top_k_of(top_ks, slot, vocab):
     return tl.where(top_k < vocab, top_k, 0)
 
 
+@triton.jit
+def _larger_or_nan(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _max_or_nan(x, FAST: tl.constexpr):
+    """The largest value, NaN if there is one: in one instruction a value on an NVIDIA GPU, by integers elsewhere."""
+    if FAST:
+        return tl.reduce(x, 0, _larger_or_nan)
+    else:
+        key = tl.max(tl.where(x == x, _key(x, 0), NO_TOKEN), 0)
+        return tl.where(key == NO_TOKEN, float("nan"), _value(key, 0))
+
+
+@triton.jit
+def _weights(x, largest, scale, FAST: tl.constexpr):
+    """exp((x - largest) * scale): 1 at the largest logit, whatever the rounding."""
+    return _exp2((x - largest) * (scale * LOG2E), FAST)
+
+
+@triton.jit
+def _threshold(top_p):
+    """1 - top_p, rounded once as in the reference; below zero, nothing is removed."""
+    return tl.where(top_p < 1, 1 - top_p, -1.0).to(tl.float32)
+
+
+@triton.jit
+def _can_have(highest, floor, min_p, largest, temperature, NARROW: tl.constexpr, FAST: tl.constexpr):
+    """Whether tiles with these largest logits can have tokens of a rank from ``floor``, and weights from ``min_p``."""
+    is_heavy = _weights(highest, largest, _inverse(temperature), FAST) >= min_p
+    return (_rank(highest, temperature, NARROW) >= floor) & is_heavy
+
+
+@triton.jit
+def _ranks_above(x, start, lane, rank, token, temperature, NARROW: tl.constexpr, TILE: tl.constexpr):
+    """Whether the tokens ``start + lane`` rank above one: among equals, those behind it."""
+    if start > token:
+        is_above = _rank(x, temperature, NARROW) >= rank
+    elif start + TILE <= token:
+        is_above = _rank(x, temperature, NARROW) > rank
+    else:
+        is_above = ~_up_to(_rank(x, temperature, NARROW), start + lane, rank, token)
+    return is_above
+
+
 # Launch 1
 
 
 @triton.jit(do_not_specialize=["num_tiles", "tiles_per_program"])
 def _scan_tiles(
-    logits, row_stride, vocab, slots, positions, temperatures, top_ks, top_ps, min_ps, seeds, wants_lse,
-    tile_max, tile_sum, tile_raw_sum, tile_bound, group_max, num_tiles, tiles_per_program,
-    NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+    logits, row_stride, vocab, slots, temperatures, top_ks, wants_lse,
+    tile_max, tile_sum, tile_raw_sum, group_max, num_tiles, tiles_per_program,
+    FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """One program: a few tiles of one row. What it writes for sampled rows depends on their parameters."""
+    """One program: a few tiles of one row. What it writes beside maxima depends on the row's parameters."""
     row = tl.program_id(1).to(tl.int64)
+    start = tl.program_id(0) * tiles_per_program
+    end = tl.minimum(start + tiles_per_program, num_tiles)
+    start_next(DEPENDENT)
+    wait_for_previous(DEPENDENT)
+    lane = tl.arange(0, TILE)
+    ids = start * TILE + lane
+    # On its way while the parameters are.
+    ahead = tl.load(logits + row * row_stride + ids, mask=ids < vocab, other=LOWEST)
     slot = tl.load(slots + row)
     temperature = tl.load(temperatures + slot).to(tl.float32)
     with_lse = tl.load(wants_lse + slot) > 0
-    is_drawn = temperature > 0
-    with_groups = is_drawn & (_top_k_of(top_ks, slot, vocab) > 0)
-    with_sums = is_drawn & ~with_groups & (tl.load(top_ps + slot) < 1)
-    with_noise = is_drawn & ~with_groups & (tl.load(min_ps + slot).to(tl.float32) == 0)
-    low, high = _row_key(tl.load(seeds + slot), tl.load(positions + row))
+    with_groups = (temperature > 0) & (_top_k_of(top_ks, slot, vocab) > 0)
+    with_sums = (temperature > 0) & ~with_groups
     scale = _inverse(temperature)
-    lane = tl.arange(0, TILE)
-    start = tl.program_id(0) * tiles_per_program
-    end = tl.minimum(start + tiles_per_program, num_tiles)
-    ids = start * TILE + lane
-    ahead = tl.load(logits + row * row_stride + ids, mask=ids < vocab, other=LOWEST)
     for tile in range(start, end):
         x = ahead.to(tl.float32)
         # The next tile is on its way while this one is worked on.
         ids = (tile + 1) * TILE + lane
         ahead = tl.load(logits + row * row_stride + ids, mask=(ids < vocab) & (tile + 1 < end), other=LOWEST)
-        ids = tile * TILE + lane
         place = row * num_tiles + tile
-        key = tl.max(tl.where(x == x, _key(x, 0), NO_TOKEN), 0)
-        largest = tl.where(key == NO_TOKEN, float("nan"), _value(key, 0))
+        largest = _max_or_nan(x, FAST)
         tl.store(tile_max + place, largest)
         pivot = tl.where(largest > LOWEST, largest, 0.0)
         if with_lse:
-            tl.store(tile_raw_sum + place, tl.sum(tl.exp2((x - pivot) * LOG2E), 0))
+            tl.store(tile_raw_sum + place, tl.sum(_weights(x, pivot, 1.0, FAST), 0))
         if with_groups:
             num_groups = num_tiles * (TILE // GROUP)
             group = tile * (TILE // GROUP) + tl.arange(0, TILE // GROUP)
             tl.store(group_max + row * num_groups + group, tl.max(tl.reshape(x, (TILE // GROUP, GROUP)), 1))
         if with_sums:
-            tl.store(tile_sum + place, tl.sum(tl.exp2((x - pivot) * (scale * LOG2E)), 0))
-        if with_noise:
-            value = x * scale + _approximate_noise(_noise_bits(ids, low, high), FAST)
-            tl.store(tile_bound + place, _bound(tl.max(value, 0)))
+            tl.store(tile_sum + place, tl.sum(_weights(x, pivot, scale, FAST), 0))
 
 
 # Rows
 
 
 @triton.jit
-def _load_chunk(row_logits, row_groups, chunk, count, is_listed, vocab, TILE: tl.constexpr, GROUP: tl.constexpr):
-    """Logits and ids ``[TILE // GROUP, GROUP]`` of a part of a row, or of its listed groups; and which exist."""
+def _load_chunk(row_logits, row_groups, chunk, count, vocab, TILE: tl.constexpr, GROUP: tl.constexpr):
+    """Logits and ids ``[TILE // GROUP, GROUP]`` of a part of a row's listed groups; and which exist."""
     place = chunk * (TILE // GROUP) + tl.arange(0, TILE // GROUP)
     held = place < count
-    group = tl.where(is_listed, tl.load(row_groups + place, mask=held & is_listed, other=0), place)
+    group = tl.load(row_groups + place, mask=held, other=0)
     ids = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     held = held[:, None] & (ids < vocab)
     return tl.load(row_logits + ids, mask=held, other=LOWEST).to(tl.float32), ids, held
@@ -229,14 +291,14 @@ def _load_chunk(row_logits, row_groups, chunk, count, is_listed, vocab, TILE: tl
 
 @triton.jit
 def _best_of_chunk(
-    x, ids, row_logits, temperature, top, min_p, floor, low_rank, low_id, key_low, key_high,
+    x, ids, row_logits, temperature, largest, min_p, floor, low_rank, low_id, key_low, key_high,
     NARROW: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """The best token of a chunk by score plus noise, exactly, of those that may be chosen: value and id."""
     scores = tl.div_rn(x, temperature)
     rank = x if NARROW else scores
     may = (rank >= floor) & ~_up_to(rank, ids, low_rank, low_id) & (scores > LOWEST)
-    may &= tl.exp2((scores - top) * LOG2E) >= min_p
+    may &= _weights(x, largest, _inverse(temperature), FAST) >= min_p
     value = scores + _approximate_noise(_noise_bits(ids, key_low, key_high), FAST)
     bounds = tl.where(may, _bound(value), LOWEST)
     best, best_id = LOWEST, NO_TOKEN
@@ -254,50 +316,49 @@ def _best_of_chunk(
 
 
 @triton.jit
-def _best_of_row(
-    bounds, row_logits, row_groups, count, is_listed, vocab, temperature, top, min_p, floor, low_rank, low_id,
-    key_low, key_high,
-    NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
-    """The best token by score plus noise of those that may be chosen, and what a chunk can have at most from then on.
+def _draw_tile(masses, turn, key_low, key_high, TILES: tl.constexpr):
+    """A tile by its mass ``[TILES]``: that with the largest log(mass) + noise."""
+    tile = tl.arange(0, TILES)
+    noise = _exact_noise(_noise_bits(tile + turn * TILES_OF_TURN + TILE_NOISE, key_low, key_high))
+    value = tl.where(masses > 0, tl.log(tl.where(masses > 0, masses, 1.0)) + noise, LOWEST)
+    return tl.min(tl.where(value == tl.max(value, 0), tile, NO_TOKEN), 0)
 
-    ``bounds`` is the same before: chunks are looked at in that order.
-    """
-    chunks = tl.arange(0, TILES)
-    scanned = tl.full((TILES,), LOWEST, tl.float32)
-    best, best_id = LOWEST, NO_TOKEN
-    peak = tl.max(bounds, 0)
-    while (peak > LOWEST) & (peak >= best):
-        chunk = tl.min(tl.where(bounds == peak, chunks, NO_TOKEN), 0)
-        x, ids, _ = _load_chunk(row_logits, row_groups, chunk, count, is_listed, vocab, TILE, GROUP)
-        value, token = _best_of_chunk(
-            x, ids, row_logits, temperature, top, min_p, floor, low_rank, low_id, key_low, key_high, NARROW, FAST
-        )
-        is_better = (value > best) | ((value == best) & (token < best_id))
-        best = tl.where(is_better, value, best)
-        best_id = tl.where(is_better, token, best_id)
-        scanned = tl.where(chunks == chunk, value, scanned)
-        bounds = tl.where(chunks == chunk, LOWEST, bounds)
-        peak = tl.max(bounds, 0)
-    return best_id, tl.maximum(bounds, scanned)
+
+@triton.jit
+def _draw_after(
+    before, masses, turn, row_logits, vocab, temperature, largest, min_p, key_low, key_high,
+    NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """A token of those that rank above the token ``before`` (negative: of all), of which the tiles have ``masses``."""
+    low_rank, low_id = LOWEST, -1
+    if before >= 0:
+        low_rank, low_id = _rank(tl.load(row_logits + before).to(tl.float32), temperature, NARROW), before
+    ids = _draw_tile(masses, turn, key_low, key_high, TILES) * TILE + tl.arange(0, TILE)
+    x = tl.load(row_logits + ids, mask=ids < vocab, other=LOWEST).to(tl.float32)
+    _, token = _best_of_chunk(
+        x, ids, row_logits, temperature, largest, min_p, LOWEST, low_rank, low_id, key_low, key_high, NARROW, FAST
+    )
+    return token
 
 
 # Launch 2
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
-def _reduce_rows(
+def _pick_rows(
     logits, row_stride, vocab, slots, positions, temperatures, top_ks, top_ps, min_ps, seeds, wants_lse,
-    tile_max, tile_sum, tile_raw_sum, tile_bound, group_max,
-    row_task, row_max, row_sum, row_last, row_count, row_key, groups, chosen, lse, num_tiles,
+    tile_max, tile_sum, tile_raw_sum, group_max,
+    row_task, row_max, row_sum, row_count, row_key, groups, chosen, lse, num_tiles,
     SHIFT: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
-    TILES: tl.constexpr, GROUPS: tl.constexpr,
+    TILES: tl.constexpr, GROUPS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One program: one row. ``row_task`` says what is left to do.
 
     For top-k, ``groups`` gets the groups, ``row_count`` of them, that hold the k largest logits; ``row_key`` a key that
-    the k-th largest one is not below. For top-p, ``row_last`` gets the token that ranks highest.
+    the k-th largest one is not below. For other drawn rows ``row_sum`` gets the sum of weights.
     """
+    start_next(DEPENDENT)
+    wait_for_previous(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)
     temperature = tl.load(temperatures + slot).to(tl.float32)
@@ -342,28 +403,18 @@ def _reduce_rows(
                 # With fewer groups than k, a maximum says nothing of the k-th largest logit.
                 tl.store(row_key + row, tl.where(top_k < num_groups, low, KEY_OF_LOWEST >> SHIFT).to(tl.int32))
             else:
-                if top_p < 1:
-                    sums = tl.load(tile_sum + place, mask=held, other=0.0)
-                    scale = _inverse(temperature) * LOG2E
-                    tl.store(row_sum + row, tl.sum(sums * tl.exp2((maxima - largest) * scale), 0))
-                    top_rank = _rank(largest, temperature, NARROW)
-                    is_top = held & (_rank(maxima, temperature, NARROW) == top_rank)
-                    ids = tl.max(tl.where(is_top, tile, 0), 0) * TILE + lane
-                    x = tl.load(row_logits + ids, mask=ids < vocab, other=LOWEST).to(tl.float32)
-                    last = tl.max(tl.where(_rank(x, temperature, NARROW) == top_rank, ids, -1), 0)
-                    tl.store(row_last + row, last)
+                sums = tl.load(tile_sum + place, mask=held, other=0.0)
+                masses = sums * _weights(maxima, largest, _inverse(temperature), FAST)
+                tl.store(row_sum + row, tl.sum(masses, 0))
                 if min_p > 0:
                     task = MIN_P
                 else:
-                    if top_p < 1:
-                        task = TOP_P
                     low, high = _row_key(tl.load(seeds + slot), tl.load(positions + row))
-                    bounds = tl.load(tile_bound + place, mask=held, other=LOWEST)
-                    token, bounds = _best_of_row(
-                        bounds, row_logits, groups, tl.cdiv(vocab, GROUP), False, vocab, temperature, top, 0.0, LOWEST,
-                        LOWEST, -1, low, high, NARROW, FAST, TILE, GROUP, TILES,
+                    token = _draw_after(
+                        INVALID, masses, 0, row_logits, vocab, temperature, largest, 0.0, low, high,
+                        NARROW, FAST, TILE, TILES,
                     )  # fmt: skip
-                    tl.store(tile_bound + place, bounds, mask=held)
+                    task = tl.where(top_p < 1, TOP_P, DONE)
     elif not has_nan:
         ids = tl.min(tl.where(held & (maxima == largest), tile, NO_TOKEN), 0) * TILE + lane
         x = tl.load(row_logits + ids, mask=ids < vocab, other=LOWEST).to(tl.float32)
@@ -372,51 +423,85 @@ def _reduce_rows(
     tl.store(row_task + row, task)
 
 
-# Launch 3
+# Launches 3 and 4
 
 
 @triton.jit(do_not_specialize=["num_tiles", "tiles_per_program"])
 def _weigh_tiles(
-    logits, row_stride, vocab, slots, positions, temperatures, top_ks, top_ps, min_ps, seeds,
-    row_task, row_max, chosen, tile_bound, tile_below, num_tiles, tiles_per_program,
-    NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr,
+    logits, row_stride, vocab, slots, positions, temperatures, top_ps, min_ps, seeds,
+    row_task, row_max, row_sum, tile_max, chosen, tile_mass, chosen_again, tile_mass_again,
+    num_tiles, tiles_per_program,
+    AGAIN: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
+    DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """One program: a few tiles of one row: with top-p the sums of weights up to the token ``chosen`` so far, with min-p
-    how good the best token can be."""
+    """One program: a few tiles of one row: ``tile_mass`` gets, with top-p, the weights of what ranks above the token
+    ``chosen``, with min-p those of what is kept. Tiles that can have none are not read.
+
+    AGAIN: rows whose token is not known by then get another one, ``chosen_again``, and ``tile_mass_again`` for it.
+    Every program of a row draws the same.
+    """
+    start_next(DEPENDENT)
+    wait_for_previous(DEPENDENT)
     row = tl.program_id(1).to(tl.int64)
     task = tl.load(row_task + row)
     if (task == TOP_P) | (task == MIN_P):
         slot = tl.load(slots + row)
         temperature = tl.load(temperatures + slot).to(tl.float32)
-        # A little more than what is kept: this is a bound.
-        min_p = tl.load(min_ps + slot).to(tl.float32) * (1 - 2.0**-12)
+        min_p = tl.load(min_ps + slot).to(tl.float32)
+        top_p = tl.load(top_ps + slot)
         scale = _inverse(temperature)
         largest = tl.load(row_max + row)
         row_logits = logits + row * row_stride
-        token = tl.maximum(tl.load(chosen + row), 0).to(tl.int32)
-        rank_of_token = _rank(tl.load(row_logits + token).to(tl.float32), temperature, NARROW)
-        low, high = _row_key(tl.load(seeds + slot), tl.load(positions + row))
-        lane = tl.arange(0, TILE)
-        start = tl.program_id(0) * tiles_per_program
-        end = tl.minimum(start + tiles_per_program, num_tiles)
-        ids = start * TILE + lane
-        ahead = tl.load(row_logits + ids, mask=ids < vocab, other=LOWEST)
-        for tile in range(start, end):
-            x = ahead.to(tl.float32)
-            ids = (tile + 1) * TILE + lane
-            ahead = tl.load(row_logits + ids, mask=(ids < vocab) & (tile + 1 < end), other=LOWEST)
-            ids = tile * TILE + lane
-            weights = tl.exp2((x - largest) * (scale * LOG2E))
-            if task == TOP_P:
-                is_in = _up_to(_rank(x, temperature, NARROW), ids, rank_of_token, token)
-                tl.store(tile_below + row * num_tiles + tile, tl.sum(tl.where(is_in, weights, 0.0), 0))
-            else:
-                value = x * scale + _approximate_noise(_noise_bits(ids, low, high), FAST)
-                best = tl.max(tl.where(weights >= min_p, value, LOWEST), 0)
-                tl.store(tile_bound + row * num_tiles + tile, _bound(best))
+        token = tl.load(chosen + row).to(tl.int32)
+        is_needed = True
+        if AGAIN:
+            total = tl.load(row_sum + row)
+            tile = tl.arange(0, TILES)
+            masses = tl.load(tile_mass + row * num_tiles + tile, mask=tile < num_tiles, other=0.0)
+            is_needed = (task == MIN_P) | ~_is_kept(tl.sum(masses, 0), total, _threshold(top_p))
+            if is_needed:
+                low, high = _row_key(tl.load(seeds + slot), tl.load(positions + row))
+                turn = tl.where(task == MIN_P, 0, 1)
+                token = _draw_after(
+                    token, masses, turn, row_logits, vocab, temperature, largest, min_p, low, high,
+                    NARROW, FAST, TILE, TILES,
+                )  # fmt: skip
+                tl.store(chosen_again + row, token.to(tl.int64))
+                is_needed = (top_p < 1) & (token != NO_TOKEN)
+            tile_mass = tile_mass_again
+        if is_needed:
+            floor = LOWEST
+            if AGAIN | (task == TOP_P):
+                floor = _rank(tl.load(row_logits + token).to(tl.float32), temperature, NARROW)
+                min_p = 0.0
+            lane = tl.arange(0, TILE)
+            start = tl.program_id(0) * tiles_per_program
+            end = tl.minimum(start + tiles_per_program, num_tiles)
+            place = row * num_tiles + start
+            can = _can_have(tl.load(tile_max + place), floor, min_p, largest, temperature, NARROW, FAST)
+            ids = start * TILE + lane
+            ahead = tl.load(row_logits + ids, mask=ids < tl.where(can, vocab, 0), other=LOWEST)
+            for tile_id in range(start, end):
+                x = ahead.to(tl.float32)
+                has = can
+                # The next tile is on its way while this one is worked on.
+                place = row * num_tiles + tile_id
+                highest = tl.load(tile_max + place + 1, mask=tile_id + 1 < end, other=LOWEST)
+                can = _can_have(highest, floor, min_p, largest, temperature, NARROW, FAST) & (tile_id + 1 < end)
+                ids = (tile_id + 1) * TILE + lane
+                ahead = tl.load(row_logits + ids, mask=ids < tl.where(can, vocab, 0), other=LOWEST)
+                mass = 0.0
+                if has:
+                    weights = _weights(x, largest, scale, FAST)
+                    if AGAIN | (task == TOP_P):
+                        is_in = _ranks_above(x, tile_id * TILE, lane, floor, token, temperature, NARROW, TILE)
+                    else:
+                        is_in = weights >= min_p
+                    mass = tl.sum(tl.where(is_in, weights, 0.0), 0)
+                tl.store(tile_mass + place, mass)
 
 
-# Launch 4
+# Launch 5
 
 
 @triton.jit
@@ -426,13 +511,13 @@ def _kth_key(
 ):  # fmt: skip
     """The key of the k-th largest logit of the listed groups, which is between ``low`` and ``high``, int64."""
     # The first chunk, with most rows the only one, is kept.
-    x, _, held = _load_chunk(row_logits, row_groups, 0, count, True, vocab, TILE, GROUP)
+    x, _, held = _load_chunk(row_logits, row_groups, 0, count, vocab, TILE, GROUP)
     first_keys = tl.where(held, _key(x, SHIFT), -(2**31))
     while low < high:
         middle = low + (high - low + 1) // 2
         found = (first_keys >= middle).to(tl.int32)
         for chunk in range(1, num_chunks):
-            x, _, held = _load_chunk(row_logits, row_groups, chunk, count, True, vocab, TILE, GROUP)
+            x, _, held = _load_chunk(row_logits, row_groups, chunk, count, vocab, TILE, GROUP)
             found += (held & (_key(x, SHIFT) >= middle)).to(tl.int32)
         is_enough = tl.sum(found) >= k
         low = tl.where(is_enough, middle, low)
@@ -443,124 +528,180 @@ def _kth_key(
 @triton.jit
 def _sum_of_listed(
     row_logits, row_groups, count, vocab, temperature, largest, floor, last_rank, last_id,
-    NARROW: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+    NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """The weights of tokens in the listed groups that rank no higher than a given one, and not below ``floor``."""
-    scale = _inverse(temperature) * LOG2E
+    """The weights of tokens in the listed groups that rank above a given one, and not below ``floor``."""
+    scale = _inverse(temperature)
     total = tl.zeros((TILE // GROUP, GROUP), tl.float32)
     for chunk in range(tl.cdiv(count, TILE // GROUP)):
-        x, ids, held = _load_chunk(row_logits, row_groups, chunk, count, True, vocab, TILE, GROUP)
+        x, ids, held = _load_chunk(row_logits, row_groups, chunk, count, vocab, TILE, GROUP)
         rank = _rank(x, temperature, NARROW)
-        is_in = held & (rank >= floor) & _up_to(rank, ids, last_rank, last_id)
-        total += tl.where(is_in, tl.exp2((x - largest) * scale), 0.0)
+        is_in = held & (rank >= floor) & ~_up_to(rank, ids, last_rank, last_id)
+        total += tl.where(is_in, _weights(x, largest, scale, FAST), 0.0)
     return tl.sum(total)
 
 
 @triton.jit
-def _sum_of_row(row_logits, vocab, temperature, largest, last_rank, last_id, NARROW: tl.constexpr, LARGE: tl.constexpr):
-    """The weights of a row's tokens that rank no higher than a given one."""
-    scale = _inverse(temperature) * LOG2E
-    total = tl.zeros((LARGE,), tl.float32)
-    for start in range(0, vocab, LARGE):
-        ids = start + tl.arange(0, LARGE)
-        x = tl.load(row_logits + ids, mask=ids < vocab, other=LOWEST).to(tl.float32)
-        is_in = _up_to(_rank(x, temperature, NARROW), ids, last_rank, last_id)
-        total += tl.where(is_in, tl.exp2((x - largest) * scale), 0.0)
-    return tl.sum(total, 0)
+def _best_of_listed(
+    bounds, row_logits, row_groups, count, vocab, temperature, largest, min_p, floor, low_rank, low_id,
+    key_low, key_high,
+    NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """The best token by score plus noise of those that may be chosen, and what a chunk can have at most from then on.
+
+    ``bounds`` is the same before: chunks are looked at in that order.
+    """
+    chunks = tl.arange(0, TILES)
+    scanned = tl.full((TILES,), LOWEST, tl.float32)
+    best, best_id = LOWEST, NO_TOKEN
+    peak = tl.max(bounds, 0)
+    while (peak > LOWEST) & (peak >= best):
+        chunk = tl.min(tl.where(bounds == peak, chunks, NO_TOKEN), 0)
+        x, ids, _ = _load_chunk(row_logits, row_groups, chunk, count, vocab, TILE, GROUP)
+        value, token = _best_of_chunk(
+            x, ids, row_logits, temperature, largest, min_p, floor, low_rank, low_id, key_low, key_high, NARROW, FAST
+        )
+        is_better = (value > best) | ((value == best) & (token < best_id))
+        best = tl.where(is_better, value, best)
+        best_id = tl.where(is_better, token, best_id)
+        scanned = tl.where(chunks == chunk, value, scanned)
+        bounds = tl.where(chunks == chunk, LOWEST, bounds)
+        peak = tl.max(bounds, 0)
+    return best_id, tl.maximum(bounds, scanned)
 
 
 @triton.jit
-def _last_of(
-    row_logits, row_groups, num_chunks, count, vocab, temperature, rank,
-    NARROW: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+def _masses_above(
+    row_logits, row_max_of_tiles, num_tiles, vocab, temperature, largest, last_rank, last_id,
+    NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """The last token of a rank in the listed groups."""
-    last = tl.full((TILE // GROUP, GROUP), -1, tl.int32)
-    for chunk in range(num_chunks):
-        x, ids, held = _load_chunk(row_logits, row_groups, chunk, count, True, vocab, TILE, GROUP)
-        last = tl.where(held & (_rank(x, temperature, NARROW) == rank), tl.maximum(last, ids), last)
-    return tl.max(last)
+    """The weights ``[TILES]`` of each tile's tokens that rank above a given one: SPAN tiles at once."""
+    scale = _inverse(temperature)
+    all_tiles = tl.arange(0, TILES)
+    masses = tl.zeros((TILES,), tl.float32)
+    for start in range(0, num_tiles, SPAN):
+        tiles = start + tl.arange(0, SPAN)
+        highest = tl.load(row_max_of_tiles + tiles, mask=tiles < num_tiles, other=LOWEST)
+        is_needed = _rank(highest, temperature, NARROW) >= last_rank
+        ids = tiles[:, None] * TILE + tl.arange(0, TILE)[None, :]
+        x = tl.load(row_logits + ids, mask=(ids < vocab) & is_needed[:, None], other=LOWEST).to(tl.float32)
+        is_in = ~_up_to(_rank(x, temperature, NARROW), ids, last_rank, last_id)
+        sums = tl.sum(tl.where(is_in, _weights(x, largest, scale, FAST), 0.0), 1)
+        masses += tl.sum(tl.where(all_tiles[None, :] == tiles[:, None], sums[:, None], 0.0), 0)
+    return masses
+
+
+@triton.jit
+def _finish_listed(
+    row_logits, row_groups, row_count, row_key, vocab, temperature, largest, min_p, threshold, top_k, key_low, key_high,
+    SHIFT: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+    TILES: tl.constexpr,
+):  # fmt: skip
+    """The token of a row with top-k, from the groups that are listed.
+
+    Its noise is fixed, so the best of the kept tokens is found by looking at one after the other.
+    """
+    chunks = tl.arange(0, TILES)
+    count = tl.load(row_count)
+    num_chunks = tl.cdiv(count, TILE // GROUP)
+    bounds = tl.where(chunks < num_chunks, HIGHEST, LOWEST)
+    lowest, highest = tl.load(row_key).to(tl.int64), _key(largest, SHIFT).to(tl.int64)
+    kth = _kth_key(row_logits, row_groups, num_chunks, count, vocab, top_k, lowest, highest, SHIFT, TILE, GROUP)
+    # What is known: nothing of a rank below ``floor`` is kept, nor are tokens up to ``low``.
+    floor = _rank(_value(kth, SHIFT), temperature, NARROW)
+    low_rank, low_id = LOWEST, -1
+    total = 0.0
+    if threshold >= 0:
+        total = _sum_of_listed(
+            row_logits, row_groups, count, vocab, temperature, largest, floor, LOWEST, -1, NARROW, FAST, TILE, GROUP
+        )
+    token = NO_TOKEN
+    is_searching = True
+    while is_searching:
+        token, bounds = _best_of_listed(
+            bounds, row_logits, row_groups, count, vocab, temperature, largest, min_p, floor, low_rank, low_id,
+            key_low, key_high, NARROW, FAST, TILE, GROUP, TILES,
+        )  # fmt: skip
+        is_searching = False
+        if (threshold >= 0) & (token != NO_TOKEN):
+            low_rank, low_id = _rank(tl.load(row_logits + token).to(tl.float32), temperature, NARROW), token
+            above = _sum_of_listed(
+                row_logits, row_groups, count, vocab, temperature, largest, floor, low_rank, low_id,
+                NARROW, FAST, TILE, GROUP,
+            )  # fmt: skip
+            is_searching = ~_is_kept(above, total, threshold)
+    return token
+
+
+@triton.jit
+def _finish_drawn(
+    row_logits, tile_max, tile_mass, tile_mass_again, first, again, total, num_tiles, vocab, temperature, largest,
+    min_p, threshold, key_low, key_high,
+    NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
+    SPAN: tl.constexpr,
+):  # fmt: skip
+    """The token of a row without top-k: ``first`` if there is one and it is kept, ``again`` if that is, or another."""
+    tile = tl.arange(0, TILES)
+    masses = tl.load(tile_mass + tile, mask=tile < num_tiles, other=0.0)
+    token = first
+    turn = 1
+    if (first < 0) | ~_is_kept(tl.sum(masses, 0), total, threshold):
+        token = again
+        turn = tl.where(first < 0, 1, 2)
+        if (threshold >= 0) & (token != NO_TOKEN):
+            masses = tl.load(tile_mass_again + tile, mask=tile < num_tiles, other=0.0)
+            is_searching = ~_is_kept(tl.sum(masses, 0), total, threshold)
+            while is_searching:
+                token = _draw_after(
+                    token, masses, turn, row_logits, vocab, temperature, largest, min_p, key_low, key_high,
+                    NARROW, FAST, TILE, TILES,
+                )  # fmt: skip
+                turn += 1
+                is_searching = False
+                if token != NO_TOKEN:
+                    rank = _rank(tl.load(row_logits + token).to(tl.float32), temperature, NARROW)
+                    masses = _masses_above(
+                        row_logits, tile_max, num_tiles, vocab, temperature, largest, rank, token,
+                        NARROW, FAST, TILE, TILES, SPAN,
+                    )  # fmt: skip
+                    is_searching = ~_is_kept(tl.sum(masses, 0), total, threshold)
+    return token
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
 def _finish_rows(
     logits, row_stride, vocab, slots, positions, temperatures, top_ks, top_ps, min_ps, seeds,
-    row_task, row_max, row_sum, row_last, row_count, row_key, groups, tile_bound, tile_below, chosen, num_tiles,
-    SHIFT: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
-    LARGE: tl.constexpr, TILES: tl.constexpr,
+    row_task, row_max, row_sum, row_count, row_key, groups, tile_max, chosen, tile_mass, chosen_again, tile_mass_again,
+    num_tiles, SHIFT: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+    TILES: tl.constexpr, SPAN: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """One program: one row. LARGE tokens at a time are summed of rows that are read from end to end."""
+    """One program: one row. SPAN tiles at a time are read of rows that are read from end to end."""
+    start_next(DEPENDENT)
+    wait_for_previous(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     task = tl.load(row_task + row)
     if task != DONE:
         slot = tl.load(slots + row)
         temperature = tl.load(temperatures + slot).to(tl.float32)
         largest = tl.load(row_max + row)
-        top = tl.div_rn(largest, temperature)
         min_p = tl.load(min_ps + slot).to(tl.float32)
-        top_p = tl.load(top_ps + slot)
-        # Rounded once, as in the reference; below zero, nothing is removed.
-        threshold = tl.where(top_p < 1, 1 - top_p, -1.0).to(tl.float32)
+        threshold = _threshold(tl.load(top_ps + slot))
         key_low, key_high = _row_key(tl.load(seeds + slot), tl.load(positions + row))
         row_logits = logits + row * row_stride
         row_groups = groups + row * num_tiles * (TILE // GROUP)
-        chunks = tl.arange(0, TILES)
-        place = row * num_tiles + chunks
-        is_listed = task == TOP_K
-        count = tl.cdiv(vocab, GROUP)
-
-        # What is known: nothing of a rank below ``floor`` is kept, the token ``high`` is, the token ``low`` is not.
-        floor = LOWEST
-        low_rank, low_id = LOWEST, -1
-        high_rank, high_id = _rank(largest, temperature, NARROW), NO_TOKEN
-        total = 0.0
-        is_searching = True
-        token = NO_TOKEN
-        if is_listed:
-            count = tl.load(row_count + row)
-            num_chunks = tl.cdiv(count, TILE // GROUP)
-            bounds = tl.where(chunks < num_chunks, HIGHEST, LOWEST)
-            lowest, highest = tl.load(row_key + row).to(tl.int64), _key(largest, SHIFT).to(tl.int64)
-            top_k = tl.load(top_ks + slot)
-            kth = _kth_key(row_logits, row_groups, num_chunks, count, vocab, top_k, lowest, highest, SHIFT, TILE, GROUP)
-            floor = _rank(_value(kth, SHIFT), temperature, NARROW)
-            if threshold >= 0:
-                total = _sum_of_listed(
-                    row_logits, row_groups, count, vocab, temperature, largest, floor, HIGHEST, NO_TOKEN,
-                    NARROW, TILE, GROUP,
-                )  # fmt: skip
-                high_id = _last_of(
-                    row_logits, row_groups, num_chunks, count, vocab, temperature, high_rank, NARROW, TILE, GROUP
-                )
-        else:
-            bounds = tl.load(tile_bound + place, mask=chunks < num_tiles, other=LOWEST)
-            if threshold >= 0:
-                total = tl.load(row_sum + row)
-                high_id = tl.load(row_last + row)
-            if task == TOP_P:
-                token = tl.load(chosen + row).to(tl.int32)
-                rank = _rank(tl.load(row_logits + token).to(tl.float32), temperature, NARROW)
-                below = tl.sum(tl.load(tile_below + place, mask=chunks < num_tiles, other=0.0), 0)
-                is_searching = (below <= threshold * total) & ~_up_to(high_rank, high_id, rank, token)
-                low_rank, low_id = rank, token
-        while is_searching:
-            token, bounds = _best_of_row(
-                bounds, row_logits, row_groups, count, is_listed, vocab, temperature, top, min_p, floor,
-                low_rank, low_id, key_low, key_high, NARROW, FAST, TILE, GROUP, TILES,
+        if task == TOP_K:
+            token = _finish_listed(
+                row_logits, row_groups, row_count + row, row_key + row, vocab, temperature, largest, min_p, threshold,
+                tl.load(top_ks + slot), key_low, key_high, SHIFT, NARROW, FAST, TILE, GROUP, TILES,
             )  # fmt: skip
-            is_searching = False
-            if (threshold >= 0) & (token != NO_TOKEN):
-                rank = _rank(tl.load(row_logits + token).to(tl.float32), temperature, NARROW)
-                if not _up_to(high_rank, high_id, rank, token):
-                    if is_listed:
-                        below = _sum_of_listed(
-                            row_logits, row_groups, count, vocab, temperature, largest, floor, rank, token,
-                            NARROW, TILE, GROUP,
-                        )  # fmt: skip
-                    else:
-                        below = _sum_of_row(row_logits, vocab, temperature, largest, rank, token, NARROW, LARGE)
-                    is_searching = below <= threshold * total
-                    low_rank, low_id = rank, token
+        else:
+            first, again = tl.load(chosen + row).to(tl.int32), tl.load(chosen_again + row).to(tl.int32)
+            start = row * num_tiles
+            token = _finish_drawn(
+                row_logits, tile_max + start, tile_mass + start, tile_mass_again + start, first, again,
+                tl.load(row_sum + row), num_tiles, vocab, temperature, largest, min_p, threshold, key_low, key_high,
+                NARROW, FAST, TILE, GROUP, TILES, SPAN,
+            )  # fmt: skip
         tl.store(chosen + row, tl.where(token == NO_TOKEN, INVALID, token).to(tl.int64))
 
 
@@ -577,46 +718,50 @@ def sample_tokens_launch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``sampling_ops.sample_tokens_op`` for the arguments."""
     num_rows, vocab = logits.shape
-    tile = max(TILE, triton.next_power_of_2(triton.cdiv(vocab, MAX_TILES)))
+    tile = tile_size(vocab)
     num_tiles = triton.cdiv(vocab, tile)
     num_groups = num_tiles * (tile // GROUP)
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device=logits.device)
 
-    chosen = new(num_rows, dtype=torch.int64)
+    chosen, chosen_again = (new(num_rows, dtype=torch.int64) for _ in range(2))
     lse = new(num_rows)
     if not num_rows:
         return chosen, lse
-    tile_max, tile_sum, tile_raw_sum, tile_bound, tile_below = (new(num_rows, num_tiles) for _ in range(5))
+    tile_max, tile_sum, tile_raw_sum, tile_mass, tile_mass_again = (new(num_rows, num_tiles) for _ in range(5))
     row_max, row_sum = (new(num_rows) for _ in range(2))
-    row_task, row_last, row_count, row_key = (new(num_rows, dtype=torch.int32) for _ in range(4))
+    row_task, row_count, row_key = (new(num_rows, dtype=torch.int32) for _ in range(3))
     group_max, groups = new(num_rows, num_groups), new(num_rows, num_groups, dtype=torch.int32)
     shift = {torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0)
     narrow, fast = shift > 0, logits.is_cuda and torch.version.cuda is not None
     tiles = triton.next_power_of_2(num_tiles)
-    # No more than it takes: each starts with loads that wait for one another.
-    per_program = max(1, min(8, num_rows * num_tiles // PROGRAMS))
-    grid = (triton.cdiv(num_tiles, per_program), num_rows)
-    rows = (logits, logits.stride(0), vocab, slots, positions, temperature, top_k, top_p, min_p, seeds)
+    scanned, weighed = (max(1, min(most, num_rows * num_tiles // PROGRAMS)) for most in (SCAN_TILES, WEIGH_TILES))
+    warps = TILE_WARPS if logits.element_size() < 4 else 2 * TILE_WARPS
+    rows = (logits, logits.stride(0), vocab, slots)
+    parameters = (*rows, positions, temperature, top_k, top_p, min_p, seeds)
+    launch = dependent_launch(logits.device)
     with device_guard(logits):
-        _scan_tiles[grid](
-            *rows, wants_lse, tile_max, tile_sum, tile_raw_sum, tile_bound, group_max, num_tiles, per_program,
-            NARROW=narrow, FAST=fast, TILE=tile, GROUP=GROUP, num_warps=WARPS,
+        _scan_tiles[(triton.cdiv(num_tiles, scanned), num_rows)](
+            *rows, temperature, top_k, wants_lse, tile_max, tile_sum, tile_raw_sum, group_max, num_tiles, scanned,
+            FAST=fast, TILE=tile, GROUP=GROUP, num_warps=warps, **launch,
         )  # fmt: skip
-        _reduce_rows[(num_rows,)](
-            *rows, wants_lse, tile_max, tile_sum, tile_raw_sum, tile_bound, group_max,
-            row_task, row_max, row_sum, row_last, row_count, row_key, groups, chosen, lse, num_tiles,
+        _pick_rows[(num_rows,)](
+            *parameters, wants_lse, tile_max, tile_sum, tile_raw_sum, group_max,
+            row_task, row_max, row_sum, row_count, row_key, groups, chosen, lse, num_tiles,
             SHIFT=shift, NARROW=narrow, FAST=fast, TILE=tile, GROUP=GROUP,
-            TILES=tiles, GROUPS=tiles * (tile // GROUP), num_warps=WARPS,
+            TILES=tiles, GROUPS=tiles * (tile // GROUP), num_warps=WARPS, **launch,
         )  # fmt: skip
-        _weigh_tiles[grid](
-            *rows, row_task, row_max, chosen, tile_bound, tile_below, num_tiles, per_program,
-            NARROW=narrow, FAST=fast, TILE=tile, num_warps=WARPS,
-        )  # fmt: skip
+        for again in (False, True):
+            _weigh_tiles[(triton.cdiv(num_tiles, weighed), num_rows)](
+                *rows, positions, temperature, top_p, min_p, seeds, row_task, row_max, row_sum, tile_max,
+                chosen, tile_mass, chosen_again, tile_mass_again, num_tiles, weighed,
+                AGAIN=again, NARROW=narrow, FAST=fast, TILE=tile, TILES=tiles, num_warps=warps, **launch,
+            )  # fmt: skip
         _finish_rows[(num_rows,)](
-            *rows, row_task, row_max, row_sum, row_last, row_count, row_key, groups, tile_bound, tile_below, chosen,
-            num_tiles, SHIFT=shift, NARROW=narrow, FAST=fast, TILE=tile, GROUP=GROUP, LARGE=LARGE,
-            TILES=tiles, num_warps=ROW_WARPS,
+            *parameters, row_task, row_max, row_sum, row_count, row_key, groups, tile_max,
+            chosen, tile_mass, chosen_again, tile_mass_again, num_tiles,
+            SHIFT=shift, NARROW=narrow, FAST=fast, TILE=tile, GROUP=GROUP,
+            TILES=tiles, SPAN=max(1, LARGE // tile), num_warps=ROW_WARPS, **launch,
         )  # fmt: skip
     return chosen, lse
