@@ -3,9 +3,12 @@
 A short prompt is bound by the host: launching its kernels takes longer than running them, and every running sequence
 waits meanwhile. A graph takes one array, sent in one piece::
 
-    slots [rows]  ends [rows]  lengths [rows]  ids [tokens]  positions [tokens]  rows [tokens]
+    slots [rows]  ends [rows]  lengths [rows]  choosers [rows]  ids [tokens]  positions [tokens]  rows [tokens]
 
-Tokens that fill up a bucket belong to the last row, whose slot has no tokens: they write nothing and see nothing.
+``choosers`` are the slots of rows whose next token is chosen from this step's logits by the parameters of the slot; for
+the others, the slot that has no tokens. Tokens that fill up a bucket belong to the last row, whose slot is that one:
+they write nothing and see nothing.
+
 Chunks that keep the device busy for longer than it takes to launch them gain nothing, and are not captured: which ones
 these are follows from the size of the model, see :func:`chunk_sizes`.
 """
@@ -42,7 +45,8 @@ At two operations for each it is some 70 ms of an H200: what a host takes for th
 USES_BEFORE_CAPTURE = 2
 """Steps of a bucket that run eagerly, or in a larger graph, before it is captured: a capture costs two of them."""
 
-Step = Callable[[torch.Tensor], torch.Tensor]
+Outputs = tuple[torch.Tensor, ...]
+Step = Callable[[torch.Tensor], Outputs]
 
 
 def chunk_sizes(max_tokens: int, num_parameters: int) -> list[int]:
@@ -69,7 +73,7 @@ class ChunkGraphs:
     """The captured steps of one model over packed chunks.
 
     Args:
-        step: a forward over an array as above: logits ``[rows, vocab]`` of each row's last token.
+        step: a forward over an array as above: tensors ``[rows, ...]``.
         slots: of the sequences, on the host.
         sizes: token counts with a graph of their own, ascending.
         device: of the model.
@@ -83,28 +87,29 @@ class ChunkGraphs:
         self.step, self.slots, self.sizes, self.device = step, slots, sizes, device
         self.failure: str | None = None
         self._capture = capture
-        self._replays: dict[int, tuple[torch.Tensor, Callable[[], torch.Tensor]]] = {}
+        self._replays: dict[int, tuple[torch.Tensor, Callable[[], Outputs]]] = {}
         self._asked: dict[int, int] = {}
         self._failed: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._replays)
 
-    def run(self, work: StepWork) -> torch.Tensor | None:
+    def run(self, work: StepWork, choosers: np.ndarray) -> Outputs | None:
         """Queue a step; None: it has no graph, nothing was done.
 
         Args:
             work: chunks whose tokens the host knows.
+            choosers: bool ``[num_rows]``: rows whose next token is chosen.
 
         Returns:
-            Logits of each row's last token ``[num_rows, vocab]``: overwritten by a later step.
+            What the step gives of these rows: overwritten by a later one.
         """
         bucket = self._bucket(int(work.counts.sum()), len(work.slots))
         if bucket is None:
             return None
         static, replay = self._replays[bucket]
-        static.copy_(send(self._pack(work, bucket), self.device))
-        return replay()[: len(work.slots)]
+        static.copy_(send(self._pack(work, choosers, bucket), self.device))
+        return tuple(output[: len(work.slots)] for output in replay())
 
     def warm_up(self, progress: bool = False) -> None:
         """Capture every bucket, the largest first: the others use its memory."""
@@ -134,7 +139,7 @@ class ChunkGraphs:
 
     def _make(self, bucket: int) -> None:
         nothing = StepWork(np.empty(0, np.int64), np.empty(0, np.int64), 0, np.empty(0, bool))
-        static = torch.from_numpy(self._pack(nothing, bucket)).to(self.device)
+        static = torch.from_numpy(self._pack(nothing, nothing.samples, bucket)).to(self.device)
         try:
             self._replays[bucket] = static, self._capture(self.step, static)
         except Exception as error:
@@ -146,15 +151,17 @@ class ChunkGraphs:
             if not self._replays and not is_short_of_memory(error):
                 self.failure = message
 
-    def _pack(self, work: StepWork, bucket: int) -> np.ndarray:
+    def _pack(self, work: StepWork, choosers: np.ndarray, bucket: int) -> np.ndarray:
         """The array of a step, int64."""
         host, num, counts = self.slots, len(work.slots), work.counts
         num_tokens, size = int(counts.sum()), num_rows(bucket)
-        buffer = np.zeros(3 * size + 3 * bucket, dtype=np.int64)
-        slots, ends, lengths = buffer[: 3 * size].reshape(3, size)
-        ids, positions, rows = buffer[3 * size :].reshape(3, bucket)
+        buffer = np.zeros(4 * size + 3 * bucket, dtype=np.int64)
+        slots, ends, lengths, chosen = buffer[: 4 * size].reshape(4, size)
+        ids, positions, rows = buffer[4 * size :].reshape(3, bucket)
         slots[:] = host.num_slots
         slots[:num] = work.slots
+        chosen[:] = host.num_slots
+        chosen[:num][choosers] = work.slots[choosers]
         ends[:num] = counts.cumsum()
         ends[num:] = num_tokens
         ends[-1] = bucket
@@ -167,7 +174,7 @@ class ChunkGraphs:
 
 
 def unpack(buffer: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Slots, ends, lengths ``[rows]`` each; ids, positions, rows ``[tokens]`` each, of a step's array."""
-    # tokens + ceil(tokens / TOKENS_PER_ROW) columns, or tokens + MIN_ROWS where that is more.
-    size = num_rows(-(-(len(buffer) // 3) * TOKENS_PER_ROW // (TOKENS_PER_ROW + 1)))
-    return (*buffer[: 3 * size].view(3, size).unbind(), *buffer[3 * size :].view(3, -1).unbind())
+    """Slots, ends, lengths, choosers ``[rows]`` each; ids, positions, rows ``[tokens]`` each, of a step's array."""
+    # 3 tokens + 4 rows, with a row for TOKENS_PER_ROW: this is the number of tokens, or one more in the same row.
+    size = num_rows(len(buffer) * TOKENS_PER_ROW // (3 * TOKENS_PER_ROW + 4))
+    return (*buffer[: 4 * size].view(4, size).unbind(), *buffer[4 * size :].view(3, -1).unbind())

@@ -30,7 +30,7 @@ from .memory import split_pages
 from .request import Request, RequestOutput, RequestTiming, Row, SequenceOutput, State
 from .runner import Runner, StepLogits
 from .scheduler import Scheduler, StepWork
-from .selection import Selection, TokenSelector, invalid_scores_error
+from .selection import Selection, TokenSelector, invalid_scores_error, merged
 from .slot_pages import SlotPages
 from .slots import Slots
 from .step_inputs import SlotTables
@@ -275,7 +275,7 @@ class EngineCore:
 
     def launch(self, work: StepWork, result: StepLogits) -> Launched:
         """Choose the tokens of a step whose forward has been queued."""
-        slots, logits = self.slots, result.logits
+        slots = self.slots
         starts = slots.computed[work.slots]
         prompts = work.slots[work.num_decode :][work.samples[work.num_decode :]]
         firsts = [request for request in (slots.row(slot).request for slot in prompts) if request.first_token is None]
@@ -285,50 +285,66 @@ class EngineCore:
                 self.cache.copy_states([row.slot for row in others], [leader.slot] * len(others))
         sampled = np.flatnonzero(work.samples)
         chosen = work.slots[sampled]
-        index = result.last[sampled] - 1
+        rows = sampled
         together = slots.is_row[chosen]
         launched = Launched(work, chosen, None, firsts=firsts)
         if not together.all():
             for i in sampled[~together].tolist():
                 row = slots.row(work.slots[i])
                 if row.request.rules.mode == "beams":
-                    entry = (row, logits[result.last[i] - 1 : result.last[i]])
+                    entry = (row, result.of(result.last[i] - 1, result.last[i]))
                     launched.beams.setdefault(row.request, []).append(entry)
                 else:
                     # Without candidates these are the logits of its last token.
                     wanted = int(slots.draft[row.slot]) + 1
-                    launched.drafted.append((row, logits[result.last[i] - wanted : result.last[i]]))
-            chosen, index = chosen[together], index[together]
+                    launched.drafted.append((row, result.of(result.last[i] - wanted, result.last[i])))
+            chosen, rows = chosen[together], rows[together]
         for leader, others in forks:
             place = np.flatnonzero(chosen == leader.slot)
             if len(place) and others:
                 # Fresh samples of one prompt: each chooses its first token from the same logits.
                 more = np.array([row.slot for row in others], dtype=np.int64)
                 chosen = np.concatenate([chosen, more])
-                index = np.concatenate([index, np.full(len(more), index[place[0]])])
+                rows = np.concatenate([rows, np.full(len(more), rows[place[0]])])
         asked = self.wants_prompt[work.slots[work.num_decode :]]
         for i in (np.flatnonzero(asked) + work.num_decode).tolist():
             row = slots.row(work.slots[i])
-            launched.prompts.append((row, int(starts[i]), logits[result.first[i] : result.last[i]]))
+            launched.prompts.append((row, int(starts[i]), result.of(result.first[i], result.last[i])))
         launched.slots = chosen
         if len(chosen):
             launched.generation = slots.generation[chosen]
-            self._select(launched, result, index)
+            self._select(launched, result, rows)
         return launched
 
-    def _select(self, launched: Launched, result: StepLogits, index: np.ndarray) -> None:
-        """Choose the tokens of ``launched.slots`` from logits ``index``, and let the rows go on from them."""
-        logits, tokens, lse = result.logits, result.tokens, result.lse
-        host, chosen = self.slots, launched.slots
-        is_all = len(index) == logits.shape[0] and np.array_equal(index, np.arange(len(index)))
-        if tokens is not None and lse is not None and is_all and not self.selector.needs_host(chosen):
-            launched.selection = self.selector.chosen(logits, chosen, tokens, lse)
-        else:
-            if not is_all:
-                logits = logits[send(index, logits.device)]
+    def _select(self, launched: Launched, result: StepLogits, rows: np.ndarray) -> None:
+        """Choose the tokens of ``launched.slots`` from the logits of the step's ``rows``, and let them go on.
+
+        What the step has chosen by itself stays; the logits of those rows are not touched unless they are reported.
+        """
+        host, chosen, index = self.slots, launched.slots, result.last[rows] - 1
+        # Rows that only now fork from a prompt choose from its logits, each for itself.
+        places = np.where(launched.work.slots[rows] == chosen, result.places[rows], -1)
+        known, others = np.flatnonzero(places >= 0), np.flatnonzero(places < 0)
+        selections = []
+        if len(known):
+            tokens, lse = result.tokens, result.lse
+            assert tokens is not None
+            assert lse is not None
+            if not np.array_equal(places, np.arange(len(tokens))):
+                where = send(places[known], tokens.device)
+                tokens, lse = tokens[where], lse[where]
+            selections.append(
+                self.selector.chosen(chosen[known], tokens, lse, lambda some: result.take(index[known[some]]))
+            )
+        if len(others):
             # A row's tokens may be on their way, but how many it has is known: all of them have been computed.
-            launched.selection = self.selector.select(logits, chosen, host.history, host.computed)
-            self.tables.put_tokens(chosen, launched.selection.token_ids)
+            slots = chosen[others]
+            selection = self.selector.select(result.take(index[others]), slots, host.history, host.computed)
+            self.tables.put_tokens(slots, selection.token_ids)
+            selections.append(selection)
+        launched.selection = selections[0]
+        if len(selections) > 1:
+            launched.selection = merged(selections, send(np.concatenate([known, others]).argsort(), self.device))
         launched.tokens = Arrival(launched.selection.token_ids)
         host.decoding[chosen] = host.computed[chosen] + 1 < host.max_length[chosen]
 

@@ -10,7 +10,7 @@ import torch
 from transformers.utils import logging
 
 from ..fusion import FusedModel
-from .chunk_graphs import ChunkGraphs
+from .chunk_graphs import ChunkGraphs, unpack
 from .compiled import CompiledModules
 from .decode_graphs import DecodeGraphs, LiveModel
 from .engine_cache import EngineCache
@@ -25,21 +25,45 @@ logger = logging.get_logger(__name__)
 
 @dataclass(slots=True)
 class StepLogits:
-    """Logits of a step.
+    """Logits of a step, and the tokens that were chosen with them.
 
     Attributes:
-        logits: ``[num, vocab]``.
-        first, last: int ``[num_rows]`` on the host: row i has ``logits[first[i]:last[i]]``, of its last tokens.
-        tokens: int64 ``[num_rows]``, chosen by the parameters of each row's slot, -1 where none can be; they are noted
-            as the rows' last tokens already. None: not chosen.
-        lse: float32 ``[num_rows]`` with ``tokens``: the log-sum-exp of rows that report log-probabilities.
+        parts: one or two ``[num, vocab]``, which are not put together: they may be large.
+        first, last: int ``[num_rows]`` on the host: row i has the logits from ``first[i]`` to ``last[i]``, counted
+            through the parts, of its last tokens.
+        places: int64 ``[num_rows]`` on the host: where a row's token is in ``tokens``, -1: it is not chosen yet.
+        tokens: int64 ``[num_chosen]``, chosen by the parameters of each row's slot, -1 where none can be; they are
+            noted as the rows' last tokens already. None: there are none.
+        lse: float32 ``[num_chosen]`` with ``tokens``: the log-sum-exp of rows that report log-probabilities.
     """
 
-    logits: torch.Tensor
+    parts: list[torch.Tensor]
     first: np.ndarray
     last: np.ndarray
+    places: np.ndarray
     tokens: torch.Tensor | None = None
     lse: torch.Tensor | None = None
+
+    def of(self, start: int, end: int) -> torch.Tensor:
+        """The logits from ``start`` to ``end`` of one row, a view."""
+        split = len(self.parts[0])
+        return self.parts[0][start:end] if start < split else self.parts[1][start - split : end - split]
+
+    def take(self, index: np.ndarray) -> torch.Tensor:
+        """The logits at ``index``, int ``[n]``: ``[n, vocab]``, a part itself where that is what is asked for."""
+        found, order, start = [], [], 0
+        for part in self.parts:
+            mine = np.flatnonzero((index >= start) & (index < start + len(part)))
+            if len(mine):
+                here = index[mine] - start
+                is_all = np.array_equal(here, np.arange(len(part)))
+                found.append(part if is_all else part[send(here, part.device)])
+                order.append(mine)
+            start += len(part)
+        if len(found) == 1:
+            return found[0]
+        both = torch.cat(found)
+        return both[send(np.concatenate(order).argsort(), both.device)]
 
 
 class Runner:
@@ -83,30 +107,40 @@ class Runner:
         self.sampling.sync()
         ends = num_logits.cumsum()
         if self.cache.has_states:
-            return StepLogits(self._run_with_states(work, num_logits), ends - num_logits, ends)
+            return StepLogits([self._run_with_states(work, num_logits)], ends - num_logits, ends, _no_places(work))
         decoded = self._run_graph(work)
         if decoded is None:
             return self._run_packed(work, num_logits)
         logits, tokens, lse = decoded
-        if len(tokens) == len(work.slots):
-            return StepLogits(logits, ends - num_logits, ends, tokens, lse)
-        # Prompts in a launch of their own: decode rows keep the kernels of short queries.
         n = len(tokens)
+        places = np.where(self._choosers(work)[:n], np.arange(n), -1)
+        if n == len(work.slots):
+            return StepLogits([logits], ends - num_logits, ends, places, tokens, lse)
+        # Prompts in a launch of their own: decode rows keep the kernels of short queries.
         chunks = StepWork(work.slots[n:], work.counts[n:], 0, work.samples[n:])
         more = self._run_packed(chunks, num_logits[n:])
         first = np.concatenate([np.arange(n), n + more.first])
         last = np.concatenate([np.arange(1, n + 1), n + more.last])
-        return StepLogits(torch.cat([logits, more.logits]) if len(more.logits) else logits, first, last)
+        if more.tokens is not None and more.lse is not None:
+            tokens, lse = torch.cat([tokens, more.tokens]), torch.cat([lse, more.lse])
+        places = np.concatenate([places, np.where(more.places >= 0, n + more.places, -1)])
+        return StepLogits([logits, *more.parts], first, last, places, tokens, lse)
 
     def _run_packed(self, work: StepWork, num_logits: np.ndarray) -> StepLogits:
         """Rows that no decode graph runs: chunks of prompts, candidates, and all of them without graphs."""
-        logits = self._run_chunk_graph(work) if int(num_logits.max()) <= 1 else None
-        if logits is not None:
+        chunks = self._run_chunk_graph(work) if int(num_logits.max()) <= 1 else None
+        if chunks is not None:
+            logits, tokens, lse = chunks
             first = np.arange(len(work.slots))
-            return StepLogits(logits, first, first + num_logits)
+            places = np.where(self._choosers(work), first, -1)
+            return StepLogits([logits], first, first + num_logits, places, tokens, lse)
         ends = num_logits.cumsum()
         logits = self.forward(self.tables.inputs(work), self._index(work.counts, num_logits))[0]
-        return StepLogits(logits, ends - num_logits, ends)
+        return StepLogits([logits], ends - num_logits, ends, _no_places(work))
+
+    def _choosers(self, work: StepWork) -> np.ndarray:
+        """bool ``[num_rows]``: rows whose next token follows from this step's logits and the device's tables alone."""
+        return work.samples & self.slots.is_row[work.slots] & self.sampling.on_device[work.slots]
 
     def use_fused(self, fused: FusedModel) -> None:
         """Run fused modules from now on; their weights have moved."""
@@ -134,9 +168,17 @@ class Runner:
         self.tables.last_token[slots] = tokens.clamp(min=0)
         return logits, tokens, lse
 
-    def static_chunk(self, buffer: torch.Tensor) -> torch.Tensor:
-        """A step over an array of :mod:`chunk_graphs`: logits ``[ROWS, vocab]`` of each row's last token."""
-        return self.forward(*self.tables.chunk_inputs(buffer))[0]
+    def static_chunk(self, buffer: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A step over an array of :mod:`chunk_graphs`.
+
+        Returns:
+            As :meth:`static_decode`, for each row's last token.
+        """
+        logits = self.forward(*self.tables.chunk_inputs(buffer))[0]
+        _, _, lengths, choosers, *_ = unpack(buffer)
+        tokens, lse = self.sampling.choose_static(logits, choosers, lengths)
+        self.tables.note_tokens(choosers, tokens, lengths)
+        return logits, tokens, lse
 
     def drop_graphs(self) -> None:
         """Forget what was captured: pages or modules are about to change."""
@@ -172,16 +214,17 @@ class Runner:
         self.tables.refresh(work.slots[:n])
         return self.graphs.run(work.slots[:n])
 
-    def _run_chunk_graph(self, work: StepWork) -> torch.Tensor | None:
-        """Logits of the last token of each row ``[num_rows, vocab]``; None: nothing was run."""
+    def _run_chunk_graph(self, work: StepWork) -> tuple[torch.Tensor, ...] | None:
+        """What :meth:`static_chunk` gives of each row; None: nothing was run."""
         if self.chunk_graphs is None or work.num_decode or not self._may_replay():
             return None
         if self.graphs is not None and self.graphs.failure is not None:
             return None
-        logits = self.chunk_graphs.run(work)
-        if logits is not None:
-            self.tables.stale[work.slots] = True
-        return logits
+        choosers = self._choosers(work)
+        outputs = self.chunk_graphs.run(work, choosers)
+        if outputs is not None:
+            self.tables.stale[work.slots] = ~choosers
+        return outputs
 
     def _may_replay(self) -> bool:
         """Whether a replay does what the model's forward would do now."""
@@ -245,3 +288,8 @@ class Runner:
         if keep is not None and not len(keep):
             return logits[:, :0]
         return logits if keep is None or self.takes_logits_to_keep else logits[:, keep]
+
+
+def _no_places(work: StepWork) -> np.ndarray:
+    """The places of tokens of a step that has chosen none."""
+    return np.full(len(work.slots), -1)

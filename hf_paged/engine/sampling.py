@@ -22,6 +22,9 @@ class SlotSampling:
 
     A row's token depends on its logits, its parameters, its seed and its position only.
 
+    Attributes:
+        on_device: bool ``[num_slots]`` on the host: slots whose next token is chosen by what is here alone.
+
     Args:
         num_slots: slots; one more, that of no row, is greedy.
         device: where tokens are chosen.
@@ -29,6 +32,7 @@ class SlotSampling:
 
     def __init__(self, num_slots: int, device: torch.device) -> None:
         self.device = device
+        self.on_device = np.zeros(num_slots, dtype=bool)
         self._make_tables(num_slots)
         self._token_ids = torch.empty(0, dtype=torch.int32, device=device)
 
@@ -45,6 +49,7 @@ class SlotSampling:
     def grow(self, num_slots: int) -> None:
         """Make room for more slots. Nothing may have been captured."""
         before = self._words[:, : self._num_slots]
+        self.on_device = np.concatenate([self.on_device, np.zeros(num_slots - len(self.on_device), dtype=bool)])
         self._make_tables(num_slots)
         self._words[:, : before.shape[1]] = before
         self._is_stale = self.device.type != "cpu"
@@ -59,6 +64,7 @@ class SlotSampling:
         )
         seed = rules.seed_of_row(row)
         self._column("seed")[slot] = seed - 2**64 if seed >= 2**63 else seed
+        self.on_device[slot] = rules.is_plain
         self._column("logprobs")[slot] = rules.num_logprobs is not None
         self._is_stale = self.device.type != "cpu"
 

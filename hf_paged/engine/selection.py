@@ -1,6 +1,7 @@
 """From logits to tokens for every row of a step: plain rows together, rows with processors one by one."""
 
 import dataclasses
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -23,21 +24,27 @@ class Selection:
     Attributes:
         token_ids: ``[num_rows]`` int64 on the device; :data:`INVALID_TOKEN` for a row that must end with its entry of
             ``errors``, or, where it has none, with :func:`invalid_scores_error`.
-        coming_logprobs: the slots whose requests asked for log-probabilities, and these.
+        coming_logprobs: slots whose requests asked for log-probabilities, and these.
         errors: what a row's processor raised, by slot; other rows are not affected.
     """
 
     token_ids: torch.Tensor
-    coming_logprobs: tuple[list[int], ComingLogprobs] | None = None
+    coming_logprobs: list[tuple[list[int], ComingLogprobs]] = dataclasses.field(default_factory=list)
     errors: dict[int, Exception] = dataclasses.field(default_factory=dict)
 
     @property
     def logprobs(self) -> dict[int, TokenLogprobs]:
         """Log-probabilities by slot, of those that asked for them; waits until they are there."""
-        if self.coming_logprobs is None:
-            return {}
-        slots, coming = self.coming_logprobs
-        return dict(zip(slots, coming.wait()))
+        return {slot: entry for slots, coming in self.coming_logprobs for slot, entry in zip(slots, coming.wait())}
+
+
+def merged(selections: list[Selection], order: torch.Tensor) -> Selection:
+    """Several selections as one, whose rows are theirs in ``order``, int64 ``[num_rows]`` on the device."""
+    return Selection(
+        torch.cat([selection.token_ids for selection in selections])[order],
+        [entry for selection in selections for entry in selection.coming_logprobs],
+        {slot: error for selection in selections for slot, error in selection.errors.items()},
+    )
 
 
 def invalid_scores_error(slot: int) -> ValueError:
@@ -66,15 +73,13 @@ class TokenSelector:
         self.device = torch.device(device)
         self.vocab_size = vocab_size
         self.sampling = SlotSampling(num_slots, self.device)
-        self.is_plain = np.zeros(num_slots, np.bool_)
         self.has_logprobs = np.zeros(num_slots, np.bool_)
         self._rows: dict[int, _Row] = {}
         self._verified: dict[int, bool] = {}  # slots whose criteria verify() has asked, and their answer
 
     def grow(self, num_slots: int) -> None:
         """Make room for more slots; those there stay as they are."""
-        more = np.zeros(num_slots - len(self.is_plain), np.bool_)
-        self.is_plain = np.concatenate([self.is_plain, more])
+        more = np.zeros(num_slots - len(self.has_logprobs), np.bool_)
         self.has_logprobs = np.concatenate([self.has_logprobs, more])
         self.sampling.grow(num_slots)
 
@@ -85,14 +90,13 @@ class TokenSelector:
         """
         self._rows[slot] = _Row(rules, row)
         self.sampling.set(slot, rules, row)
-        self.is_plain[slot] = rules.plain is not None
         self.has_logprobs[slot] = rules.num_logprobs is not None
 
     def release(self, slot: int) -> None:
         """Take a slot back; its parameters stay until the next admission."""
         del self._rows[slot]
         self._verified.pop(slot, None)
-        self.is_plain[slot] = self.has_logprobs[slot] = False
+        self.sampling.on_device[slot] = self.has_logprobs[slot] = False
 
     def select(self, logits: torch.Tensor, slots: np.ndarray, history: np.ndarray, lengths: np.ndarray) -> Selection:
         """Choose a token for each row.
@@ -106,7 +110,7 @@ class TokenSelector:
         """
         slots = np.asarray(slots)
         positions = lengths[slots].astype(np.int64, copy=False)
-        is_plain = self.is_plain[slots]
+        is_plain = self.sampling.on_device[slots]
         errors: dict[int, Exception] = {}
         if is_plain.all():
             token_ids = self.sampling.choose(logits, slots, positions)
@@ -122,22 +126,28 @@ class TokenSelector:
                     token_ids[i : i + 1] = self._choose_alone(slot, logits[i : i + 1], history[slot, : positions[i]])
                 except Exception as error:  # whatever a request's own code raises ends that request alone
                     errors[slot] = error
-        return Selection(token_ids, self._logprobs(logits, slots, token_ids), errors)
+        return Selection(token_ids, self._logprobs(slots, token_ids, None, lambda rows: _taken(logits, rows)), errors)
 
-    def chosen(self, logits: torch.Tensor, slots: np.ndarray, token_ids: torch.Tensor, lse: torch.Tensor) -> Selection:
+    def chosen(
+        self,
+        slots: np.ndarray,
+        token_ids: torch.Tensor,
+        lse: torch.Tensor,
+        logits_of: Callable[[np.ndarray], torch.Tensor],
+    ) -> Selection:
         """What :meth:`select` gives for rows that need no host and whose tokens are chosen.
 
         Args:
-            logits: ``[num_rows, vocab]``.
             slots: ``[num_rows]`` int.
             token_ids: ``[num_rows]`` int64.
             lse: ``[num_rows]`` float32, see :meth:`SlotSampling.choose_static`.
+            logits_of: gives the logits ``[n, vocab]`` of rows ``[n]``.
         """
-        return Selection(token_ids, self._logprobs(logits, slots, token_ids, lse))
+        return Selection(token_ids, self._logprobs(slots, token_ids, lse, logits_of))
 
     def needs_host(self, slots: np.ndarray) -> bool:
         """Whether the next token of one of these rows is chosen with the host's help."""
-        return not bool(self.is_plain[slots].all())
+        return not bool(self.sampling.on_device[slots].all())
 
     def stopped(
         self, slots: np.ndarray, history: np.ndarray, lengths: np.ndarray
@@ -231,14 +241,23 @@ class TokenSelector:
         return choose_tokens(scores, noise)
 
     def _logprobs(
-        self, logits: torch.Tensor, slots: np.ndarray, token_ids: torch.Tensor, lse: torch.Tensor | None = None
-    ) -> tuple[list[int], ComingLogprobs] | None:
+        self,
+        slots: np.ndarray,
+        token_ids: torch.Tensor,
+        lse: torch.Tensor | None,
+        logits_of: Callable[[np.ndarray], torch.Tensor],
+    ) -> list[tuple[list[int], ComingLogprobs]]:
         wanted = np.flatnonzero(self.has_logprobs[slots])
         if not wanted.size:
-            return None
+            return []
         names = slots[wanted].tolist()
         counts = [self._rows[slot].rules.num_logprobs or 0 for slot in names]
         if len(wanted) < len(slots):
-            index = send(wanted, logits.device)
-            logits, token_ids, lse = logits[index], token_ids[index], None if lse is None else lse[index]
-        return names, ComingLogprobs(logits, token_ids, counts, lse)
+            index = send(wanted, token_ids.device)
+            token_ids, lse = token_ids[index], None if lse is None else lse[index]
+        return [(names, ComingLogprobs(logits_of(wanted), token_ids, counts, lse))]
+
+
+def _taken(logits: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
+    """Some rows of the logits, themselves if it is all of them; ``rows`` int ``[n]``, ascending."""
+    return logits if len(rows) == len(logits) else logits[send(rows, logits.device)]

@@ -135,7 +135,7 @@ def _run(core: EngineCore, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
         result = core.runner.run(work, counts[slots])
         core.slots.computed[slots] += counts[slots]
         for i, slot in enumerate(slots.tolist()):
-            parts[slot].append(result.logits[result.first[i] : result.last[i]])
+            parts[slot].append(result.of(result.first[i], result.last[i]))
     return [torch.cat(part) for part in parts]
 
 

@@ -51,6 +51,7 @@ class StepInputs:
         num_keys: tokens of all rows together.
         groups: per group of layers.
         cpu_groups: rows that attend together on a CPU, by group of layers and window; filled by the layers.
+        is_static: a decode step over the tables by slot, which no kernel of the step but its first ones changes.
     """
 
     slots: np.ndarray
@@ -63,6 +64,7 @@ class StepInputs:
     num_keys: int
     groups: list[GroupInputs]
     cpu_groups: dict[tuple[int, int | None], list[RowGroup]] = field(default_factory=dict)
+    is_static: bool = False
     _copies: dict[torch.device, "StepInputs"] = field(default_factory=dict)
     _split_plans: SplitPlans = field(default_factory=SplitPlans)
 
@@ -95,6 +97,13 @@ class StepInputs:
             left,
             number,
         )
+
+    def is_settled(self, number: int, left: int | None) -> bool:
+        """Whether kernels may read all but the step's own tokens ahead of their turn, see ``paged_attention_op``.
+
+        True from the second layer of a group and window on: the plan was made in the first.
+        """
+        return self.is_static and (number, left) in self._split_plans
 
     @property
     def cu_seqlens_k(self) -> torch.Tensor:
@@ -154,6 +163,15 @@ class SlotTables:
             self.computed[self._send(stale)] = self._send(self.slots.computed[stale])
             self.stale[stale] = False
 
+    def note_tokens(self, slots: torch.Tensor, tokens: torch.Tensor, lengths: torch.Tensor) -> None:
+        """:meth:`put_tokens` with everything on the device; the slot without tokens stays as it is.
+
+        Args:
+            slots, tokens, lengths: int64 ``[n]``; ``lengths`` are the tokens computed by now.
+        """
+        self.last_token[slots] = tokens.clamp(min=0)
+        self.computed[slots] = torch.where(slots < self.slots.num_slots, lengths, -1)
+
     def static_inputs(self, slots: torch.Tensor) -> StepInputs:
         """A decode step of ``slots`` ``[n]`` on the device, of which the host knows their number only.
 
@@ -166,7 +184,7 @@ class SlotTables:
         longest = (self.page_tables[0].shape[1] if self.page_tables else 0) * page_size
         return StepInputs(
             np.empty(0, dtype=np.int64), ids.view(1, -1), positions.view(1, -1), seq_lens,
-            self._range[: num_rows + 1], 1, longest, num_rows * longest, groups,
+            self._range[: num_rows + 1], 1, longest, num_rows * longest, groups, is_static=True,
         )  # fmt: skip
 
     def chunk_inputs(self, buffer: torch.Tensor) -> tuple[StepInputs, torch.Tensor]:
@@ -174,7 +192,7 @@ class SlotTables:
 
         The host knows the number of tokens only. Tokens of the last row write nothing.
         """
-        slots, ends, lengths, ids, positions, rows = unpack(buffer)
+        slots, ends, lengths, _, ids, positions, rows = unpack(buffer)
         page_size, num_tokens = self.pages.page_size, len(ids)
         groups = []
         for table in self.page_tables:

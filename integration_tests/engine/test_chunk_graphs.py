@@ -45,9 +45,9 @@ def test_filling_up_costs_little():
 
 @pytest.mark.parametrize("bucket", [1, 16, 100, 2047, 2048, 2049, 2112, 2113, 2560, 8192, 12345])
 def test_the_array_tells_its_rows(bucket):
-    parts = unpack(torch.arange(3 * (num_rows(bucket) + bucket)))
-    assert [len(part) for part in parts] == [num_rows(bucket)] * 3 + [bucket] * 3
-    assert torch.equal(torch.cat(parts), torch.arange(3 * (num_rows(bucket) + bucket)))
+    parts = unpack(torch.arange(4 * num_rows(bucket) + 3 * bucket))
+    assert [len(part) for part in parts] == [num_rows(bucket)] * 4 + [bucket] * 3
+    assert torch.equal(torch.cat(parts), torch.arange(4 * num_rows(bucket) + 3 * bucket))
 
 
 def test_the_array_says_what_the_host_knows():
@@ -60,11 +60,12 @@ def test_the_array_says_what_the_host_knows():
     graphs = ChunkGraphs(lambda x: x, slots, [16, 32, 64], torch.device("cpu"), capture)
     work = StepWork(np.array([4, 1, 3]), np.array([2, 9, 1]), 0, np.ones(3, bool))
     with pytest.raises(TypeError):
-        graphs.run(work)  # what was replayed returns None
+        graphs.run(work, np.array([True, False, True]))  # what was replayed returns None
     num = 12
-    taken, ends, lengths, ids, positions, rows = (x.numpy() for x in unpack(seen[0]))
+    taken, ends, lengths, choosers, ids, positions, rows = (x.numpy() for x in unpack(seen[0]))
     assert len(ids) == 16
     assert taken.tolist() == [4, 1, 3] + [6] * (MIN_ROWS - 3)
+    assert choosers.tolist() == [4, 6, 3] + [6] * (MIN_ROWS - 3)
     assert ends.tolist() == [2, 11, 12] + [12] * (MIN_ROWS - 4) + [16]
     assert lengths.tolist() == [42, 12, 12] + [0] * (MIN_ROWS - 3)
     assert rows.tolist() == [0] * 2 + [1] * 9 + [2] + [MIN_ROWS - 1] * 4
@@ -81,7 +82,7 @@ def test_families(family):
         graphs = engine._core.runner.chunk_graphs
         used = []
         run = graphs.run
-        graphs.run = lambda work: used.append(len(work.slots)) or run(work)
+        graphs.run = lambda work, choosers: used.append(len(work.slots)) or run(work, choosers)
         assert [output.token_ids for output in engine.generate(prompts, generation_config=config(6))] == expected
         short = [prompt(4, 50), prompt(7, 51)]
         expected = [alone(model, ids, config(6)) for ids in short]
@@ -156,7 +157,7 @@ def test_a_size_too_large_for_the_memory_runs_eagerly_and_the_others_do_not():
         capture = graphs._capture
 
         def fails_for_large_ones(step, static):
-            if len(unpack(static)[3]) > 32:
+            if len(unpack(static)[4]) > 32:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return capture(step, static)
 

@@ -10,9 +10,10 @@ from hf_paged_kernels.sampling_reference import sample_tokens_reference
 from transformers import GenerationConfig
 
 import hf_paged
-from hf_paged.engine import sampling
+from hf_paged.engine import chunk_graphs, sampling
 from hf_paged.engine.decode_graphs import CudaCapture
 from hf_paged.engine.sampling import SlotSampling
+from hf_paged.engine.scheduler import StepWork
 from hf_paged.engine.token_rules import TokenRules
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
@@ -106,6 +107,91 @@ def test_the_tokens_of_captured_steps_are_taken_as_they_are(model, monkeypatch):
         engine.step()
         monkeypatch.undo()
         assert all(handle.result().finish_reason == "length" for handle in handles)
+
+
+def arrivals(model, *, captured: bool, watch=None) -> list:
+    """Requests of every kind that come while others decode: outputs in order."""
+    kinds = [
+        *MIX,
+        dict(repetition_penalty=1.4, no_repeat_ngram_size=2),
+        dict(do_sample=True, top_p=0.9, num_return_sequences=2),
+        dict(num_beams=2),
+        dict(prompt_lookup_num_tokens=3),
+    ]
+    options = dict(num_pages=128, page_size=8, max_num_seqs=6, max_batch_tokens=24, self_check=False)
+    with hf_paged.Engine(model, hf_paged.EngineConfig(**options), background=False) as engine:
+        if captured:
+            assert engine._core.use_graphs(run_again) is None
+            engine._core.runs_ahead = True
+        if watch is not None:
+            watch(engine._core)
+        handles = []
+        for i, kind in enumerate(kinds * 2):
+            logprobs = 2 if i % 3 == 0 and "num_beams" not in kind and "prompt_lookup_num_tokens" not in kind else None
+            generation = config(8 + i % 5, **kind)
+            handles.append(
+                engine.submit(prompt(3 + 7 * i % 40, i), generation_config=generation, seed=i, logprobs=logprobs)
+            )
+            engine.step()
+            engine.step()
+        outputs = [handle.result() for handle in handles]
+        engine.check()
+    return outputs
+
+
+@pytest.mark.parametrize("chunks", [True, False], ids=["chunks captured", "chunks eager"])
+def test_prompts_beside_decode_rows(model, monkeypatch, chunks):
+    """Tokens and log-probabilities are those of steps without capture, and most rows are not chosen a second time."""
+    monkeypatch.setattr(chunk_graphs, "USES_BEFORE_CAPTURE", 0 if chunks else 10**9)
+    expected = arrivals(model, captured=False)
+    counts = {"rows": 0, "chosen again": 0, "mixed": 0}
+
+    def watch(core):
+        launch, select = core.launch, core.selector.select
+
+        def launch_counted(work, result):
+            launched = launch(work, result)
+            counts["rows"] += len(launched.slots)
+            counts["mixed"] += 0 < work.num_decode < len(work.slots)
+            return launched
+
+        def select_counted(logits, slots, *rest):
+            assert len(logits) == len(slots)
+            counts["chosen again"] += len(slots)
+            return select(logits, slots, *rest)
+
+        core.launch, core.selector.select = launch_counted, select_counted
+
+    outputs = arrivals(model, captured=True, watch=watch)
+    for output, other in zip(outputs, expected):
+        assert [row.token_ids for row in output.sequences] == [row.token_ids for row in other.sequences]
+        for entry, wanted in zip(output.logprobs or [], other.logprobs or []):
+            assert (entry.token_id, entry.top_ids) == (wanted.token_id, wanted.top_ids)
+            assert entry.logprob == pytest.approx(wanted.logprob, abs=1e-4)
+        assert (output.logprobs is None) == (other.logprobs is None)
+    assert counts["mixed"] > 10
+    assert counts["chosen again"] < counts["rows"] / (2.5 if chunks else 1.5)
+
+
+def test_a_chunk_notes_the_tokens_of_its_choosers_alone(model):
+    """A slot whose prompt goes on, or whose row needs the host, keeps its last token and length."""
+    with make_engine(model, captured=True) as engine:
+        core = engine._core
+        tables, graphs = core.tables, core.runner.chunk_graphs
+        for slot in range(3):
+            core.slots.history[slot, :9] = prompt(9, slot)
+            core.slots.length[slot] = 9
+            core.pages.extend(slot, 9)
+        tables.last_token.fill_(77)
+        tables.computed[:-1] = 55
+        work = StepWork(np.arange(3), np.array([9, 4, 9]), 0, np.array([True, False, True]))
+        chosen = None
+        for _ in range(chunk_graphs.USES_BEFORE_CAPTURE + 1):
+            chosen = graphs.run(work, np.array([True, False, False]))
+        logits, tokens, _ = chosen
+        assert tables.last_token[:4].tolist() == [int(logits[0].argmax()), 77, 77, 77]
+        assert int(tokens[0]) == int(logits[0].argmax())
+        assert tables.computed.tolist() == [9, 55, 55, 55, -1]
 
 
 def sampling_of_mix(model, device: torch.device, num_slots: int = 32) -> SlotSampling:
