@@ -6,6 +6,7 @@ A decoder layer, with up to four norms (each may be missing)::
 
     few tokens:   norms before a matmul and sums after one are in its kernel
     more tokens:  a sum and the norm behind it are one kernel; the last one of a layer computes the norm of the next
+                  where a matmul leaves its result in parts, that kernel adds them up
 
 A forward that is called in another way than it was proven for, or by another thread than the engine's, calls the
 module's own.
@@ -20,7 +21,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from hf_paged_kernels.backend import has_gluon
-from hf_paged_kernels.fused_ops import gated_activation_op, rms_norm_op
+from hf_paged_kernels.batch_linear import (
+    batch_gated_linear_op,
+    batch_linear_op,
+    batch_linear_settings,
+    linear_parts_op,
+    num_linear_parts,
+)
+from hf_paged_kernels.fused_ops import gated_activation_op, rms_norm_op, rms_norm_parts_op
 from hf_paged_kernels.small_linear import choose_small_linear, small_gated_linear_op, small_linear_op
 from torch import nn
 
@@ -161,7 +169,15 @@ def linear(
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
         return small_linear_op(x, packed.weight, packed.bias, residual, weight, eps)
     assert residual is None
-    return F.linear(x if norm is None else norm.normalize(x), packed.weight, packed.bias)
+    x = x if norm is None else norm.normalize(x)
+    if batch_linear_settings(x, packed.weight) is not None:
+        return batch_linear_op(x, packed.weight, packed.bias)
+    return F.linear(x, packed.weight, packed.bias)
+
+
+def linear_parts(x: torch.Tensor, packed: PackedLinears) -> torch.Tensor:
+    """Parts of ``x W^T + bias``, float32 ``[P, T, N]``; where ``num_linear_parts`` is not 0."""
+    return linear_parts_op(x, packed.weight, packed.bias, num_linear_parts(len(x), packed.weight))
 
 
 class FusedNorm(Unit):
@@ -197,6 +213,12 @@ class FusedNorm(Unit):
     def add(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """``(norm(x + residual), x + residual)``."""
         return rms_norm_op(x, self.weight, self.eps, self.weight_offset, self.round_first, residual)
+
+    def add_parts(self, parts: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The same of x in parts, ``[P, T, N]``; shaped like the residual ``[..., N]``."""
+        rows = residual.reshape(-1, residual.shape[-1])
+        normed, total = rms_norm_parts_op(parts, self.weight, self.eps, self.weight_offset, self.round_first, rows)
+        return normed.view(residual.shape), total.view(residual.shape)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See :meth:`Unit.forward`."""
@@ -238,17 +260,30 @@ class FusedMlp(Unit):
         """Whether :meth:`run` of x ``[T, K]`` can add a residual."""
         return is_small(len(x), self.down.weight)
 
+    def gives_parts(self, x: torch.Tensor) -> bool:
+        """Whether :meth:`run_in_parts` of x ``[T, K]`` is the better way."""
+        return x.dtype == self.down.weight.dtype and num_linear_parts(len(x), self.down.weight) > 0
+
     def run(self, x: torch.Tensor, norm: FusedNorm | None = None, residual: torch.Tensor | None = None) -> torch.Tensor:
         """``[T, K]`` to ``[T, N]``: of ``norm(x)``, and ``residual`` added."""
+        return linear(self._activate(x, norm), self.down, residual=residual)
+
+    def run_in_parts(self, x: torch.Tensor) -> torch.Tensor:
+        """The same of x in parts that are to be added up, float32 ``[P, T, N]``."""
+        return linear_parts(self._activate(x, None), self.down)
+
+    def _activate(self, x: torch.Tensor, norm: FusedNorm | None) -> torch.Tensor:
+        """What the last matmul gets."""
         is_usual = self.activation == "silu" and self.order == "gate_up"
         if is_usual and is_small(len(x), self.gate_up.weight, is_gated=True):
             if norm is not None and not norm.is_plain:
                 x, norm = norm.normalize(x), None
             weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-            inner = small_gated_linear_op(x, self.gate_up.weight, self.gate_up.bias, weight, eps)
-        else:
-            inner = gated_activation_op(linear(x, self.gate_up, norm), self.activation, self.order)
-        return linear(inner, self.down, residual=residual)
+            return small_gated_linear_op(x, self.gate_up.weight, self.gate_up.bias, weight, eps)
+        if is_usual and batch_linear_settings(x, self.gate_up.weight, gated=True) is not None:
+            x = x if norm is None else norm.normalize(x)
+            return batch_gated_linear_op(x, self.gate_up.weight, self.gate_up.bias)
+        return gated_activation_op(linear(x, self.gate_up, norm), self.activation, self.order)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See :meth:`Unit.forward`."""
@@ -344,6 +379,10 @@ class FusedAttention(Unit):
         """Whether :meth:`run` of x ``[T, K]`` can add a residual."""
         return is_small(len(x), self.out.weight)
 
+    def gives_parts(self, x: torch.Tensor) -> bool:
+        """Whether :meth:`run_in_parts` of x ``[T, K]`` is the better way."""
+        return x.dtype == self.out.weight.dtype and num_linear_parts(len(x), self.out.weight) > 0
+
     def can_run(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether these arguments are of the kind that was proven."""
         if kwargs.get("past_key_values") is not self.scope.cache or kwargs.get("attention_mask") is not None:
@@ -363,6 +402,21 @@ class FusedAttention(Unit):
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """``[T, K]`` to ``[T, N]``: of ``norm(x)``, and ``residual`` added."""
+        return linear(self._attend(x, position_embeddings, norm), self.out, residual=residual)
+
+    def run_in_parts(
+        self, x: torch.Tensor, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
+        """The same of x in parts that are to be added up, float32 ``[P, T, N]``."""
+        return linear_parts(self._attend(x, position_embeddings, None), self.out)
+
+    def _attend(
+        self,
+        x: torch.Tensor,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None,
+        norm: FusedNorm | None,
+    ) -> torch.Tensor:
+        """What the last matmul gets."""
         options, q_norm, k_norm = self.options, self.q_norm, self.k_norm
         widths = (
             options.num_q_heads * options.head_dim, options.num_kv_heads * options.head_dim,
@@ -389,8 +443,7 @@ class FusedAttention(Unit):
             q_norm is not None and q_norm.round_first,
         )  # fmt: skip
         sinks = None if options.sinks is None else options.sinks.reshape(-1)
-        attended = layer.attend(q, options.left, options.right, options.softcap, sinks, options.scale)
-        return linear(attended.flatten(1), self.out, residual=residual)
+        return layer.attend(q, options.left, options.right, options.softcap, sinks, options.scale).flatten(1)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See :meth:`Unit.forward`."""
@@ -478,6 +531,11 @@ class FusedLayer(Unit):
             out = attention.run(x, given.get("position_embeddings"), norm, residual).view(h.shape)
             if residual is not None:
                 return None, out
+        elif attention is not None and may_run and _adds_parts(attention, rows, parts.post_attention, parts.pre_mlp):
+            assert parts.pre_mlp is not None
+            x = h if parts.pre_attention is None else parts.pre_attention.normalize(h)
+            in_parts = attention.run_in_parts(x.reshape(rows.shape), given.get("position_embeddings"))
+            return parts.pre_mlp.add_parts(in_parts, h)
         else:
             x = h if parts.pre_attention is None else parts.pre_attention.normalize(h)
             out = parts.attention(hidden_states=x, **given)[0]
@@ -495,24 +553,37 @@ class FusedLayer(Unit):
         """The layer's output from t and, if it is known, its norm."""
         parts, mlp = self.parts, self.parts.fused_mlp
         rows = t.reshape(-1, t.shape[-1])
-        if normed is None and mlp is not None and self.is_in_use(mlp) and mlp.takes_residual(rows):
+        may_run = mlp is not None and self.is_in_use(mlp)
+        following = parts.following
+        if following is not None and not self.is_in_use(following):
+            following = None
+        if normed is None and mlp is not None and may_run and mlp.takes_residual(rows):
             residual = rows if parts.post_mlp is None else None
             out = mlp.run(rows, parts.pre_mlp, residual).view(t.shape)
             if residual is not None:
                 return out
+            normed, total = self._add(out, t, parts.post_mlp, following)
         else:
             x = normed
             if x is None:
                 x = t if parts.pre_mlp is None else parts.pre_mlp.normalize(t)
-            out = parts.mlp(x)
-            out = out[0] if isinstance(out, tuple) else out
-        following = parts.following
-        if following is not None and not self.is_in_use(following):
-            following = None
-        normed, total = self._add(out, t, parts.post_mlp, following)
+            if mlp is not None and may_run and _adds_parts(mlp, rows, parts.post_mlp, following):
+                assert following is not None
+                normed, total = following.add_parts(mlp.run_in_parts(x.reshape(rows.shape)), t)
+            else:
+                out = parts.mlp(x)
+                out = out[0] if isinstance(out, tuple) else out
+                normed, total = self._add(out, t, parts.post_mlp, following)
         if following is not None and normed is not None:
             self.scope.hand_over(following, total, normed)
         return total
+
+
+def _adds_parts(
+    unit: FusedAttention | FusedMlp, rows: torch.Tensor, before: FusedNorm | None, after: FusedNorm | None
+) -> bool:
+    """Whether the norm ``after`` should get what ``unit`` makes of ``rows`` in parts, and add them."""
+    return before is None and after is not None and unit.gives_parts(rows)
 
 
 class FusedHead(Unit):

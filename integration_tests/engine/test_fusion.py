@@ -53,6 +53,13 @@ def few_tokens(monkeypatch):
     monkeypatch.setattr(forwards, "is_small", lambda num_tokens, weight, is_gated=False: num_tokens <= 16)
 
 
+@pytest.fixture
+def in_parts(monkeypatch):
+    """The path of up to 256 tokens on a GPU: matmuls that leave parts; gate, up and activation in one."""
+    monkeypatch.setattr(forwards, "num_linear_parts", lambda num_tokens, weight: 3 if num_tokens > 2 else 0)
+    monkeypatch.setattr(forwards, "batch_linear_settings", lambda x, weight, gated=False: len(x) > 1 or None)
+
+
 # The same results
 
 
@@ -73,6 +80,25 @@ def test_tokens_are_the_same_on_the_path_of_few_tokens(family, few_tokens):
     with engine_of(model) as engine:
         assert engine.fused.counts == COUNTS[family]
         assert tokens_of(engine) == expected
+
+
+@pytest.mark.parametrize("family", COUNTS)
+def test_tokens_are_the_same_where_matmuls_leave_parts(family, in_parts, monkeypatch):
+    added = []
+    add_parts = forwards.FusedNorm.add_parts
+
+    def count_and_add(norm, parts, residual):
+        added.append(parts.shape)
+        return add_parts(norm, parts, residual)
+
+    monkeypatch.setattr(forwards.FusedNorm, "add_parts", count_and_add)
+    model = tiny_model(family)
+    expected = tokens_alone(model)
+    with engine_of(model) as engine:
+        assert engine.fused.counts == COUNTS[family]
+        assert tokens_of(engine) == expected
+    # Norms behind attention and the MLP must see whole sums.
+    assert bool(added) == (family not in ("gemma3_text", "olmo2"))
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "olmo2"])

@@ -12,8 +12,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE, TOLERANCE, error
 from hf_paged_kernels import dependent_launch_triton, fused_reference
-from hf_paged_kernels.fused_ops import gated_activation_op, rms_norm_op
-from hf_paged_kernels.rms_norm_triton import rms_norm_launch, rms_norm_warps
+from hf_paged_kernels.fused_ops import gated_activation_op, rms_norm_op, rms_norm_parts_op
+from hf_paged_kernels.rms_norm_triton import rms_norm_launch, rms_norm_parts_launch, rms_norm_warps
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 both = pytest.mark.parametrize("triton", [True, False], ids=["triton", "reference"])
@@ -69,10 +69,31 @@ def test_views_and_leading_dimensions(triton, poison):
 
 
 @both
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("offset", "round_first"), [(0.0, True), (1.0, False)], ids=["llama", "gemma"])
+@pytest.mark.parametrize(("num_parts", "tokens", "n"), [(1, 3, 24), (2, 1, 130), (5, 4, 2880)])
+def test_parts(triton, poison, dtype, offset, round_first, num_parts, tokens, n):
+    """The same as of their sum, added one after the other and rounded."""
+    parts = torch.randn(num_parts, tokens, n, device=DEVICE)
+    residual, weight = torch.randn(tokens, n, dtype=dtype, device=DEVICE), torch.randn(n, dtype=dtype, device=DEVICE)
+    x = parts[0].clone()
+    for part in parts[1:]:
+        x += part
+    run = rms_norm_parts_launch if triton else fused_reference.rms_norm_parts_reference
+    normed, total = run(parts, weight, 1e-5, offset, round_first, residual)
+    assert torch.equal(total, x.to(dtype) + residual)
+    assert normed.dtype == dtype
+    assert error(normed, expected_norm(total, weight, 1e-5, offset)) <= TOLERANCE[dtype]
+
+
+@both
 def test_no_rows(triton):
     x = torch.empty(0, 16, device=DEVICE)
     run = rms_norm_launch if triton else fused_reference.rms_norm_reference
     normed, total = run(x, torch.ones(16, device=DEVICE), 1e-6, 0.0, True, x)
+    assert normed.shape == total.shape == (0, 16)
+    run = rms_norm_parts_launch if triton else fused_reference.rms_norm_parts_reference
+    normed, total = run(torch.empty(2, 0, 16, device=DEVICE), None, 1e-6, 0.0, True, x)
     assert normed.shape == total.shape == (0, 16)
 
 
@@ -104,6 +125,7 @@ def test_the_op():
     x, weight = torch.randn(3, 16, device=DEVICE), torch.randn(16, device=DEVICE)
     for residual in (None, torch.randn(3, 16, device=DEVICE)):
         torch.library.opcheck(rms_norm_op, (x, weight, 1e-6, 0.0, True, residual))
+    torch.library.opcheck(rms_norm_parts_op, (torch.randn(2, 3, 16, device=DEVICE), weight, 1e-6, 0.0, True, x))
     normed, _ = rms_norm_op(x.requires_grad_(), weight, 1e-6, 0.0, True, None)
     with pytest.raises(RuntimeError, match="no backward pass"):
         normed.sum().backward()

@@ -58,6 +58,44 @@ def _(
     return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)
 
 
+@torch.library.custom_op("hf_paged::rms_norm_parts", mutates_args=())
+def rms_norm_parts_op(
+    parts: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    weight_offset: float,
+    round_first: bool,
+    residual: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`rms_norm_op` of the sum of ``parts``, taken in float32 in their order, rounded to the residual's dtype.
+
+    Args:
+        parts: float32 ``[P, T, N]``, contiguous, as ``linear_parts_op`` leaves them.
+        weight, eps, weight_offset, round_first: as there.
+        residual: ``[T, N]``; rows at one distance, the last dimension contiguous.
+
+    Returns:
+        ``(normed, total)``, both ``[T, N]``, contiguous, of the residual's dtype.
+    """
+    if not uses_triton(parts):
+        return fused_reference.rms_norm_parts_reference(parts, weight, eps, weight_offset, round_first, residual)
+    from .rms_norm_triton import rms_norm_parts_launch
+
+    return rms_norm_parts_launch(parts, weight, eps, weight_offset, round_first, residual)
+
+
+@rms_norm_parts_op.register_fake
+def _(
+    parts: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    weight_offset: float,
+    round_first: bool,
+    residual: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return residual.new_empty(residual.shape), residual.new_empty(residual.shape)
+
+
 @torch.library.custom_op("hf_paged::gated_activation", mutates_args=())
 def gated_activation_op(gate_up: torch.Tensor, activation: str, order: str) -> torch.Tensor:
     """``act(gate) * up``: the activation is rounded to the dtype, then the product, as eager PyTorch does.
@@ -223,5 +261,5 @@ def _no_backward(ctx: object, *grads: torch.Tensor) -> None:
 
 
 # Ops that mutate cannot register one, and raise by themselves.
-for _op in (rms_norm_op, gated_activation_op):
+for _op in (rms_norm_op, rms_norm_parts_op, gated_activation_op):
     _op.register_autograd(_no_backward)

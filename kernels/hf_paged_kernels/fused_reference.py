@@ -25,6 +25,21 @@ def rms_norm_reference(
     return normed, x.new_empty(0) if residual is None else total.contiguous()
 
 
+def rms_norm_parts_reference(
+    parts: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    weight_offset: float,
+    round_first: bool,
+    residual: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See :func:`hf_paged_kernels.fused_ops.rms_norm_parts_op`."""
+    x = parts[0].clone()
+    for part in parts[1:]:
+        x += part
+    return rms_norm_reference(x.to(residual.dtype), weight, eps, weight_offset, round_first, residual)
+
+
 def _normalized(
     x: torch.Tensor, weight: torch.Tensor | None, eps: float, weight_offset: float, round_first: bool
 ) -> torch.Tensor:
