@@ -3,8 +3,8 @@
     python -m eval.bench_decode_parts --output eval/results/decode_parts_h200.json
 
 * linear: every matmul of a step in the order of the model, head included, with norms, gated activation and residuals:
-  ``small_linear_op`` beside ``F.linear`` with PyTorch's kernels between, and ``F.linear`` with nothing between. Weights
-  fill more memory than the L2 cache holds and are used in turn.
+  as fused modules run them, beside ``F.linear`` with our kernels between, ``F.linear`` with PyTorch's kernels between,
+  and ``F.linear`` with nothing between. Weights fill more memory than the L2 cache holds and are used in turn.
 * sampling: ``sample_tokens_op`` beside ``torch.max`` (greedy) and the eager warpers of ``sampling_reference``.
 
 Microseconds, medians of graph replays. Bandwidth counts the weights, or the logits read once.
@@ -24,9 +24,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
+from hf_paged_kernels.batch_linear import (
+    batch_gated_linear_op,
+    batch_linear_op,
+    batch_linear_settings,
+    linear_parts_op,
+    num_linear_parts,
+)
+from hf_paged_kernels.fused_ops import gated_activation_op, rms_norm_op, rms_norm_parts_op
 from hf_paged_kernels.sampling_ops import sample_tokens_op
 from hf_paged_kernels.sampling_reference import sample_tokens_reference
-from hf_paged_kernels.small_linear import small_gated_linear_op, small_linear_op
+from hf_paged_kernels.small_linear import MAX_TOKENS, small_gated_linear_op, small_linear_op
 from transformers.utils.logging import tqdm
 
 EPS = 1e-6
@@ -82,6 +90,8 @@ class Step:
 
     def fused(self, h: torch.Tensor) -> torch.Tensor:
         """As a fused model runs them."""
+        if len(h) > MAX_TOKENS:
+            return self.batched(h)
         for i in range(self.shape.layers):
             layer = self.layers[i % len(self.layers)]
             q = small_linear_op(h, layer["qkv"], None, None, self.norm, EPS)[:, : self.shape.attention]
@@ -89,6 +99,30 @@ class Step:
             gated = small_gated_linear_op(h, layer["gate_up"], None, self.norm, EPS)
             h = small_linear_op(gated, layer["down"], None, h, None, 0.0)
         return small_linear_op(h, self.head, None, None, self.norm, EPS)
+
+    def batched(self, h: torch.Tensor, cublas_only: bool = False) -> torch.Tensor:
+        """As a fused model runs them for more than a few tokens; with every matmul from cuBLAS if asked."""
+        normed, total = rms_norm_op(h, self.norm, EPS, 0.0, True, None)[0], h
+        for i in range(self.shape.layers):
+            layer = self.layers[i % len(self.layers)]
+            q = F.linear(normed, layer["qkv"]) if cublas_only else batch_linear_op(normed, layer["qkv"], None)
+            normed, total = self._add(q[:, : self.shape.attention], layer["o"], total, cublas_only)
+            if cublas_only or batch_linear_settings(normed, layer["gate_up"], gated=True) is None:
+                gated = gated_activation_op(F.linear(normed, layer["gate_up"]), "silu", "gate_up")
+            else:
+                gated = batch_gated_linear_op(normed, layer["gate_up"], None)
+            normed, total = self._add(gated, layer["down"], total, cublas_only)
+        return F.linear(normed, self.head)
+
+    def _add(
+        self, x: torch.Tensor, weight: torch.Tensor, residual: torch.Tensor, cublas_only: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The norm of ``x W^T + residual``, and that sum."""
+        num_parts = 0 if cublas_only else num_linear_parts(len(x), weight)
+        if num_parts == 0:
+            return rms_norm_op(F.linear(x, weight), self.norm, EPS, 0.0, True, residual)
+        parts = linear_parts_op(x, weight, None, num_parts)
+        return rms_norm_parts_op(parts, self.norm, EPS, 0.0, True, residual)
 
     def unfused(self, h: torch.Tensor) -> torch.Tensor:
         """With PyTorch's kernels, QKV and gate/up as one matmul."""
@@ -150,7 +184,11 @@ def linear_rows(tokens: list[int]) -> list[dict[str, Any]]:
                 "model": name, "tokens": num, "roofline_us": shape.num_bytes / 4.3e6,
                 "difference": float((got - wanted).norm() / wanted.norm()),
             }  # fmt: skip
-            for way, run in {"fused": step.fused, "unfused": step.unfused, "bare": step.bare}.items():
+            ways = {
+                "fused": step.fused, "cublas": partial(step.batched, cublas_only=True), "unfused": step.unfused,
+                "bare": step.bare,
+            }  # fmt: skip
+            for way, run in ways.items():
                 row[f"{way}_us"] = replayed_us(partial(run, h))
             row["fused_tb_s"] = shape.num_bytes / row["fused_us"] / 1e6
             rows.append(row)
@@ -195,13 +233,14 @@ def markdown(report: dict[str, Any]) -> str:
         f"# Parts of a decode step\n\n{report['device']}, python {report['python']}, torch {report['torch']}, triton "
         f"{report['triton']}, {report['date']}; bfloat16, CUDA graphs, medians. `python -m eval.bench_decode_parts`\n",
         "## All linear layers of a step, norms, activation, residuals and head included: us\n",
-        "| model | tokens | fused | TB/s of weights | PyTorch's kernels | their matmuls alone | weights at 4.3 TB/s |",
-        "|---|---|---|---|---|---|---|",
+        "| model | tokens | fused | TB/s of weights | cuBLAS and our small kernels | PyTorch's kernels | "
+        "their matmuls alone | weights at 4.3 TB/s |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in report["linear"]:
         lines.append(
             f"| {row['model']} | {row['tokens']} | {row['fused_us']:,.0f} | {row['fused_tb_s']:.2f} | "
-            f"{row['unfused_us']:,.0f} | {row['bare_us']:,.0f} | {row['roofline_us']:,.0f} |"
+            f"{row['cublas_us']:,.0f} | {row['unfused_us']:,.0f} | {row['bare_us']:,.0f} | {row['roofline_us']:,.0f} |"
         )
     names = list(SETTINGS)
     lines += [
@@ -219,7 +258,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("decode_parts.json"))
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 24, 64, 104, 188, 256])
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--vocab", type=int, default=151_936)
     options = parser.parse_args()
