@@ -93,10 +93,11 @@ def batch_linear_settings(
     x: torch.Tensor, weight: torch.Tensor, gated: bool = False, in_parts: bool = False
 ) -> BatchLinearSettings | None:
     """Settings for these tensors, or None where PyTorch's operators run (see :func:`choose_batch_linear`)."""
+    settings = _settings_of(x.shape[0], weight, gated, in_parts)
     # What TMA can read: rows that begin at multiples of 16 bytes.
-    if x.dtype != weight.dtype or x.stride(-1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
+    if settings is None or x.dtype != weight.dtype or x.stride(-1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
         return None
-    return _settings_of(x.shape[0], weight, gated, in_parts)
+    return settings
 
 
 def num_linear_parts(num_tokens: int, weight: torch.Tensor) -> int:
@@ -108,10 +109,11 @@ def num_linear_parts(num_tokens: int, weight: torch.Tensor) -> int:
 def _settings_of(num_tokens: int, weight: torch.Tensor, gated: bool, in_parts: bool) -> BatchLinearSettings | None:
     if not has_gluon(weight.device) or weight.dtype not in (torch.float16, torch.bfloat16):
         return None
-    if not weight.is_contiguous() or weight.data_ptr() % 16:
-        return None
     out_features, in_features = weight.shape
-    return choose_batch_linear(num_tokens, out_features, in_features, gated, in_parts)
+    settings = choose_batch_linear(num_tokens, out_features, in_features, gated, in_parts)
+    if settings is None or not weight.is_contiguous() or weight.data_ptr() % 16:
+        return None
+    return settings
 
 
 @torch.library.custom_op("hf_paged::batch_linear", mutates_args=())
