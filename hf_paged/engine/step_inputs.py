@@ -51,7 +51,6 @@ class StepInputs:
         num_keys: tokens of all rows together.
         groups: per group of layers.
         cpu_groups: rows that attend together on a CPU, by group of layers and window; filled by the layers.
-        is_static: a decode step over the tables by slot, which no kernel of the step but its first ones changes.
     """
 
     slots: np.ndarray
@@ -64,7 +63,6 @@ class StepInputs:
     num_keys: int
     groups: list[GroupInputs]
     cpu_groups: dict[tuple[int, int | None], list[RowGroup]] = field(default_factory=dict)
-    is_static: bool = False
     _copies: dict[torch.device, "StepInputs"] = field(default_factory=dict)
     _split_plans: SplitPlans = field(default_factory=SplitPlans)
 
@@ -97,13 +95,6 @@ class StepInputs:
             left,
             number,
         )
-
-    def is_settled(self, number: int, left: int | None) -> bool:
-        """Whether kernels may read all but the step's own tokens ahead of their turn, see ``paged_attention_op``.
-
-        True from the second layer of a group and window on: the plan was made in the first.
-        """
-        return self.is_static and (number, left) in self._split_plans
 
     @property
     def cu_seqlens_k(self) -> torch.Tensor:
@@ -184,7 +175,7 @@ class SlotTables:
         longest = (self.page_tables[0].shape[1] if self.page_tables else 0) * page_size
         return StepInputs(
             np.empty(0, dtype=np.int64), ids.view(1, -1), positions.view(1, -1), seq_lens,
-            self._range[: num_rows + 1], 1, longest, num_rows * longest, groups, is_static=True,
+            self._range[: num_rows + 1], 1, longest, num_rows * longest, groups,
         )  # fmt: skip
 
     def chunk_inputs(self, buffer: torch.Tensor) -> tuple[StepInputs, torch.Tensor]:
