@@ -7,8 +7,10 @@ import pytest
 import torch
 
 import hf_paged
+from hf_paged.fusion import forwards
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
+import tiny_models
 from test_decode_graphs import config, prompt
 from tiny_models import build, randomise, tiny_config
 
@@ -20,8 +22,8 @@ SHAPE = dict(
 FAMILIES = ("llama", "qwen3", "gemma3_text", "phi3")
 
 
-def model_of(family: str, dtype: torch.dtype):
-    model = build(tiny_config(family, **SHAPE), "sdpa")
+def model_of(family: str, dtype: torch.dtype, **shape):
+    model = build(tiny_config(family, **(SHAPE | shape)), "sdpa")
     randomise(model, 1)
     return model.to("cuda", dtype)
 
@@ -76,6 +78,29 @@ def errors_of(family: str, **options) -> list[list[float]]:
 def test_half_precision_errs_no_more_than_unfused(family):
     unfused, fused = errors_of(family)
     assert all(b <= 1.5 * a + 1e-3 for a, b in zip(unfused, fused)), (unfused, fused)
+
+
+def test_matmuls_that_leave_parts(monkeypatch):
+    """Qwen3-0.6B's shapes, in which a Hopper GPU has kernels for 17 to 256 tokens."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernels are for Hopper GPUs")
+    tokens = set()
+    linear_parts = forwards.linear_parts
+
+    def count(x, packed):
+        tokens.add(len(x))
+        return linear_parts(x, packed)
+
+    monkeypatch.setattr(forwards, "linear_parts", count)
+    monkeypatch.setattr(tiny_models, "MAX_PARAMETERS", 10**8)
+    shape = dict(hidden_size=1024, intermediate_size=3072, num_attention_heads=16, num_key_value_heads=8, head_dim=128)
+    exact, model = model_of("qwen3", torch.float32, **shape), model_of("qwen3", torch.bfloat16, **shape)
+    errors = []
+    for fuse in (False, True):
+        with engine_of(model, fuse=fuse, max_num_seqs=64, num_pages=1024) as engine:
+            errors.append([error_of(engine, exact, num_prompts) for num_prompts in (20, 40, 50)])
+    assert max(tokens) >= 50
+    assert all(b <= 1.5 * a + 1e-3 for a, b in zip(*errors)), errors
 
 
 @pytest.mark.parametrize("kv_dtype", ["fp8", "int8"])
