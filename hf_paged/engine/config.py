@@ -20,10 +20,11 @@ class EngineConfig:
             than ``max_num_seqs`` sequences of ``max_model_len`` tokens can use (and one, for a shared prompt).
         memory_fraction: the part of the device's free memory that pages may take where ``num_pages`` is None.
         max_batch_tokens: tokens that one step computes at most; longer prompts are computed in chunks.
-        mixed_prompt_tokens: prompt tokens that a step computes while other sequences decode, which wait for them: fewer
-            make the time between tokens more even, and the time to the first token longer. More are computed where
-            many are queued, up to ``max_batch_tokens``. None: always as many as that. Models that keep recurrent states
-            compute a prompt in one step whatever this says.
+        mixed_prompt_tokens: prompt tokens that a step computes while other sequences decode, which wait for them. Fewer
+            make the longest steps shorter, but more steps longer than others: the time between tokens is more even and
+            its mean larger, and the first token comes later. More are computed where many are queued, up to
+            ``max_batch_tokens``. None: always as many as that. Models that keep recurrent states compute a prompt in
+            one step whatever this says.
         max_num_seqs: sequences that run at a time (a request with 4 beams counts as 4).
         max_model_len: prompt and new tokens of a request; None: what the model's config says.
         prefix_caching: keep full pages after use, and find them again for prompts that begin alike.
