@@ -29,7 +29,7 @@ from .logprobs import prompt_logprobs
 from .memory import split_pages
 from .request import Request, RequestOutput, RequestTiming, Row, SequenceOutput, State
 from .runner import Runner, StepLogits
-from .scheduler import Scheduler, StepWork
+from .scheduler import Scheduler, StepWork, mixed_prompt_tokens
 from .selection import Selection, TokenSelector, invalid_scores_error, merged
 from .slot_pages import SlotPages
 from .slots import Slots
@@ -111,6 +111,7 @@ class EngineCore:
     ) -> None:
         self.model, self.config, self.clock, self.max_model_len = model, config, clock, max_model_len
         self.device = model.get_input_embeddings().weight.device
+        self.num_parameters = sum(p.numel() for p in model.parameters())
         self.vocab_size = model.config.get_text_config(decoder=True).vocab_size
         self.pool = PagePool(config.page_size, None, KV_DTYPES[config.kv_dtype])
         num_slots = config.max_num_seqs
@@ -135,7 +136,7 @@ class EngineCore:
             self.slots,
             self.pages,
             max_batch_tokens=config.max_batch_tokens,
-            mixed_prompt_tokens=config.mixed_prompt_tokens,
+            mixed_prompt_tokens=mixed_prompt_tokens(config.mixed_prompt_tokens, self.num_parameters),
             whole_prompts=self.cache.has_states,
             prefix_caching=config.prefix_caching and not self.cache.has_states,
             on_admit=self._admit,
@@ -161,8 +162,7 @@ class EngineCore:
             capture = capture or CudaCapture(self.config.compile)  # one pool of memory for all
             runner, device = self.runner, self.device
             graphs = DecodeGraphs(runner.static_decode, self.slots.num_slots, device, capture)
-            num_parameters = sum(p.numel() for p in self.model.parameters())
-            sizes = chunk_sizes(self.config.max_batch_tokens, num_parameters)
+            sizes = chunk_sizes(self.config.max_batch_tokens, self.num_parameters)
             runner.use_graphs(graphs, ChunkGraphs(runner.static_chunk, self.slots, sizes, device, capture))
         return reason
 

@@ -26,8 +26,21 @@ from .request import Request, Row, State
 from .slot_pages import SlotPages
 from .slots import Slots
 
+MIXED_WORK = 300_000_000_000
+"""Prompt tokens times parameters of a mixed step: at two operations for each, a millisecond of an H200."""
+MIXED_TOKENS = (192, 1024)
+"""Fewest and most prompt tokens that follow from that: with fewer, reading the weights costs more than the tokens."""
+
 LONG_QUEUE = 4
 """Of the queued prompt tokens a mixed step computes the part that they are of so many whole budgets."""
+
+
+def mixed_prompt_tokens(option: int | str | None, num_parameters: int) -> int | None:
+    """``EngineConfig.mixed_prompt_tokens`` with "auto" resolved for a model of ``num_parameters``."""
+    if option != "auto":
+        return option  # type: ignore[return-value]
+    least, most = MIXED_TOKENS
+    return min(max(least, MIXED_WORK // max(1, num_parameters)), most)
 
 
 @dataclass(slots=True)

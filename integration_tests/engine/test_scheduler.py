@@ -12,6 +12,8 @@ sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "mod
 from random_requests import tiny_model
 from test_decode_graphs import FAMILIES, alone, config, prompt
 
+from hf_paged.engine.scheduler import mixed_prompt_tokens
+
 BUDGET = 64
 
 
@@ -140,7 +142,17 @@ def test_beams_and_samples_in_small_chunks(model, options):
     assert run(2) == run(None)
 
 
-@pytest.mark.parametrize(("value", "error"), [(0, ValueError), (-1, ValueError), (2.5, TypeError), (True, TypeError)])
+@pytest.mark.parametrize(
+    ("value", "error"), [(0, ValueError), (-1, ValueError), (2.5, TypeError), (True, TypeError), ("no", TypeError)]
+)
 def test_the_option_is_checked(value, error):
-    with pytest.raises(error, match="mixed_prompt_tokens must be None or an int of at least 1"):
+    with pytest.raises(error, match='mixed_prompt_tokens must be "auto", None or an int of at least 1'):
         hf_paged.EngineConfig(mixed_prompt_tokens=value)
+
+
+@pytest.mark.parametrize(
+    ("option", "parameters", "tokens"),
+    [("auto", 8_000_000_000, 192), ("auto", 600_000_000, 500), ("auto", 1000, 1024), (7, 1000, 7), (None, 1000, None)],
+)
+def test_small_models_compute_larger_shares(option, parameters, tokens):
+    assert mixed_prompt_tokens(option, parameters) == tokens
