@@ -33,7 +33,7 @@ from hf_paged_kernels.batch_linear import (
 )
 from hf_paged_kernels.fused_ops import gated_activation_op, rms_norm_op, rms_norm_parts_op
 from hf_paged_kernels.sampling_ops import sample_tokens_op
-from hf_paged_kernels.sampling_reference import sample_tokens_reference
+from hf_paged_kernels.sampling_reference import MARKS, sample_tokens_reference
 from hf_paged_kernels.small_linear import MAX_TOKENS, small_gated_linear_op, small_linear_op
 from transformers.utils.logging import tqdm
 
@@ -211,7 +211,8 @@ def sampling_rows(counts: list[int], vocab: int) -> list[dict[str, Any]]:
                 for key in ("temperature", "top_k", "top_p", "min_p")
             ]
             zeros = torch.zeros(count, dtype=torch.int64, device="cuda")
-            arguments = (logits, slots, slots, *tables, slots, zeros)
+            rules = torch.zeros(count, MARKS, dtype=torch.int64, device="cuda")
+            arguments = (logits, slots, slots, *tables, slots, zeros, rules)
             got, wanted = sample_tokens_op(*arguments)[0], sample_tokens_reference(*arguments)[0]
             row[name] = {
                 "us": replayed_us(partial(sample_tokens_op, *arguments)),

@@ -112,7 +112,10 @@ class EngineCore:
         self.model, self.config, self.clock, self.max_model_len = model, config, clock, max_model_len
         self.device = model.get_input_embeddings().weight.device
         self.num_parameters = sum(p.numel() for p in model.parameters())
-        self.vocab_size = model.config.get_text_config(decoder=True).vocab_size
+        head = model.get_output_embeddings()
+        self.vocab_size = max(
+            model.config.get_text_config(decoder=True).vocab_size, getattr(head, "out_features", None) or 0
+        )
         self.pool = PagePool(config.page_size, None, KV_DTYPES[config.kv_dtype])
         num_slots = config.max_num_seqs
         self.cache = EngineCache(model.config, self.pool, num_slots)
@@ -174,7 +177,7 @@ class EngineCore:
 
     def _admit(self, row: Row) -> None:
         rules = row.request.rules
-        self.selector.admit(row.slot, rules, row.index)
+        self.selector.admit(row.slot, rules, row.index, self.slots.tokens(row.slot))
         self.tables.stale[row.slot] = True
         self.wants_prompt[row.slot] = rules.num_prompt_logprobs is not None and row.index == 0
 

@@ -72,7 +72,7 @@ class TokenSelector:
     def __init__(self, num_slots: int, vocab_size: int, device: torch.device | str) -> None:
         self.device = torch.device(device)
         self.vocab_size = vocab_size
-        self.sampling = SlotSampling(num_slots, self.device)
+        self.sampling = SlotSampling(num_slots, self.device, vocab_size)
         self.has_logprobs = np.zeros(num_slots, np.bool_)
         self._rows: dict[int, _Row] = {}
         self._verified: dict[int, bool] = {}  # slots whose criteria verify() has asked, and their answer
@@ -83,13 +83,18 @@ class TokenSelector:
         self.has_logprobs = np.concatenate([self.has_logprobs, more])
         self.sampling.grow(num_slots)
 
-    def admit(self, slot: int, rules: TokenRules, row: int) -> None:
+    def admit(self, slot: int, rules: TokenRules, row: int, tokens: np.ndarray) -> None:
         """Give a slot to a row of a request, the first time or after a preemption.
 
-        Nothing of the row's past is needed: noise is a function of the position, and processors get the history.
+        Args:
+            slot: of the row.
+            rules: of its request.
+            row: number of the row in the request.
+            tokens: int64 ``[num_tokens]``, its history. Only penalties need it: noise is a function of the position,
+                and processors are called with the history.
         """
         self._rows[slot] = _Row(rules, row)
-        self.sampling.set(slot, rules, row)
+        self.sampling.set(slot, rules, row, tokens)
         self.has_logprobs[slot] = rules.num_logprobs is not None
 
     def release(self, slot: int) -> None:

@@ -6,13 +6,21 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
+from hf_paged_kernels.sampling_reference import MAX_BIASES
 from transformers import (
     EosTokenCriteria,
     GenerationConfig,
     LogitsProcessorList,
     MaxLengthCriteria,
+    MinLengthLogitsProcessor,
+    MinNewTokensLengthLogitsProcessor,
     MinPLogitsWarper,
+    NoBadWordsLogitsProcessor,
+    RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     StoppingCriteriaList,
+    SuppressTokensAtBeginLogitsProcessor,
+    SuppressTokensLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -24,6 +32,9 @@ from ..transformers_internals import PreparedGeneration, prepare_generation, pro
 Mode = Literal["rows", "beams", "assisted"]
 
 SEED_LIMIT = 2**64
+
+ALWAYS = 2**62
+"""A position that no sequence reaches."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -41,6 +52,27 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class LogitChanges:
+    """What changes a row's logits ahead of temperature and warpers, where the device does it.
+
+    Attributes:
+        biases: token, bias, and the first and last position + 1 of the new token where it is added.
+        penalty: of tokens in the history, None for none.
+        num_ignored: tokens at its start, padding included, that are not penalised.
+        banned: tokens that are never chosen.
+    """
+
+    biases: tuple[tuple[int, float, int, int], ...] = ()
+    penalty: float | None = None
+    num_ignored: int = 0
+    banned: tuple[int, ...] = ()
+
+    def is_within(self, vocab_size: int) -> bool:
+        """Whether the device can do it: with a vocabulary that is known, and biases for tokens of it."""
+        return vocab_size > 0 and all(token < vocab_size or end < ALWAYS for token, _, _, end in self.biases)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class TokenRules:
     """What one request does with its logits. Made by :meth:`make`, or :meth:`from_prepared` inside ``generate()``.
 
@@ -52,6 +84,7 @@ class TokenRules:
         eos_token_ids: tokens that end a row.
         pad_token_id: what ``generate()`` fills finished rows with, if anything.
         plain: parameters of the vectorised path, None where a processor asks for more.
+        changes: what the vectorised path changes ahead of them, None for nothing.
         processors: as ``generate()`` made them, in its order.
         criteria: stopping criteria beyond ``max_length`` and eos.
         all_criteria: with those two, as ``generate()`` made them; lengths count padding.
@@ -78,6 +111,7 @@ class TokenRules:
     padding_ids: tuple[int, ...]
     batch_row: int
     batch_rows: int
+    changes: LogitChanges | None = None
     _row_processors: dict[int, LogitsProcessorList] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
@@ -168,6 +202,9 @@ class TokenRules:
         do_sample = bool(config.do_sample)
         eos_token_ids, pad_token_id = special_tokens(config)
         max_length = prepared.criteria.max_length
+        changes, warpers = _logit_changes(prepared.processors, len(padding_ids))
+        if mode != "rows" or (changes is not None and _plain_sampling(warpers, do_sample) is None):
+            changes, warpers = None, prepared.processors
         by_type = [c for c in prepared.criteria if type(c) is EosTokenCriteria]
         return cls(
             config=config,
@@ -176,7 +213,8 @@ class TokenRules:
             max_length=(config.max_length if max_length is None else max_length) - len(padding_ids),
             eos_token_ids=tuple(int(token) for c in by_type for token in c.eos_token_id),
             pad_token_id=pad_token_id if pad_token_id is not None or not eos_token_ids else eos_token_ids[0],
-            plain=_plain_sampling(prepared.processors, do_sample) if mode != "beams" else None,
+            plain=_plain_sampling(warpers, do_sample) if mode != "beams" else None,
+            changes=changes,
             processors=prepared.processors,
             criteria=StoppingCriteriaList(
                 c for c in prepared.criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)
@@ -278,6 +316,45 @@ def derived_seed(seed: int, index: int) -> int:
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % SEED_LIMIT
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % SEED_LIMIT
     return z ^ (z >> 31)
+
+
+def _logit_changes(processors: Sequence[Any], padding: int) -> tuple[LogitChanges | None, Sequence[Any]]:
+    """What the first processors change, as far as the device can do it (None: nothing), and the others.
+
+    Biases come first, as ``generate()`` has them. Suppressed tokens stay so whatever comes before or after.
+    """
+    biases: list[tuple[int, float, int, int]] = []
+    penalty, num_ignored, banned = None, 0, []
+    count = 0
+    for processor in processors:
+        kind = type(processor)
+        if kind is SequenceBiasLogitsProcessor and not count:
+            if any(len(ids) > 1 for ids in processor.sequence_bias):
+                break
+            biases += [(ids[0], bias, 0, ALWAYS) for ids, bias in processor.sequence_bias.items()]
+        elif kind is RepetitionPenaltyLogitsProcessor and penalty is None:
+            penalty, given = processor.penalty, processor.prompt_ignore_length
+            num_ignored = padding if isinstance(given, torch.Tensor) else given or 0
+        elif kind is NoBadWordsLogitsProcessor:
+            if any(len(ids) > 1 for ids in processor.sequence_bias):
+                break
+            banned += [ids[0] for ids in processor.sequence_bias]
+        elif kind is SuppressTokensLogitsProcessor:
+            banned += processor.suppress_tokens.tolist()
+        elif kind is SuppressTokensAtBeginLogitsProcessor:
+            start = processor.begin_index - padding
+            biases += [(token, -math.inf, start, start + 1) for token in processor.begin_suppress_tokens.tolist()]
+        elif kind in (MinLengthLogitsProcessor, MinNewTokensLengthLogitsProcessor):
+            is_total = kind is MinLengthLogitsProcessor
+            end = processor.min_length if is_total else processor.prompt_length_to_skip + processor.min_new_tokens
+            biases += [(token, -math.inf, 0, end - padding) for token in processor.eos_token_id.tolist()]
+        else:
+            break
+        count += 1
+    if not count or len(biases) > MAX_BIASES:
+        return None, processors
+    changes = LogitChanges(tuple(biases), penalty, num_ignored, tuple(banned))
+    return changes, processors[count:]
 
 
 def _plain_sampling(processors: Sequence[Any], do_sample: bool) -> Sampling | None:

@@ -30,13 +30,13 @@ def all_logits(model: Any, tokens: list[list[int]] | np.ndarray) -> torch.Tensor
 
 def run_rows(model: Any, prompt: list[int], rules: TokenRules, rows: list[int] | None = None) -> list[list[int]]:
     """New tokens of every row of a request with mode "rows"."""
-    selector = TokenSelector(4, 0, "cpu")
+    selector = TokenSelector(4, model.config.vocab_size, "cpu")
     return [run_row(model, prompt, rules, row, selector) for row in (rows or range(rules.num_rows))]
 
 
 def run_row(model: Any, prompt: list[int], rules: TokenRules, row: int, selector: TokenSelector) -> list[int]:
     slot = 2
-    selector.admit(slot, rules, row)
+    selector.admit(slot, rules, row, np.array(prompt))
     history, lengths = np.zeros((4, rules.max_length), np.int64), np.zeros(4, np.int64)
     history[slot, : len(prompt)], lengths[slot] = prompt, len(prompt)
     try:
@@ -63,8 +63,8 @@ def run_row(model: Any, prompt: list[int], rules: TokenRules, row: int, selector
 
 def run_assisted(model: Any, prompt: list[int], rules: TokenRules) -> tuple[list[int], int]:
     """New tokens of a request with mode "assisted", and the forward passes it took."""
-    selector, slot, steps = TokenSelector(1, 0, "cpu"), 0, 0
-    selector.admit(slot, rules, 0)
+    selector, slot, steps = TokenSelector(1, model.config.vocab_size, "cpu"), 0, 0
+    selector.admit(slot, rules, 0, np.array(prompt))
     history, length = np.zeros((1, rules.max_length), np.int64), len(prompt)
     history[slot, :length] = prompt
     while True:

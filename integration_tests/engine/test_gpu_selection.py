@@ -38,16 +38,20 @@ def test_a_row_does_not_depend_on_the_batch(dtype):
         dict(repetition_penalty=1.3),
     ]
     num, vocab_size = 60, 32_000
-    selector = TokenSelector(num, vocab_size, "cuda")
+    selector, rules = TokenSelector(num, vocab_size, "cuda"), []
     for slot in range(num):
         config = GenerationConfig(max_new_tokens=40, **options[slot % 6])
-        selector.admit(slot, TokenRules.make(model, config, prompt_ids=[5], seed=slot), 0)
+        rules.append(TokenRules.make(model, config, prompt_ids=[5], seed=slot))
     history, lengths = np.random.default_rng(0).integers(2, 97, (num, 30)), np.arange(num) % 20 + 1
     logits = (torch.randn(num, vocab_size, device="cuda") * 3).to(dtype)
+    for slot in range(num):
+        selector.admit(slot, rules[slot], 0, history[slot, : lengths[slot]])
     whole = selector.select(logits, np.arange(num), history, lengths)
     assert whole.errors == {}
     assert whole.token_ids.device.type == "cuda"
     for slot in range(num):
+        # As at first: tokens that were chosen count as seen.
+        selector.admit(slot, rules[slot], 0, history[slot, : lengths[slot]])
         alone = selector.select(logits[slot : slot + 1], np.array([slot]), history, lengths)
         assert alone.token_ids.item() == whole.token_ids[slot].item(), options[slot % 6]
 

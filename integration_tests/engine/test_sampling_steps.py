@@ -27,6 +27,8 @@ MIX = [
     dict(do_sample=True, top_k=7),
     dict(do_sample=True, top_k=0, top_p=0.95, temperature=0.8),
     dict(do_sample=True, top_k=0, min_p=0.1, temperature=2.0),
+    dict(repetition_penalty=1.5, suppress_tokens=[7, 8, 9], sequence_bias=[[[11], 1.5]]),
+    dict(do_sample=True, top_p=0.9, repetition_penalty=1.2, min_new_tokens=5, eos_token_id=[3, 4, 5, 6]),
     dict(),
 ]
 
@@ -114,7 +116,7 @@ def arrivals(model, *, captured: bool, watch=None) -> list:
     kinds = [
         *MIX,
         dict(repetition_penalty=1.4, no_repeat_ngram_size=2),
-        dict(do_sample=True, top_p=0.9, num_return_sequences=2),
+        dict(do_sample=True, top_p=0.9, repetition_penalty=1.3, num_return_sequences=2),
         dict(num_beams=2),
         dict(prompt_lookup_num_tokens=3),
     ]
@@ -198,7 +200,7 @@ def sampling_of_mix(model, device: torch.device, num_slots: int = 32) -> SlotSam
     slots = SlotSampling(num_slots, device)
     for slot in range(num_slots):
         options = MIX[slot % len(MIX)]
-        slots.set(slot, TokenRules.make(model, config(5, **options), prompt_ids=[5], seed=slot), 0)
+        slots.set(slot, TokenRules.make(model, config(5, **options), prompt_ids=[5], seed=slot), 0, np.array([5]))
     return slots
 
 
@@ -214,7 +216,7 @@ def test_parameters_of_slots():
     assert first.tolist() == alone
     slots.grow(20)
     assert torch.equal(slots.choose(logits, np.array([*range(7), 20]), positions), first)
-    slots.set(2, TokenRules.make(model, config(5), prompt_ids=[5]), 0)
+    slots.set(2, TokenRules.make(model, config(5), prompt_ids=[5]), 0, np.array([5]))
     assert slots.choose(logits[:1], np.array([2]), positions[:1]).item() == int(logits[0].argmax())
 
 
@@ -236,11 +238,11 @@ def test_a_captured_choice_follows_slots_and_tables(dtype, num_rows, vocab):
         if round_ == 2:
             for slot in range(256):
                 rules = TokenRules.make(model, config(5, **MIX[-1 - slot % len(MIX)]), prompt_ids=[5], seed=slot)
-                table.set(slot, rules, 0)
+                table.set(slot, rules, 0, np.array([5]))
         table.sync()
         tokens, _ = replay()
         words = [words if i in (1, 4, 5) else words.view(torch.float64) for i, words in enumerate(table._device_words)]
-        expected, _ = sample_tokens_reference(logits, index, positions, *words)
+        expected, _ = sample_tokens_reference(logits, index, positions, *words, table.rules)
         # A token within rounding of a border may differ: hardly ever does one.
         assert (tokens != expected).sum() <= num_rows // 100
 

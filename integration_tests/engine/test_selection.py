@@ -28,6 +28,7 @@ from tokenizers_of_tests import characters
 from hf_paged.engine.logprobs import prompt_logprobs
 from hf_paged.engine.selection import TokenRules, TokenSelector
 from hf_paged.engine.token_rules import derived_seed, unserved_reason
+from hf_paged.transformers_internals import prepare_generation
 
 VOCAB = 97
 
@@ -181,7 +182,7 @@ def test_samples_have_the_distribution_of_the_warped_scores(model, options):
     expected = rules.processors(torch.tensor([[5]]), logits.clone()).softmax(-1)[0]
     selector = TokenSelector(num, 12, "cpu")
     for slot in range(num):
-        selector.admit(slot, rules, slot)
+        selector.admit(slot, rules, slot, np.array([5]))
     history, lengths = np.full((num, 4), 5), np.ones(num, np.int64)
     if rules.plain is None:
         num = 3000
@@ -208,6 +209,9 @@ CONFIGS = {
     "encoder_no_repeat_ngram": dict(encoder_no_repeat_ngram_size=2),
     "bad_words": dict(bad_words_ids=[[5], [17, 22], [60], [61], [9, 9]]),
     "sequence_bias": dict(sequence_bias=[[[10], 5.0], [[13, 14], 3.0]]),
+    "token_bias": dict(sequence_bias=[[[10], 5.0], [[13], -3.0], [[40], -math.inf]]),
+    "bad_tokens": dict(bad_words_ids=[[5], [60], [61]], eos_token_id=[3]),
+    "many biases": dict(sequence_bias=[[[token], 0.1 * token] for token in range(1, 41)]),
     "forced_bos": dict(forced_bos_token_id=6),
     "forced_eos": dict(forced_eos_token_id=11, eos_token_id=11),
     "suppress": dict(suppress_tokens=list(range(0, 90, 2)), begin_suppress_tokens=list(range(1, 60, 2))),
@@ -223,6 +227,12 @@ CONFIGS = {
     "typical": dict(do_sample=True, top_k=0, typical_p=0.7),
     "epsilon": dict(do_sample=True, top_k=0, epsilon_cutoff=0.01),
     "eta": dict(do_sample=True, top_k=0, eta_cutoff=0.01),
+    "changes": dict(
+        do_sample=True, temperature=0.9, top_k=40, top_p=0.9, min_p=0.01, repetition_penalty=1.4, min_new_tokens=4,
+        eos_token_id=EOS[1], sequence_bias=[[[9], 2.0], [[12], -1.0]], bad_words_ids=[[44]], suppress_tokens=[7, 8],
+        begin_suppress_tokens=[20, 30], min_length=9,
+    ),
+    "penalty and top_p": dict(do_sample=True, top_k=0, top_p=0.8, repetition_penalty=0.7),
     "everything": dict(
         do_sample=True, temperature=0.9, top_k=40, top_p=0.95, min_p=0.01, repetition_penalty=1.2,
         no_repeat_ngram_size=3, min_new_tokens=4, eos_token_id=EOS[1], bad_words_ids=[[4, 5]],
@@ -243,12 +253,77 @@ def test_tokens_of_generate(model, name):
 
 
 PLAIN = ["greedy", "eos", "max_length", "sample", "top_k", "top_p", "min_p"]
+CHANGED = [
+    "repetition_penalty", "token_bias", "bad_tokens", "suppress", "min_length", "min_new_tokens", "changes",
+    "penalty and top_p",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_plain_configs_take_the_vectorised_path(model, name):
     rules = TokenRules.make(model, GenerationConfig(**CONFIGS[name]), prompt_ids=[5, 6])
-    assert rules.is_plain == (name in [*PLAIN, "default length"])
+    assert rules.is_plain == (name in [*PLAIN, *CHANGED, "default length"])
+    assert (rules.changes is not None) == (name in CHANGED)
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_changes_are_those_of_the_processors(model, name):
+    """Row by row against the processors themselves, with padding, and with what was chosen before."""
+    generator = np.random.default_rng(3)
+    for padding in (0, 3):
+        prompt = generator.integers(2, VOCAB, 5).tolist()
+        ids = torch.tensor([[0] * padding + prompt])
+        config = GenerationConfig(**{"max_new_tokens": 20} | CONFIGS[name])
+        prepared = prepare_generation(model, config, ids)
+        rules = TokenRules.from_prepared(prepared, seed=5, padding_ids=[0] * padding)
+        assert rules.changes is not None
+        selector = TokenSelector(3, VOCAB, "cpu")
+        history, lengths = np.zeros((3, 40), np.int64), np.zeros(3, np.int64)
+        history[1, :5], lengths[1] = prompt, 5
+        selector.admit(1, rules, 0, history[1, :5])
+        for step in range(9):
+            if step == 6:
+                selector.release(1)  # preempted: what was generated counts as seen
+                selector.admit(1, rules, 0, history[1, : lengths[1]])
+            logits = (torch.randn(1, VOCAB) * 3).bfloat16()
+            seen = torch.cat([ids[0, :padding], torch.from_numpy(history[1, : lengths[1]])])[None]
+            scores = rules.processors(seen, logits.float())
+            if rules.do_sample:
+                noise = gumbel_noise(torch.tensor([5]), torch.tensor([lengths[1]]), torch.arange(VOCAB).int())
+                scores = scores + noise
+            chosen = selector.select(logits, np.array([1]), history, lengths).token_ids
+            assert chosen.tolist() == [int(scores.argmax())], step
+            history[1, lengths[1]] = chosen[0]
+            lengths[1] += 1
+
+
+def test_a_bias_for_a_token_that_does_not_exist_says_so(model):
+    selector = TokenSelector(1, VOCAB, "cpu")
+    config = GenerationConfig(max_new_tokens=5, sequence_bias=[[[VOCAB + 3], 1.0]])
+    selector.admit(0, TokenRules.make(model, config, prompt_ids=[5]), 0, np.array([5]))
+    selection = selector.select(torch.randn(1, VOCAB), np.array([0]), np.array([[5]]), np.array([1]))
+    assert "vocabulary size" in str(selection.errors[0])
+
+
+def test_changes_leave_with_their_request(model):
+    """And log-probabilities are those of the logits as they were."""
+    selector, logits = TokenSelector(2, VOCAB, "cpu"), torch.randn(1, VOCAB)
+    best = int(logits.argmax())
+    history, lengths = np.full((2, 9), 5), np.array([3, 3])
+
+    def choose(**options):
+        config = GenerationConfig(max_new_tokens=5, **options)
+        rules = TokenRules.make(model, config, prompt_ids=[5, 5, 5], logprobs=1)
+        selector.admit(0, rules, 0, history[0, :3])
+        selection = selector.select(logits, np.array([0]), history, lengths)
+        selector.release(0)
+        return int(selection.token_ids), selection.logprobs[0]
+
+    token, logprobs = choose(suppress_tokens=[best])
+    assert token == int(logits[0].topk(2).indices[1])
+    assert logprobs.logprob == pytest.approx(float(logits.log_softmax(-1)[0, token]))
+    assert logprobs.top_ids == (best,)
+    assert choose()[0] == best
 
 
 def test_defaults_of_the_model_count(model, monkeypatch):
@@ -354,7 +429,10 @@ def test_max_time_ends_a_row(model):
 
 # Batches
 
-BATCH = ["greedy", "sample", "top_k", "top_p", "min_p", "everything", "repetition_penalty", "typical", "watermark"]
+BATCH = [
+    "greedy", "sample", "top_k", "top_p", "min_p", "everything", "repetition_penalty", "typical", "watermark",
+    "changes", "suppress",
+]  # fmt: skip
 
 
 def batch_of_slots(model, names):
@@ -366,7 +444,8 @@ def batch_of_slots(model, names):
         lengths[slot] = 3 + i % 30
         config = GenerationConfig(max_new_tokens=40, **CONFIGS[name])
         prompt = history[slot, :3].tolist()
-        selector.admit(slot, TokenRules.make(model, config, prompt_ids=prompt, seed=i * 7919), 0)
+        rules = TokenRules.make(model, config, prompt_ids=prompt, seed=i * 7919)
+        selector.admit(slot, rules, 0, history[slot, : lengths[slot]])
     return selector, slots, history, lengths
 
 
@@ -378,9 +457,12 @@ def test_a_row_does_not_depend_on_the_batch(model, dtype):
     whole = selector.select(logits, slots, history, lengths)
     assert whole.errors == {}
     for i in range(50):
+        # As at first: a token that was chosen counts as seen.
+        selector, *_ = batch_of_slots(model, names)
         alone = selector.select(logits[i : i + 1], slots[i : i + 1], history, lengths)
         assert alone.token_ids.tolist() == whole.token_ids[i : i + 1].tolist(), names[i]
     order = np.random.default_rng(2).permutation(50)[:37]
+    selector, *_ = batch_of_slots(model, names)
     some = selector.select(logits[order], slots[order], history, lengths)
     assert torch.equal(some.token_ids, whole.token_ids[order])
 
@@ -392,9 +474,11 @@ def test_a_slot_is_as_new_after_another_request(model):
     rules = TokenRules.make(model, GenerationConfig(max_new_tokens=40, do_sample=True), prompt_ids=[5], seed=7919)
     slot = int(slots[1])
     selector.release(slot)
-    selector.admit(slot, TokenRules.make(model, GenerationConfig(no_repeat_ngram_size=2), prompt_ids=[5]), 0)
+    selector.admit(
+        slot, TokenRules.make(model, GenerationConfig(no_repeat_ngram_size=2), prompt_ids=[5]), 0, np.array([5])
+    )
     selector.release(slot)
-    selector.admit(slot, rules, 0)
+    selector.admit(slot, rules, 0, np.array([5]))
     assert torch.equal(selector.select(logits, slots, history, lengths).token_ids, before)
 
 
@@ -408,7 +492,7 @@ def test_errors_end_their_own_row(model):
     bad = int(slots[1])
     selector.release(bad)
     config = GenerationConfig(max_new_tokens=30)
-    selector.admit(bad, TokenRules.make(model, config, prompt_ids=[5], logits_processor=[fail]), 0)
+    selector.admit(bad, TokenRules.make(model, config, prompt_ids=[5], logits_processor=[fail]), 0, np.array([5]))
     selection = selector.select(logits, slots, history, lengths)
     assert str(selection.errors.pop(bad)) == "broken processor"
     assert selection.errors == {}
@@ -420,11 +504,11 @@ def test_errors_end_their_own_row(model):
             raise RuntimeError("broken criterion")
 
     selector.release(bad)
-    selector.admit(bad, TokenRules.make(model, config, prompt_ids=[5], stopping_criteria=[Fails()]), 0)
+    selector.admit(bad, TokenRules.make(model, config, prompt_ids=[5], stopping_criteria=[Fails()]), 0, np.array([5]))
     other = int(slots[3])
     selector.release(other)
     always = [lambda input_ids, scores: True]
-    selector.admit(other, TokenRules.make(model, config, prompt_ids=[5], stopping_criteria=always), 0)
+    selector.admit(other, TokenRules.make(model, config, prompt_ids=[5], stopping_criteria=always), 0, np.array([5]))
     stopped, errors = selector.stopped(slots[[1, 3]], history, lengths)
     assert stopped == {other}
     assert list(errors) == [bad]
@@ -436,6 +520,7 @@ def test_scores_without_a_token_are_reported(model, name):
     logits = torch.randn(3, VOCAB)
     good = selector.select(logits, slots, history, lengths).token_ids
     logits[1, 5] = torch.nan
+    selector, slots, history, lengths = batch_of_slots(model, [name] * 3)
     chosen = selector.select(logits, slots, history, lengths).token_ids
     assert chosen.tolist() == [good[0], INVALID_TOKEN, good[2]]
 
@@ -445,7 +530,7 @@ def test_logprobs(model):
     selector = TokenSelector(3, VOCAB, "cpu")
     for slot, count in enumerate((None, 1, 4)):
         config = GenerationConfig(max_new_tokens=4, do_sample=slot == 2, temperature=0.3)
-        selector.admit(slot, TokenRules.make(model, config, prompt_ids=[5], logprobs=count, seed=1), 0)
+        selector.admit(slot, TokenRules.make(model, config, prompt_ids=[5], logprobs=count, seed=1), 0, np.array([5]))
     selection = selector.select(logits, np.arange(3), np.zeros((3, 4), np.int64), np.ones(3, np.int64))
     assert list(selection.logprobs) == [1, 2]
     expected = logits.float().log_softmax(-1)

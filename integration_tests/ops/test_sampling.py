@@ -53,7 +53,8 @@ def tables(parameters: list[dict[str, float]]) -> tuple[torch.Tensor, ...]:
     seeds = torch.randint(-(2**63), 2**63 - 1, (num + 3,))
     positions = torch.randint(0, 2**20, (num,))
     wants_lse = torch.randint(0, 2, (num + 3,))
-    return tuple(x.to(DEVICE) for x in (slots, positions, *columns, seeds, wants_lse))
+    rules = torch.zeros(num + 3, sampling_reference.MARKS, dtype=torch.int64)
+    return tuple(x.to(DEVICE) for x in (slots, positions, *columns, seeds, wants_lse, rules))
 
 
 def kept_or_border(logits: torch.Tensor, temperature: float, top_k: int, top_p: float, min_p: float):
@@ -116,8 +117,8 @@ def draws(
 
 def check(logits: torch.Tensor, parameters: list[dict[str, float]]) -> int:
     """Choose and compare every row; returns how many rows were decided by rounding at a border."""
-    slots, positions, *columns, seeds, wants_lse = tables(parameters)
-    chosen, lse = sample_tokens_launch(logits, slots, positions, *columns, seeds, wants_lse)
+    slots, positions, *columns, seeds, wants_lse, rules = tables(parameters)
+    chosen, lse = sample_tokens_launch(logits, slots, positions, *columns, seeds, wants_lse, rules)
     got, wanted = chosen.tolist(), (wants_lse[slots] > 0).cpu()
     expected_lse = logits.double().cpu().logsumexp(-1)
     is_finite = wanted & expected_lse.isfinite()
@@ -262,7 +263,15 @@ def test_tokens_have_the_distribution_of_the_kept_scores(options):
     ]  # fmt: skip
     seeds = torch.tensor([17], device=DEVICE)
     rows, positions = logits.expand(num, -1).to(DEVICE), torch.arange(num, device=DEVICE)
-    drawn, _ = sample_tokens_launch(rows, slots, positions, *columns, seeds, torch.zeros_like(seeds))
+    drawn, _ = sample_tokens_launch(
+        rows,
+        slots,
+        positions,
+        *columns,
+        seeds,
+        torch.zeros_like(seeds),
+        torch.zeros(1, sampling_reference.MARKS, dtype=torch.int64).to(DEVICE),
+    )
     kept, border = kept_or_border(logits, **options)
     assert not border.any()
     expected = (logits.float() / options["temperature"]).masked_fill(~kept, -math.inf).softmax(0)
@@ -271,6 +280,71 @@ def test_tokens_have_the_distribution_of_the_kept_scores(options):
     chi_square = ((counts[kept] - num * expected[kept]) ** 2 / (num * expected[kept])).sum()
     freedom = int(kept.sum()) - 1
     assert chi_square < freedom + 5 * math.sqrt(2 * freedom) + 5
+
+
+def changed(logits: torch.Tensor, position: int, biases, penalty, seen, banned) -> torch.Tensor:
+    """The logits of one row ``[vocab]`` as rules change them, token by token."""
+    x = logits.float().cpu().clone()
+    for token, bias, first, end in biases:
+        if first <= position < end:
+            x[token] += torch.tensor(bias)
+    for token in set(seen):
+        if penalty is not None and token < len(x):
+            x[token] = x[token] * torch.tensor(penalty) if x[token] < 0 else x[token] / torch.tensor(penalty)
+    for token in banned:
+        x[token] = -math.inf
+    return x
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("vocab", [67, 4500])
+def test_rules_of_slots(poison, dtype, vocab):
+    """Every second row has rules: it chooses what a row without any does whose logits were changed, and marks it."""
+    parameters = [KINDS[name] for name in KINDS] * 2
+    num = len(parameters)
+    slots, positions, *columns, wants_lse, _ = tables(parameters)
+    logits = (torch.randn(num, vocab) * 3).to(dtype)
+    rules = torch.full((num + 3, sampling_reference.MARKS + -(-vocab // 32)), -1, dtype=torch.int64)
+    expected, picks = logits.float().clone(), torch.Generator().manual_seed(5)
+
+    def some(count: int) -> list[int]:
+        # With tokens that are likely to be chosen.
+        likely = logits[row].float().topk(8).indices
+        return [*torch.randint(0, vocab, (count,), generator=picks).tolist(), *likely[torch.randperm(8)[:4]].tolist()]
+
+    for row in range(num):
+        position, given = int(positions[row]), {}
+        if row % 2:
+            ends = [(0, 2**62), (position, position + 1), (0, position), (position + 1, 2**62)]
+            biases = [(token, 2.5 * i - 20, *ends[i % 4]) for i, token in enumerate(sorted(set(some(10))))]
+            biases[0] = (biases[0][0], -math.inf, 0, 2**62)
+            given = [
+                dict(penalty=1.7, seen=[*some(40), vocab + 99]), dict(banned=some(30)), dict(biases=biases),
+                dict(penalty=0.6, seen=some(9), banned=some(20), biases=biases),
+            ][row // 2 % 4]  # fmt: skip
+            full = dict(biases=(), penalty=None, seen=(), banned=()) | given
+            expected[row] = changed(logits[row], position, **full)
+        words = torch.from_numpy(sampling_reference.slot_rules(vocab, **given))
+        if given:
+            rules[slots[row]] = words
+        else:
+            rules[slots[row], 0] = words[0]
+    rules, before = rules.to(DEVICE), rules.clone()
+    none = torch.zeros(num + 3, sampling_reference.MARKS, dtype=torch.int64, device=DEVICE)
+    want, _ = sample_tokens_reference(expected.to(DEVICE), slots, positions, *columns, wants_lse, none)
+    for choose in (sample_tokens_reference, sample_tokens_launch):
+        table = rules.clone()
+        got, lse = choose(logits.to(DEVICE), slots, positions, *columns, wants_lse, table)
+        assert torch.equal(got, want)
+        wanted = (wants_lse[slots] > 0).cpu()
+        raw = logits.double().logsumexp(-1)
+        assert torch.allclose(lse.double().cpu()[wanted], raw[wanted], rtol=2e-6, atol=2e-6)
+        marked = before.clone()
+        for row in range(num):
+            token, words = int(got[row]), marked[slots[row].cpu()]
+            if words[0] == sampling_reference.WITH_MARKS and token >= 0:
+                words[sampling_reference.MARKS + token // 32] |= 1 << token % 32 * 2
+        assert torch.equal(table.cpu(), marked)
 
 
 @pytest.mark.parametrize("vocab", [5, 1000, 5000])

@@ -27,7 +27,18 @@ Warpers keep exactly the tokens that transformers' TemperatureLogitsWarper, TopK
 MinPLogitsWarper keep when applied in that order: the same operations in the same order, with a parameter per row.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
 import torch
+
+COUNT, PENALTY, ENTRIES = 1, 2, 3
+MAX_BIASES = 32
+MARKS = ENTRIES + 3 * MAX_BIASES
+TOKENS_OF_WORD = 32
+NO_RULES, WITH_BIASES, WITH_MARKS = 0, 1, 2
+SEEN, BANNED = 1, 2
+"""The layout of a slot's rules: see :func:`slot_rules`."""
 
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
 SPLITMIX_A = -4658895280553007687  # 0xBF58476D1CE4E5B9
@@ -163,6 +174,65 @@ def warp_logits(
     return logits
 
 
+def slot_rules(
+    vocab_size: int,
+    *,
+    biases: Sequence[tuple[int, float, int, int]] = (),
+    penalty: float | None = None,
+    seen: Sequence[int] | np.ndarray = (),
+    banned: Sequence[int] = (),
+) -> np.ndarray:
+    """A row of the table of rules, int64: what happens to logits, in float32, before temperature and warpers.
+
+    ::
+
+        kind, number of biases, penalty as float64                          NO_RULES: the rest is not read
+        [token << 32 | bias as float32, first position, last position + 1]  MAX_BIASES of them
+        marks, two bits a token: SEEN, BANNED                               read if the kind is WITH_MARKS
+
+    In this order, that of transformers' processors: biases are added, -inf whatever the logit is; of tokens that were
+    seen, positive logits are divided by the penalty and negative ones multiplied (Keskar et al. 2019); banned tokens
+    get -inf. A token that is chosen is marked as seen.
+
+    Args:
+        vocab_size: of the logits, at most.
+        biases: token, bias, and between which positions of the new token, at most :data:`MAX_BIASES`.
+        penalty: for tokens that were seen, None for none.
+        seen, banned: tokens.
+    """
+    words = np.zeros(MARKS + -(-vocab_size // TOKENS_OF_WORD), dtype=np.int64)
+    with_marks = penalty is not None or len(banned) > 0
+    words[0] = WITH_MARKS if with_marks else WITH_BIASES if biases else NO_RULES
+    words[COUNT] = len(biases)
+    words[PENALTY : PENALTY + 1].view(np.float64)[0] = 1.0 if penalty is None else penalty
+    for i, (token, bias, first, end) in enumerate(biases):
+        bits = int(np.array(bias, dtype=np.float32).view(np.uint32))
+        words[ENTRIES + 3 * i : ENTRIES + 3 * i + 3] = token << 32 | bits, first, end
+    marks = words[MARKS:].view(np.uint64)
+    for tokens, mark in ((seen if penalty is not None else (), SEEN), (banned, BANNED)):
+        ids = np.asarray(tokens, dtype=np.uint64)
+        ids = ids[ids < vocab_size]
+        one = np.uint64(mark) << (ids % np.uint64(TOKENS_OF_WORD) * np.uint64(2))
+        np.bitwise_or.at(marks, (ids // np.uint64(TOKENS_OF_WORD)).astype(np.int64), one)
+    return words
+
+
+def ruled_logits(logits: torch.Tensor, position: int, rules: torch.Tensor) -> torch.Tensor:
+    """Logits ``[vocab]`` of one row, float32, as its rules, int64 of :func:`slot_rules`, change them."""
+    x, ids = logits.float().clone(), torch.arange(len(logits), device=logits.device)
+    for entry in rules[ENTRIES : ENTRIES + 3 * int(rules[COUNT])].view(-1, 3):
+        packed, first, end = entry.tolist()
+        bias, token = entry[:1].view(torch.float32)[0], packed >> 32
+        if first <= position < end and token < len(x):
+            x[token] = x[token] + bias if bias > -torch.inf else bias
+    if rules[0] == WITH_MARKS:
+        marks = rules[MARKS:][ids // TOKENS_OF_WORD] >> (ids % TOKENS_OF_WORD * 2)
+        penalty = rules[PENALTY : PENALTY + 1].view(torch.float64).float()
+        x = torch.where(marks & SEEN > 0, torch.where(x < 0, x * penalty, x / penalty), x)
+        x = x.masked_fill(marks & BANNED > 0, -torch.inf)
+    return x
+
+
 INVALID_TOKEN = -1
 """Stands for a token where none can be chosen."""
 
@@ -262,16 +332,41 @@ def sample_tokens_reference(
     min_p: torch.Tensor,
     seeds: torch.Tensor,
     wants_lse: torch.Tensor,
+    rules: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``sampling_ops.sample_tokens_op`` for the arguments. Reads parameters back to the host."""
     lse = torch.full((len(slots),), torch.nan, device=logits.device)
     asked = (wants_lse[slots] != 0).nonzero().squeeze(1)
     if len(asked):
         lse[asked] = logits[asked].float().logsumexp(-1)
+    ruled = rules[slots, 0].nonzero().flatten().tolist()
+    if ruled:
+        logits = logits.to(torch.float32, copy=True)
+        for row in ruled:
+            logits[row] = ruled_logits(logits[row], int(positions[row]), rules[slots[row]])
+    tokens = _choose(logits, slots, positions, temperature, top_k, top_p, min_p, seeds)
+    for row in ruled:
+        token, marks = int(tokens[row]), rules[slots[row]]
+        if token != INVALID_TOKEN and marks[0] == WITH_MARKS:
+            marks[MARKS + token // TOKENS_OF_WORD] |= SEEN << token % TOKENS_OF_WORD * 2
+    return tokens, lse
+
+
+def _choose(
+    logits: torch.Tensor,
+    slots: torch.Tensor,
+    positions: torch.Tensor,
+    temperature: torch.Tensor,
+    top_k: torch.Tensor,
+    top_p: torch.Tensor,
+    min_p: torch.Tensor,
+    seeds: torch.Tensor,
+) -> torch.Tensor:
+    """The tokens of rows without rules."""
     # Widening to float32 changes neither the order nor the ties.
     is_drawn = temperature[slots].float() > 0
     if not is_drawn.any():
-        return choose_tokens(logits), lse
+        return choose_tokens(logits)
     drawn, greedy = (rows.nonzero().squeeze(1) for rows in (is_drawn, ~is_drawn))
     token_ids = torch.empty(len(slots), dtype=torch.int64, device=logits.device)
     if len(greedy):
@@ -290,7 +385,7 @@ def sample_tokens_reference(
     scores = warp_logits(x, temperature=t, top_k=k, max_top_k=most, top_p=used(top_p, 1), min_p=p)
     if not is_tiled.any() or logits.shape[-1] <= tile_size(logits.shape[-1]):
         token_ids[drawn] = draw_tokens(scores, seeds, positions, tiled=False)
-        return token_ids, lse
+        return token_ids
     every = torch.where(is_tiled[:, None], warp_logits(x, temperature=t, min_p=p), scores)
     # What is kept must be there to be drawn, however both are rounded.
     every = torch.where(scores > -torch.inf, scores, every)
@@ -298,4 +393,4 @@ def sample_tokens_reference(
     if not is_tiled.all():
         tokens = torch.where(is_tiled, tokens, draw_tokens(scores, seeds, positions, tiled=False))
     token_ids[drawn] = tokens
-    return token_ids, lse
+    return token_ids

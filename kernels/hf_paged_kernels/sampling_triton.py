@@ -1,8 +1,8 @@
-"""Choosing tokens from logits without sorting them: what ``sampling_reference`` defines, in five launches.
+"""Choosing tokens from logits without sorting them: what ``sampling_reference`` defines, in six launches.
 
 ::
 
-    scan    every tile of every row     largest logit; for drawn rows the sum of weights
+    scan    every tile of every row     largest logit; for drawn rows the sum of weights. Rows with rules by themselves
     pick    every row                   greedy: the token; drawn: a tile by its sum, and a token in it by its score
     weigh   tiles of some rows          with top-p: weights of what ranks above that token; with min-p: of what is kept
     again   tiles of fewer rows         another token where top-p removes the first, and what ranks above it
@@ -18,6 +18,7 @@ the ranks above it to draw from: that is rejection sampling, and what comes out 
 * The k largest logits of a row lie in the groups of 64 tokens with the k largest maxima; rows with top-k look at no
   others, and draw from them without tiles.
 * Sums are taken in an order that depends on the row alone.
+* Rows with penalties, biases or suppressed tokens have them applied wherever logits are read.
 
 Rows without sampling, and rows with other parameters, may stand next to each other: parameters are read by slot.
 """
@@ -33,13 +34,13 @@ from .sampling_reference import tile_size
 
 GROUP = 64
 """Tokens of a group whose largest logit is kept."""
-LARGE = 32768
+LARGE = 16384
 """Tokens that are summed at once in a row that one program reads from end to end."""
 WARPS, ROW_WARPS = 8, 16
 """Of programs that work on a row, and of those that read one from end to end."""
-TILE_WARPS = 2
+SCAN_WARPS, WEIGH_WARPS = 2, 4
 """Of programs that work on tiles: few, so that a thread has many loads on their way and sums need few barriers."""
-SCAN_TILES, WEIGH_TILES = 8, 16
+SCAN_TILES, WEIGH_TILES = 8, 10
 """The most tiles of a program: a program starts with loads that wait for one another, and also if it has no work."""
 PROGRAMS = 1024
 """Enough of these to fill a device: with more tiles than that, a program takes several."""
@@ -52,6 +53,11 @@ LOWEST = tl.constexpr(float("-inf"))
 HIGHEST = tl.constexpr(float("inf"))
 KEY_OF_LOWEST = tl.constexpr(-0x7F800001)
 TILE_NOISE, TILES_OF_TURN = tl.constexpr(sampling_reference.TILE_NOISE), tl.constexpr(sampling_reference.TILES_OF_TURN)
+COUNT, PENALTY, ENTRIES, MARKS, TOKENS_OF_WORD, NO_RULES, WITH_MARKS, SEEN, BANNED = (
+    tl.constexpr(getattr(sampling_reference, name))
+    for name in ("COUNT", "PENALTY", "ENTRIES", "MARKS", "TOKENS_OF_WORD", "NO_RULES", "WITH_MARKS", "SEEN", "BANNED")
+)
+"""The layout of a slot's rules."""
 DONE, TOP_K, TOP_P, MIN_P = (tl.constexpr(i) for i in range(4))
 """What is left to do for a row."""
 
@@ -138,12 +144,46 @@ def _bound(value):
 
 
 @triton.jit
-def _rank(x, temperature, NARROW: tl.constexpr):
+def _ruled(x, ids, position, row_rules, ruled):
+    """Float32 logits ``x`` of tokens ``ids`` as the rules of the row's slot change them: see ``slot_rules``.
+
+    What is -inf stays so: such tokens may be beyond the vocabulary.
+    """
+    y = x
+    if ruled != 0:
+        for i in range(tl.load(row_rules + COUNT).to(tl.int32)):
+            entry = row_rules + ENTRIES + 3 * i
+            packed = tl.load(entry)
+            bias = packed.to(tl.int32).to(tl.float32, bitcast=True)
+            if (position >= tl.load(entry + 1)) & (position < tl.load(entry + 2)):
+                is_it = ids == (packed >> 32).to(tl.int32)
+                y = tl.where(is_it, tl.where(bias > LOWEST, y + bias, LOWEST), y)
+        if ruled == WITH_MARKS:
+            penalty = tl.load(row_rules + PENALTY).to(tl.float64, bitcast=True).to(tl.float32)
+            # As int32: sixteen tokens each, in the same order.
+            row_marks = (row_rules + MARKS).to(tl.pointer_type(tl.int32))
+            marks = tl.load(row_marks + (ids >> 4), mask=x > LOWEST, other=0) >> ((ids & 15) * 2)
+            y = tl.where((marks & SEEN) != 0, tl.where(y < 0, y * penalty, tl.div_rn(y, penalty)), y)
+            y = tl.where((marks & BANNED) != 0, LOWEST, y)
+    return y
+
+
+@triton.jit
+def _logit(row_logits, position, row_rules, ruled, token):
+    """The logit of one token, as its rules change it."""
+    return _ruled(tl.load(row_logits + token).to(tl.float32), token, position, row_rules, ruled)
+
+
+@triton.jit
+def _rank(x, temperature, ruled, NARROW: tl.constexpr):
     """What orders tokens as their scores do: the logits themselves where a division cannot make two of them equal."""
+    rank = x
     if NARROW:
-        return x
+        if ruled != 0:
+            rank = tl.div_rn(x, temperature)
     else:
-        return tl.div_rn(x, temperature)
+        rank = tl.div_rn(x, temperature)
+    return rank
 
 
 @triton.jit
@@ -164,17 +204,17 @@ def _inverse(temperature):
 
 
 @triton.jit
-def _key(x, SHIFT: tl.constexpr):
-    """Integers in the order of float32 values whose SHIFT low bits are zero."""
+def _key(x, shift):
+    """Integers in the order of float32 values whose ``shift`` low bits are zero."""
     bits = x.to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> SHIFT
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> shift
 
 
 @triton.jit
-def _value(key, SHIFT: tl.constexpr):
+def _value(key, shift):
     """The float32 value of a key."""
     key = key.to(tl.int32)
-    bits = (key << SHIFT) | tl.where(key < 0, (1 << SHIFT) - 1, 0)
+    bits = (key << shift) | tl.where(key < 0, (1 << shift) - 1, 0)
     return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
 
 
@@ -213,21 +253,21 @@ def _threshold(top_p):
 
 
 @triton.jit
-def _can_have(highest, floor, min_p, largest, temperature, NARROW: tl.constexpr, FAST: tl.constexpr):
+def _can_have(highest, floor, min_p, largest, temperature, ruled, NARROW: tl.constexpr, FAST: tl.constexpr):
     """Whether tiles with these largest logits can have tokens of a rank from ``floor``, and weights from ``min_p``."""
     is_heavy = _weights(highest, largest, _inverse(temperature), FAST) >= min_p
-    return (_rank(highest, temperature, NARROW) >= floor) & is_heavy
+    return (_rank(highest, temperature, ruled, NARROW) >= floor) & is_heavy
 
 
 @triton.jit
-def _ranks_above(x, start, lane, rank, token, temperature, NARROW: tl.constexpr, TILE: tl.constexpr):
+def _ranks_above(x, start, lane, rank, token, temperature, ruled, NARROW: tl.constexpr, TILE: tl.constexpr):
     """Whether the tokens ``start + lane`` rank above one: among equals, those behind it."""
     if start > token:
-        is_above = _rank(x, temperature, NARROW) >= rank
+        is_above = _rank(x, temperature, ruled, NARROW) >= rank
     elif start + TILE <= token:
-        is_above = _rank(x, temperature, NARROW) > rank
+        is_above = _rank(x, temperature, ruled, NARROW) > rank
     else:
-        is_above = ~_up_to(_rank(x, temperature, NARROW), start + lane, rank, token)
+        is_above = ~_up_to(_rank(x, temperature, ruled, NARROW), start + lane, rank, token)
     return is_above
 
 
@@ -236,62 +276,79 @@ def _ranks_above(x, start, lane, rank, token, temperature, NARROW: tl.constexpr,
 
 @triton.jit(do_not_specialize=["num_tiles", "tiles_per_program"])
 def _scan_tiles(
-    logits, row_stride, vocab, slots, temperatures, top_ks, wants_lse,
-    tile_max, tile_sum, tile_raw_sum, group_max, num_tiles, tiles_per_program,
-    FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, DEPENDENT: tl.constexpr,
+    logits, row_stride, vocab, slots, positions, rules, rules_stride, temperatures, top_ks, wants_lse,
+    tile_max, tile_sum, tile_raw_max, tile_raw_sum, group_max, num_tiles, tiles_per_program,
+    RULED: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
-    """One program: a few tiles of one row. What it writes beside maxima depends on the row's parameters."""
+    """One program: a few tiles of one row. What it writes beside maxima depends on the row's parameters.
+
+    RULED: rows with rules, otherwise those without. Rules take many registers, which would slow all rows.
+    """
     row = tl.program_id(1).to(tl.int64)
     start = tl.program_id(0) * tiles_per_program
     end = tl.minimum(start + tiles_per_program, num_tiles)
     start_next(DEPENDENT)
     wait_for_previous(DEPENDENT)
-    lane = tl.arange(0, TILE)
-    ids = start * TILE + lane
-    # On its way while the parameters are.
-    ahead = tl.load(logits + row * row_stride + ids, mask=ids < vocab, other=LOWEST)
     slot = tl.load(slots + row)
-    temperature = tl.load(temperatures + slot).to(tl.float32)
-    with_lse = tl.load(wants_lse + slot) > 0
-    with_groups = (temperature > 0) & (_top_k_of(top_ks, slot, vocab) > 0)
-    with_sums = (temperature > 0) & ~with_groups
-    scale = _inverse(temperature)
-    for tile in range(start, end):
-        x = ahead.to(tl.float32)
-        # The next tile is on its way while this one is worked on.
-        ids = (tile + 1) * TILE + lane
-        ahead = tl.load(logits + row * row_stride + ids, mask=(ids < vocab) & (tile + 1 < end), other=LOWEST)
-        place = row * num_tiles + tile
-        largest = _max_or_nan(x, FAST)
-        tl.store(tile_max + place, largest)
-        pivot = tl.where(largest > LOWEST, largest, 0.0)
-        if with_lse:
-            tl.store(tile_raw_sum + place, tl.sum(_weights(x, pivot, 1.0, FAST), 0))
-        if with_groups:
-            num_groups = num_tiles * (TILE // GROUP)
-            group = tile * (TILE // GROUP) + tl.arange(0, TILE // GROUP)
-            tl.store(group_max + row * num_groups + group, tl.max(tl.reshape(x, (TILE // GROUP, GROUP)), 1))
-        if with_sums:
-            tl.store(tile_sum + place, tl.sum(_weights(x, pivot, scale, FAST), 0))
+    row_rules = rules + slot * rules_stride
+    ruled = tl.load(row_rules)
+    if (ruled != 0) == RULED:
+        lane = tl.arange(0, TILE)
+        ids = start * TILE + lane
+        # On its way while the parameters are.
+        ahead = tl.load(logits + row * row_stride + ids, mask=ids < vocab, other=LOWEST)
+        position = tl.load(positions + row)
+        temperature = tl.load(temperatures + slot).to(tl.float32)
+        with_lse = tl.load(wants_lse + slot) > 0
+        with_groups = (temperature > 0) & (_top_k_of(top_ks, slot, vocab) > 0)
+        with_sums = (temperature > 0) & ~with_groups
+        scale = _inverse(temperature)
+        for tile in range(start, end):
+            x = ahead.to(tl.float32)
+            # The next tile is on its way while this one is worked on.
+            ids = (tile + 1) * TILE + lane
+            ahead = tl.load(logits + row * row_stride + ids, mask=(ids < vocab) & (tile + 1 < end), other=LOWEST)
+            place = row * num_tiles + tile
+            if with_lse:
+                largest = _max_or_nan(x, FAST)
+                tl.store(tile_raw_max + place, largest)
+                tl.store(
+                    tile_raw_sum + place, tl.sum(_weights(x, tl.where(largest > LOWEST, largest, 0.0), 1.0, FAST), 0)
+                )
+            if RULED:
+                x = _ruled(x, tile * TILE + lane, position, row_rules, ruled)
+            largest = _max_or_nan(x, FAST)
+            tl.store(tile_max + place, largest)
+            pivot = tl.where(largest > LOWEST, largest, 0.0)
+            if with_groups:
+                num_groups = num_tiles * (TILE // GROUP)
+                group = tile * (TILE // GROUP) + tl.arange(0, TILE // GROUP)
+                tl.store(group_max + row * num_groups + group, tl.max(tl.reshape(x, (TILE // GROUP, GROUP)), 1))
+            if with_sums:
+                tl.store(tile_sum + place, tl.sum(_weights(x, pivot, scale, FAST), 0))
 
 
 # Rows
 
 
 @triton.jit
-def _load_chunk(row_logits, row_groups, chunk, count, vocab, TILE: tl.constexpr, GROUP: tl.constexpr):
+def _load_chunk(
+    row_logits, position, row_rules, ruled, row_groups, chunk, count, vocab, TILE: tl.constexpr, GROUP: tl.constexpr
+):
     """Logits and ids ``[TILE // GROUP, GROUP]`` of a part of a row's listed groups; and which exist."""
     place = chunk * (TILE // GROUP) + tl.arange(0, TILE // GROUP)
     held = place < count
     group = tl.load(row_groups + place, mask=held, other=0)
     ids = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     held = held[:, None] & (ids < vocab)
-    return tl.load(row_logits + ids, mask=held, other=LOWEST).to(tl.float32), ids, held
+    x = tl.load(row_logits + ids, mask=held, other=LOWEST).to(tl.float32)
+    return _ruled(x, ids, position, row_rules, ruled), ids, held
 
 
 @triton.jit
 def _best_of_chunk(
-    x, ids, row_logits, temperature, largest, min_p, floor, low_rank, low_id, key_low, key_high,
+    x, ids, row_logits, position, row_rules, ruled, temperature, largest, min_p, floor, low_rank, low_id, key_low,
+    key_high,
     NARROW: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """The best token of a chunk by score plus noise, exactly, of those that may be chosen: value and id."""
@@ -305,7 +362,7 @@ def _best_of_chunk(
     peak = tl.max(bounds)
     while (peak > LOWEST) & (peak >= best):
         token = tl.min(tl.where(bounds == peak, ids, NO_TOKEN))
-        score = tl.div_rn(tl.load(row_logits + token).to(tl.float32), temperature)
+        score = tl.div_rn(_logit(row_logits, position, row_rules, ruled, token), temperature)
         value_of_token = score + _exact_noise(_noise_bits(token, key_low, key_high))
         is_better = (value_of_token > best) | ((value_of_token == best) & (token < best_id))
         best = tl.where(is_better, value_of_token, best)
@@ -326,17 +383,36 @@ def _draw_tile(masses, turn, key_low, key_high, TILES: tl.constexpr):
 
 @triton.jit
 def _draw_after(
-    before, masses, turn, row_logits, vocab, temperature, largest, min_p, key_low, key_high,
+    before, masses, turn, row_logits, position, row_rules, ruled, vocab, temperature, largest, min_p, key_low, key_high,
     NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """A token of those that rank above the token ``before`` (negative: of all), of which the tiles have ``masses``."""
     low_rank, low_id = LOWEST, -1
     if before >= 0:
-        low_rank, low_id = _rank(tl.load(row_logits + before).to(tl.float32), temperature, NARROW), before
+        low_rank, low_id = (
+            _rank(_logit(row_logits, position, row_rules, ruled, before), temperature, ruled, NARROW),
+            before,
+        )
     ids = _draw_tile(masses, turn, key_low, key_high, TILES) * TILE + tl.arange(0, TILE)
     x = tl.load(row_logits + ids, mask=ids < vocab, other=LOWEST).to(tl.float32)
+    x = _ruled(x, ids, position, row_rules, ruled)
     _, token = _best_of_chunk(
-        x, ids, row_logits, temperature, largest, min_p, LOWEST, low_rank, low_id, key_low, key_high, NARROW, FAST
+        x,
+        ids,
+        row_logits,
+        position,
+        row_rules,
+        ruled,
+        temperature,
+        largest,
+        min_p,
+        LOWEST,
+        low_rank,
+        low_id,
+        key_low,
+        key_high,
+        NARROW,
+        FAST,
     )
     return token
 
@@ -346,8 +422,9 @@ def _draw_after(
 
 @triton.jit(do_not_specialize=["num_tiles"])
 def _pick_rows(
-    logits, row_stride, vocab, slots, positions, temperatures, top_ks, top_ps, min_ps, seeds, wants_lse,
-    tile_max, tile_sum, tile_raw_sum, group_max,
+    logits, row_stride, vocab, slots, positions, rules, rules_stride, temperatures, top_ks, top_ps, min_ps, seeds,
+    wants_lse,
+    tile_max, tile_sum, tile_raw_max, tile_raw_sum, group_max,
     row_task, row_max, row_sum, row_count, row_key, groups, chosen, lse, num_tiles,
     SHIFT: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
     TILES: tl.constexpr, GROUPS: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -361,6 +438,9 @@ def _pick_rows(
     wait_for_previous(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)
+    position = tl.load(positions + row)
+    row_rules = rules + slot * rules_stride
+    ruled = tl.load(row_rules)
     temperature = tl.load(temperatures + slot).to(tl.float32)
     row_logits = logits + row * row_stride
     tile = tl.arange(0, TILES)
@@ -373,8 +453,10 @@ def _pick_rows(
     top = tl.div_rn(largest, tl.where(temperature > 0, temperature, 1.0))
     log_of_sum = float("nan")
     if (tl.load(wants_lse + slot) > 0) & ~has_nan:
+        raw_maxima = tl.load(tile_raw_max + place, mask=held, other=LOWEST)
         sums = tl.load(tile_raw_sum + place, mask=held, other=0.0)
-        log_of_sum = largest + tl.log(tl.sum(sums * tl.exp2((maxima - largest) * LOG2E), 0))
+        raw_largest = tl.max(raw_maxima, 0)
+        log_of_sum = raw_largest + tl.log(tl.sum(sums * tl.exp2((raw_maxima - raw_largest) * LOG2E), 0))
     tl.store(lse + row, log_of_sum)
     token = INVALID
     task = DONE
@@ -385,13 +467,14 @@ def _pick_rows(
             tl.store(row_max + row, largest)
             if top_k > 0:
                 task = TOP_K
+                shift = tl.where(ruled != 0, 0, SHIFT)
                 num_groups = tl.cdiv(vocab, GROUP)
                 group = tl.arange(0, GROUPS)
                 start = row * num_tiles * (TILE // GROUP)
                 exists = group < num_groups
-                keys = _key(tl.load(group_max + start + group, mask=exists, other=LOWEST), SHIFT)
+                keys = _key(tl.load(group_max + start + group, mask=exists, other=LOWEST), shift)
                 low = tl.min(tl.where(exists, keys, NO_TOKEN), 0).to(tl.int64)
-                high = tl.where(top_k < num_groups, _key(largest, SHIFT).to(tl.int64), low)
+                high = tl.where(top_k < num_groups, _key(largest, shift).to(tl.int64), low)
                 while low < high:
                     middle = low + (high - low + 1) // 2
                     is_enough = tl.sum((exists & (keys >= middle)).to(tl.int32), 0) >= top_k
@@ -401,7 +484,7 @@ def _pick_rows(
                 tl.store(groups + start + tl.cumsum(is_in.to(tl.int32), 0) - 1, group, mask=is_in)
                 tl.store(row_count + row, tl.sum(is_in.to(tl.int32), 0))
                 # With fewer groups than k, a maximum says nothing of the k-th largest logit.
-                tl.store(row_key + row, tl.where(top_k < num_groups, low, KEY_OF_LOWEST >> SHIFT).to(tl.int32))
+                tl.store(row_key + row, tl.where(top_k < num_groups, low, KEY_OF_LOWEST >> shift).to(tl.int32))
             else:
                 sums = tl.load(tile_sum + place, mask=held, other=0.0)
                 masses = sums * _weights(maxima, largest, _inverse(temperature), FAST)
@@ -409,15 +492,17 @@ def _pick_rows(
                 if min_p > 0:
                     task = MIN_P
                 else:
-                    low, high = _row_key(tl.load(seeds + slot), tl.load(positions + row))
+                    low, high = _row_key(tl.load(seeds + slot), position)
                     token = _draw_after(
-                        INVALID, masses, 0, row_logits, vocab, temperature, largest, 0.0, low, high,
+                        INVALID, masses, 0, row_logits, position, row_rules, ruled, vocab, temperature, largest, 0.0,
+                        low, high,
                         NARROW, FAST, TILE, TILES,
                     )  # fmt: skip
                     task = tl.where(top_p < 1, TOP_P, DONE)
     elif not has_nan:
         ids = tl.min(tl.where(held & (maxima == largest), tile, NO_TOKEN), 0) * TILE + lane
         x = tl.load(row_logits + ids, mask=ids < vocab, other=LOWEST).to(tl.float32)
+        x = _ruled(x, ids, position, row_rules, ruled)
         token = tl.min(tl.where(x == largest, ids, NO_TOKEN), 0)
     tl.store(chosen + row, token.to(tl.int64))
     tl.store(row_task + row, task)
@@ -428,7 +513,7 @@ def _pick_rows(
 
 @triton.jit(do_not_specialize=["num_tiles", "tiles_per_program"])
 def _weigh_tiles(
-    logits, row_stride, vocab, slots, positions, temperatures, top_ps, min_ps, seeds,
+    logits, row_stride, vocab, slots, positions, rules, rules_stride, temperatures, top_ps, min_ps, seeds,
     row_task, row_max, row_sum, tile_max, chosen, tile_mass, chosen_again, tile_mass_again,
     num_tiles, tiles_per_program,
     AGAIN: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
@@ -438,14 +523,17 @@ def _weigh_tiles(
     ``chosen``, with min-p those of what is kept. Tiles that can have none are not read.
 
     AGAIN: rows whose token is not known by then get another one, ``chosen_again``, and ``tile_mass_again`` for it.
-    Every program of a row draws the same.
+    Every program of a row draws the same. Rows with rules are left to the last launch.
     """
     start_next(DEPENDENT)
     wait_for_previous(DEPENDENT)
     row = tl.program_id(1).to(tl.int64)
     task = tl.load(row_task + row)
-    if (task == TOP_P) | (task == MIN_P):
-        slot = tl.load(slots + row)
+    slot = tl.load(slots + row)
+    row_rules = rules + slot * rules_stride
+    if ((task == TOP_P) | (task == MIN_P)) & (tl.load(row_rules) == NO_RULES):
+        ruled = NO_RULES
+        position = tl.load(positions + row)
         temperature = tl.load(temperatures + slot).to(tl.float32)
         min_p = tl.load(min_ps + slot).to(tl.float32)
         top_p = tl.load(top_ps + slot)
@@ -460,10 +548,11 @@ def _weigh_tiles(
             masses = tl.load(tile_mass + row * num_tiles + tile, mask=tile < num_tiles, other=0.0)
             is_needed = (task == MIN_P) | ~_is_kept(tl.sum(masses, 0), total, _threshold(top_p))
             if is_needed:
-                low, high = _row_key(tl.load(seeds + slot), tl.load(positions + row))
+                low, high = _row_key(tl.load(seeds + slot), position)
                 turn = tl.where(task == MIN_P, 0, 1)
                 token = _draw_after(
-                    token, masses, turn, row_logits, vocab, temperature, largest, min_p, low, high,
+                    token, masses, turn, row_logits, position, row_rules, ruled, vocab, temperature, largest, min_p,
+                    low, high,
                     NARROW, FAST, TILE, TILES,
                 )  # fmt: skip
                 tl.store(chosen_again + row, token.to(tl.int64))
@@ -472,13 +561,13 @@ def _weigh_tiles(
         if is_needed:
             floor = LOWEST
             if AGAIN | (task == TOP_P):
-                floor = _rank(tl.load(row_logits + token).to(tl.float32), temperature, NARROW)
+                floor = _rank(_logit(row_logits, position, row_rules, ruled, token), temperature, ruled, NARROW)
                 min_p = 0.0
             lane = tl.arange(0, TILE)
             start = tl.program_id(0) * tiles_per_program
             end = tl.minimum(start + tiles_per_program, num_tiles)
             place = row * num_tiles + start
-            can = _can_have(tl.load(tile_max + place), floor, min_p, largest, temperature, NARROW, FAST)
+            can = _can_have(tl.load(tile_max + place), floor, min_p, largest, temperature, ruled, NARROW, FAST)
             ids = start * TILE + lane
             ahead = tl.load(row_logits + ids, mask=ids < tl.where(can, vocab, 0), other=LOWEST)
             for tile_id in range(start, end):
@@ -487,14 +576,14 @@ def _weigh_tiles(
                 # The next tile is on its way while this one is worked on.
                 place = row * num_tiles + tile_id
                 highest = tl.load(tile_max + place + 1, mask=tile_id + 1 < end, other=LOWEST)
-                can = _can_have(highest, floor, min_p, largest, temperature, NARROW, FAST) & (tile_id + 1 < end)
+                can = _can_have(highest, floor, min_p, largest, temperature, ruled, NARROW, FAST) & (tile_id + 1 < end)
                 ids = (tile_id + 1) * TILE + lane
                 ahead = tl.load(row_logits + ids, mask=ids < tl.where(can, vocab, 0), other=LOWEST)
                 mass = 0.0
                 if has:
                     weights = _weights(x, largest, scale, FAST)
                     if AGAIN | (task == TOP_P):
-                        is_in = _ranks_above(x, tile_id * TILE, lane, floor, token, temperature, NARROW, TILE)
+                        is_in = _ranks_above(x, tile_id * TILE, lane, floor, token, temperature, ruled, NARROW, TILE)
                     else:
                         is_in = weights >= min_p
                     mass = tl.sum(tl.where(is_in, weights, 0.0), 0)
@@ -506,19 +595,21 @@ def _weigh_tiles(
 
 @triton.jit
 def _kth_key(
-    row_logits, row_groups, num_chunks, count, vocab, k, low, high,
-    SHIFT: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+    row_logits, position, row_rules, ruled, row_groups, num_chunks, count, vocab, k, low, high, shift,
+    TILE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The key of the k-th largest logit of the listed groups, which is between ``low`` and ``high``, int64."""
     # The first chunk, with most rows the only one, is kept.
-    x, _, held = _load_chunk(row_logits, row_groups, 0, count, vocab, TILE, GROUP)
-    first_keys = tl.where(held, _key(x, SHIFT), -(2**31))
+    x, _, held = _load_chunk(row_logits, position, row_rules, ruled, row_groups, 0, count, vocab, TILE, GROUP)
+    first_keys = tl.where(held, _key(x, shift), -(2**31))
     while low < high:
         middle = low + (high - low + 1) // 2
         found = (first_keys >= middle).to(tl.int32)
         for chunk in range(1, num_chunks):
-            x, _, held = _load_chunk(row_logits, row_groups, chunk, count, vocab, TILE, GROUP)
-            found += (held & (_key(x, SHIFT) >= middle)).to(tl.int32)
+            x, _, held = _load_chunk(
+                row_logits, position, row_rules, ruled, row_groups, chunk, count, vocab, TILE, GROUP
+            )
+            found += (held & (_key(x, shift) >= middle)).to(tl.int32)
         is_enough = tl.sum(found) >= k
         low = tl.where(is_enough, middle, low)
         high = tl.where(is_enough, high, middle - 1)
@@ -527,15 +618,15 @@ def _kth_key(
 
 @triton.jit
 def _sum_of_listed(
-    row_logits, row_groups, count, vocab, temperature, largest, floor, last_rank, last_id,
+    row_logits, position, row_rules, ruled, row_groups, count, vocab, temperature, largest, floor, last_rank, last_id,
     NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The weights of tokens in the listed groups that rank above a given one, and not below ``floor``."""
     scale = _inverse(temperature)
     total = tl.zeros((TILE // GROUP, GROUP), tl.float32)
     for chunk in range(tl.cdiv(count, TILE // GROUP)):
-        x, ids, held = _load_chunk(row_logits, row_groups, chunk, count, vocab, TILE, GROUP)
-        rank = _rank(x, temperature, NARROW)
+        x, ids, held = _load_chunk(row_logits, position, row_rules, ruled, row_groups, chunk, count, vocab, TILE, GROUP)
+        rank = _rank(x, temperature, ruled, NARROW)
         is_in = held & (rank >= floor) & ~_up_to(rank, ids, last_rank, last_id)
         total += tl.where(is_in, _weights(x, largest, scale, FAST), 0.0)
     return tl.sum(total)
@@ -543,7 +634,8 @@ def _sum_of_listed(
 
 @triton.jit
 def _best_of_listed(
-    bounds, row_logits, row_groups, count, vocab, temperature, largest, min_p, floor, low_rank, low_id,
+    bounds, row_logits, position, row_rules, ruled, row_groups, count, vocab, temperature, largest, min_p, floor,
+    low_rank, low_id,
     key_low, key_high,
     NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
@@ -557,9 +649,24 @@ def _best_of_listed(
     peak = tl.max(bounds, 0)
     while (peak > LOWEST) & (peak >= best):
         chunk = tl.min(tl.where(bounds == peak, chunks, NO_TOKEN), 0)
-        x, ids, _ = _load_chunk(row_logits, row_groups, chunk, count, vocab, TILE, GROUP)
+        x, ids, _ = _load_chunk(row_logits, position, row_rules, ruled, row_groups, chunk, count, vocab, TILE, GROUP)
         value, token = _best_of_chunk(
-            x, ids, row_logits, temperature, largest, min_p, floor, low_rank, low_id, key_low, key_high, NARROW, FAST
+            x,
+            ids,
+            row_logits,
+            position,
+            row_rules,
+            ruled,
+            temperature,
+            largest,
+            min_p,
+            floor,
+            low_rank,
+            low_id,
+            key_low,
+            key_high,
+            NARROW,
+            FAST,
         )
         is_better = (value > best) | ((value == best) & (token < best_id))
         best = tl.where(is_better, value, best)
@@ -572,28 +679,33 @@ def _best_of_listed(
 
 @triton.jit
 def _masses_above(
-    row_logits, row_max_of_tiles, num_tiles, vocab, temperature, largest, last_rank, last_id,
+    row_logits, position, row_rules, ruled, row_max_of_tiles, num_tiles, vocab, temperature, largest, min_p, last_rank,
+    last_id,
     NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
-    """The weights ``[TILES]`` of each tile's tokens that rank above a given one: SPAN tiles at once."""
+    """The weights ``[TILES]`` of each tile's tokens that rank above a given one and that min-p keeps: SPAN tiles at
+    once."""
     scale = _inverse(temperature)
     all_tiles = tl.arange(0, TILES)
     masses = tl.zeros((TILES,), tl.float32)
     for start in range(0, num_tiles, SPAN):
         tiles = start + tl.arange(0, SPAN)
         highest = tl.load(row_max_of_tiles + tiles, mask=tiles < num_tiles, other=LOWEST)
-        is_needed = _rank(highest, temperature, NARROW) >= last_rank
+        is_needed = _rank(highest, temperature, ruled, NARROW) >= last_rank
         ids = tiles[:, None] * TILE + tl.arange(0, TILE)[None, :]
         x = tl.load(row_logits + ids, mask=(ids < vocab) & is_needed[:, None], other=LOWEST).to(tl.float32)
-        is_in = ~_up_to(_rank(x, temperature, NARROW), ids, last_rank, last_id)
-        sums = tl.sum(tl.where(is_in, _weights(x, largest, scale, FAST), 0.0), 1)
+        x = _ruled(x, ids, position, row_rules, ruled)
+        is_in = ~_up_to(_rank(x, temperature, ruled, NARROW), ids, last_rank, last_id)
+        weights = _weights(x, largest, scale, FAST)
+        sums = tl.sum(tl.where(is_in & (weights >= min_p), weights, 0.0), 1)
         masses += tl.sum(tl.where(all_tiles[None, :] == tiles[:, None], sums[:, None], 0.0), 0)
     return masses
 
 
 @triton.jit
 def _finish_listed(
-    row_logits, row_groups, row_count, row_key, vocab, temperature, largest, min_p, threshold, top_k, key_low, key_high,
+    row_logits, position, row_rules, ruled, row_groups, row_count, row_key, vocab, temperature, largest, min_p,
+    threshold, top_k, key_low, key_high,
     SHIFT: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
@@ -601,32 +713,68 @@ def _finish_listed(
 
     Its noise is fixed, so the best of the kept tokens is found by looking at one after the other.
     """
+    shift = tl.where(ruled != 0, 0, SHIFT)
     chunks = tl.arange(0, TILES)
     count = tl.load(row_count)
     num_chunks = tl.cdiv(count, TILE // GROUP)
     bounds = tl.where(chunks < num_chunks, HIGHEST, LOWEST)
-    lowest, highest = tl.load(row_key).to(tl.int64), _key(largest, SHIFT).to(tl.int64)
-    kth = _kth_key(row_logits, row_groups, num_chunks, count, vocab, top_k, lowest, highest, SHIFT, TILE, GROUP)
+    lowest, highest = tl.load(row_key).to(tl.int64), _key(largest, shift).to(tl.int64)
+    kth = _kth_key(
+        row_logits,
+        position,
+        row_rules,
+        ruled,
+        row_groups,
+        num_chunks,
+        count,
+        vocab,
+        top_k,
+        lowest,
+        highest,
+        shift,
+        TILE,
+        GROUP,
+    )
     # What is known: nothing of a rank below ``floor`` is kept, nor are tokens up to ``low``.
-    floor = _rank(_value(kth, SHIFT), temperature, NARROW)
+    floor = _rank(_value(kth, shift), temperature, ruled, NARROW)
     low_rank, low_id = LOWEST, -1
     total = 0.0
     if threshold >= 0:
         total = _sum_of_listed(
-            row_logits, row_groups, count, vocab, temperature, largest, floor, LOWEST, -1, NARROW, FAST, TILE, GROUP
+            row_logits,
+            position,
+            row_rules,
+            ruled,
+            row_groups,
+            count,
+            vocab,
+            temperature,
+            largest,
+            floor,
+            LOWEST,
+            -1,
+            NARROW,
+            FAST,
+            TILE,
+            GROUP,
         )
     token = NO_TOKEN
     is_searching = True
     while is_searching:
         token, bounds = _best_of_listed(
-            bounds, row_logits, row_groups, count, vocab, temperature, largest, min_p, floor, low_rank, low_id,
+            bounds, row_logits, position, row_rules, ruled, row_groups, count, vocab, temperature, largest, min_p,
+            floor, low_rank, low_id,
             key_low, key_high, NARROW, FAST, TILE, GROUP, TILES,
         )  # fmt: skip
         is_searching = False
         if (threshold >= 0) & (token != NO_TOKEN):
-            low_rank, low_id = _rank(tl.load(row_logits + token).to(tl.float32), temperature, NARROW), token
+            low_rank, low_id = (
+                _rank(_logit(row_logits, position, row_rules, ruled, token), temperature, ruled, NARROW),
+                token,
+            )
             above = _sum_of_listed(
-                row_logits, row_groups, count, vocab, temperature, largest, floor, low_rank, low_id,
+                row_logits, position, row_rules, ruled, row_groups, count, vocab, temperature, largest, floor,
+                low_rank, low_id,
                 NARROW, FAST, TILE, GROUP,
             )  # fmt: skip
             is_searching = ~_is_kept(above, total, threshold)
@@ -634,43 +782,73 @@ def _finish_listed(
 
 
 @triton.jit
+def _search(
+    is_searching, token, masses, turn, row_logits, position, row_rules, ruled, tile_max, total, num_tiles, vocab,
+    temperature, largest, min_p, threshold, key_low, key_high,
+    NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, SPAN: tl.constexpr,
+):  # fmt: skip
+    """Draw from what ranks above ``token``, of which the tiles have ``masses``, and so on until a token is kept."""
+    while is_searching:
+        token = _draw_after(
+            token, masses, turn, row_logits, position, row_rules, ruled, vocab, temperature, largest, min_p,
+            key_low, key_high, NARROW, FAST, TILE, TILES,
+        )  # fmt: skip
+        turn += 1
+        place = tl.minimum(token, vocab - 1)
+        rank = _rank(_logit(row_logits, position, row_rules, ruled, place), temperature, ruled, NARROW)
+        # Without top-p every token is kept, and no tile is read.
+        rank = tl.where(threshold >= 0, rank, HIGHEST)
+        masses = _masses_above(
+            row_logits, position, row_rules, ruled, tile_max, num_tiles, vocab, temperature, largest, min_p,
+            rank, token, NARROW, FAST, TILE, TILES, SPAN,
+        )  # fmt: skip
+        is_searching = ~_is_kept(tl.sum(masses, 0), total, threshold) & (token != NO_TOKEN)
+    return token
+
+
+@triton.jit
 def _finish_drawn(
-    row_logits, tile_max, tile_mass, tile_mass_again, first, again, total, num_tiles, vocab, temperature, largest,
-    min_p, threshold, key_low, key_high,
-    NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
-    SPAN: tl.constexpr,
+    row_logits, position, row_rules, ruled, tile_max, tile_mass, tile_mass_again, first, again, total, num_tiles,
+    vocab, temperature, largest, min_p, threshold, key_low, key_high,
+    NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """The token of a row without top-k: ``first`` if there is one and it is kept, ``again`` if that is, or another."""
-    tile = tl.arange(0, TILES)
-    masses = tl.load(tile_mass + tile, mask=tile < num_tiles, other=0.0)
     token = first
-    turn = 1
-    if (first < 0) | ~_is_kept(tl.sum(masses, 0), total, threshold):
-        token = again
-        turn = tl.where(first < 0, 1, 2)
-        if (threshold >= 0) & (token != NO_TOKEN):
-            masses = tl.load(tile_mass_again + tile, mask=tile < num_tiles, other=0.0)
-            is_searching = ~_is_kept(tl.sum(masses, 0), total, threshold)
-            while is_searching:
-                token = _draw_after(
-                    token, masses, turn, row_logits, vocab, temperature, largest, min_p, key_low, key_high,
-                    NARROW, FAST, TILE, TILES,
+    if ruled != 0:
+        # Not weighed so far.
+        rank = LOWEST
+        if first >= 0:
+            rank = _rank(_logit(row_logits, position, row_rules, ruled, first), temperature, ruled, NARROW)
+        masses = _masses_above(
+            row_logits, position, row_rules, ruled, tile_max, num_tiles, vocab, temperature, largest, min_p,
+            rank, first, NARROW, FAST, TILE, TILES, SPAN,
+        )  # fmt: skip
+        is_searching = (first < 0) | ~_is_kept(tl.sum(masses, 0), total, threshold)
+        turn = tl.where(first < 0, 0, 1)
+        token = _search(
+            is_searching, first, masses, turn, row_logits, position, row_rules, ruled, tile_max, total, num_tiles,
+            vocab, temperature, largest, min_p, threshold, key_low, key_high, NARROW, FAST, TILE, TILES, SPAN,
+        )  # fmt: skip
+    else:
+        place = tl.arange(0, TILES)
+        masses = tl.load(tile_mass + place, mask=place < num_tiles, other=0.0)
+        if (first < 0) | ~_is_kept(tl.sum(masses, 0), total, threshold):
+            token = again
+            if (threshold >= 0) & (token != NO_TOKEN):
+                masses = tl.load(tile_mass_again + place, mask=place < num_tiles, other=0.0)
+                is_searching = ~_is_kept(tl.sum(masses, 0), total, threshold)
+                turn = tl.where(first < 0, 1, 2)
+                token = _search(
+                    is_searching, again, masses, turn, row_logits, position, row_rules, NO_RULES, tile_max, total,
+                    num_tiles, vocab, temperature, largest, min_p, threshold, key_low, key_high,
+                    NARROW, FAST, TILE, TILES, SPAN,
                 )  # fmt: skip
-                turn += 1
-                is_searching = False
-                if token != NO_TOKEN:
-                    rank = _rank(tl.load(row_logits + token).to(tl.float32), temperature, NARROW)
-                    masses = _masses_above(
-                        row_logits, tile_max, num_tiles, vocab, temperature, largest, rank, token,
-                        NARROW, FAST, TILE, TILES, SPAN,
-                    )  # fmt: skip
-                    is_searching = ~_is_kept(tl.sum(masses, 0), total, threshold)
     return token
 
 
 @triton.jit(do_not_specialize=["num_tiles"])
 def _finish_rows(
-    logits, row_stride, vocab, slots, positions, temperatures, top_ks, top_ps, min_ps, seeds,
+    logits, row_stride, vocab, slots, positions, rules, rules_stride, temperatures, top_ks, top_ps, min_ps, seeds,
     row_task, row_max, row_sum, row_count, row_key, groups, tile_max, chosen, tile_mass, chosen_again, tile_mass_again,
     num_tiles, SHIFT: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
     TILES: tl.constexpr, SPAN: tl.constexpr, DEPENDENT: tl.constexpr,
@@ -680,29 +858,39 @@ def _finish_rows(
     wait_for_previous(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     task = tl.load(row_task + row)
+    slot = tl.load(slots + row)
+    row_rules = rules + slot * rules_stride
+    ruled = tl.load(row_rules)
+    token = tl.load(chosen + row).to(tl.int32)
     if task != DONE:
-        slot = tl.load(slots + row)
+        position = tl.load(positions + row)
         temperature = tl.load(temperatures + slot).to(tl.float32)
         largest = tl.load(row_max + row)
         min_p = tl.load(min_ps + slot).to(tl.float32)
         threshold = _threshold(tl.load(top_ps + slot))
-        key_low, key_high = _row_key(tl.load(seeds + slot), tl.load(positions + row))
+        key_low, key_high = _row_key(tl.load(seeds + slot), position)
         row_logits = logits + row * row_stride
         row_groups = groups + row * num_tiles * (TILE // GROUP)
         if task == TOP_K:
             token = _finish_listed(
-                row_logits, row_groups, row_count + row, row_key + row, vocab, temperature, largest, min_p, threshold,
+                row_logits, position, row_rules, ruled, row_groups, row_count + row, row_key + row, vocab,
+                temperature, largest, min_p, threshold,
                 tl.load(top_ks + slot), key_low, key_high, SHIFT, NARROW, FAST, TILE, GROUP, TILES,
             )  # fmt: skip
         else:
-            first, again = tl.load(chosen + row).to(tl.int32), tl.load(chosen_again + row).to(tl.int32)
+            again = tl.load(chosen_again + row).to(tl.int32)
             start = row * num_tiles
             token = _finish_drawn(
-                row_logits, tile_max + start, tile_mass + start, tile_mass_again + start, first, again,
+                row_logits, position, row_rules, ruled, tile_max + start, tile_mass + start, tile_mass_again + start,
+                token, again,
                 tl.load(row_sum + row), num_tiles, vocab, temperature, largest, min_p, threshold, key_low, key_high,
-                NARROW, FAST, TILE, GROUP, TILES, SPAN,
+                NARROW, FAST, TILE, TILES, SPAN,
             )  # fmt: skip
-        tl.store(chosen + row, tl.where(token == NO_TOKEN, INVALID, token).to(tl.int64))
+        token = tl.where(token == NO_TOKEN, INVALID, token)
+        tl.store(chosen + row, token.to(tl.int64))
+    if (ruled == WITH_MARKS) & (token >= 0):
+        word = row_rules + MARKS + token // TOKENS_OF_WORD
+        tl.store(word, tl.load(word) | (SEEN << (token % TOKENS_OF_WORD * 2).to(tl.int64)))
 
 
 def sample_tokens_launch(
@@ -715,6 +903,7 @@ def sample_tokens_launch(
     min_p: torch.Tensor,
     seeds: torch.Tensor,
     wants_lse: torch.Tensor,
+    rules: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``sampling_ops.sample_tokens_op`` for the arguments."""
     num_rows, vocab = logits.shape
@@ -729,7 +918,8 @@ def sample_tokens_launch(
     lse = new(num_rows)
     if not num_rows:
         return chosen, lse
-    tile_max, tile_sum, tile_raw_sum, tile_mass, tile_mass_again = (new(num_rows, num_tiles) for _ in range(5))
+    tile_max, tile_sum, tile_raw_max, tile_raw_sum = (new(num_rows, num_tiles) for _ in range(4))
+    tile_mass, tile_mass_again = (new(num_rows, num_tiles) for _ in range(2))
     row_max, row_sum = (new(num_rows) for _ in range(2))
     row_task, row_count, row_key = (new(num_rows, dtype=torch.int32) for _ in range(3))
     group_max, groups = new(num_rows, num_groups), new(num_rows, num_groups, dtype=torch.int32)
@@ -737,26 +927,29 @@ def sample_tokens_launch(
     narrow, fast = shift > 0, logits.is_cuda and torch.version.cuda is not None
     tiles = triton.next_power_of_2(num_tiles)
     scanned, weighed = (max(1, min(most, num_rows * num_tiles // PROGRAMS)) for most in (SCAN_TILES, WEIGH_TILES))
-    warps = TILE_WARPS if logits.element_size() < 4 else 2 * TILE_WARPS
-    rows = (logits, logits.stride(0), vocab, slots)
-    parameters = (*rows, positions, temperature, top_k, top_p, min_p, seeds)
+    more = 1 if logits.element_size() < 4 else 2
+    rows = (logits, logits.stride(0), vocab, slots, positions, rules, rules.stride(0))
+    parameters = (*rows, temperature, top_k, top_p, min_p, seeds)
     launch = dependent_launch(logits.device)
     with device_guard(logits):
-        _scan_tiles[(triton.cdiv(num_tiles, scanned), num_rows)](
-            *rows, temperature, top_k, wants_lse, tile_max, tile_sum, tile_raw_sum, group_max, num_tiles, scanned,
-            FAST=fast, TILE=tile, GROUP=GROUP, num_warps=warps, **launch,
-        )  # fmt: skip
+        for ruled in (False, True):
+            _scan_tiles[(triton.cdiv(num_tiles, scanned), num_rows)](
+                *rows, temperature, top_k, wants_lse, tile_max, tile_sum, tile_raw_max, tile_raw_sum, group_max,
+                num_tiles, scanned,
+                RULED=ruled, FAST=fast, TILE=tile, GROUP=GROUP, num_warps=SCAN_WARPS * more, **launch,
+            )  # fmt: skip
         _pick_rows[(num_rows,)](
-            *parameters, wants_lse, tile_max, tile_sum, tile_raw_sum, group_max,
+            *parameters, wants_lse, tile_max, tile_sum, tile_raw_max, tile_raw_sum, group_max,
             row_task, row_max, row_sum, row_count, row_key, groups, chosen, lse, num_tiles,
             SHIFT=shift, NARROW=narrow, FAST=fast, TILE=tile, GROUP=GROUP,
             TILES=tiles, GROUPS=tiles * (tile // GROUP), num_warps=WARPS, **launch,
         )  # fmt: skip
         for again in (False, True):
             _weigh_tiles[(triton.cdiv(num_tiles, weighed), num_rows)](
-                *rows, positions, temperature, top_p, min_p, seeds, row_task, row_max, row_sum, tile_max,
+                *rows, temperature, top_p, min_p, seeds, row_task, row_max, row_sum, tile_max,
                 chosen, tile_mass, chosen_again, tile_mass_again, num_tiles, weighed,
-                AGAIN=again, NARROW=narrow, FAST=fast, TILE=tile, TILES=tiles, num_warps=warps, **launch,
+                AGAIN=again, NARROW=narrow, FAST=fast, TILE=tile, TILES=tiles,
+                num_warps=WEIGH_WARPS * more, **launch,
             )  # fmt: skip
         _finish_rows[(num_rows,)](
             *parameters, row_task, row_max, row_sum, row_count, row_key, groups, tile_max,
