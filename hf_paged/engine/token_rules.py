@@ -155,16 +155,29 @@ class TokenRules:
             raise TypeError(
                 f"prefix_allowed_tokens_fn is {prefix_allowed_tokens_fn!r}: a callable or None is accepted."
             )
-        prepared = prepare_generation(
-            model,
-            generation_config,
-            torch.tensor([tokens], dtype=torch.int64, device=model.device),
-            logits_processor=processors,
-            stopping_criteria=criteria,
-            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
-            tokenizer=tokenizer,
+        prompt = torch.tensor([tokens], dtype=torch.int64)
+
+        def prepared(prompt: torch.Tensor) -> PreparedGeneration:
+            return prepare_generation(
+                model,
+                generation_config,
+                prompt,
+                logits_processor=processors,
+                stopping_criteria=criteria,
+                prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
+                tokenizer=tokenizer,
+            )
+
+        if not (processors or criteria or prefix_allowed_tokens_fn):
+            # Copies to the device would wait for the steps that are queued there; most requests need none.
+            rules = cls.from_prepared(prepared(prompt), seed=seed, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+            needs_objects = not rules.is_plain or rules.changes is not None or rules.has_criteria
+            if model.device.type == "cpu" or not needs_objects:
+                return rules
+            seed = rules.seed
+        return cls.from_prepared(
+            prepared(prompt.to(model.device)), seed=seed, logprobs=logprobs, prompt_logprobs=prompt_logprobs
         )
-        return cls.from_prepared(prepared, seed=seed, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
 
     @classmethod
     def from_prepared(

@@ -152,9 +152,11 @@ def test_steady_decode_does_not_synchronise(model):
         try:
             for _ in range(20):
                 engine.step()
+            # Nor do plain requests that arrive.
+            handles += [engine.submit(prompt(7, 7), generation_config=config(40, do_sample=i > 0)) for i in range(2)]
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        assert [len(handle.result().token_ids) for handle in handles] == [40] * 6
+        assert [len(handle.result().token_ids) for handle in handles] == [40] * 8
         assert handles[1].result().token_ids == alone(model, prompt(9, 9), 40)
 
 

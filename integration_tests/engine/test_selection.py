@@ -394,6 +394,36 @@ def test_rows_of_a_request_draw_independently_and_repeatably(model):
     assert run_rows(model, [5, 6, 7], again) == rows
 
 
+@pytest.mark.parametrize(
+    ("options", "needs_objects"),
+    [
+        ({}, False),
+        ({"do_sample": True, "top_p": 0.9}, False),
+        ({"repetition_penalty": 1.3}, True),
+        ({"no_repeat_ngram_size": 2, "do_sample": True}, True),
+        ({"num_beams": 2}, True),
+        ({"max_time": 5.0}, True),
+    ],
+    ids=str,
+)
+def test_plain_requests_are_prepared_without_the_device(model, monkeypatch, options, needs_objects):
+    """Where the model is on another device, only what runs objects of its own is prepared there, with the same seed."""
+    devices = []
+
+    def prepare(model, config, prompt, **kwargs):
+        devices.append(prompt.device.type)
+        return prepare_generation(model, config, torch.zeros(prompt.shape, dtype=torch.int64), **kwargs)
+
+    monkeypatch.setattr("hf_paged.engine.token_rules.prepare_generation", prepare)
+    monkeypatch.setattr(type(model), "device", torch.device("meta"))
+    make = lambda: TokenRules.make(model, GenerationConfig(pad_token_id=0, **options), prompt_ids=[1, 2])  # noqa: E731
+    torch.manual_seed(3)
+    rules = make()
+    assert devices == ["cpu", "meta"][: 1 + needs_objects]
+    expected = int(torch.manual_seed(3) and torch.randint(0, 2**63 - 1, ())) if rules.do_sample else 0
+    assert rules.seed == expected
+
+
 def test_seed_none_follows_torchs_global_generator(model):
     def draw():
         config = GenerationConfig(max_new_tokens=12, do_sample=True)
