@@ -212,7 +212,7 @@ def sampling_rows(counts: list[int], vocab: int) -> list[dict[str, Any]]:
             ]
             zeros = torch.zeros(count, dtype=torch.int64, device="cuda")
             rules = torch.zeros(count, MARKS, dtype=torch.int64, device="cuda")
-            arguments = (logits, slots, slots, *tables, slots, zeros, rules)
+            arguments = (logits, slots, slots, *tables, slots, zeros, rules, None)
             got, wanted = sample_tokens_op(*arguments)[0], sample_tokens_reference(*arguments)[0]
             row[name] = {
                 "us": replayed_us(partial(sample_tokens_op, *arguments)),

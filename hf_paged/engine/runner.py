@@ -164,8 +164,7 @@ class Runner:
         """
         logits = self.forward(self.tables.static_inputs(slots), None)[0]
         # Counted already: the index of the new token.
-        tokens, lse = self.sampling.choose_static(logits, slots, self.tables.computed[slots])
-        self.tables.last_token[slots] = tokens.clamp(min=0)
+        tokens, lse = self.sampling.choose_static(logits, slots, self.tables.computed, self.tables.last_token)
         return logits, tokens, lse
 
     def static_chunk(self, buffer: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -114,9 +114,15 @@ class SlotSampling:
         return self.choose_static(logits.to(self.device), index, send(positions, self.device))[0]
 
     def choose_static(
-        self, logits: torch.Tensor, slots: torch.Tensor, positions: torch.Tensor
+        self,
+        logits: torch.Tensor,
+        slots: torch.Tensor,
+        positions: torch.Tensor,
+        last_token: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """:meth:`choose` with slots and positions on the device, by what :meth:`sync` has sent.
+
+        With ``last_token``, int64 by slot, tokens are noted there and ``positions`` are by slot too.
 
         Returns:
             The tokens, and float32 ``[num_rows]``: the log-sum-exp of the logits of rows that report log-probabilities.
@@ -125,7 +131,7 @@ class SlotSampling:
         tables = (
             words if name in INTEGERS else words.view(torch.float64) for name, words in zip(NEUTRAL, self._device_words)
         )
-        return sample_tokens_op(logits, slots, positions, *tables, self.rules)
+        return sample_tokens_op(logits, slots, positions, *tables, self.rules, last_token)
 
     def noise(self, slots: np.ndarray, positions: np.ndarray, vocab_size: int) -> torch.Tensor:
         """Gumbel noise ``[num_rows, vocab]`` of rows at their positions."""

@@ -27,9 +27,11 @@ MIX = [
     dict(do_sample=True, top_k=7),
     dict(do_sample=True, top_k=0, top_p=0.95, temperature=0.8),
     dict(do_sample=True, top_k=0, min_p=0.1, temperature=2.0),
+    dict(),
+]
+CHANGED = [
     dict(repetition_penalty=1.5, suppress_tokens=[7, 8, 9], sequence_bias=[[[11], 1.5]]),
     dict(do_sample=True, top_p=0.9, repetition_penalty=1.2, min_new_tokens=5, eos_token_id=[3, 4, 5, 6]),
-    dict(),
 ]
 
 
@@ -49,8 +51,8 @@ def run_again(step, slots):
 
 def submit_mix(engine: hf_paged.Engine, new: int, logprobs: int | None = None) -> list:
     return [
-        engine.submit(prompt(4 + 5 * i, i), generation_config=config(new + i, **MIX[i]), seed=i, logprobs=logprobs)
-        for i in range(len(MIX))
+        engine.submit(prompt(4 + 5 * i, i), generation_config=config(new + i, **options), seed=i, logprobs=logprobs)
+        for i, options in enumerate([*MIX, *CHANGED])
     ]
 
 
@@ -115,6 +117,7 @@ def arrivals(model, *, captured: bool, watch=None) -> list:
     """Requests of every kind that come while others decode: outputs in order."""
     kinds = [
         *MIX,
+        *CHANGED,
         dict(repetition_penalty=1.4, no_repeat_ngram_size=2),
         dict(do_sample=True, top_p=0.9, repetition_penalty=1.3, num_return_sequences=2),
         dict(num_beams=2),
@@ -196,10 +199,10 @@ def test_a_chunk_notes_the_tokens_of_its_choosers_alone(model):
         assert tables.computed.tolist() == [9, 55, 55, 55, -1]
 
 
-def sampling_of_mix(model, device: torch.device, num_slots: int = 32) -> SlotSampling:
-    slots = SlotSampling(num_slots, device)
+def sampling_of_mix(model, device: torch.device, num_slots: int, kinds: list[dict], vocab: int) -> SlotSampling:
+    slots = SlotSampling(num_slots, device, vocab)
     for slot in range(num_slots):
-        options = MIX[slot % len(MIX)]
+        options = kinds[slot % len(kinds)]
         slots.set(slot, TokenRules.make(model, config(5, **options), prompt_ids=[5], seed=slot), 0, np.array([5]))
     return slots
 
@@ -207,7 +210,7 @@ def sampling_of_mix(model, device: torch.device, num_slots: int = 32) -> SlotSam
 def test_parameters_of_slots():
     """Every slot has its own; the slot behind the last one is greedy; a slot can be set again, and the tables grow."""
     model = tiny_model_without_eos("llama", "eager", num_hidden_layers=1)
-    slots = sampling_of_mix(model, torch.device("cpu"), 7)
+    slots = sampling_of_mix(model, torch.device("cpu"), 7, MIX, 50)
     logits = torch.randn(1, 50).expand(8, -1)
     index, positions = np.arange(8), np.full(8, 3)
     first = slots.choose(logits, index, positions)
@@ -226,7 +229,8 @@ def test_parameters_of_slots():
 def test_a_captured_choice_follows_slots_and_tables(dtype, num_rows, vocab):
     model = tiny_model_without_eos("llama", "eager", num_hidden_layers=1).cuda()
     device = torch.device("cuda", torch.cuda.current_device())
-    table = sampling_of_mix(model, device, 256)
+    kinds = [*MIX, *CHANGED]
+    table = sampling_of_mix(model, device, 256, kinds, vocab)
     logits, positions = torch.empty(num_rows, vocab, dtype=dtype, device=device), torch.arange(num_rows, device=device)
     index = torch.zeros(num_rows, dtype=torch.int64, device=device)
     table.sync()
@@ -237,14 +241,18 @@ def test_a_captured_choice_follows_slots_and_tables(dtype, num_rows, vocab):
         positions += 1
         if round_ == 2:
             for slot in range(256):
-                rules = TokenRules.make(model, config(5, **MIX[-1 - slot % len(MIX)]), prompt_ids=[5], seed=slot)
+                rules = TokenRules.make(model, config(5, **kinds[-1 - slot % len(kinds)]), prompt_ids=[5], seed=slot)
                 table.set(slot, rules, 0, np.array([5]))
         table.sync()
+        before = table.rules.clone()
         tokens, _ = replay()
         words = [words if i in (1, 4, 5) else words.view(torch.float64) for i, words in enumerate(table._device_words)]
-        expected, _ = sample_tokens_reference(logits, index, positions, *words, table.rules)
+        expected, _ = sample_tokens_reference(logits, index, positions, *words, before)
         # A token within rounding of a border may differ: hardly ever does one.
-        assert (tokens != expected).sum() <= num_rows // 100
+        same = tokens == expected
+        assert (~same).sum() <= num_rows // 100
+        assert torch.equal(table.rules[index[same]], before[index[same]]), "tokens that were chosen are marked"
+        assert (table.rules != 0).any()
 
 
 @pytest.mark.gpu

@@ -355,9 +355,24 @@ def test_the_reference_chooses_the_same(vocab):
     logits = torch.randn(len(parameters), vocab, device=DEVICE) * 3
     expected, expected_lse = sample_tokens_reference(logits, slots, positions, *rest)
     for function in (sample_tokens_launch, sample_tokens_op):
-        tokens, lse = function(logits, slots, positions, *rest)
+        tokens, lse = function(logits, slots, positions, *rest, None)
         assert torch.equal(tokens, expected)
         assert torch.allclose(lse, expected_lse, rtol=2e-6, atol=2e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("choose", [sample_tokens_launch, sample_tokens_reference])
+def test_tokens_are_noted_by_slot(choose):
+    parameters = [KINDS[name] for name in KINDS] * 2
+    slots, positions, *rest = tables(parameters)
+    logits = torch.randn(len(parameters), 4500, device=DEVICE) * 2
+    logits[3, 7] = math.nan
+    expected, _ = choose(logits, slots, positions, *rest)
+    noted = torch.full((len(parameters) + 3,), 77, device=DEVICE)
+    by_slot = torch.full_like(noted, -(10**9)).index_put((slots,), positions)
+    got, _ = choose(logits, slots, by_slot, *rest, noted)
+    assert torch.equal(got, expected)
+    assert int(got[3]) == INVALID_TOKEN
+    assert torch.equal(noted, torch.full_like(noted, 77).index_put((slots,), expected.clamp(min=0)))
 
 
 def test_no_rows():
@@ -369,4 +384,4 @@ def test_no_rows():
 def test_the_op_has_a_fake_implementation():
     slots, positions, *rest = tables([KINDS[name] for name in KINDS])
     logits = torch.randn(len(KINDS), 100, device=DEVICE)
-    torch.library.opcheck(sample_tokens_op, (logits, slots, positions, *rest), test_utils="test_faketensor")
+    torch.library.opcheck(sample_tokens_op, (logits, slots, positions, *rest, None), test_utils="test_faketensor")

@@ -333,8 +333,11 @@ def sample_tokens_reference(
     seeds: torch.Tensor,
     wants_lse: torch.Tensor,
     rules: torch.Tensor,
+    last_token: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``sampling_ops.sample_tokens_op`` for the arguments. Reads parameters back to the host."""
+    if last_token is not None:
+        positions = positions[slots]
     lse = torch.full((len(slots),), torch.nan, device=logits.device)
     asked = (wants_lse[slots] != 0).nonzero().squeeze(1)
     if len(asked):
@@ -349,6 +352,8 @@ def sample_tokens_reference(
         token, marks = int(tokens[row]), rules[slots[row]]
         if token != INVALID_TOKEN and marks[0] == WITH_MARKS:
             marks[MARKS + token // TOKENS_OF_WORD] |= SEEN << token % TOKENS_OF_WORD * 2
+    if last_token is not None:
+        last_token[slots] = tokens.clamp(min=0)
     return tokens, lse
 
 

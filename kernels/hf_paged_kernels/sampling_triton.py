@@ -274,9 +274,9 @@ def _ranks_above(x, start, lane, rank, token, temperature, ruled, NARROW: tl.con
 # Launch 1
 
 
-@triton.jit(do_not_specialize=["num_tiles", "tiles_per_program"])
+@triton.jit(do_not_specialize=["by_slot", "num_tiles", "tiles_per_program"])
 def _scan_tiles(
-    logits, row_stride, vocab, slots, positions, rules, rules_stride, temperatures, top_ks, wants_lse,
+    logits, row_stride, vocab, slots, positions, by_slot, rules, rules_stride, temperatures, top_ks, wants_lse,
     tile_max, tile_sum, tile_raw_max, tile_raw_sum, group_max, num_tiles, tiles_per_program,
     RULED: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
@@ -289,15 +289,18 @@ def _scan_tiles(
     end = tl.minimum(start + tiles_per_program, num_tiles)
     start_next(DEPENDENT)
     wait_for_previous(DEPENDENT)
+    lane = tl.arange(0, TILE)
+    ids = start * TILE + lane
+    if not RULED:
+        # On its way while the parameters are.
+        ahead = tl.load(logits + row * row_stride + ids, mask=ids < vocab, other=LOWEST)
     slot = tl.load(slots + row)
     row_rules = rules + slot * rules_stride
     ruled = tl.load(row_rules)
     if (ruled != 0) == RULED:
-        lane = tl.arange(0, TILE)
-        ids = start * TILE + lane
-        # On its way while the parameters are.
-        ahead = tl.load(logits + row * row_stride + ids, mask=ids < vocab, other=LOWEST)
-        position = tl.load(positions + row)
+        if RULED:
+            ahead = tl.load(logits + row * row_stride + ids, mask=ids < vocab, other=LOWEST)
+        position = tl.load(positions + tl.where(by_slot > 0, slot, row))
         temperature = tl.load(temperatures + slot).to(tl.float32)
         with_lse = tl.load(wants_lse + slot) > 0
         with_groups = (temperature > 0) & (_top_k_of(top_ks, slot, vocab) > 0)
@@ -311,10 +314,9 @@ def _scan_tiles(
             place = row * num_tiles + tile
             if with_lse:
                 largest = _max_or_nan(x, FAST)
+                pivot = tl.where(largest > LOWEST, largest, 0.0)
                 tl.store(tile_raw_max + place, largest)
-                tl.store(
-                    tile_raw_sum + place, tl.sum(_weights(x, tl.where(largest > LOWEST, largest, 0.0), 1.0, FAST), 0)
-                )
+                tl.store(tile_raw_sum + place, tl.sum(_weights(x, pivot, 1.0, FAST), 0))
             if RULED:
                 x = _ruled(x, tile * TILE + lane, position, row_rules, ruled)
             largest = _max_or_nan(x, FAST)
@@ -420,10 +422,10 @@ def _draw_after(
 # Launch 2
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+@triton.jit(do_not_specialize=["by_slot", "num_tiles"])
 def _pick_rows(
-    logits, row_stride, vocab, slots, positions, rules, rules_stride, temperatures, top_ks, top_ps, min_ps, seeds,
-    wants_lse,
+    logits, row_stride, vocab, slots, positions, by_slot, rules, rules_stride,
+    temperatures, top_ks, top_ps, min_ps, seeds, wants_lse,
     tile_max, tile_sum, tile_raw_max, tile_raw_sum, group_max,
     row_task, row_max, row_sum, row_count, row_key, groups, chosen, lse, num_tiles,
     SHIFT: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
@@ -438,7 +440,7 @@ def _pick_rows(
     wait_for_previous(DEPENDENT)
     row = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots + row)
-    position = tl.load(positions + row)
+    position = tl.load(positions + tl.where(by_slot > 0, slot, row))
     row_rules = rules + slot * rules_stride
     ruled = tl.load(row_rules)
     temperature = tl.load(temperatures + slot).to(tl.float32)
@@ -511,9 +513,9 @@ def _pick_rows(
 # Launches 3 and 4
 
 
-@triton.jit(do_not_specialize=["num_tiles", "tiles_per_program"])
+@triton.jit(do_not_specialize=["by_slot", "num_tiles", "tiles_per_program"])
 def _weigh_tiles(
-    logits, row_stride, vocab, slots, positions, rules, rules_stride, temperatures, top_ps, min_ps, seeds,
+    logits, row_stride, vocab, slots, positions, by_slot, rules, rules_stride, temperatures, top_ps, min_ps, seeds,
     row_task, row_max, row_sum, tile_max, chosen, tile_mass, chosen_again, tile_mass_again,
     num_tiles, tiles_per_program,
     AGAIN: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
@@ -533,7 +535,7 @@ def _weigh_tiles(
     row_rules = rules + slot * rules_stride
     if ((task == TOP_P) | (task == MIN_P)) & (tl.load(row_rules) == NO_RULES):
         ruled = NO_RULES
-        position = tl.load(positions + row)
+        position = tl.load(positions + tl.where(by_slot > 0, slot, row))
         temperature = tl.load(temperatures + slot).to(tl.float32)
         min_p = tl.load(min_ps + slot).to(tl.float32)
         top_p = tl.load(top_ps + slot)
@@ -846,11 +848,13 @@ def _finish_drawn(
     return token
 
 
-@triton.jit(do_not_specialize=["num_tiles"])
+@triton.jit(do_not_specialize=["by_slot", "num_tiles"])
 def _finish_rows(
-    logits, row_stride, vocab, slots, positions, rules, rules_stride, temperatures, top_ks, top_ps, min_ps, seeds,
-    row_task, row_max, row_sum, row_count, row_key, groups, tile_max, chosen, tile_mass, chosen_again, tile_mass_again,
-    num_tiles, SHIFT: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
+    logits, row_stride, vocab, slots, positions, by_slot, rules, rules_stride,
+    temperatures, top_ks, top_ps, min_ps, seeds,
+    row_task, row_max, row_sum, row_count, row_key, groups, tile_max, chosen, last_token,
+    tile_mass, chosen_again, tile_mass_again, num_tiles,
+    SHIFT: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
     TILES: tl.constexpr, SPAN: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One program: one row. SPAN tiles at a time are read of rows that are read from end to end."""
@@ -863,7 +867,7 @@ def _finish_rows(
     ruled = tl.load(row_rules)
     token = tl.load(chosen + row).to(tl.int32)
     if task != DONE:
-        position = tl.load(positions + row)
+        position = tl.load(positions + tl.where(by_slot > 0, slot, row))
         temperature = tl.load(temperatures + slot).to(tl.float32)
         largest = tl.load(row_max + row)
         min_p = tl.load(min_ps + slot).to(tl.float32)
@@ -888,6 +892,8 @@ def _finish_rows(
             )  # fmt: skip
         token = tl.where(token == NO_TOKEN, INVALID, token)
         tl.store(chosen + row, token.to(tl.int64))
+    if by_slot > 0:
+        tl.store(last_token + slot, tl.maximum(token, 0).to(tl.int64))
     if (ruled == WITH_MARKS) & (token >= 0):
         word = row_rules + MARKS + token // TOKENS_OF_WORD
         tl.store(word, tl.load(word) | (SEEN << (token % TOKENS_OF_WORD * 2).to(tl.int64)))
@@ -904,6 +910,7 @@ def sample_tokens_launch(
     seeds: torch.Tensor,
     wants_lse: torch.Tensor,
     rules: torch.Tensor,
+    last_token: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``sampling_ops.sample_tokens_op`` for the arguments."""
     num_rows, vocab = logits.shape
@@ -928,7 +935,8 @@ def sample_tokens_launch(
     tiles = triton.next_power_of_2(num_tiles)
     scanned, weighed = (max(1, min(most, num_rows * num_tiles // PROGRAMS)) for most in (SCAN_TILES, WEIGH_TILES))
     more = 1 if logits.element_size() < 4 else 2
-    rows = (logits, logits.stride(0), vocab, slots, positions, rules, rules.stride(0))
+    by_slot = int(last_token is not None)
+    rows = (logits, logits.stride(0), vocab, slots, positions, by_slot, rules, rules.stride(0))
     parameters = (*rows, temperature, top_k, top_p, min_p, seeds)
     launch = dependent_launch(logits.device)
     with device_guard(logits):
@@ -953,7 +961,7 @@ def sample_tokens_launch(
             )  # fmt: skip
         _finish_rows[(num_rows,)](
             *parameters, row_task, row_max, row_sum, row_count, row_key, groups, tile_max,
-            chosen, tile_mass, chosen_again, tile_mass_again, num_tiles,
+            chosen, chosen if last_token is None else last_token, tile_mass, chosen_again, tile_mass_again, num_tiles,
             SHIFT=shift, NARROW=narrow, FAST=fast, TILE=tile, GROUP=GROUP,
             TILES=tiles, SPAN=max(1, LARGE // tile), num_warps=ROW_WARPS, **launch,
         )  # fmt: skip
