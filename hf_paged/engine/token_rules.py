@@ -171,7 +171,7 @@ class TokenRules:
         if not (processors or criteria or prefix_allowed_tokens_fn):
             # Copies to the device would wait for the steps that are queued there; most requests need none.
             rules = cls.from_prepared(prepared(prompt), seed=seed, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
-            needs_objects = not rules.is_plain or rules.changes is not None or rules.has_criteria
+            needs_objects = not rules.is_plain or rules.has_criteria
             if model.device.type == "cpu" or not needs_objects:
                 return rules
             seed = rules.seed

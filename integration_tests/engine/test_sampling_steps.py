@@ -88,9 +88,11 @@ def test_mixed_rows_give_the_tokens_of_steps_without_capture(model, logprobs):
 
 
 @pytest.mark.parametrize("options", [dict(), dict(logprobs=3)], ids=str)
-def test_sampled_steps_are_launched_ahead(model, options):
+@pytest.mark.parametrize("changes", [dict(), dict(repetition_penalty=1.2, suppress_tokens=[5])], ids=str)
+def test_sampled_steps_are_launched_ahead(model, options, changes):
     with make_engine(model, captured=True) as engine:
-        handle = engine.submit(prompt(9), generation_config=config(10, do_sample=True, top_p=0.9), seed=3, **options)
+        generation = config(10, do_sample=True, top_p=0.9, **changes)
+        handle = engine.submit(prompt(9), generation_config=generation, seed=3, **options)
         core, order = engine._core, []
         run, collect = core.run, core.collect
         core.run = lambda work: (order.append("run"), run(work))[1]

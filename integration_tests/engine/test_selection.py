@@ -399,7 +399,7 @@ def test_rows_of_a_request_draw_independently_and_repeatably(model):
     [
         ({}, False),
         ({"do_sample": True, "top_p": 0.9}, False),
-        ({"repetition_penalty": 1.3}, True),
+        ({"repetition_penalty": 1.3, "suppress_tokens": [4], "min_new_tokens": 3, "eos_token_id": 7}, False),
         ({"no_repeat_ngram_size": 2, "do_sample": True}, True),
         ({"num_beams": 2}, True),
         ({"max_time": 5.0}, True),
