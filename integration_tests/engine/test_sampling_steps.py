@@ -180,6 +180,34 @@ def test_prompts_beside_decode_rows(model, monkeypatch, chunks):
     assert counts["chosen again"] < counts["rows"] / (2.5 if chunks else 1.5)
 
 
+def test_what_was_seen_survives_a_preemption(model):
+    """Few pages: requests with penalties are computed again, with the tokens they had chosen, in slots of others."""
+    generation = [
+        config(24 + 3 * i, **CHANGED[1] | dict(repetition_penalty=1.5 + i, do_sample=i % 2 > 0, min_new_tokens=24))
+        for i in range(5)
+    ]
+    preempted = []
+
+    def run(captured: bool, num_pages: int) -> list[list[int]]:
+        options = dict(num_pages=num_pages, page_size=8, max_num_seqs=4, max_batch_tokens=32, self_check=False)
+        with hf_paged.Engine(model, hf_paged.EngineConfig(**options), background=False) as engine:
+            if captured:
+                assert engine._core.use_graphs(run_again) is None
+                engine._core.runs_ahead = True
+            handles = [
+                engine.submit(prompt(5 + i, i), generation_config=one, seed=i) for i, one in enumerate(generation)
+            ]
+            outputs = [handle.result() for handle in handles]
+            engine.check()
+        preempted.append(sum(output.timing.preemptions for output in outputs))
+        return [output.token_ids for output in outputs]
+
+    expected = run(False, 200)
+    assert run(True, 12) == expected
+    assert preempted[0] == 0
+    assert preempted[1] > 0
+
+
 def test_a_chunk_notes_the_tokens_of_its_choosers_alone(model):
     """A slot whose prompt goes on, or whose row needs the host, keeps its last token and length."""
     with make_engine(model, captured=True) as engine:
