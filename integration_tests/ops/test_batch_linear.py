@@ -112,6 +112,8 @@ def test_settings_by_measurement():
     assert choose_batch_linear(104, 6144, 4096) is None
     assert choose_batch_linear(64, 4096, 14336, in_parts=True) == BatchLinearSettings(64, 0, 128, 6, 2)
     assert choose_batch_linear(188, 4096, 4096, in_parts=True) == BatchLinearSettings(128, 64, 64, 7, 2)
+    assert choose_batch_linear(104, 4096, 4096, in_parts=True) is None
+    assert choose_batch_linear(188, 4096, 14336, in_parts=True) is None
     assert choose_batch_linear(256, 4096, 4096, in_parts=True) == BatchLinearSettings(128, 0, 64, 7, 2, 128)
     assert choose_batch_linear(24, 1024, 2048, in_parts=True) == BatchLinearSettings(32, 0, 128, 6, 4)
     assert choose_batch_linear(188, 1024, 3072, in_parts=True) == BatchLinearSettings(64, 0, 128, 6, 2)

@@ -76,8 +76,10 @@ def choose_batch_linear(
     max_parts = min(MAX_PARTS, in_features // (128 * MIN_STEPS))
     if num_tokens <= 64 or (tiles <= 32 and num_tokens <= 192):
         best = BatchLinearSettings(few, 0, 128, 6)
-    elif tiles <= 32 or num_tokens <= 128:
+    elif tiles <= 32 or 104 < num_tokens <= 128:
         best = BatchLinearSettings(128, 0, 128, 4)
+    elif num_tokens <= 104 or (num_tokens <= 192 and in_features > 8192):
+        return None
     elif num_tokens <= 192:
         best = BatchLinearSettings(128, 64, 64, 7)
     else:
