@@ -1,5 +1,7 @@
 """Choosing tokens from logits without sorting them: what ``sampling_reference`` defines, in six launches.
 
+Noise, scores and ranks of single tokens are in ``sampling_scores_triton``.
+
 ::
 
     scan    every tile of every row     largest logit; for drawn rows the sum of weights. Rows with rules by themselves
@@ -14,7 +16,7 @@ weights above its rank. A token drawn from all is kept with a probability of at 
 the ranks above it to draw from: that is rejection sampling, and what comes out has the distribution of what is kept.
 
 * Noise is float32(-log(-log u)) with float64 logarithms. Nearly all tokens of a tile are ruled out by a float32 value
-  that is off by less than :func:`_bound` allows for; the few others are computed as the reference does.
+  that is off by less than ``noise_bound`` allows for; the few others are computed as the reference does.
 * The k largest logits of a row lie in the groups of 64 tokens with the k largest maxima; rows with top-k look at no
   others, and draw from them without tiles.
 * Sums are taken in an order that depends on the row alone.
@@ -31,6 +33,35 @@ from . import sampling_reference
 from .backend import device_guard
 from .dependent_launch_triton import dependent_launch, start_next, wait_for_previous
 from .sampling_reference import tile_size
+from .sampling_scores_triton import (
+    HIGHEST,
+    LOG2E,
+    LOWEST,
+    MARKS,
+    NO_RULES,
+    NO_TOKEN,
+    SEEN,
+    WITH_MARKS,
+    apply_rules,
+    approximate_noise,
+    can_have,
+    exact_noise,
+    inverse_temperature,
+    is_kept_by_top_p,
+    key_of,
+    logit_of,
+    max_or_nan,
+    noise_bits,
+    noise_bound,
+    noise_key,
+    rank_of,
+    ranks_above,
+    ranks_up_to,
+    threshold_of,
+    top_k_of,
+    value_of_key,
+    weights_of,
+)
 
 GROUP = 64
 """Tokens of a group whose largest logit is kept."""
@@ -46,229 +77,11 @@ PROGRAMS = 1024
 """Enough of these to fill a device: with more tiles than that, a program takes several."""
 
 INVALID = tl.constexpr(-1)
-NO_TOKEN = tl.constexpr(2**31 - 1)
-LN2 = tl.constexpr(0.6931471805599453)
-LOG2E = tl.constexpr(1.4426950408889634)
-LOWEST = tl.constexpr(float("-inf"))
-HIGHEST = tl.constexpr(float("inf"))
 KEY_OF_LOWEST = tl.constexpr(-0x7F800001)
 TILE_NOISE, TILES_OF_TURN = tl.constexpr(sampling_reference.TILE_NOISE), tl.constexpr(sampling_reference.TILES_OF_TURN)
-COUNT, PENALTY, ENTRIES, MARKS, TOKENS_OF_WORD, NO_RULES, WITH_MARKS, SEEN, BANNED = (
-    tl.constexpr(getattr(sampling_reference, name))
-    for name in ("COUNT", "PENALTY", "ENTRIES", "MARKS", "TOKENS_OF_WORD", "NO_RULES", "WITH_MARKS", "SEEN", "BANNED")
-)
-"""The layout of a slot's rules."""
+TOKENS_OF_WORD = tl.constexpr(sampling_reference.TOKENS_OF_WORD)
 DONE, TOP_K, TOP_P, MIN_P = (tl.constexpr(i) for i in range(4))
 """What is left to do for a row."""
-
-
-# Noise
-
-
-@triton.jit
-def _splitmix64(x):
-    z = x + 0x9E3779B97F4A7C15
-    z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9
-    z = (z ^ (z >> 27)) * 0x94D049BB133111EB
-    return z ^ (z >> 31)
-
-
-@triton.jit
-def _row_key(seed, position):
-    """Low and high half of a row's key, uint32, from int64 scalars."""
-    key = _splitmix64(_splitmix64(seed.to(tl.uint64, bitcast=True)) ^ position.to(tl.uint64, bitcast=True))
-    return key.to(tl.uint32), (key >> 32).to(tl.uint32)
-
-
-@triton.jit
-def _mix32(x):
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _noise_bits(ids, low, high):
-    """The 32 random bits of tokens."""
-    return _mix32(_mix32(ids.to(tl.uint32) ^ low) + high)
-
-
-@triton.jit
-def _exact_noise(bits):
-    u = (bits.to(tl.float64) + 0.5) * 2.0**-32
-    return (-tl.log(-tl.log(u))).to(tl.float32)
-
-
-@triton.jit
-def _log2(x, FAST: tl.constexpr):
-    """The base-2 logarithm of positive float32, in one instruction of an NVIDIA GPU if FAST: off by 2**-22 or less,
-    relative to the result outside of (1/2, 2). The one of Triton takes thirteen."""
-    if FAST:
-        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    else:
-        return tl.log2(x)
-
-
-@triton.jit
-def _exp2(x, FAST: tl.constexpr):
-    """Two to the power of float32, in one instruction of an NVIDIA GPU if FAST: what is below 2**-126 is zero."""
-    if FAST:
-        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], tl.float32, is_pure=True, pack=1)
-    else:
-        return tl.exp2(x)
-
-
-@triton.jit
-def _approximate_noise(bits, FAST: tl.constexpr):
-    """Within 4e-5 of :func:`_exact_noise`.
-
-    Near u = 1, where the largest noise is, a logarithm of u as float32 has no digits: -log(u) is a series in 1 - u
-    there. Both are made to be no larger than it, so the larger one is right.
-    """
-    d = (bits ^ 0xFFFFFFFF).to(tl.float32) * 2.0**-32 + 2.0**-33
-    u = bits.to(tl.float32) * 2.0**-32 + 2.0**-33
-    series = d * (1 + d * (1 / 2 + d * (1 / 3)))
-    return _log2(tl.maximum(series, _log2(u, FAST) * -LN2 - 2.0**-22), FAST) * -LN2
-
-
-@triton.jit
-def _bound(value):
-    """Above the exact score plus noise whose approximation is ``value``, and monotonous in it.
-
-    A score of size s is off by less than 2**-21 s, and s is no more than 23 above the value's own size.
-    """
-    return tl.where(value > LOWEST, value + (2.0**-13 + 2.0**-20 * tl.abs(value)), LOWEST)
-
-
-# Scores
-
-
-@triton.jit
-def _ruled(x, ids, position, row_rules, ruled):
-    """Float32 logits ``x`` of tokens ``ids`` as the rules of the row's slot change them: see ``slot_rules``.
-
-    What is -inf stays so: such tokens may be beyond the vocabulary.
-    """
-    y = x
-    if ruled != 0:
-        for i in range(tl.load(row_rules + COUNT).to(tl.int32)):
-            entry = row_rules + ENTRIES + 3 * i
-            packed = tl.load(entry)
-            bias = packed.to(tl.int32).to(tl.float32, bitcast=True)
-            if (position >= tl.load(entry + 1)) & (position < tl.load(entry + 2)):
-                is_it = ids == (packed >> 32).to(tl.int32)
-                y = tl.where(is_it, tl.where(bias > LOWEST, y + bias, LOWEST), y)
-        if ruled == WITH_MARKS:
-            penalty = tl.load(row_rules + PENALTY).to(tl.float64, bitcast=True).to(tl.float32)
-            # As int32: sixteen tokens each, in the same order.
-            row_marks = (row_rules + MARKS).to(tl.pointer_type(tl.int32))
-            marks = tl.load(row_marks + (ids >> 4), mask=x > LOWEST, other=0) >> ((ids & 15) * 2)
-            y = tl.where((marks & SEEN) != 0, tl.where(y < 0, y * penalty, tl.div_rn(y, penalty)), y)
-            y = tl.where((marks & BANNED) != 0, LOWEST, y)
-    return y
-
-
-@triton.jit
-def _logit(row_logits, position, row_rules, ruled, token):
-    """The logit of one token, as its rules change it."""
-    return _ruled(tl.load(row_logits + token).to(tl.float32), token, position, row_rules, ruled)
-
-
-@triton.jit
-def _rank(x, temperature, ruled, NARROW: tl.constexpr):
-    """What orders tokens as their scores do: the logits themselves where a division cannot make two of them equal."""
-    rank = x
-    if NARROW:
-        if ruled != 0:
-            rank = tl.div_rn(x, temperature)
-    else:
-        rank = tl.div_rn(x, temperature)
-    return rank
-
-
-@triton.jit
-def _up_to(rank, ids, last_rank, last_id):
-    """Whether tokens rank no higher than a given one."""
-    return (rank < last_rank) | ((rank == last_rank) & (ids <= last_id))
-
-
-@triton.jit
-def _is_kept(above, total, threshold):
-    """Whether top-p keeps a token: ``above`` and ``total`` are the weights of what ranks above it, and of all."""
-    return (total - above > threshold * total) | (above == 0)
-
-
-@triton.jit
-def _inverse(temperature):
-    return tl.minimum(1.0 / temperature, 3e38)
-
-
-@triton.jit
-def _key(x, shift):
-    """Integers in the order of float32 values whose ``shift`` low bits are zero."""
-    bits = x.to(tl.int32, bitcast=True)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)) >> shift
-
-
-@triton.jit
-def _value(key, shift):
-    """The float32 value of a key."""
-    key = key.to(tl.int32)
-    bits = (key << shift) | tl.where(key < 0, (1 << shift) - 1, 0)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _top_k_of(top_ks, slot, vocab):
-    """The k of a slot, 0 where every token is one of the k largest."""
-    top_k = tl.load(top_ks + slot)
-    return tl.where(top_k < vocab, top_k, 0)
-
-
-@triton.jit
-def _larger_or_nan(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _max_or_nan(x, FAST: tl.constexpr):
-    """The largest value, NaN if there is one: in one instruction a value on an NVIDIA GPU, by integers elsewhere."""
-    if FAST:
-        return tl.reduce(x, 0, _larger_or_nan)
-    else:
-        key = tl.max(tl.where(x == x, _key(x, 0), NO_TOKEN), 0)
-        return tl.where(key == NO_TOKEN, float("nan"), _value(key, 0))
-
-
-@triton.jit
-def _weights(x, largest, scale, FAST: tl.constexpr):
-    """exp((x - largest) * scale): 1 at the largest logit, whatever the rounding."""
-    return _exp2((x - largest) * (scale * LOG2E), FAST)
-
-
-@triton.jit
-def _threshold(top_p):
-    """1 - top_p, rounded once as in the reference; below zero, nothing is removed."""
-    return tl.where(top_p < 1, 1 - top_p, -1.0).to(tl.float32)
-
-
-@triton.jit
-def _can_have(highest, floor, min_p, largest, temperature, ruled, NARROW: tl.constexpr, FAST: tl.constexpr):
-    """Whether tiles with these largest logits can have tokens of a rank from ``floor``, and weights from ``min_p``."""
-    is_heavy = _weights(highest, largest, _inverse(temperature), FAST) >= min_p
-    return (_rank(highest, temperature, ruled, NARROW) >= floor) & is_heavy
-
-
-@triton.jit
-def _ranks_above(x, start, lane, rank, token, temperature, ruled, NARROW: tl.constexpr, TILE: tl.constexpr):
-    """Whether the tokens ``start + lane`` rank above one: among equals, those behind it."""
-    if start > token:
-        is_above = _rank(x, temperature, ruled, NARROW) >= rank
-    elif start + TILE <= token:
-        is_above = _rank(x, temperature, ruled, NARROW) > rank
-    else:
-        is_above = ~_up_to(_rank(x, temperature, ruled, NARROW), start + lane, rank, token)
-    return is_above
 
 
 # Launch 1
@@ -277,8 +90,8 @@ def _ranks_above(x, start, lane, rank, token, temperature, ruled, NARROW: tl.con
 @triton.jit(do_not_specialize=["by_slot", "num_tiles", "tiles_per_program"])
 def _scan_tiles(
     logits, row_stride, vocab, slots, positions, by_slot, rules, rules_stride, temperatures, top_ks, wants_lse,
-    tile_max, tile_sum, tile_raw_max, tile_raw_sum, group_max, num_tiles, tiles_per_program,
-    RULED: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, DEPENDENT: tl.constexpr,
+    tile_max, tile_sum, tile_raw_max, tile_raw_sum, group_max, num_tiles, tiles_per_program, RULED: tl.constexpr, FAST:
+    tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One program: a few tiles of one row. What it writes beside maxima depends on the row's parameters.
 
@@ -303,9 +116,9 @@ def _scan_tiles(
         position = tl.load(positions + tl.where(by_slot > 0, slot, row))
         temperature = tl.load(temperatures + slot).to(tl.float32)
         with_lse = tl.load(wants_lse + slot) > 0
-        with_groups = (temperature > 0) & (_top_k_of(top_ks, slot, vocab) > 0)
+        with_groups = (temperature > 0) & (top_k_of(top_ks, slot, vocab) > 0)
         with_sums = (temperature > 0) & ~with_groups
-        scale = _inverse(temperature)
+        scale = inverse_temperature(temperature)
         for tile in range(start, end):
             x = ahead.to(tl.float32)
             # The next tile is on its way while this one is worked on.
@@ -313,13 +126,13 @@ def _scan_tiles(
             ahead = tl.load(logits + row * row_stride + ids, mask=(ids < vocab) & (tile + 1 < end), other=LOWEST)
             place = row * num_tiles + tile
             if with_lse:
-                largest = _max_or_nan(x, FAST)
+                largest = max_or_nan(x, FAST)
                 pivot = tl.where(largest > LOWEST, largest, 0.0)
                 tl.store(tile_raw_max + place, largest)
-                tl.store(tile_raw_sum + place, tl.sum(_weights(x, pivot, 1.0, FAST), 0))
+                tl.store(tile_raw_sum + place, tl.sum(weights_of(x, pivot, 1.0, FAST), 0))
             if RULED:
-                x = _ruled(x, tile * TILE + lane, position, row_rules, ruled)
-            largest = _max_or_nan(x, FAST)
+                x = apply_rules(x, tile * TILE + lane, position, row_rules, ruled)
+            largest = max_or_nan(x, FAST)
             tl.store(tile_max + place, largest)
             pivot = tl.where(largest > LOWEST, largest, 0.0)
             if with_groups:
@@ -327,7 +140,7 @@ def _scan_tiles(
                 group = tile * (TILE // GROUP) + tl.arange(0, TILE // GROUP)
                 tl.store(group_max + row * num_groups + group, tl.max(tl.reshape(x, (TILE // GROUP, GROUP)), 1))
             if with_sums:
-                tl.store(tile_sum + place, tl.sum(_weights(x, pivot, scale, FAST), 0))
+                tl.store(tile_sum + place, tl.sum(weights_of(x, pivot, scale, FAST), 0))
 
 
 # Rows
@@ -344,28 +157,27 @@ def _load_chunk(
     ids = group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     held = held[:, None] & (ids < vocab)
     x = tl.load(row_logits + ids, mask=held, other=LOWEST).to(tl.float32)
-    return _ruled(x, ids, position, row_rules, ruled), ids, held
+    return apply_rules(x, ids, position, row_rules, ruled), ids, held
 
 
 @triton.jit
 def _best_of_chunk(
     x, ids, row_logits, position, row_rules, ruled, temperature, largest, min_p, floor, low_rank, low_id, key_low,
-    key_high,
-    NARROW: tl.constexpr, FAST: tl.constexpr,
+    key_high, NARROW: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """The best token of a chunk by score plus noise, exactly, of those that may be chosen: value and id."""
     scores = tl.div_rn(x, temperature)
     rank = x if NARROW else scores
-    may = (rank >= floor) & ~_up_to(rank, ids, low_rank, low_id) & (scores > LOWEST)
-    may &= _weights(x, largest, _inverse(temperature), FAST) >= min_p
-    value = scores + _approximate_noise(_noise_bits(ids, key_low, key_high), FAST)
-    bounds = tl.where(may, _bound(value), LOWEST)
+    may = (rank >= floor) & ~ranks_up_to(rank, ids, low_rank, low_id) & (scores > LOWEST)
+    may &= weights_of(x, largest, inverse_temperature(temperature), FAST) >= min_p
+    value = scores + approximate_noise(noise_bits(ids, key_low, key_high), FAST)
+    bounds = tl.where(may, noise_bound(value), LOWEST)
     best, best_id = LOWEST, NO_TOKEN
     peak = tl.max(bounds)
     while (peak > LOWEST) & (peak >= best):
         token = tl.min(tl.where(bounds == peak, ids, NO_TOKEN))
-        score = tl.div_rn(_logit(row_logits, position, row_rules, ruled, token), temperature)
-        value_of_token = score + _exact_noise(_noise_bits(token, key_low, key_high))
+        score = tl.div_rn(logit_of(row_logits, position, row_rules, ruled, token), temperature)
+        value_of_token = score + exact_noise(noise_bits(token, key_low, key_high))
         is_better = (value_of_token > best) | ((value_of_token == best) & (token < best_id))
         best = tl.where(is_better, value_of_token, best)
         best_id = tl.where(is_better, token, best_id)
@@ -378,7 +190,7 @@ def _best_of_chunk(
 def _draw_tile(masses, turn, key_low, key_high, TILES: tl.constexpr):
     """A tile by its mass ``[TILES]``: that with the largest log(mass) + noise."""
     tile = tl.arange(0, TILES)
-    noise = _exact_noise(_noise_bits(tile + turn * TILES_OF_TURN + TILE_NOISE, key_low, key_high))
+    noise = exact_noise(noise_bits(tile + turn * TILES_OF_TURN + TILE_NOISE, key_low, key_high))
     value = tl.where(masses > 0, tl.log(tl.where(masses > 0, masses, 1.0)) + noise, LOWEST)
     return tl.min(tl.where(value == tl.max(value, 0), tile, NO_TOKEN), 0)
 
@@ -391,31 +203,15 @@ def _draw_after(
     """A token of those that rank above the token ``before`` (negative: of all), of which the tiles have ``masses``."""
     low_rank, low_id = LOWEST, -1
     if before >= 0:
-        low_rank, low_id = (
-            _rank(_logit(row_logits, position, row_rules, ruled, before), temperature, ruled, NARROW),
-            before,
-        )
+        low_id = before
+        low_rank = rank_of(logit_of(row_logits, position, row_rules, ruled, before), temperature, ruled, NARROW)
     ids = _draw_tile(masses, turn, key_low, key_high, TILES) * TILE + tl.arange(0, TILE)
     x = tl.load(row_logits + ids, mask=ids < vocab, other=LOWEST).to(tl.float32)
-    x = _ruled(x, ids, position, row_rules, ruled)
+    x = apply_rules(x, ids, position, row_rules, ruled)
     _, token = _best_of_chunk(
-        x,
-        ids,
-        row_logits,
-        position,
-        row_rules,
-        ruled,
-        temperature,
-        largest,
-        min_p,
-        LOWEST,
-        low_rank,
-        low_id,
-        key_low,
-        key_high,
-        NARROW,
-        FAST,
-    )
+        x, ids, row_logits, position, row_rules, ruled, temperature, largest, min_p, LOWEST, low_rank, low_id, key_low,
+        key_high, NARROW, FAST,
+    )  # fmt: skip
     return token
 
 
@@ -424,12 +220,10 @@ def _draw_after(
 
 @triton.jit(do_not_specialize=["by_slot", "num_tiles"])
 def _pick_rows(
-    logits, row_stride, vocab, slots, positions, by_slot, rules, rules_stride,
-    temperatures, top_ks, top_ps, min_ps, seeds, wants_lse,
-    tile_max, tile_sum, tile_raw_max, tile_raw_sum, group_max,
-    row_task, row_max, row_sum, row_count, row_key, groups, chosen, lse, num_tiles,
-    SHIFT: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
-    TILES: tl.constexpr, GROUPS: tl.constexpr, DEPENDENT: tl.constexpr,
+    logits, row_stride, vocab, slots, positions, by_slot, rules, rules_stride, temperatures, top_ks, top_ps, min_ps,
+    seeds, wants_lse, tile_max, tile_sum, tile_raw_max, tile_raw_sum, group_max, row_task, row_max, row_sum, row_count,
+    row_key, groups, chosen, lse, num_tiles, SHIFT: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, TILE:
+    tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr, GROUPS: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One program: one row. ``row_task`` says what is left to do.
 
@@ -464,7 +258,7 @@ def _pick_rows(
     task = DONE
     if temperature > 0:
         if (top - top == 0) & ~has_nan:
-            top_k = _top_k_of(top_ks, slot, vocab)
+            top_k = top_k_of(top_ks, slot, vocab)
             top_p, min_p = tl.load(top_ps + slot), tl.load(min_ps + slot).to(tl.float32)
             tl.store(row_max + row, largest)
             if top_k > 0:
@@ -474,9 +268,9 @@ def _pick_rows(
                 group = tl.arange(0, GROUPS)
                 start = row * num_tiles * (TILE // GROUP)
                 exists = group < num_groups
-                keys = _key(tl.load(group_max + start + group, mask=exists, other=LOWEST), shift)
+                keys = key_of(tl.load(group_max + start + group, mask=exists, other=LOWEST), shift)
                 low = tl.min(tl.where(exists, keys, NO_TOKEN), 0).to(tl.int64)
-                high = tl.where(top_k < num_groups, _key(largest, shift).to(tl.int64), low)
+                high = tl.where(top_k < num_groups, key_of(largest, shift).to(tl.int64), low)
                 while low < high:
                     middle = low + (high - low + 1) // 2
                     is_enough = tl.sum((exists & (keys >= middle)).to(tl.int32), 0) >= top_k
@@ -489,22 +283,21 @@ def _pick_rows(
                 tl.store(row_key + row, tl.where(top_k < num_groups, low, KEY_OF_LOWEST >> shift).to(tl.int32))
             else:
                 sums = tl.load(tile_sum + place, mask=held, other=0.0)
-                masses = sums * _weights(maxima, largest, _inverse(temperature), FAST)
+                masses = sums * weights_of(maxima, largest, inverse_temperature(temperature), FAST)
                 tl.store(row_sum + row, tl.sum(masses, 0))
                 if min_p > 0:
                     task = MIN_P
                 else:
-                    low, high = _row_key(tl.load(seeds + slot), position)
+                    low, high = noise_key(tl.load(seeds + slot), position)
                     token = _draw_after(
                         INVALID, masses, 0, row_logits, position, row_rules, ruled, vocab, temperature, largest, 0.0,
-                        low, high,
-                        NARROW, FAST, TILE, TILES,
+                        low, high, NARROW, FAST, TILE, TILES,
                     )  # fmt: skip
                     task = tl.where(top_p < 1, TOP_P, DONE)
     elif not has_nan:
         ids = tl.min(tl.where(held & (maxima == largest), tile, NO_TOKEN), 0) * TILE + lane
         x = tl.load(row_logits + ids, mask=ids < vocab, other=LOWEST).to(tl.float32)
-        x = _ruled(x, ids, position, row_rules, ruled)
+        x = apply_rules(x, ids, position, row_rules, ruled)
         token = tl.min(tl.where(x == largest, ids, NO_TOKEN), 0)
     tl.store(chosen + row, token.to(tl.int64))
     tl.store(row_task + row, task)
@@ -516,10 +309,9 @@ def _pick_rows(
 @triton.jit(do_not_specialize=["by_slot", "num_tiles", "tiles_per_program"])
 def _weigh_tiles(
     logits, row_stride, vocab, slots, positions, by_slot, rules, rules_stride, temperatures, top_ps, min_ps, seeds,
-    row_task, row_max, row_sum, tile_max, chosen, tile_mass, chosen_again, tile_mass_again,
-    num_tiles, tiles_per_program,
-    AGAIN: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr,
-    DEPENDENT: tl.constexpr,
+    row_task, row_max, row_sum, tile_max, chosen, tile_mass, chosen_again, tile_mass_again, num_tiles,
+    tiles_per_program, AGAIN: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, TILES:
+    tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One program: a few tiles of one row: ``tile_mass`` gets, with top-p, the weights of what ranks above the token
     ``chosen``, with min-p those of what is kept. Tiles that can have none are not read.
@@ -539,7 +331,7 @@ def _weigh_tiles(
         temperature = tl.load(temperatures + slot).to(tl.float32)
         min_p = tl.load(min_ps + slot).to(tl.float32)
         top_p = tl.load(top_ps + slot)
-        scale = _inverse(temperature)
+        scale = inverse_temperature(temperature)
         largest = tl.load(row_max + row)
         row_logits = logits + row * row_stride
         token = tl.load(chosen + row).to(tl.int32)
@@ -548,14 +340,13 @@ def _weigh_tiles(
             total = tl.load(row_sum + row)
             tile = tl.arange(0, TILES)
             masses = tl.load(tile_mass + row * num_tiles + tile, mask=tile < num_tiles, other=0.0)
-            is_needed = (task == MIN_P) | ~_is_kept(tl.sum(masses, 0), total, _threshold(top_p))
+            is_needed = (task == MIN_P) | ~is_kept_by_top_p(tl.sum(masses, 0), total, threshold_of(top_p))
             if is_needed:
-                low, high = _row_key(tl.load(seeds + slot), position)
+                low, high = noise_key(tl.load(seeds + slot), position)
                 turn = tl.where(task == MIN_P, 0, 1)
                 token = _draw_after(
                     token, masses, turn, row_logits, position, row_rules, ruled, vocab, temperature, largest, min_p,
-                    low, high,
-                    NARROW, FAST, TILE, TILES,
+                    low, high, NARROW, FAST, TILE, TILES,
                 )  # fmt: skip
                 tl.store(chosen_again + row, token.to(tl.int64))
                 is_needed = (top_p < 1) & (token != NO_TOKEN)
@@ -563,13 +354,13 @@ def _weigh_tiles(
         if is_needed:
             floor = LOWEST
             if AGAIN | (task == TOP_P):
-                floor = _rank(_logit(row_logits, position, row_rules, ruled, token), temperature, ruled, NARROW)
+                floor = rank_of(logit_of(row_logits, position, row_rules, ruled, token), temperature, ruled, NARROW)
                 min_p = 0.0
             lane = tl.arange(0, TILE)
             start = tl.program_id(0) * tiles_per_program
             end = tl.minimum(start + tiles_per_program, num_tiles)
             place = row * num_tiles + start
-            can = _can_have(tl.load(tile_max + place), floor, min_p, largest, temperature, ruled, NARROW, FAST)
+            can = can_have(tl.load(tile_max + place), floor, min_p, largest, temperature, ruled, NARROW, FAST)
             ids = start * TILE + lane
             ahead = tl.load(row_logits + ids, mask=ids < tl.where(can, vocab, 0), other=LOWEST)
             for tile_id in range(start, end):
@@ -578,14 +369,14 @@ def _weigh_tiles(
                 # The next tile is on its way while this one is worked on.
                 place = row * num_tiles + tile_id
                 highest = tl.load(tile_max + place + 1, mask=tile_id + 1 < end, other=LOWEST)
-                can = _can_have(highest, floor, min_p, largest, temperature, ruled, NARROW, FAST) & (tile_id + 1 < end)
+                can = can_have(highest, floor, min_p, largest, temperature, ruled, NARROW, FAST) & (tile_id + 1 < end)
                 ids = (tile_id + 1) * TILE + lane
                 ahead = tl.load(row_logits + ids, mask=ids < tl.where(can, vocab, 0), other=LOWEST)
                 mass = 0.0
                 if has:
-                    weights = _weights(x, largest, scale, FAST)
+                    weights = weights_of(x, largest, scale, FAST)
                     if AGAIN | (task == TOP_P):
-                        is_in = _ranks_above(x, tile_id * TILE, lane, floor, token, temperature, ruled, NARROW, TILE)
+                        is_in = ranks_above(x, tile_id * TILE, lane, floor, token, temperature, ruled, NARROW, TILE)
                     else:
                         is_in = weights >= min_p
                     mass = tl.sum(tl.where(is_in, weights, 0.0), 0)
@@ -597,13 +388,13 @@ def _weigh_tiles(
 
 @triton.jit
 def _kth_key(
-    row_logits, position, row_rules, ruled, row_groups, num_chunks, count, vocab, k, low, high, shift,
-    TILE: tl.constexpr, GROUP: tl.constexpr,
+    row_logits, position, row_rules, ruled, row_groups, num_chunks, count, vocab, k, low, high, shift, TILE:
+    tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The key of the k-th largest logit of the listed groups, which is between ``low`` and ``high``, int64."""
     # The first chunk, with most rows the only one, is kept.
     x, _, held = _load_chunk(row_logits, position, row_rules, ruled, row_groups, 0, count, vocab, TILE, GROUP)
-    first_keys = tl.where(held, _key(x, shift), -(2**31))
+    first_keys = tl.where(held, key_of(x, shift), -(2**31))
     while low < high:
         middle = low + (high - low + 1) // 2
         found = (first_keys >= middle).to(tl.int32)
@@ -611,7 +402,7 @@ def _kth_key(
             x, _, held = _load_chunk(
                 row_logits, position, row_rules, ruled, row_groups, chunk, count, vocab, TILE, GROUP
             )
-            found += (held & (_key(x, shift) >= middle)).to(tl.int32)
+            found += (held & (key_of(x, shift) >= middle)).to(tl.int32)
         is_enough = tl.sum(found) >= k
         low = tl.where(is_enough, middle, low)
         high = tl.where(is_enough, high, middle - 1)
@@ -624,22 +415,21 @@ def _sum_of_listed(
     NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """The weights of tokens in the listed groups that rank above a given one, and not below ``floor``."""
-    scale = _inverse(temperature)
+    scale = inverse_temperature(temperature)
     total = tl.zeros((TILE // GROUP, GROUP), tl.float32)
     for chunk in range(tl.cdiv(count, TILE // GROUP)):
         x, ids, held = _load_chunk(row_logits, position, row_rules, ruled, row_groups, chunk, count, vocab, TILE, GROUP)
-        rank = _rank(x, temperature, ruled, NARROW)
-        is_in = held & (rank >= floor) & ~_up_to(rank, ids, last_rank, last_id)
-        total += tl.where(is_in, _weights(x, largest, scale, FAST), 0.0)
+        rank = rank_of(x, temperature, ruled, NARROW)
+        is_in = held & (rank >= floor) & ~ranks_up_to(rank, ids, last_rank, last_id)
+        total += tl.where(is_in, weights_of(x, largest, scale, FAST), 0.0)
     return tl.sum(total)
 
 
 @triton.jit
 def _best_of_listed(
     bounds, row_logits, position, row_rules, ruled, row_groups, count, vocab, temperature, largest, min_p, floor,
-    low_rank, low_id,
-    key_low, key_high,
-    NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
+    low_rank, low_id, key_low, key_high, NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP:
+    tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """The best token by score plus noise of those that may be chosen, and what a chunk can have at most from then on.
 
@@ -653,23 +443,9 @@ def _best_of_listed(
         chunk = tl.min(tl.where(bounds == peak, chunks, NO_TOKEN), 0)
         x, ids, _ = _load_chunk(row_logits, position, row_rules, ruled, row_groups, chunk, count, vocab, TILE, GROUP)
         value, token = _best_of_chunk(
-            x,
-            ids,
-            row_logits,
-            position,
-            row_rules,
-            ruled,
-            temperature,
-            largest,
-            min_p,
-            floor,
-            low_rank,
-            low_id,
-            key_low,
-            key_high,
-            NARROW,
-            FAST,
-        )
+            x, ids, row_logits, position, row_rules, ruled, temperature, largest, min_p, floor, low_rank, low_id,
+            key_low, key_high, NARROW, FAST,
+        )  # fmt: skip
         is_better = (value > best) | ((value == best) & (token < best_id))
         best = tl.where(is_better, value, best)
         best_id = tl.where(is_better, token, best_id)
@@ -682,23 +458,22 @@ def _best_of_listed(
 @triton.jit
 def _masses_above(
     row_logits, position, row_rules, ruled, row_max_of_tiles, num_tiles, vocab, temperature, largest, min_p, last_rank,
-    last_id,
-    NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, SPAN: tl.constexpr,
+    last_id, NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """The weights ``[TILES]`` of each tile's tokens that rank above a given one and that min-p keeps: SPAN tiles at
     once."""
-    scale = _inverse(temperature)
+    scale = inverse_temperature(temperature)
     all_tiles = tl.arange(0, TILES)
     masses = tl.zeros((TILES,), tl.float32)
     for start in range(0, num_tiles, SPAN):
         tiles = start + tl.arange(0, SPAN)
         highest = tl.load(row_max_of_tiles + tiles, mask=tiles < num_tiles, other=LOWEST)
-        is_needed = _rank(highest, temperature, ruled, NARROW) >= last_rank
+        is_needed = rank_of(highest, temperature, ruled, NARROW) >= last_rank
         ids = tiles[:, None] * TILE + tl.arange(0, TILE)[None, :]
         x = tl.load(row_logits + ids, mask=(ids < vocab) & is_needed[:, None], other=LOWEST).to(tl.float32)
-        x = _ruled(x, ids, position, row_rules, ruled)
-        is_in = ~_up_to(_rank(x, temperature, ruled, NARROW), ids, last_rank, last_id)
-        weights = _weights(x, largest, scale, FAST)
+        x = apply_rules(x, ids, position, row_rules, ruled)
+        is_in = ~ranks_up_to(rank_of(x, temperature, ruled, NARROW), ids, last_rank, last_id)
+        weights = weights_of(x, largest, scale, FAST)
         sums = tl.sum(tl.where(is_in & (weights >= min_p), weights, 0.0), 1)
         masses += tl.sum(tl.where(all_tiles[None, :] == tiles[:, None], sums[:, None], 0.0), 0)
     return masses
@@ -707,9 +482,8 @@ def _masses_above(
 @triton.jit
 def _finish_listed(
     row_logits, position, row_rules, ruled, row_groups, row_count, row_key, vocab, temperature, largest, min_p,
-    threshold, top_k, key_low, key_high,
-    SHIFT: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
-    TILES: tl.constexpr,
+    threshold, top_k, key_low, key_high, SHIFT: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, TILE:
+    tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """The token of a row with top-k, from the groups that are listed.
 
@@ -720,99 +494,69 @@ def _finish_listed(
     count = tl.load(row_count)
     num_chunks = tl.cdiv(count, TILE // GROUP)
     bounds = tl.where(chunks < num_chunks, HIGHEST, LOWEST)
-    lowest, highest = tl.load(row_key).to(tl.int64), _key(largest, shift).to(tl.int64)
+    lowest, highest = tl.load(row_key).to(tl.int64), key_of(largest, shift).to(tl.int64)
     kth = _kth_key(
-        row_logits,
-        position,
-        row_rules,
-        ruled,
-        row_groups,
-        num_chunks,
-        count,
-        vocab,
-        top_k,
-        lowest,
-        highest,
-        shift,
-        TILE,
-        GROUP,
-    )
+        row_logits, position, row_rules, ruled, row_groups, num_chunks, count, vocab, top_k, lowest, highest, shift,
+        TILE, GROUP,
+    )  # fmt: skip
     # What is known: nothing of a rank below ``floor`` is kept, nor are tokens up to ``low``.
-    floor = _rank(_value(kth, shift), temperature, ruled, NARROW)
+    floor = rank_of(value_of_key(kth, shift), temperature, ruled, NARROW)
     low_rank, low_id = LOWEST, -1
     total = 0.0
     if threshold >= 0:
         total = _sum_of_listed(
-            row_logits,
-            position,
-            row_rules,
-            ruled,
-            row_groups,
-            count,
-            vocab,
-            temperature,
-            largest,
-            floor,
-            LOWEST,
-            -1,
-            NARROW,
-            FAST,
-            TILE,
-            GROUP,
-        )
+            row_logits, position, row_rules, ruled, row_groups, count, vocab, temperature, largest, floor, LOWEST, -1,
+            NARROW, FAST, TILE, GROUP,
+        )  # fmt: skip
     token = NO_TOKEN
     is_searching = True
     while is_searching:
         token, bounds = _best_of_listed(
             bounds, row_logits, position, row_rules, ruled, row_groups, count, vocab, temperature, largest, min_p,
-            floor, low_rank, low_id,
-            key_low, key_high, NARROW, FAST, TILE, GROUP, TILES,
+            floor, low_rank, low_id, key_low, key_high, NARROW, FAST, TILE, GROUP, TILES,
         )  # fmt: skip
         is_searching = False
         if (threshold >= 0) & (token != NO_TOKEN):
-            low_rank, low_id = (
-                _rank(_logit(row_logits, position, row_rules, ruled, token), temperature, ruled, NARROW),
-                token,
-            )
+            low_id = token
+            low_rank = rank_of(logit_of(row_logits, position, row_rules, ruled, token), temperature, ruled, NARROW)
             above = _sum_of_listed(
-                row_logits, position, row_rules, ruled, row_groups, count, vocab, temperature, largest, floor,
-                low_rank, low_id,
-                NARROW, FAST, TILE, GROUP,
+                row_logits, position, row_rules, ruled, row_groups, count, vocab, temperature, largest, floor, low_rank,
+                low_id, NARROW, FAST, TILE, GROUP,
             )  # fmt: skip
-            is_searching = ~_is_kept(above, total, threshold)
+            is_searching = ~is_kept_by_top_p(above, total, threshold)
     return token
 
 
 @triton.jit
 def _search(
     is_searching, token, masses, turn, row_logits, position, row_rules, ruled, tile_max, total, num_tiles, vocab,
-    temperature, largest, min_p, threshold, key_low, key_high,
-    NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, SPAN: tl.constexpr,
+    temperature, largest, min_p, threshold, key_low, key_high, NARROW: tl.constexpr, FAST: tl.constexpr, TILE:
+    tl.constexpr, TILES: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """Draw from what ranks above ``token``, of which the tiles have ``masses``, and so on until a token is kept."""
     while is_searching:
         token = _draw_after(
-            token, masses, turn, row_logits, position, row_rules, ruled, vocab, temperature, largest, min_p,
-            key_low, key_high, NARROW, FAST, TILE, TILES,
+            token, masses, turn, row_logits, position, row_rules, ruled, vocab, temperature, largest, min_p, key_low,
+            key_high, NARROW, FAST, TILE, TILES,
         )  # fmt: skip
         turn += 1
         place = tl.minimum(token, vocab - 1)
-        rank = _rank(_logit(row_logits, position, row_rules, ruled, place), temperature, ruled, NARROW)
+        rank = rank_of(logit_of(row_logits, position, row_rules, ruled, place), temperature, ruled, NARROW)
         # Without top-p every token is kept, and no tile is read.
         rank = tl.where(threshold >= 0, rank, HIGHEST)
         masses = _masses_above(
-            row_logits, position, row_rules, ruled, tile_max, num_tiles, vocab, temperature, largest, min_p,
-            rank, token, NARROW, FAST, TILE, TILES, SPAN,
+            row_logits, position, row_rules, ruled, tile_max, num_tiles, vocab, temperature, largest, min_p, rank,
+            token, NARROW, FAST, TILE, TILES, SPAN,
         )  # fmt: skip
-        is_searching = ~_is_kept(tl.sum(masses, 0), total, threshold) & (token != NO_TOKEN)
+        is_searching = ~is_kept_by_top_p(tl.sum(masses, 0), total, threshold) & (token != NO_TOKEN)
     return token
 
 
 @triton.jit
 def _finish_drawn(
-    row_logits, position, row_rules, ruled, tile_max, tile_mass, tile_mass_again, first, again, total, num_tiles,
-    vocab, temperature, largest, min_p, threshold, key_low, key_high,
-    NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, TILES: tl.constexpr, SPAN: tl.constexpr,
+    row_logits, position, row_rules, ruled, tile_max, tile_mass, tile_mass_again, first, again, total, num_tiles, vocab,
+    temperature, largest, min_p, threshold, key_low, key_high, NARROW: tl.constexpr, FAST: tl.constexpr, TILE:
+    tl.constexpr, TILES: tl.constexpr, SPAN: tl.constexpr,
 ):  # fmt: skip
     """The token of a row without top-k: ``first`` if there is one and it is kept, ``again`` if that is, or another."""
     token = first
@@ -820,12 +564,12 @@ def _finish_drawn(
         # Not weighed so far.
         rank = LOWEST
         if first >= 0:
-            rank = _rank(_logit(row_logits, position, row_rules, ruled, first), temperature, ruled, NARROW)
+            rank = rank_of(logit_of(row_logits, position, row_rules, ruled, first), temperature, ruled, NARROW)
         masses = _masses_above(
-            row_logits, position, row_rules, ruled, tile_max, num_tiles, vocab, temperature, largest, min_p,
-            rank, first, NARROW, FAST, TILE, TILES, SPAN,
+            row_logits, position, row_rules, ruled, tile_max, num_tiles, vocab, temperature, largest, min_p, rank,
+            first, NARROW, FAST, TILE, TILES, SPAN,
         )  # fmt: skip
-        is_searching = (first < 0) | ~_is_kept(tl.sum(masses, 0), total, threshold)
+        is_searching = (first < 0) | ~is_kept_by_top_p(tl.sum(masses, 0), total, threshold)
         turn = tl.where(first < 0, 0, 1)
         token = _search(
             is_searching, first, masses, turn, row_logits, position, row_rules, ruled, tile_max, total, num_tiles,
@@ -834,28 +578,26 @@ def _finish_drawn(
     else:
         place = tl.arange(0, TILES)
         masses = tl.load(tile_mass + place, mask=place < num_tiles, other=0.0)
-        if (first < 0) | ~_is_kept(tl.sum(masses, 0), total, threshold):
+        if (first < 0) | ~is_kept_by_top_p(tl.sum(masses, 0), total, threshold):
             token = again
             if (threshold >= 0) & (token != NO_TOKEN):
                 masses = tl.load(tile_mass_again + place, mask=place < num_tiles, other=0.0)
-                is_searching = ~_is_kept(tl.sum(masses, 0), total, threshold)
+                is_searching = ~is_kept_by_top_p(tl.sum(masses, 0), total, threshold)
                 turn = tl.where(first < 0, 1, 2)
                 token = _search(
                     is_searching, again, masses, turn, row_logits, position, row_rules, NO_RULES, tile_max, total,
-                    num_tiles, vocab, temperature, largest, min_p, threshold, key_low, key_high,
-                    NARROW, FAST, TILE, TILES, SPAN,
+                    num_tiles, vocab, temperature, largest, min_p, threshold, key_low, key_high, NARROW, FAST, TILE,
+                    TILES, SPAN,
                 )  # fmt: skip
     return token
 
 
 @triton.jit(do_not_specialize=["by_slot", "num_tiles"])
 def _finish_rows(
-    logits, row_stride, vocab, slots, positions, by_slot, rules, rules_stride,
-    temperatures, top_ks, top_ps, min_ps, seeds,
-    row_task, row_max, row_sum, row_count, row_key, groups, tile_max, chosen, last_token,
-    tile_mass, chosen_again, tile_mass_again, num_tiles,
-    SHIFT: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, TILE: tl.constexpr, GROUP: tl.constexpr,
-    TILES: tl.constexpr, SPAN: tl.constexpr, DEPENDENT: tl.constexpr,
+    logits, row_stride, vocab, slots, positions, by_slot, rules, rules_stride, temperatures, top_ks, top_ps, min_ps,
+    seeds, row_task, row_max, row_sum, row_count, row_key, groups, tile_max, chosen, last_token, tile_mass,
+    chosen_again, tile_mass_again, num_tiles, SHIFT: tl.constexpr, NARROW: tl.constexpr, FAST: tl.constexpr, TILE:
+    tl.constexpr, GROUP: tl.constexpr, TILES: tl.constexpr, SPAN: tl.constexpr, DEPENDENT: tl.constexpr,
 ):  # fmt: skip
     """One program: one row. SPAN tiles at a time are read of rows that are read from end to end."""
     start_next(DEPENDENT)
@@ -871,24 +613,23 @@ def _finish_rows(
         temperature = tl.load(temperatures + slot).to(tl.float32)
         largest = tl.load(row_max + row)
         min_p = tl.load(min_ps + slot).to(tl.float32)
-        threshold = _threshold(tl.load(top_ps + slot))
-        key_low, key_high = _row_key(tl.load(seeds + slot), position)
+        threshold = threshold_of(tl.load(top_ps + slot))
+        key_low, key_high = noise_key(tl.load(seeds + slot), position)
         row_logits = logits + row * row_stride
         row_groups = groups + row * num_tiles * (TILE // GROUP)
         if task == TOP_K:
             token = _finish_listed(
-                row_logits, position, row_rules, ruled, row_groups, row_count + row, row_key + row, vocab,
-                temperature, largest, min_p, threshold,
-                tl.load(top_ks + slot), key_low, key_high, SHIFT, NARROW, FAST, TILE, GROUP, TILES,
+                row_logits, position, row_rules, ruled, row_groups, row_count + row, row_key + row, vocab, temperature,
+                largest, min_p, threshold, tl.load(top_ks + slot), key_low, key_high, SHIFT, NARROW, FAST, TILE, GROUP,
+                TILES,
             )  # fmt: skip
         else:
             again = tl.load(chosen_again + row).to(tl.int32)
             start = row * num_tiles
             token = _finish_drawn(
                 row_logits, position, row_rules, ruled, tile_max + start, tile_mass + start, tile_mass_again + start,
-                token, again,
-                tl.load(row_sum + row), num_tiles, vocab, temperature, largest, min_p, threshold, key_low, key_high,
-                NARROW, FAST, TILE, TILES, SPAN,
+                token, again, tl.load(row_sum + row), num_tiles, vocab, temperature, largest, min_p, threshold, key_low,
+                key_high, NARROW, FAST, TILE, TILES, SPAN,
             )  # fmt: skip
         token = tl.where(token == NO_TOKEN, INVALID, token)
         tl.store(chosen + row, token.to(tl.int64))
