@@ -21,6 +21,11 @@ def uses_triton(tensor: torch.Tensor) -> bool:
     return tensor.device.type != "cpu"
 
 
+def on_nvidia(tensor: torch.Tensor) -> bool:
+    """Whether kernels on ``tensor`` may use instructions of NVIDIA GPUs."""
+    return tensor.device.type == "cuda" and torch.version.hip is None
+
+
 def device_guard(tensor: torch.Tensor) -> AbstractContextManager:
     """Make ``tensor``'s device current: Triton launches on the current device, wherever its arguments live."""
     if tensor.device.type == "cpu":

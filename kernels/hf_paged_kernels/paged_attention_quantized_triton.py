@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import device_guard
+from .backend import device_guard, on_nvidia
 from .settings import LOG2_E, QuantizedSettings, is_short_query, multiprocessors, quantized_settings
 from .split_plan_triton import SplitPlan, make_split_plan_launch, merge_parts_launch, split_lengths
 from .tiles_triton import (
@@ -470,7 +470,6 @@ def quantized_paged_attention_launch(
     if out.numel() == 0:
         return out, lse
 
-    native = q.device.type == "cuda" and torch.version.hip is None
     is_split = is_short_query(group, max_query_len)
     chosen = settings or quantized_settings(q.device, max(head_dim, v_dim), group, max_query_len)
     block_q = max(1, chosen.block_m // group)
@@ -489,7 +488,7 @@ def quantized_paged_attention_launch(
     else:
         num_blocks = num_tokens // block_q + num_seqs
     num_programs = num_blocks * num_kv_heads
-    if is_split and native:
+    if is_split and on_nvidia(q):
         num_programs = min(num_programs, multiprocessors(q.device) * chosen.programs_per_sm)
     block_dv = max(16, triton.next_power_of_2(v_dim))
     scale_log2 = scale * LOG2_E if softcap is None else 2.0 * scale / softcap * LOG2_E
@@ -519,7 +518,7 @@ def quantized_paged_attention_launch(
             HAS_SOFTCAP=softcap is not None,
             HAS_SINKS=sinks is not None,
             PAIRS=pairs,
-            NATIVE=native,
+            NATIVE=on_nvidia(q),
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
         )  # fmt: skip

@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from . import sampling_reference
-from .backend import device_guard
+from .backend import device_guard, on_nvidia
 from .dependent_launch_triton import dependent_launch, start_next, wait_for_previous
 from .sampling_reference import tile_size
 from .sampling_scores_triton import (
@@ -672,7 +672,7 @@ def sample_tokens_launch(
     row_task, row_count, row_key = (new(num_rows, dtype=torch.int32) for _ in range(3))
     group_max, groups = new(num_rows, num_groups), new(num_rows, num_groups, dtype=torch.int32)
     shift = {torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0)
-    narrow, fast = shift > 0, logits.is_cuda and torch.version.cuda is not None
+    narrow, fast = shift > 0, on_nvidia(logits)
     tiles = triton.next_power_of_2(num_tiles)
     scanned, weighed = (max(1, min(most, num_rows * num_tiles // PROGRAMS)) for most in (SCAN_TILES, WEIGH_TILES))
     more = 1 if logits.element_size() < 4 else 2

@@ -1,0 +1,178 @@
+"""Compiles kernels for a Hopper GPU on a machine without one; run by ``test_compilation.py``, one family at a time.
+
+Launch functions run as they do on a GPU, on tensors in host memory, with a driver that compiles and launches nothing.
+"""
+
+import sys
+from collections.abc import Callable
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+COMPILED: list[str] = []
+
+
+class Driver:
+    """Stands for a GPU of capability 9.0."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+def compile_only(own_run: Callable) -> Callable:
+    """``JITFunction.run`` that launches nothing."""
+
+    def run(self, *args, grid, warmup=False, **kwargs):
+        kernel = own_run(self, *args, grid=grid, warmup=True, **kwargs)
+        COMPILED.append(self.fn.__name__)
+        return kernel
+
+    return run
+
+
+def pretend_hopper() -> None:
+    """Make the package see the GPU that the driver stands for."""
+    triton.runtime.driver.set_active(Driver())
+    JITFunction.run = compile_only(JITFunction.run)
+    from hf_paged_kernels import backend, dependent_launch_triton, settings
+
+    settings.multiprocessors = lambda device: 132
+    settings.shared_memory_limit = lambda device: 227 * 1024
+    settings.flash_backward_settings = lambda device, dim, v_dim, size: settings.choose_flash_backward_settings(
+        max(dim, v_dim), size, 227 * 1024, True
+    )
+    dependent_launch_triton.has_dependent_launch = lambda device: True
+    backend.on_nvidia = lambda tensor: True
+
+
+def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.zeros(shape, dtype=dtype)
+
+
+def decode_step(dim: int, page_dtype: torch.dtype = torch.bfloat16) -> tuple:
+    """``(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q)`` of two sequences, 8 query heads on 2."""
+    table, lens = new(2, 40, dtype=torch.int32), torch.tensor([600, 5], dtype=torch.int32)
+    cu = torch.tensor([0, 1, 2], dtype=torch.int32)
+    return new(2, 8, dim), *(new(50, 2, 16, dim, dtype=page_dtype) for _ in "kv"), table, lens, cu
+
+
+def attention() -> None:
+    """The Gluon kernel of each head dim, decode and prefill; the portable one."""
+    from hf_paged_kernels.attention_hopper_gluon import hopper_flash_launch, hopper_paged_launch
+    from hf_paged_kernels.flash_attention_backward_triton import flash_attention_backward_launch
+    from hf_paged_kernels.flash_attention_triton import flash_attention_launch
+    from hf_paged_kernels.merge_states_triton import merge_attention_states_launch
+    from hf_paged_kernels.paged_attention_triton import paged_attention_launch
+
+    options = (None, 0, None, None, 0.1)
+    for dim in (64, 128, 256):
+        step = decode_step(dim)
+        hopper_paged_launch(*step, 1, *options)
+        hopper_paged_launch(*step, 1, 100, 0, 20.0, new(8), 0.1)
+        hopper_paged_launch(*step, 300, *options)
+        k = new(1, 300, 2, dim)
+        hopper_flash_launch(new(1, 300, 8, dim), k, k, None, None, 300, *options)
+    paged_attention_launch(*decode_step(128), 1, *options)
+    q, k, lse = new(1, 300, 8, 128), new(1, 300, 2, 128), new(1, 8, 300, dtype=torch.float32)
+    flash_attention_launch(q, k, k, None, None, 300, *options)
+    flash_attention_backward_launch(q, k, k, q, lse, q, None, None, None, *options)
+    merge_attention_states_launch(q[0], lse[0], q[0], lse[0])
+
+
+def quantised() -> None:
+    """Attention over FP8 and INT8 pages: decode in Gluon, prefill."""
+    from hf_paged_kernels.paged_attention_quantized_gluon import quantized_splits_launch
+    from hf_paged_kernels.paged_attention_quantized_triton import quantized_paged_attention_launch
+
+    scale = new(50, 2, 16, dtype=torch.float32)
+    for dtype in (torch.int8, torch.float8_e4m3fn):
+        step = decode_step(128, dtype)
+        quantized_splits_launch(*step, 1, None, 0, None, None, 0.1, scale, scale)
+        quantized_paged_attention_launch(*step, 300, None, 0, None, None, 0.1, scale, scale)
+
+
+def linear() -> None:
+    """Linear layers of few and of more tokens, plain, gated and in parts."""
+    from hf_paged_kernels.batch_linear import choose_batch_linear
+    from hf_paged_kernels.batch_linear_gluon import (
+        batch_gated_linear_launch,
+        batch_linear_launch,
+        linear_parts_launch,
+    )
+    from hf_paged_kernels.small_linear import choose_small_linear
+    from hf_paged_kernels.small_linear_gluon import small_gated_linear_launch, small_linear_launch
+
+    for rows, columns in ((4096, 1024), (6144, 4096)):
+        weight = new(rows, columns)
+        for tokens in (1, 4, 16):
+            x = new(tokens, columns)
+            for gated in (False, True):
+                settings = choose_small_linear(tokens, rows, columns, gated, 2)
+                if settings is not None and gated:
+                    small_gated_linear_launch(x, weight, None, new(columns), 1e-5, settings)
+                elif settings is not None:
+                    small_linear_launch(x, weight, None, None, None, 1e-5, settings)
+        for tokens in (24, 64, 256):
+            x = new(tokens, columns)
+            for gated, in_parts in ((False, False), (True, False), (False, True)):
+                chosen = choose_batch_linear(tokens, rows, columns, gated, in_parts)
+                if chosen is not None:
+                    launch = batch_gated_linear_launch if gated else batch_linear_launch
+                    (linear_parts_launch if in_parts else launch)(x, weight, None, chosen)
+
+
+def small() -> None:
+    """What runs between matmuls, and around a step."""
+    from hf_paged_kernels.decode_inputs_triton import decode_inputs_launch, decode_rows_launch
+    from hf_paged_kernels.gated_activation_triton import gated_activation_launch
+    from hf_paged_kernels.pages_triton import copy_pages_launch, write_pages_launch
+    from hf_paged_kernels.rms_norm_triton import rms_norm_launch, rms_norm_parts_launch
+    from hf_paged_kernels.rotary_write_triton import rotary_write_launch
+
+    x, weight, index = new(5, 4096), new(4096), torch.arange(5)
+    rms_norm_launch(x, weight, 1e-5, 0.0, True, None)
+    rms_norm_launch(x, weight, 1e-5, 0.0, True, x)
+    rms_norm_parts_launch(new(3, 5, 4096, dtype=torch.float32), weight, 1e-5, 0.0, True, x)
+    gated_activation_launch(new(5, 8192), "silu", "gate_up")
+    q, k, cos, norm = new(5, 8, 128), new(5, 2, 128), new(5, 128), new(128)
+    pages = new(50, 2, 16, 128)
+    for weights in ((None, None), (norm, norm)):
+        rotary_write_launch(
+            q, k, k, cos, cos, False, *weights, 1e-5, 0.0, True, pages, pages.clone(), None, None, index
+        )
+    codes, scale = (pages.to(torch.float8_e4m3fn) for _ in "kv"), new(50, 2, 16, dtype=torch.float32)
+    rotary_write_launch(q, k, k, cos, cos, False, norm, norm, 1e-5, 0.0, True, *codes, scale, scale.clone(), index)
+    write_pages_launch(k, k, pages, pages.clone(), index)
+    copy_pages_launch(pages, pages.clone(), index, index + 5)
+    _, _, lens = decode_inputs_launch(index, index.clone(), index.clone())
+    decode_rows_launch(index, lens, new(6, 40, dtype=torch.int32), 16)
+
+
+def sampling() -> None:
+    """The choice of tokens."""
+    from hf_paged_kernels import sampling_triton
+
+    index, numbers = torch.zeros(3, dtype=torch.int64), new(3, dtype=torch.float64)
+    rules = new(3, 5000, dtype=torch.int64)
+    for dtype in (torch.bfloat16, torch.float32):
+        logits = new(3, 50_257, dtype=dtype)
+        sampling_triton.sample_tokens_launch(
+            logits, index, index, numbers, index, numbers, numbers, index, index, rules
+        )
+
+
+if __name__ == "__main__":
+    pretend_hopper()
+    globals()[sys.argv[1]]()
+    print(*sorted(set(COMPILED)))
