@@ -20,6 +20,9 @@ from .backend import device_guard
 from .dependent_launch_triton import dependent_launch, start_next, wait_for_previous
 from .settings import MAX_SPLITS, max_split_items, max_splits, split_plan_size
 
+FEW_PARTS = 8
+"""Sequences that can have no more parts are merged by a smaller kernel."""
+
 
 @triton.jit
 def split_lengths(num_keys):
@@ -189,7 +192,8 @@ def merge_parts_launch(
     with device_guard(out):
         _merge_parts[(plan.sequences.shape[0] // 2, num_kv_heads, rows)](
             parts, part_lse, plan.sequences, cu_seqlens_q, sinks, out, lse, *out.stride()[:2], lse.stride(0),
-            GROUP=group, PACK=pack, ROWS=rows, HEAD_DIM=head_dim, BLOCK_D=block_d, BLOCK_S=MAX_SPLITS,
+            GROUP=group, PACK=pack, ROWS=rows, HEAD_DIM=head_dim, BLOCK_D=block_d,
+            BLOCK_S=FEW_PARTS if plan.max_parts <= FEW_PARTS else MAX_SPLITS,
             HAS_SINKS=sinks is not None, num_warps=2 if block_d <= 256 else 8, **dependent_launch(out.device),
         )  # fmt: skip
 

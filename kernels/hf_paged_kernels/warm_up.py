@@ -65,15 +65,18 @@ def warm_up(kind: AttentionKind, device: torch.device | str) -> Iterator[str]:
     copy_pages_op(*pages, *(torch.tensor([page], dtype=torch.int32, device=device) for page in (0, 3)))
     yield "copy_pages"
 
-    # As wide as a table is that splits: a narrow one takes another path.
-    table = torch.zeros(1, max(4, 2048 // page_size), dtype=torch.int32, device=device)
+    # As wide as tables are that split: a narrow one takes another path, and a wide one another merge.
+    widths = [max(4, num_tokens // page_size) for num_tokens in (2048, 4096)]
+    table = torch.zeros(1, widths[1], dtype=torch.int32, device=device)
     table[0, 1] = 1
     seq_lens = torch.full((1,), tokens, dtype=torch.int32, device=device)
     for name, length, longest in (("paged_attention, prefill", tokens, 2048), ("paged_attention, decode", 1, 1)):
         cu_seqlens_q = torch.tensor([0, length], dtype=torch.int32, device=device)
-        out, lse = paged_attention_op(
-            q[:length], *pages, table, seq_lens, cu_seqlens_q, longest, window, 0, softcap, sinks, scale, *scales
-        )
+        for width in widths:
+            out, lse = paged_attention_op(
+                q[:length], *pages, table[:, :width].contiguous(), seq_lens, cu_seqlens_q, longest, window, 0, softcap,
+                sinks, scale, *scales,
+            )  # fmt: skip
         yield name
     merge_attention_states_op(out, lse, out, lse)
     yield "merge_attention_states"
