@@ -29,8 +29,9 @@ WITH_STATES = ((3, 0, 0), (0, 17, 0), (1, 0, 0), (1, 0, 0))
 def fuse(model: Any, config: EngineConfig, needs_lengths: bool, max_model_len: int) -> FusedModel:
     """Fuse what can be fused of a model that is on "paged_flash"."""
     core = small_core(model, dataclasses.replace(config, kv_dtype="auto", compile=False), needs_lengths)
-    steps = _make_steps(model, core, _last_position(model, max_model_len))
-    fused = fuse_model(model, core.cache, steps)
+    last_position = _last_position(model, max_model_len)
+    steps = _make_steps(model, core, last_position)
+    fused = fuse_model(model, core.cache, steps, max_model_len if last_position else 0)
     if len(fused):
         # Each module was proven by itself; this is what they hand to one another.
         own = [step.logits[-1] for step in steps]

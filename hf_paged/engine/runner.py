@@ -193,7 +193,8 @@ class Runner:
 
     def check_weights(self) -> None:
         """Forget what was captured if the model has changed since."""
-        if (self.graphs or self.chunk_graphs) and self._live.has_changed():
+        has_stale_tables = self.fused is not None and self.fused.has_stale_tables()
+        if (self.graphs or self.chunk_graphs) and (has_stale_tables or self._live.has_changed()):
             self.drop_graphs()
 
     def check_modules(self) -> bool:

@@ -41,6 +41,7 @@ from .patterns import (
 )
 from .proofs import prove_attention, prove_layer, prove_mlp, prove_simply
 from .recording import Recording, Step, record
+from .rotary import FusedRotary, rotary_unit
 from .weights import HELD, PackedLinears
 
 logger = logging.get_logger(__name__)
@@ -70,7 +71,7 @@ class FusedModel:
 
     @property
     def counts(self) -> dict[str, int]:
-        """Fused modules by kind: "layer", "attention", "mlp", "norm", "head"."""
+        """Fused modules by kind: "layer", "attention", "mlp", "norm", "rotary", "head"."""
         counts: dict[str, int] = {}
         for unit in self._units.values():
             counts[unit.kind] = counts.get(unit.kind, 0) + 1
@@ -122,6 +123,10 @@ class FusedModel:
             missing = len(self._units) - len(self._in_use)
             logger.info_once(f"{missing} of {len(self._units)} fused modules have changed, and run unfused.")
 
+    def has_stale_tables(self) -> bool:
+        """Whether tables are in use that a module would not give any more."""
+        return any(isinstance(unit, FusedRotary) and not unit.is_intact() for unit in self._in_use)
+
     def _is_packed(self, packed: PackedLinears) -> bool:
         if packed.is_current():
             return True
@@ -144,22 +149,23 @@ class FusedModel:
 
 
 @torch.no_grad()
-def fuse_model(model: nn.Module, cache: Any, steps: Sequence[Step]) -> FusedModel:
+def fuse_model(model: nn.Module, cache: Any, steps: Sequence[Step], num_positions: int = 0) -> FusedModel:
     """Find what can be fused, pack its weights, and prove each fused forward against the module's own.
 
     Args:
         model: as it runs in the engine.
         cache: an engine's cache, in whose pages the steps write.
         steps: a few short ones: prompts, decodes, positions far from the start.
+        num_positions: that a token can have; 0: not known.
     """
-    return _Builder(model, cache, record(model, cache, steps)).build()
+    return _Builder(model, cache, record(model, cache, steps), num_positions).build()
 
 
 class _Builder:
     """Goes from the parts to the whole: norms, MLPs and attention, layers."""
 
-    def __init__(self, model: nn.Module, cache: Any, recording: Recording) -> None:
-        self.model, self.cache, self.recording = model, cache, recording
+    def __init__(self, model: nn.Module, cache: Any, recording: Recording, num_positions: int) -> None:
+        self.model, self.cache, self.recording, self.num_positions = model, cache, recording, num_positions
         self.scope = Scope()
         self.units: dict[nn.Module, Unit] = {}
         self.refusals: dict[str, str] = {}
@@ -176,6 +182,7 @@ class _Builder:
         linears = {module: sum(type(x) is nn.Linear for x in module.children()) for module in modules}
         # One kind after the other: the memory that a layer's weights leave is that of the next layer's matrix.
         found: list[tuple[nn.Module, Callable[[nn.Module], Unit]]] = [(x, self._norm) for x in norms]
+        found += [(x, self._rotary) for x in modules if self._gives_position_embeddings(x)]
         found += [(x, self._mlp) for x in modules if x not in attention and linears[x] in (2, 3)]
         found += [(x, self._attention) for x in modules if x in attention]
         # Seconds, unless kernels are compiled for the first time.
@@ -208,6 +215,18 @@ class _Builder:
         unit = FusedNorm(self.scope, module, *self.formulas[kind])
         _refuse_if(prove_simply(unit, self.recording))
         return unit
+
+    def _gives_position_embeddings(self, module: nn.Module) -> bool:
+        """Whether attention was given what a module returned."""
+        call = self.recording.call(module)
+        given = [self.recording.call(x) for x in self.recording.attended]
+        out = None if call is None else call.output
+        return isinstance(out, tuple) and any(
+            x is not None and x.kwargs.get("position_embeddings") is out for x in given
+        )
+
+    def _rotary(self, module: nn.Module) -> Unit:
+        return rotary_unit(self.scope, module, self.recording, self.num_positions)
 
     def _mlp(self, module: nn.Module) -> Unit:
         parts = mlp_parts(module, self.recording)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import hf_paged
 from hf_paged.fusion import forwards
@@ -18,7 +19,7 @@ from test_decode_graphs import alone, config, make_engine, prompt
 from tiny_models import build, randomise, tiny_config
 
 LENGTHS = (1, 3, 9, 17, 30)
-WHOLE = {"layer": 3, "attention": 3, "mlp": 3, "norm": 7}
+WHOLE = {"layer": 3, "attention": 3, "mlp": 3, "norm": 7, "rotary": 1}
 """What is fused of three layers of Llama's kind."""
 COUNTS = {
     "llama": WHOLE,
@@ -26,10 +27,10 @@ COUNTS = {
     "qwen2": WHOLE,
     "phi3": WHOLE,
     "qwen3": WHOLE | {"norm": 13},
-    "gemma3_text": WHOLE | {"norm": 19},
+    "gemma3_text": {"layer": 3, "attention": 3, "mlp": 3, "norm": 19},
     "olmo2": WHOLE | {"norm": 13},
-    "mixtral": {"layer": 3, "attention": 3, "norm": 7},
-    "gpt_oss": {"layer": 3, "attention": 3, "norm": 7},
+    "mixtral": {"layer": 3, "attention": 3, "norm": 7, "rotary": 1},
+    "gpt_oss": {"layer": 3, "attention": 3, "norm": 7, "rotary": 1},
 }
 
 
@@ -368,7 +369,7 @@ def test_a_model_with_adapters_is_fused_around_them():
     wrapped = peft.get_peft_model(model, options).eval()
     expected = tokens_alone(wrapped)
     with engine_of(model) as engine:
-        assert engine.fused.counts == {"layer": 3, "mlp": 3, "norm": 7}
+        assert engine.fused.counts == {"layer": 3, "mlp": 3, "norm": 7, "rotary": 1}
         assert tokens_of(engine) == expected
 
 
@@ -408,7 +409,7 @@ def test_one_flat_buffer_of_all_weights_stays_one(order):
         parameter.data = part.view_as(parameter)
     with engine_of(model) as engine:
         assert ("larger storage" in repr(engine.fused)) == (order == -1)
-        assert engine.fused.counts == (WHOLE if order == 1 else {"layer": 3, "norm": 7})
+        assert engine.fused.counts == (WHOLE if order == 1 else {"layer": 3, "norm": 7, "rotary": 1})
         assert tokens_of(engine) == expected
     assert all(p.untyped_storage().data_ptr() == flat.untyped_storage().data_ptr() for p in parameters)
 
@@ -420,7 +421,7 @@ def test_memory_that_somebody_else_holds_is_left_alone(holder):
         other.load_state_dict(model.state_dict(), assign=True)
     held = model.state_dict() if holder == "state dict" else other.state_dict()
     with engine_of(model) as engine:
-        assert engine.fused.counts == {"layer": 3, "norm": 7}
+        assert engine.fused.counts == {"layer": 3, "norm": 7, "rotary": 1}
         assert "somebody else holds" in repr(engine.fused)
     assert all(held[name].data_ptr() == x.data_ptr() for name, x in model.state_dict().items())
 
@@ -564,7 +565,7 @@ def test_other_layers_are_refused(options):
         replace_class(layer, other_layer(**options))
     expected = tokens_alone(model)
     with engine_of(model) as engine:
-        assert engine.fused.counts == {"attention": 3, "mlp": 3, "norm": 7}
+        assert engine.fused.counts == {"attention": 3, "mlp": 3, "norm": 7, "rotary": 1}
         assert tokens_of(engine) == expected
 
 
@@ -589,7 +590,7 @@ def test_other_norms_are_refused(formula):
             replace_class(module, formula)
     expected = tokens_alone(model)
     with engine_of(model) as engine:
-        assert engine.fused.counts == {"attention": 3, "mlp": 3}
+        assert engine.fused.counts == {"attention": 3, "mlp": 3, "rotary": 1}
         assert tokens_of(engine) == expected
 
 
@@ -607,7 +608,7 @@ def test_other_weights_inside_are_not_overlooked():
     for layer in model.model.layers:
         layer.self_attn.extra = nn.Parameter(torch.ones(1))
     with engine_of(model) as engine:
-        assert engine.fused.counts == {"layer": 3, "mlp": 3, "norm": 7}
+        assert engine.fused.counts == {"layer": 3, "mlp": 3, "norm": 7, "rotary": 1}
 
 
 def test_patched_instances_are_refused():
@@ -630,6 +631,56 @@ def test_partial_and_interleaved_rotation(rotary):
 
 
 # Beside captured steps
+
+
+def rotary_of(model) -> nn.Module:
+    return model.model.rotary_emb
+
+
+def test_positions_are_looked_up_bit_for_bit():
+    model = tiny_model("llama")
+    x = torch.randn(1, 40, 8)
+    with engine_of(model) as engine:
+        unit = engine.fused._units[rotary_of(model)]
+        positions = torch.randint(0, len(unit.cos), (1, 40))
+        expected = type(unit.module).forward(unit.module, x, positions)
+        got = unit.forward(x, position_ids=positions)
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+        # Rows that fill up a batch have a position before the first one.
+        before, first = (unit.forward(x, torch.full((1, 3), position)) for position in (-1, 0))
+        assert torch.equal(before[0], first[0])
+        for others in (x.double(), positions), (x, positions.int()), (x, positions[None]), (x, positions, 0):
+            assert unit.forward(*others) is NotImplemented
+
+
+def stretched_by_the_longest(module, x, position_ids):
+    """As "longrope" does, which engines refuse by its name."""
+    module.longest = max(getattr(module, "longest", 0), int(position_ids.max()))
+    cos, sin = LlamaRotaryEmbedding.forward(module, x, position_ids)
+    return cos * (1 + module.longest / 100), sin
+
+
+def test_tables_that_change_with_the_longest_position_are_not_kept():
+    model = tiny_model("llama")
+    replace_class(rotary_of(model), stretched_by_the_longest)
+    with pytest.raises(ValueError, match="1 not: what it gives depends on more than the position"):
+        engine_of(model, self_check=False)
+
+
+@pytest.mark.parametrize("change", ["another", "in place"])
+def test_frequencies_that_change_are_seen(change):
+    model = tiny_model("qwen2")
+    with engine_of(model) as engine:
+        assert tokens_of(engine) == tokens_alone(model)
+        before = rotary_of(model).inv_freq
+        with torch.no_grad():
+            if change == "in place":
+                before.mul_(0.3)
+            else:
+                rotary_of(model).inv_freq = before * 0.3
+        assert engine.fused.has_stale_tables()
+        engine.refresh_weights()
+        assert tokens_of(engine) == tokens_alone(model)
 
 
 def test_captured_steps_are_dropped_when_fused_weights_move():
