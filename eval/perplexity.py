@@ -459,6 +459,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         print(format_report(report))
         if args.output is not None:
             args.output.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+    processes.end()
     return report
 
 

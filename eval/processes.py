@@ -50,6 +50,13 @@ class Processes:
         """Whether this process writes and prints."""
         return self.rank == 0
 
+    def end(self) -> None:
+        """Part from the others: a process that ends while the threads of its connections run may be aborted."""
+        if self.count > 1:
+            from accelerate import PartialState
+
+            PartialState().destroy_process_group()
+
     def gather(self, items: Sequence[Any]) -> list[Any]:
         """The items of all processes, in every process, those of process 0 first."""
         if self.count == 1:

@@ -289,6 +289,11 @@ def touch_attr(obj: Any, name: str) -> Any:
     return getattr(obj, name)
 
 
+def tensor_version(tensor: torch.Tensor) -> int:
+    """A number that changes with every change in place: PyTorch's name for it is as private."""
+    return touch_attr(tensor, "_version")
+
+
 # What generate() makes of a GenerationConfig
 
 

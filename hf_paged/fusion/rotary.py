@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ..transformers_internals import tensor_version
 from .forwards import Scope, Unit
 from .patterns import NotThisKind
 from .recording import Call, Recording
@@ -61,7 +62,7 @@ def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.T
 
 def state_of(module: nn.Module) -> list[tuple[int, int]]:
     """What tells that buffers are the same: addresses and versions."""
-    return [(id(buffer), buffer._version) for buffer in module.buffers()]
+    return [(id(buffer), tensor_version(buffer)) for buffer in module.buffers()]
 
 
 def rotary_unit(scope: Scope, module: nn.Module, recording: Recording, num_positions: int) -> FusedRotary:

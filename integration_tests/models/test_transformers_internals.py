@@ -367,6 +367,14 @@ def private_touches(tree: ast.Module) -> list[str]:
     return found
 
 
+def test_a_change_in_place_is_seen():
+    tensor = torch.zeros(3)
+    before = internals.tensor_version(tensor)
+    assert internals.tensor_version(tensor) == before
+    tensor.add_(1)
+    assert internals.tensor_version(tensor) != before
+
+
 def test_one_module_touches_private_names():
     paths = sorted(PACKAGE.rglob("*.py"))
     touches = {p.relative_to(PACKAGE).as_posix(): private_touches(ast.parse(p.read_text("utf-8"))) for p in paths}
