@@ -112,10 +112,7 @@ class EngineCore:
         self.model, self.config, self.clock, self.max_model_len = model, config, clock, max_model_len
         self.device = model.get_input_embeddings().weight.device
         self.num_parameters = sum(p.numel() for p in model.parameters())
-        head = model.get_output_embeddings()
-        self.vocab_size = max(
-            model.config.get_text_config(decoder=True).vocab_size, getattr(head, "out_features", None) or 0
-        )
+        self.vocab_size = model.config.get_text_config(decoder=True).vocab_size
         self.pool = PagePool(config.page_size, None, KV_DTYPES[config.kv_dtype])
         num_slots = config.max_num_seqs
         self.cache = EngineCache(model.config, self.pool, num_slots)
@@ -131,7 +128,9 @@ class EngineCore:
         for group, count in zip(groups, split_pages(num_pages, [g.num_layers for g in groups], useful)):
             group.allocator.grow(count)
         self.tables = SlotTables(self.slots, self.pages, self.device)
-        self.selector = TokenSelector(num_slots, self.vocab_size, self.device)
+        # Logits may be of more tokens than the vocabulary has.
+        num_logits = max(self.vocab_size, getattr(model.get_output_embeddings(), "out_features", None) or 0)
+        self.selector = TokenSelector(num_slots, num_logits, self.device)
         self.runner = Runner(model, self.cache, self.slots, self.tables, self.selector.sampling)
         if config.compile:
             self.runner.compiled = CompiledModules(model)

@@ -193,16 +193,20 @@ class Runner:
 
     def check_weights(self) -> None:
         """Forget what was captured if the model has changed since."""
-        has_stale_tables = self.fused is not None and self.fused.has_stale_tables()
-        if (self.graphs or self.chunk_graphs) and (has_stale_tables or self._live.has_changed()):
+        if (self.graphs or self.chunk_graphs) and self._has_changed():
             self.drop_graphs()
 
     def check_modules(self) -> bool:
         """Forget what was captured if weights, modules or adapters have changed since; returns whether they have."""
-        is_other = self._live.has_changed() or self._live.has_other_modules()
+        is_other = self._has_changed() or self._live.has_other_modules()
         if is_other:
             self.drop_graphs()
         return is_other
+
+    def _has_changed(self) -> bool:
+        """Whether weights are elsewhere, or frequencies of rotary embeddings are others, than they were."""
+        has_stale_tables = self.fused is not None and self.fused.has_stale_tables()
+        return has_stale_tables or self._live.has_changed()
 
     def _run_graph(self, work: StepWork) -> tuple[torch.Tensor, ...] | None:
         """The decode rows of a step; None: nothing was run."""

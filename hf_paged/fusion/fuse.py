@@ -182,7 +182,9 @@ class _Builder:
         linears = {module: sum(type(x) is nn.Linear for x in module.children()) for module in modules}
         # One kind after the other: the memory that a layer's weights leave is that of the next layer's matrix.
         found: list[tuple[nn.Module, Callable[[nn.Module], Unit]]] = [(x, self._norm) for x in norms]
-        found += [(x, self._rotary) for x in modules if self._gives_position_embeddings(x)]
+        calls = [call for x in attention if (call := self.recording.call(x)) is not None]
+        tables = {id(call.kwargs.get("position_embeddings")) for call in calls} - {id(None)}
+        found += [(x, self._rotary) for x in modules if id(self._output(x)) in tables]
         found += [(x, self._mlp) for x in modules if x not in attention and linears[x] in (2, 3)]
         found += [(x, self._attention) for x in modules if x in attention]
         # Seconds, unless kernels are compiled for the first time.
@@ -216,14 +218,9 @@ class _Builder:
         _refuse_if(prove_simply(unit, self.recording))
         return unit
 
-    def _gives_position_embeddings(self, module: nn.Module) -> bool:
-        """Whether attention was given what a module returned."""
+    def _output(self, module: nn.Module) -> Any:
         call = self.recording.call(module)
-        given = [self.recording.call(x) for x in self.recording.attended]
-        out = None if call is None else call.output
-        return isinstance(out, tuple) and any(
-            x is not None and x.kwargs.get("position_embeddings") is out for x in given
-        )
+        return None if call is None else call.output
 
     def _rotary(self, module: nn.Module) -> Unit:
         return rotary_unit(self.scope, module, self.recording, self.num_positions)

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from hf_paged_kernels.sampling_reference import sample_tokens_reference
-from transformers import GenerationConfig
 
 import hf_paged
 from hf_paged.engine import chunk_graphs, sampling
@@ -19,6 +18,8 @@ from hf_paged.engine.token_rules import TokenRules
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
 from explicit_models import tiny_model as tiny_model_without_eos
 from random_requests import tiny_model
+from test_decode_graphs import config, prompt, run_again
+from test_decode_graphs import make_engine as captured_engine
 
 MIX = [
     dict(),
@@ -35,20 +36,6 @@ CHANGED = [
 ]
 
 
-def config(new: int, **options) -> GenerationConfig:
-    return GenerationConfig(max_new_tokens=new, pad_token_id=0, **({"do_sample": False} | options))
-
-
-def prompt(length: int, seed: int = 0) -> list[int]:
-    return torch.randint(3, 90, (length,), generator=torch.Generator().manual_seed(seed)).tolist()
-
-
-def run_again(step, slots):
-    """Stands for a capture: the step itself, over the same static buffer."""
-    step(slots)
-    return lambda: step(slots)
-
-
 def submit_mix(engine: hf_paged.Engine, new: int, logprobs: int | None = None) -> list:
     return [
         engine.submit(prompt(4 + 5 * i, i), generation_config=config(new + i, **options), seed=i, logprobs=logprobs)
@@ -58,11 +45,9 @@ def submit_mix(engine: hf_paged.Engine, new: int, logprobs: int | None = None) -
 
 def make_engine(model, *, captured: bool) -> hf_paged.Engine:
     options = dict(num_pages=64, page_size=8, max_num_seqs=4, max_batch_tokens=32, self_check=False)
-    engine = hf_paged.Engine(model, hf_paged.EngineConfig(**options), background=False)
     if captured:
-        assert engine._core.use_graphs(run_again) is None
-        engine._core.runs_ahead = True
-    return engine
+        return captured_engine(model, **options)
+    return hf_paged.Engine(model, hf_paged.EngineConfig(**options), background=False)
 
 
 @pytest.fixture(scope="module")

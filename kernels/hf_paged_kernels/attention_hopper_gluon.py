@@ -62,6 +62,9 @@ def view(smem, DTYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
     return seen
 
 
+# What a program does next
+
+
 @gluon.jit
 def _schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
     """The scheduler warp: finds out what this program does next and hands it out, a tile ahead of the others.
@@ -204,6 +207,9 @@ def _find_work(
     return seq, head, first_token, query_len, q_start, num_keys, k_start, start, stop, place, num_parts
 
 
+# Copies: the producer warps
+
+
 @gluon.jit
 def _find_pages(table_row, key, start, stop, PAGE_SIZE: gl.constexpr, CHUNKS: gl.constexpr, CHUNK: gl.constexpr):
     """The pages of a tile's chunks. Outside of start..stop the table may hold anything: -1 is given."""
@@ -300,6 +306,9 @@ def _produce(tensors, OPERAND: gl.constexpr, OPTIONS: gl.constexpr):
                     count += 1
         turn += 1
         seq, head, first_token, _query_len, q_start, _num_keys, k_start, start, stop, _, _ = _receive(turn, queue)
+
+
+# Arithmetic: the consumer warp groups
 
 
 @gluon.jit
@@ -571,6 +580,9 @@ def _consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
         seq, head, first_token, query_len, q_start, num_keys, _k_start, start, stop, place, num_parts = _receive(
             turn, queue
         )
+
+
+# The kernel, and its launch
 
 
 LENGTHS = [

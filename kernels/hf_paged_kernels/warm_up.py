@@ -66,11 +66,13 @@ def warm_up(kind: AttentionKind, device: torch.device | str) -> Iterator[str]:
     yield "copy_pages"
 
     # As wide as tables are that split: a narrow one takes another path, and a wide one another merge.
-    widths = [max(4, num_tokens // page_size) for num_tokens in (2048, 4096)]
-    table = torch.zeros(1, widths[1], dtype=torch.int32, device=device)
+    narrow, wide = (max(4, num_tokens // page_size) for num_tokens in (2048, 4096))
+    table = torch.zeros(1, wide, dtype=torch.int32, device=device)
     table[0, 1] = 1
     seq_lens = torch.full((1,), tokens, dtype=torch.int32, device=device)
-    for name, length, longest in (("paged_attention, prefill", tokens, 2048), ("paged_attention, decode", 1, 1)):
+    for name, length, longest, widths in (
+        ("paged_attention, prefill", tokens, 2048, [narrow]), ("paged_attention, decode", 1, 1, [narrow, wide]),
+    ):  # fmt: skip
         cu_seqlens_q = torch.tensor([0, length], dtype=torch.int32, device=device)
         for width in widths:
             out, lse = paged_attention_op(
