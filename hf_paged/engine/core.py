@@ -161,11 +161,12 @@ class EngineCore:
         if self.runner.needs_lengths:
             reason = "the model computes keys behind the cache"
         if reason is None:
-            capture = capture or CudaCapture(self.config.compile)  # one pool of memory for all
+            # A pool of memory for each kind: what a decode step gave is read when a chunk of the same step has run.
+            captures = [capture or CudaCapture(self.config.compile) for _ in range(2)]
             runner, device = self.runner, self.device
-            graphs = DecodeGraphs(runner.static_decode, self.slots.num_slots, device, capture)
+            graphs = DecodeGraphs(runner.static_decode, self.slots.num_slots, device, captures[0])
             sizes = chunk_sizes(self.config.max_batch_tokens, self.num_parameters)
-            runner.use_graphs(graphs, ChunkGraphs(runner.static_chunk, self.slots, sizes, device, capture))
+            runner.use_graphs(graphs, ChunkGraphs(runner.static_chunk, self.slots, sizes, device, captures[1]))
         return reason
 
     def on_device(self) -> AbstractContextManager:

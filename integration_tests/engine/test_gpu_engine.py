@@ -87,6 +87,30 @@ def test_captured_chunks_of_prompts_give_the_tokens_of_generate(family):
         assert graphs._replays == made, "a graph was captured again"
 
 
+def test_what_a_decode_step_gave_is_whole_when_a_chunk_of_the_same_step_has_run(model):
+    """Chunks are captured first, and leave memory that decode steps would take if it was theirs to take."""
+    prompts = [prompt(n, n) for n in (20, 33, 7, 50, 15, 41, 28, 3, 60, 11, 36, 24)]
+    expected = [alone(model, ids, 30) for ids in prompts]
+    with make_engine(model, num_pages=400, prefix_caching=False) as engine:
+        engine._core.runner.chunk_graphs.warm_up()
+        engine.warm_up()
+        handles = []
+        for ids in prompts:
+            handles.append(engine.submit(ids, generation_config=config(30), logprobs=0))
+            for _ in range(3):
+                engine.step()
+        while engine.step():
+            pass
+        for handle, ids, tokens in zip(handles, prompts, expected):
+            output = handle.result()
+            assert output.token_ids == tokens
+            with torch.no_grad():
+                logits = model(torch.tensor([ids + tokens], device="cuda")).logits[0, len(ids) - 1 : -1]
+            wanted = logits.log_softmax(-1).gather(1, torch.tensor(tokens, device="cuda")[:, None])[:, 0]
+            got = torch.tensor([entry.logprob for entry in output.logprobs], device="cuda")
+            torch.testing.assert_close(got, wanted, atol=1e-4, rtol=0)
+
+
 def test_graphs_are_captured_again_after_all_were_dropped(model):
     ids = prompt(20)
     expected = alone(model, ids, 12)
