@@ -310,12 +310,48 @@ class PreparedGeneration:
     criteria: StoppingCriteriaList
 
 
+PLAIN_TYPES = frozenset({type(None), bool, int, float, str})
+MAX_RESOLVED = 64
+_RESOLVED: dict[tuple[str, str], GenerationConfig] = {}
+
+
 def resolve_generation_config(
     model: Any, generation_config: GenerationConfig | None, **kwargs: Any
 ) -> tuple[GenerationConfig, dict[str, Any]]:
-    """A copy of a config completed by the model's own defaults, as ``generate()`` does it, and unused keywords."""
+    """A copy of a config completed by the model's own defaults, as ``generate()`` does it, and unused keywords.
+
+    Most requests have the same config but for ``max_new_tokens``, which is handed through where it is given: the rest
+    is remembered.
+    """
     touch(GenerationMixin, "_prepare_generation_config")
-    return model._prepare_generation_config(generation_config, **kwargs)
+    is_usual = type(model)._prepare_generation_config is GenerationMixin._prepare_generation_config
+    given, own = generation_config, model.generation_config
+    may_remember = is_usual and not kwargs and given is not None and given.max_new_tokens is not None
+    if not may_remember or not (_is_written_out(given) and _is_written_out(own)):
+        return model._prepare_generation_config(generation_config, **kwargs)
+    # As text: 1, 1.0 and True are different values, and what changes in place is seen.
+    key = repr(vars(given) | {"max_new_tokens": 1}), repr(vars(own))
+    known = _RESOLVED.get(key)
+    if known is None:
+        known = model._prepare_generation_config(generation_config)[0]
+        if len(_RESOLVED) >= MAX_RESOLVED:
+            _RESOLVED.clear()
+        _RESOLVED[key] = known
+    config = copy.copy(known)
+    for name, value in vars(config).items():
+        if isinstance(value, list):
+            setattr(config, name, value.copy())
+    config.max_new_tokens = given.max_new_tokens
+    config.validate()
+    return config, {}
+
+
+def _is_written_out(config: Any) -> bool:
+    """Whether a config's text says all that it holds."""
+    return type(config) is GenerationConfig and all(
+        type(value) in PLAIN_TYPES or (type(value) is list and PLAIN_TYPES.issuperset(map(type, value)))
+        for value in vars(config).values()
+    )
 
 
 def prepare_generation(

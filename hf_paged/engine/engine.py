@@ -238,7 +238,7 @@ class Engine:
             if seed is None and self.config.seed is not None:
                 seed = (self.config.seed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03) % SEEDS
             rules = TokenRules.make(
-                self.model, generation_config, prompt_ids=prompt.tolist(), logits_processor=logits_processor,
+                self.model, generation_config, prompt_ids=prompt, logits_processor=logits_processor,
                 stopping_criteria=stopping_criteria, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn, seed=seed,
                 tokenizer=tokenizer, logprobs=logprobs, prompt_logprobs=prompt_logprobs,
             )  # fmt: skip

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from hf_paged_kernels.sampling_reference import MAX_BIASES
 from transformers import (
@@ -148,14 +149,13 @@ class TokenRules:
         """
         if generation_config is not None and not isinstance(generation_config, GenerationConfig):
             raise TypeError(f"generation_config is {generation_config!r}: a GenerationConfig or None is accepted.")
-        tokens = _checked_prompt(model, prompt_ids)
+        prompt = _checked_prompt(model, prompt_ids)
         processors = _checked_callables("logits_processor", logits_processor)
         criteria = _checked_callables("stopping_criteria", stopping_criteria)
         if prefix_allowed_tokens_fn is not None and not callable(prefix_allowed_tokens_fn):
             raise TypeError(
                 f"prefix_allowed_tokens_fn is {prefix_allowed_tokens_fn!r}: a callable or None is accepted."
             )
-        prompt = torch.tensor([tokens], dtype=torch.int64)
 
         def prepared(prompt: torch.Tensor) -> PreparedGeneration:
             return prepare_generation(
@@ -390,23 +390,30 @@ def _plain_sampling(processors: Sequence[Any], do_sample: bool) -> Sampling | No
     return Sampling(do_sample=do_sample, **values)
 
 
-def _checked_prompt(model: Any, prompt_ids: Any) -> list[int]:
-    """The prompt as a list of ints.
+def _checked_prompt(model: Any, prompt_ids: Any) -> torch.Tensor:
+    """The prompt, int64 ``[1, L]`` on the host.
 
     Raises:
         ValueError: it is empty, not one sequence, or has an id outside the vocabulary.
     """
-    tokens = prompt_ids.tolist() if hasattr(prompt_ids, "tolist") else list(prompt_ids)
-    if not tokens:
-        raise ValueError("prompt_ids is empty: at least one token is needed (the model's bos_token_id, for example).")
-    if not all(isinstance(token, int) for token in tokens):
-        raise ValueError(f"prompt_ids is one sequence of token ids [L]; got {type(prompt_ids).__name__} {tokens[:3]}.")
     embeddings = model.get_input_embeddings()
     vocab_size = getattr(embeddings, "num_embeddings", None) or model.config.get_text_config().vocab_size
-    if min(tokens) < 0 or max(tokens) >= vocab_size:
+    if isinstance(prompt_ids, np.ndarray) and prompt_ids.ndim == 1 and prompt_ids.dtype == np.int64:
+        tokens = prompt_ids
+        is_within = not len(tokens) or (tokens.min() >= 0 and tokens.max() < vocab_size)
+    else:
+        tokens = prompt_ids.tolist() if hasattr(prompt_ids, "tolist") else list(prompt_ids)
+        if not all(issubclass(kind, int) for kind in set(map(type, tokens))):
+            raise ValueError(
+                f"prompt_ids is one sequence of token ids [L]; got {type(prompt_ids).__name__} {tokens[:3]}."
+            )
+        is_within = not tokens or (min(tokens) >= 0 and max(tokens) < vocab_size)
+    if not len(tokens):
+        raise ValueError("prompt_ids is empty: at least one token is needed (the model's bos_token_id, for example).")
+    if not is_within:
         bad = next(token for token in tokens if not 0 <= token < vocab_size)
         raise ValueError(f"prompt_ids has {bad}: ids from 0 to {vocab_size - 1} are accepted.")
-    return tokens
+    return torch.tensor(tokens, dtype=torch.int64)[None]
 
 
 def _checked_callables(name: str, objects: Sequence[Any] | None) -> list[Any]:

@@ -450,6 +450,65 @@ def test_prepared_as_generate_prepares_it(options):
     assert torch.equal(got.processors(ids, scores.clone()), expected_scores)
 
 
+def resolved_by_transformers(model, config) -> dict:
+    return vars(model._prepare_generation_config(config)[0])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(do_sample=True, temperature=1.0, top_k=5),
+        dict(temperature=1, eos_token_id=[3, 4]),
+        dict(bad_words_ids=[[1, 2]], suppress_tokens=[5]),
+        dict(custom_entry=3),
+        dict(eos_token_id=torch.tensor([3, 4])),
+    ],
+    ids=str,
+)
+def test_a_remembered_config_is_resolved_as_a_new_one(options):
+    model = tiny_model("llama", "eager", num_hidden_layers=1)
+    model.generation_config.top_p = 0.7
+    configs = [GenerationConfig(max_new_tokens=n, **options) for n in (4, 9, 4, 1)]
+    for config in configs:
+        given = str(vars(config))
+        got = internals.resolve_generation_config(model, config)[0]
+        assert str(vars(got)) == str(resolved_by_transformers(model, config))
+        # Nobody else gets what a request does to its own.
+        got.top_k, got.eos_token_id = 77, 78
+        if isinstance(got.suppress_tokens, list):
+            got.suppress_tokens.append(9)
+        assert str(vars(config)) == given
+    # Values in place, of the request or of the model, count as they are now.
+    changed = configs[0]
+    changed.suppress_tokens = [6]
+    for _ in range(2):
+        got = internals.resolve_generation_config(model, changed)[0]
+        assert str(vars(got)) == str(resolved_by_transformers(model, changed))
+        changed.suppress_tokens.append(8)
+        model.generation_config.top_p = 0.6
+
+
+def test_a_remembered_config_is_checked():
+    model = tiny_model("llama", "eager", num_hidden_layers=1)
+    internals.resolve_generation_config(model, GenerationConfig(max_new_tokens=4, top_k=3))
+    config = GenerationConfig(max_new_tokens=4, top_k=3)
+    config.max_new_tokens = 0
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        internals.resolve_generation_config(model, config)
+
+
+def test_a_model_that_resolves_configs_itself_does_so_each_time(monkeypatch):
+    model = tiny_model("llama", "eager", num_hidden_layers=1)
+    internals.resolve_generation_config(model, GenerationConfig(max_new_tokens=4))
+
+    def own(self, generation_config, **kwargs):
+        return GenerationConfig(max_new_tokens=2), {}
+
+    monkeypatch.setattr(type(model), "_prepare_generation_config", own)
+    got = internals.resolve_generation_config(model, GenerationConfig(max_new_tokens=4))[0]
+    assert got.max_new_tokens == 2
+
+
 @pytest.mark.parametrize("num_beams", [1, 2])
 def test_processors_of_a_batch_serve_its_rows(num_beams):
     """Each row alone gets the scores that it gets in its batch; the processors of the batch stay as they are."""

@@ -22,6 +22,8 @@ from .settings import MAX_SPLITS, max_split_items, max_splits, split_plan_size
 
 FEW_PARTS = 8
 """Sequences that can have no more parts are merged by a smaller kernel."""
+MERGED_ROWS = 2
+"""Rows that a program merges: a warp for 128 columns of each."""
 
 
 @triton.jit
@@ -94,6 +96,29 @@ def _plan_splits(
     tl.store(sequences + 2 * seq + 1, count, mask=held)
 
 
+@triton.jit
+def _load_parts(
+    parts, part_lse, first, place, num_parts, kv_head, row, valid, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D:
+    tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    """Maxima, sums and sums of values of CHUNK parts from ``first`` on, which are all asked for at once."""
+    columns = tl.arange(0, BLOCK_D)
+    maxima, sums, values = (), (), ()
+    for i in tl.static_range(CHUNK):
+        held = valid & (first + i < num_parts)
+        slot = tl.cast((place + first + i) * tl.num_programs(1) + kv_head, tl.int64) * ROWS
+        maxima += (tl.load(part_lse + 2 * slot + row, mask=held, other=float("-inf")),)
+        sums += (tl.load(part_lse + 2 * slot + ROWS + row, mask=held, other=0.0),)
+        values += (
+            tl.load(
+                parts + (slot + row)[:, None] * HEAD_DIM + columns[None, :],
+                mask=held[:, None] & (columns < HEAD_DIM)[None, :],
+                other=0.0,
+            ),
+        )
+    return maxima, sums, values
+
+
 @triton.jit(do_not_specialize=["stride_lh"])
 def _merge_parts(
     parts,
@@ -109,58 +134,71 @@ def _merge_parts(
     GROUP: tl.constexpr,
     PACK: tl.constexpr,
     ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_S: tl.constexpr,
+    MOST_PARTS: tl.constexpr,
+    CHUNK: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One program: one row of a sequence and key/value head. Parts are added in an order that the row alone decides."""
+    """One program: some rows of a sequence and key/value head. Parts are added one after the other: the bits of a row
+    depend on nothing but the row."""
     start_next(DEPENDENT)
     seq = tl.program_id(0)
     kv_head = tl.program_id(1)
-    row = tl.program_id(2)
+    first_row = tl.program_id(2) * BLOCK_R
+    row = first_row + tl.arange(0, BLOCK_R)
     # Loads that wait for one another are most of what this kernel costs: all of the plan at once, before the wait.
     place = tl.load(sequences + 2 * seq)
     num_parts = tl.load(sequences + 2 * seq + 1)
     q_start = tl.load(cu_seqlens_q + seq)
     query_len = tl.load(cu_seqlens_q + seq + 1) - q_start
-    token = row // PACK
     wait_for_previous(DEPENDENT)
-    if (num_parts <= 1) | (token >= query_len) | (row % PACK >= GROUP):
-        return  # its only split has written the result, or there is no such row
+    if (num_parts <= 1) | (first_row // PACK >= query_len):
+        return  # its only split has written the result, or there are no such rows
+    token = row // PACK
     head = kv_head * GROUP + row % PACK
-    splits = tl.arange(0, BLOCK_S)
-    held = splits < num_parts
-    columns = tl.arange(0, BLOCK_D)
-    slots = tl.cast((place + splits) * tl.num_programs(1) + kv_head, tl.int64)
-    maxima = tl.load(part_lse + slots * 2 * ROWS + row, mask=held, other=float("-inf"))
-    sums = tl.load(part_lse + (slots * 2 + 1) * ROWS + row, mask=held, other=0.0)
-    # [BLOCK_S, BLOCK_D]
-    tile = tl.load(
-        parts + ((slots * ROWS + row) * HEAD_DIM)[:, None] + columns[None, :],
-        mask=held[:, None] & (columns < HEAD_DIM)[None, :],
-        other=0.0,
+    valid = (token < query_len) & (row % PACK < GROUP)
+    maxima, sums, values = _load_parts(
+        parts, part_lse, 0, place, num_parts, kv_head, row, valid, ROWS, HEAD_DIM, BLOCK_D, CHUNK
     )
-    top = tl.max(maxima, 0)
-    total = top * 0.0
+    # The largest maximum is the same in any order.
+    part = tl.arange(0, MOST_PARTS)
+    slots = tl.cast((place + part) * tl.num_programs(1) + kv_head, tl.int64) * ROWS
+    all_maxima = tl.load(
+        part_lse + 2 * slots[None, :] + row[:, None],
+        mask=valid[:, None] & (part < num_parts)[None, :],
+        other=float("-inf"),
+    )
+    top = tl.max(all_maxima, 1)
     if HAS_SINKS:
-        sink = tl.load(sinks + head).to(tl.float32) * 1.4426950408889634
+        sink = tl.load(sinks + head, mask=valid, other=0.0).to(tl.float32) * 1.4426950408889634
         top = tl.maximum(top, sink)
-        total = tl.exp2(sink - top)
     pivot = tl.where(top == float("-inf"), 0.0, top)
-    if not HAS_SINKS:
-        total = pivot * 0.0
-    weights = tl.exp2(maxima - pivot)
-    total += tl.sum(weights * sums, 0)
+    total = pivot * 0.0
+    if HAS_SINKS:
+        total = tl.exp2(sink - pivot)
+    result = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
+    for first in range(0, num_parts, CHUNK):
+        if first > 0:
+            maxima, sums, values = _load_parts(
+                parts, part_lse, first, place, num_parts, kv_head, row, valid, ROWS, HEAD_DIM, BLOCK_D, CHUNK
+            )
+        for i in tl.static_range(CHUNK):
+            weight = tl.exp2(maxima[i] - pivot)
+            total += weight * sums[i]
+            result += weight[:, None] * values[i]
+    columns = tl.arange(0, BLOCK_D)
     safe = tl.where(total == 0.0, 1.0, total)
-    result = tl.sum(weights[:, None] * tile, 0) / safe
     packed = tl.cast(q_start + token, tl.int64)
     tl.store(
-        out + packed * stride_ot + head * stride_oh + columns, result.to(out.dtype.element_ty), mask=columns < HEAD_DIM
+        out + (packed * stride_ot + head * stride_oh)[:, None] + columns[None, :],
+        (result / safe[:, None]).to(out.dtype.element_ty),
+        mask=valid[:, None] & (columns < HEAD_DIM)[None, :],
     )
     row_lse = tl.where(total == 0.0, float("-inf"), (pivot + tl.log2(safe)) * 0.6931471805599453)
-    tl.store(lse + head * stride_lh + packed, row_lse)
+    tl.store(lse + head * stride_lh + packed, row_lse, mask=valid)
 
 
 def merge_parts_launch(
@@ -189,12 +227,14 @@ def merge_parts_launch(
     rows, head_dim = parts.shape[1:]
     num_kv_heads = out.shape[1] // group
     block_d = triton.next_power_of_2(head_dim)
+    block_r = min(triton.next_power_of_2(rows), MERGED_ROWS)
+    is_few = plan.max_parts <= FEW_PARTS
     with device_guard(out):
-        _merge_parts[(plan.sequences.shape[0] // 2, num_kv_heads, rows)](
+        _merge_parts[(plan.sequences.shape[0] // 2, num_kv_heads, triton.cdiv(rows, block_r))](
             parts, part_lse, plan.sequences, cu_seqlens_q, sinks, out, lse, *out.stride()[:2], lse.stride(0),
-            GROUP=group, PACK=pack, ROWS=rows, HEAD_DIM=head_dim, BLOCK_D=block_d,
-            BLOCK_S=FEW_PARTS if plan.max_parts <= FEW_PARTS else MAX_SPLITS,
-            HAS_SINKS=sinks is not None, num_warps=2 if block_d <= 256 else 8, **dependent_launch(out.device),
+            GROUP=group, PACK=pack, ROWS=rows, BLOCK_R=block_r, HEAD_DIM=head_dim, BLOCK_D=block_d,
+            MOST_PARTS=FEW_PARTS if is_few else MAX_SPLITS, CHUNK=FEW_PARTS if is_few else 2 * FEW_PARTS,
+            HAS_SINKS=sinks is not None, num_warps=block_r * max(1, block_d // 128), **dependent_launch(out.device),
         )  # fmt: skip
 
 
