@@ -11,8 +11,8 @@ Whoever decodes waits for the chunks of a mixed step. So it computes few prompt 
 long as few are queued, and more with the square of their number, up to the whole budget: then more sequences wait for
 prompts than are slowed down by them::
 
-    queued prompt tokens, in whole budgets     1/4    1/2     1     2 and more
-    computed in a mixed step                   1/64   1/16   1/4    1
+    queued prompt tokens, in whole budgets     1/4    1/2    1     1.4 and more
+    computed in a mixed step                   1/32   1/8    1/2   1
 """
 
 import heapq
@@ -31,7 +31,7 @@ MIXED_WORK = 300_000_000_000
 MIXED_TOKENS = (192, 1024)
 """Fewest and most prompt tokens that follow from that: with fewer, reading the weights costs more than the tokens."""
 
-LONG_QUEUE = 4
+LONG_QUEUE = 2
 """Of the queued prompt tokens a mixed step computes the part that they are of so many whole budgets."""
 
 

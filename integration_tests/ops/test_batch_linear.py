@@ -119,6 +119,13 @@ def test_settings_by_measurement():
     assert choose_batch_linear(188, 1024, 3072, in_parts=True) == BatchLinearSettings(64, 0, 128, 6, 2)
     assert choose_batch_linear(64, 28672, 4096, gated=True) == BatchLinearSettings(64, 0, 128, 2)
     assert choose_batch_linear(104, 28672, 4096, gated=True) is None
+    assert choose_batch_linear(104, 4096, 1024) == BatchLinearSettings(64, 0, 128, 6)
+    assert choose_batch_linear(188, 4096, 1024) == BatchLinearSettings(64, 32, 128, 5)
+    assert choose_batch_linear(256, 4096, 1024) == BatchLinearSettings(128, 0, 128, 4)
+    assert choose_batch_linear(104, 4096, 4096) is None
+    assert choose_batch_linear(104, 6144, 1024, gated=True) == BatchLinearSettings(64, 0, 128, 4)
+    assert choose_batch_linear(144, 6144, 1024, gated=True) is None
+    assert choose_batch_linear(188, 6144, 1024, gated=True) == BatchLinearSettings(64, 0, 64, 4)
     assert choose_batch_linear(64, 4096, 4100, in_parts=True) is None  # rows that TMA cannot read
 
 
@@ -138,11 +145,15 @@ KERNELS = [
     BatchLinearSettings(32, 0, 128, 6),
     BatchLinearSettings(64, 0, 128, 6),
     BatchLinearSettings(128, 0, 128, 4),
+    BatchLinearSettings(64, 32, 128, 5),
     BatchLinearSettings(128, 64, 64, 7),
     BatchLinearSettings(128, 0, 64, 7, features=128),
 ]
 """All that are chosen somewhere, and with two tiles of weights :data:`GATED`."""
-GATED = [BatchLinearSettings(tokens, 0, 128, stages) for tokens in (32, 64) for stages in (2, 4)]
+GATED = [
+    *(BatchLinearSettings(tokens, 0, 128, stages) for tokens in (32, 64) for stages in (2, 4)),
+    BatchLinearSettings(64, 0, 64, 4),
+]
 
 
 @pytest.mark.gpu

@@ -124,7 +124,18 @@ def test_packed(poison, dtype, dim, options, longest):
     ids=["decode", "decode-7", "verify", "mixed"],
 )
 def test_pages(poison, dim, page_size, layout, options, heads, q_lens):
-    lens = [7, 700, 3000, 37, 9000]
+    check_pages([7, 700, 3000, 37, 9000], dim, page_size, layout, options, heads, q_lens)
+
+
+@pytest.mark.parametrize("page_size", [8, 16, 64, 256])
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (8, 2)], ids=str)
+def test_pages_of_short_sequences(poison, page_size, options, heads):
+    """In tables of at most 2,048 tokens, which have tiles of their own."""
+    check_pages([7, 700, 2000, 37, 1300], 128, page_size, "page-head", options, heads, [7, 40, 1200, 1, 1300])
+
+
+def check_pages(lens, dim, page_size, layout, options, heads, q_lens):
     keys, values = ([torch.randn(n, heads[1], dim, dtype=torch.bfloat16, device="cuda") for n in lens] for _ in "kv")
     lens = [max(n, m) for n, m in zip(lens, q_lens)]
     keys = [torch.cat([k, torch.randn_like(k)])[:n] if len(k) < n else k for k, n in zip(keys, lens)]

@@ -837,7 +837,7 @@ def hopper_paged_launch(
         return out, lse
     rows = triton.next_power_of_2(max_query_len * pack)
     split = rows <= TILE_ROWS and max_query_len <= SHORT_QUERY
-    s = settings or hopper_settings(head_dim, max_query_len, split)
+    s = settings or hopper_settings(head_dim, max_query_len, split, page_table.shape[1] * page_size)
     split_plan = None
     if split:
         if plan is None:

@@ -23,6 +23,8 @@ PROGRAMS = 132
 """Multiprocessors of an H200: programs that run at the same time, one on each."""
 BUSY = 64
 """Programs that a launch has at least, for the memory to be busy."""
+SHORT_ROW = 1024
+"""Columns of weights up to which launches cost more than what cuBLAS does better with more than 64 tokens."""
 MAX_PARTS = 4
 MIN_STEPS = 4
 """Tiles of 128 columns that a part adds up at least."""
@@ -63,16 +65,24 @@ def choose_batch_linear(
     if not 16 < num_tokens <= MAX_TOKENS or in_features < 512 or in_features % 8:
         return None
     few = 32 if num_tokens <= 32 else 64
+    tiles = -(-out_features // (2 * FEATURES if gated else FEATURES))
+    # Rows so short that the start is most of it, even for two tiles of tokens at a time.
+    is_short = in_features <= SHORT_ROW and 2 * tiles <= PROGRAMS
     if gated:
-        tiles = -(-out_features // 2 // FEATURES)
-        if num_tokens > 64 or tiles < 48:
+        if tiles < 48 or (num_tokens > 64 and not is_short):
             return None
+        if num_tokens > 128:
+            return BatchLinearSettings(64, 0, 64, 4) if num_tokens > 152 else None
         # Two programs on a multiprocessor where there are more than one for each.
         return BatchLinearSettings(few, 0, 128, 2 if tiles > PROGRAMS else 4)
-    tiles = -(-out_features // FEATURES)
     if not in_parts:
-        is_one_wave = BUSY <= tiles <= PROGRAMS
-        return BatchLinearSettings(few, 0, 128, 6) if is_one_wave and num_tokens <= 64 else None
+        if num_tokens <= 64:
+            return BatchLinearSettings(few, 0, 128, 6) if BUSY <= tiles <= PROGRAMS else None
+        if not is_short or 2 * tiles < BUSY:
+            return None
+        if num_tokens <= 128:
+            return BatchLinearSettings(64, 0, 128, 6)
+        return BatchLinearSettings(64, 32, 128, 5) if num_tokens <= 192 else BatchLinearSettings(128, 0, 128, 4)
     max_parts = min(MAX_PARTS, in_features // (128 * MIN_STEPS))
     if num_tokens <= 64 or (tiles <= 32 and num_tokens <= 192):
         best = BatchLinearSettings(few, 0, 128, 6)

@@ -252,14 +252,22 @@ class HopperSettings:
     full_weights: bool = False
 
 
-def hopper_settings(head_dim: int, max_query_len: int, split: bool = False) -> HopperSettings:
-    """Settings of the Gluon kernel by head dim: decode over splits, or prefill of at most ``max_query_len`` tokens."""
+def hopper_settings(
+    head_dim: int, max_query_len: int, split: bool = False, max_paged_keys: int | None = None
+) -> HopperSettings:
+    """Settings of the Gluon kernel by head dim: decode over splits, or prefill of at most ``max_query_len`` tokens.
+
+    Prefill over pages of at most ``max_paged_keys`` tokens a sequence takes small tiles where that is little: a large
+    one is half empty at the diagonal.
+    """
     if split:
         return {
             64: HopperSettings(1, 128, 3, 1, 2, 128),
             128: HopperSettings(1, 64, 2, 1, 2, 128),
             256: HopperSettings(1, 64, 2, 1, 1, 256),
         }[head_dim]
+    if head_dim == 128 and max_paged_keys is not None and max_paged_keys <= 2048:
+        return HopperSettings(2, 64, 4, 2)
     return {
         64: HopperSettings(3, 128, 3, 1, take_turns=True)
         if max_query_len > 8192

@@ -65,16 +65,14 @@ def warm_up(kind: AttentionKind, device: torch.device | str) -> Iterator[str]:
     copy_pages_op(*pages, *(torch.tensor([page], dtype=torch.int32, device=device) for page in (0, 3)))
     yield "copy_pages"
 
-    # As wide as tables are that split: a narrow one takes another path, and a wide one another merge.
+    # As wide as tables are that split: a narrow one takes another path, and a wide one other tiles and another merge.
     narrow, wide = (max(4, num_tokens // page_size) for num_tokens in (2048, 4096))
     table = torch.zeros(1, wide, dtype=torch.int32, device=device)
     table[0, 1] = 1
     seq_lens = torch.full((1,), tokens, dtype=torch.int32, device=device)
-    for name, length, longest, widths in (
-        ("paged_attention, prefill", tokens, 2048, [narrow]), ("paged_attention, decode", 1, 1, [narrow, wide]),
-    ):  # fmt: skip
+    for name, length, longest in (("paged_attention, prefill", tokens, 2048), ("paged_attention, decode", 1, 1)):
         cu_seqlens_q = torch.tensor([0, length], dtype=torch.int32, device=device)
-        for width in widths:
+        for width in (narrow, wide):
             out, lse = paged_attention_op(
                 q[:length], *pages, table[:, :width].contiguous(), seq_lens, cu_seqlens_q, longest, window, 0, softcap,
                 sinks, scale, *scales,
