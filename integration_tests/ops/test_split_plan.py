@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE, error, prefix_sums
 from hf_paged_kernels import make_split_plan
 from hf_paged_kernels.ops import split_plan_op
-from hf_paged_kernels.settings import SHORTEST_SPLIT, max_split_items, split_plan_size
+from hf_paged_kernels.settings import ITEM_NUMBERS, SHORTEST_SPLIT, max_split_items, split_plan_size
 from hf_paged_kernels.split_plan_triton import SplitPlan, make_split_plan_launch, merge_parts_launch
 
 MIXES = [
@@ -27,7 +27,7 @@ def parts_of(plan: torch.Tensor, num_seqs: int, max_tokens: int):
     """``(items, sequences)`` as lists; what follows the items that count is not looked at."""
     view = SplitPlan.of(plan, num_seqs, max_tokens)
     count = int(view.num_items)
-    items = view.items.view(-1, 3)[:count].tolist()
+    items = view.items.view(-1, ITEM_NUMBERS)[:count].tolist()
     return items, view.sequences.view(-1, 2).tolist()
 
 
@@ -42,10 +42,11 @@ def test_the_plan_cuts_every_sequence_once(poison, seq_lens, q_lens, window_left
     items, sequences = parts_of(plan, num_seqs, max_tokens)
     assert len(items) <= max_split_items(num_seqs, max_tokens)
     # Places are the numbers 0, 1, 2 ..., one run per sequence, in the order of its splits.
-    assert sorted(place for _, _, place in items) == list(range(len(items)))
+    assert sorted(item[2] for item in items) == list(range(len(items)))
     weights = []
-    for seq, split, place in items:
+    for seq, split, place, *of_seq in items:
         first, count = sequences[seq]
+        assert of_seq == [count, sum(q_lens[:seq]), q_lens[seq], seq_lens[seq], 0]
         assert first <= place < first + count
         length = next(
             (n for n in (256, 512, 1024) if seq_lens[seq] <= 16 * n),
@@ -85,7 +86,7 @@ def test_parts_add_up(poison, group, pack, sinks):
     part_lse = torch.full((count, 2, rows), float("nan"), device=DEVICE)
     scores = [torch.randn(kv_heads, rows, n, dtype=torch.float64) * 3 for n in seq_lens]
     values = [torch.randn(kv_heads, n, dim, dtype=torch.float64) for n in seq_lens]
-    for seq, split, place in plan.items.view(-1, 3)[: int(plan.num_items)].tolist():
+    for seq, split, place in plan.items.view(-1, ITEM_NUMBERS)[: int(plan.num_items), :3].tolist():
         for head in range(kv_heads):
             s = scores[seq][head, :, split * SHORTEST_SPLIT : (split + 1) * SHORTEST_SPLIT]
             top = s.max(1).values

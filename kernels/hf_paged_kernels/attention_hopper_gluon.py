@@ -40,7 +40,7 @@ from . import split_plan_triton, tiles_triton
 from .backend import device_guard
 from .dependent_launch_triton import has_dependent_launch
 from .settings import LOG2_E, SHORT_QUERY, HopperSettings, hopper_settings, multiprocessors
-from .split_plan_triton import SplitPlan, make_split_plan_launch, merge_parts_launch
+from .split_plan_triton import ITEM, SplitPlan, make_split_plan_launch, merge_parts_launch
 
 key_bounds = gluon.jit(tiles_triton.key_bounds.fn)
 unmasked_bounds = gluon.jit(tiles_triton.unmasked_bounds.fn)
@@ -86,13 +86,17 @@ def _schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
     num_tiles = work[0]
     if MODE == "split":
         gdc_wait()
-        num_tiles = gl.maximum(gl.load(lengths[5]), 1) * work[5]
+        # Asked for with the number of tiles: whether there is such a tile is seen when both have come.
+        item = _load_item(lengths[3], tile // work[5])
+        num_tiles = gl.maximum(gl.load(lengths[4]), 1) * work[5]
     while tile < num_tiles:
         if MODE == "split":
             upcoming = tile + gl.num_programs(0)
+            found = _find_split(tile, item, work, HAS_LEFT, HAS_RIGHT)
+            item = _load_item(lengths[3], gl.minimum(upcoming, num_tiles - 1) // work[5])
         else:
             upcoming = gl.num_programs(0) + gl.atomic_add(handed_out, 1, sem="relaxed")
-        found = _find_work(tile, lengths, work, MODE, BLOCK_Q, HAS_LEFT, HAS_RIGHT)
+            found = _find_block(tile, lengths, work, MODE, BLOCK_Q, HAS_LEFT, HAS_RIGHT)
         _hand_out(found, turn, queue)
         tile = upcoming
         turn += 1
@@ -121,7 +125,7 @@ def _hand_out(found, turn, queue):
 
 @gluon.jit
 def _receive(turn, queue):
-    """What ``_find_work`` found for this turn; a negative sequence: nothing is left."""
+    """What ``_find_split`` or ``_find_block`` found for this turn; a negative sequence: nothing is left."""
     notes, full, empty = queue
     layout: gl.constexpr = gl.BlockedLayout([16], [32], [gl.num_warps()], [0])
     index = gl.arange(0, 16, layout=layout)
@@ -136,7 +140,33 @@ def _receive(turn, queue):
 
 
 @gluon.jit
-def _find_work(
+def _load_item(items, index):
+    """The numbers of an item of the split plan (``split_plan_triton``)."""
+    numbers = ()
+    for i in gl.static_range(ITEM - 1):
+        numbers += (gl.load(items + ITEM * index + i),)
+    return numbers
+
+
+@gluon.jit
+def _find_split(tile, item, work, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
+    """What tile ``tile`` is, a split for one head; see :func:`_find_block`."""
+    _num_tiles, _num_seqs, _seqlen_q, _seqlen_k, _num_blocks, num_heads, _section, window_left, window_right = work
+    seq, split, place, num_parts, q_start, query_len, num_keys = item
+    none = tile * 0
+    start, stop = key_bounds(
+        num_keys - query_len, num_keys - 1, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
+    )  # fmt: skip
+    length = split_lengths(num_keys)
+    start = gl.maximum(start, split * length)
+    stop = gl.minimum(stop, (split + 1) * length)
+    if query_len == 0:
+        stop = start
+    return seq, tile % num_heads, none, query_len, q_start, num_keys, none, start, stop, place, num_parts
+
+
+@gluon.jit
+def _find_block(
     tile,
     lengths,
     work,
@@ -152,59 +182,42 @@ def _find_work(
     Heads are taken in sections whose keys and values fit in the L2 cache; within a section the last blocks, which see
     most keys, come first.
     """
-    cu_seqlens_q, cu_seqlens_k, seq_lens, items, sequences, _num_items = lengths
+    cu_seqlens_q, cu_seqlens_k, seq_lens, _items, _num_items = lengths
     _num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, section, window_left, window_right = work
-    split = tile * 0
-    place = tile * 0
-    if MODE == "split":
-        head = tile % num_heads
-        item = items + 3 * (tile // num_heads)
-        seq = gl.load(item)
-        split = gl.load(item + 1)
-        place = gl.load(item + 2)
-        first_token = tile * 0
-    else:
-        num_columns = num_heads * num_seqs if MODE == "dense" else num_heads
-        start_column = tile // (section * num_blocks) * section
-        rest = tile % (section * num_blocks)
-        width = gl.minimum(section, num_columns - start_column)
-        block = num_blocks - 1 - rest // width
-        column = start_column + rest % width
-        head = column % num_heads
-        if MODE == "dense":
-            seq = column // num_heads
-            first_token = block * BLOCK_Q
-        else:
-            seq = find_sequence(cu_seqlens_q, block, num_seqs, BLOCK_Q)
-            first_token = (block - gl.load(cu_seqlens_q + seq) // BLOCK_Q - seq) * BLOCK_Q
+    none = tile * 0
+    num_columns = num_heads * num_seqs if MODE == "dense" else num_heads
+    start_column = tile // (section * num_blocks) * section
+    rest = tile % (section * num_blocks)
+    width = gl.minimum(section, num_columns - start_column)
+    block = num_blocks - 1 - rest // width
+    column = start_column + rest % width
+    head = column % num_heads
     if MODE == "dense":
-        q_start = tile * 0
-        k_start = tile * 0
+        seq = column // num_heads
+        first_token = block * BLOCK_Q
+        q_start = none
+        k_start = none
         query_len = seqlen_q
         num_keys = seqlen_k
     else:
+        seq = find_sequence(cu_seqlens_q, block, num_seqs, BLOCK_Q)
         q_start = gl.load(cu_seqlens_q + seq)
+        first_token = (block - q_start // BLOCK_Q - seq) * BLOCK_Q
         query_len = gl.load(cu_seqlens_q + seq + 1) - q_start
         if MODE == "varlen":
             k_start = gl.load(cu_seqlens_k + seq)
             num_keys = gl.load(cu_seqlens_k + seq + 1) - k_start
         else:
-            k_start = tile * 0
+            k_start = none
             num_keys = gl.load(seq_lens + seq)
     context_len = num_keys - query_len
     last_token = gl.minimum(first_token + BLOCK_Q, query_len) - 1
     start, stop = key_bounds(
         context_len + first_token, context_len + last_token, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
     )
-    num_parts = tile * 0 + 1
-    if MODE == "split":
-        num_parts = gl.load(sequences + 2 * seq + 1)
-        length = split_lengths(num_keys)
-        start = gl.maximum(start, split * length)
-        stop = gl.minimum(stop, (split + 1) * length)
     if first_token >= query_len:
         stop = start
-    return seq, head, first_token, query_len, q_start, num_keys, k_start, start, stop, place, num_parts
+    return seq, head, first_token, query_len, q_start, num_keys, k_start, start, stop, none, none + 1
 
 
 # Copies: the producer warps
@@ -595,7 +608,7 @@ LENGTHS = [
 @gluon.jit(do_not_specialize=LENGTHS)
 def _hopper_forward(
     q_desc, k_desc, v_desc, out, lse, sinks, parts, part_lse, cu_seqlens_q, cu_seqlens_k, seq_lens,
-    page_table, items, sequences, num_items, handed_out,
+    page_table, items, num_items, handed_out,
     num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, section, stride_table,
     stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh,
     scale_log2, softcap, window_left, window_right,
@@ -637,7 +650,7 @@ def _hopper_forward(
 
     queue = (notes, note_full, note_empty)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
-    lengths = (cu_seqlens_q, cu_seqlens_k, seq_lens, items, sequences, num_items)
+    lengths = (cu_seqlens_q, cu_seqlens_k, seq_lens, items, num_items)
     work = (num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, section, window_left, window_right)
     strides = (stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh)
     tensors = (
@@ -739,10 +752,10 @@ def _launch(
     section = max(1, min(columns, L2_BUDGET // max(1, 4 * head_dim * kv_tokens // (group if pack == 1 else 1))))
     num_tiles = num_blocks * columns
     parts = part_lse = None
-    items = sequences = num_items = handed_out = None
+    items = num_items = handed_out = None
     programs = multiprocessors(q.device) * s.programs_per_sm
     if plan is not None:
-        items, sequences, num_items = plan.items, plan.sequences, plan.num_items
+        items, num_items = plan.items, plan.num_items
         num_tiles = plan.max_items * num_heads
         parts = q.new_empty(num_tiles, rows, head_dim, dtype=torch.float32)
         part_lse = q.new_empty(num_tiles, 2, rows, dtype=torch.float32)
@@ -752,7 +765,7 @@ def _launch(
     with device_guard(q):
         _hopper_forward[(min(programs, num_tiles),)](
             q_desc, k_desc, v_desc, out, lse, sinks, parts, part_lse, cu_seqlens_q, cu_seqlens_k, seq_lens,
-            page_table, items, sequences, num_items, handed_out,
+            page_table, items, num_items, handed_out,
             num_tiles, num_seqs, seqlen_q, k[0].shape[1], num_blocks, num_heads, section,
             0 if page_table is None else page_table.stride(0), *out.stride()[:3],
             lse.stride(0) if mode == "dense" else 0, lse.stride(-1), lse.stride(-2),

@@ -24,7 +24,7 @@ from . import paged_attention_quantized_triton, split_plan_triton, tiles_triton
 from .attention_hopper_gluon import ANY, barrier, load_async, view
 from .backend import QUANTIZED_ROWS, device_guard
 from .settings import LOG2_E, QuantizedHopperSettings, choose_quantized_hopper_settings, multiprocessors
-from .split_plan_triton import SplitPlan, make_split_plan_launch, merge_parts_launch
+from .split_plan_triton import ITEM, SplitPlan, make_split_plan_launch, merge_parts_launch
 
 key_bounds = gluon.jit(tiles_triton.key_bounds.fn)
 split_lengths = gluon.jit(split_plan_triton.split_lengths.fn)
@@ -138,8 +138,7 @@ LENGTHS = ["num_heads", "stride_table", "stride_lt", "stride_lh", "window_left",
 
 @gluon.jit(do_not_specialize=LENGTHS)
 def _quantized_splits(
-    q, k_desc, v_desc, k_scale, v_scale, page_table, seq_lens, cu_seqlens_q, sinks, out, lse, parts, part_lse,
-    num_items, items, sequences, num_heads,
+    q, k_desc, v_desc, k_scale, v_scale, page_table, sinks, out, lse, parts, part_lse, num_items, items, num_heads,
     stride_qt, stride_qh, stride_sp, stride_sh, stride_ss, stride_table, stride_ot, stride_oh, stride_lt, stride_lh,
     scale_log2, softcap, window_left, window_right,
     DTYPE: gl.constexpr, PAGE_SIZE: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr,
@@ -183,13 +182,14 @@ def _quantized_splits(
     num_tiles = gl.maximum(gl.load(num_items), 1) * num_heads
     for work in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         head = work % num_heads
-        item = items + 3 * (work // num_heads)
+        item = items + ITEM * (work // num_heads)
         seq = gl.load(item)
         split = gl.load(item + 1)
         place = gl.load(item + 2)
-        q_start = gl.load(cu_seqlens_q + seq)
-        query_len = gl.load(cu_seqlens_q + seq + 1) - q_start
-        num_keys = gl.load(seq_lens + seq)
+        num_parts = gl.load(item + 3)
+        q_start = gl.load(item + 4)
+        query_len = gl.load(item + 5)
+        num_keys = gl.load(item + 6)
         context_len = num_keys - query_len
         start, stop = key_bounds(
             context_len, num_keys - 1, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
@@ -269,7 +269,6 @@ def _quantized_splits(
         barrier()
 
         unit = unit / HIGHEST
-        num_parts = gl.load(sequences + 2 * seq + 1)
         valid = tokens < query_len
         dims = 2 * gl.arange(0, HEAD_DIM // 2, layout=gl.SliceLayout(1, LAYOUT))
         if num_parts > 1:
@@ -344,8 +343,8 @@ def quantized_splits_launch(
     scale_log2 = scale * LOG2_E if softcap is None else 2.0 * scale / softcap * LOG2_E
     with device_guard(q):
         _quantized_splits[(min(num_tiles, multiprocessors(q.device) * s.programs_per_sm),)](
-            q, k_desc, v_desc, k_scale, v_scale, page_table, seq_lens, cu_seqlens_q, sinks, out, lse, parts,
-            part_lse, split_plan.num_items, split_plan.items, split_plan.sequences, num_kv_heads,
+            q, k_desc, v_desc, k_scale, v_scale, page_table, sinks, out, lse, parts, part_lse, split_plan.num_items,
+            split_plan.items, num_kv_heads,
             *q.stride()[:2], *k_scale.stride(), page_table.stride(0), *out.stride()[:2], lse.stride(1), lse.stride(0),
             scale_log2, softcap or 0.0, window_left or 0, window_right or 0,
             DTYPE=gl.int8 if k_pages.dtype == torch.int8 else gl.float8e4nv, PAGE_SIZE=page_size, GROUP=group,

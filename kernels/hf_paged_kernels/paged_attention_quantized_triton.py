@@ -26,7 +26,7 @@ import triton.language as tl
 
 from .backend import device_guard, on_nvidia
 from .settings import LOG2_E, QuantizedSettings, is_short_query, multiprocessors, quantized_settings
-from .split_plan_triton import SplitPlan, make_split_plan_launch, merge_parts_launch, split_lengths
+from .split_plan_triton import ITEM, SplitPlan, make_split_plan_launch, merge_parts_launch, split_lengths
 from .tiles_triton import (
     add_sink,
     find_sequence,
@@ -277,7 +277,6 @@ def _quantized_forward(
     part_lse,
     num_items,
     items,
-    sequences,
     num_tiles,
     num_seqs,
     num_blocks,
@@ -331,20 +330,25 @@ def _quantized_forward(
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         if IS_SPLIT:
             kv_head = tile % num_heads
-            item = items + 3 * (tile // num_heads)
+            item = items + ITEM * (tile // num_heads)
             seq = tl.load(item)
             split = tl.load(item + 1)
             place = tl.load(item + 2)
+            num_parts = tl.load(item + 3)
+            q_start = tl.load(item + 4)
+            query_len = tl.load(item + 5)
+            seq_len = tl.load(item + 6)
             first_token = tile * 0
         else:
             kv_head = tile // num_blocks
             # Later blocks of a sequence see more keys: start them first.
             block = num_blocks - 1 - tile % num_blocks
             seq = find_sequence(cu_seqlens_q, block, num_seqs, BLOCK_Q)
-            first_token = (block - tl.load(cu_seqlens_q + seq) // BLOCK_Q - seq) * BLOCK_Q
-        q_start = tl.load(cu_seqlens_q + seq)
-        query_len = tl.load(cu_seqlens_q + seq + 1) - q_start
-        seq_len = tl.load(seq_lens + seq)
+            q_start = tl.load(cu_seqlens_q + seq)
+            first_token = (block - q_start // BLOCK_Q - seq) * BLOCK_Q
+            query_len = tl.load(cu_seqlens_q + seq + 1) - q_start
+            seq_len = tl.load(seq_lens + seq)
+            num_parts = tile * 0
         context_len = seq_len - query_len
         last_token = tl.minimum(first_token + BLOCK_Q, query_len) - 1
         tokens = first_token + rows // GROUP
@@ -417,9 +421,7 @@ def _quantized_forward(
             result = even * unit
             columns = offs_dv
         store_mask = row_valid[:, None] & (columns < V_DIM)[None, :]
-        num_parts = tile * 0
-        if IS_SPLIT and parts is not None:
-            num_parts = tl.load(sequences + 2 * seq + 1)
+        if IS_SPLIT and parts is not None:  # noqa: SIM102 - known when the kernel is compiled
             if num_parts > 1:
                 # An unnormalised part of the rows, for merge_parts_launch to add up.
                 slot = tl.cast(place * num_heads + kv_head, tl.int64) * ROWS
@@ -497,7 +499,6 @@ def quantized_paged_attention_launch(
             q, k_pages, values, k_scale, v_scale, page_table, seq_lens, cu_seqlens_q, sinks, out, lse, parts, part_lse,
             None if split_plan is None else split_plan.num_items,
             None if split_plan is None else split_plan.items,
-            None if split_plan is None else split_plan.sequences,
             num_blocks * num_kv_heads, num_seqs, num_blocks, num_kv_heads,
             *q.stride()[:2], *k_pages.stride()[:3], *values.stride()[:3], *k_scale.stride(), page_table.stride(0),
             *out.stride()[:2], lse.stride(1), lse.stride(0),

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .settings import LARGEST, MAX_SPLITS, SHORTEST_SPLIT, split_plan_size
+from .settings import ITEM_NUMBERS, LARGEST, MAX_SPLITS, SHORTEST_SPLIT, split_plan_size
 
 ROWS_AT_A_TIME = 1024
 
@@ -345,7 +345,8 @@ def split_plan_reference(
         first = 0 if window_left is None else max(num_keys - query_len - window_left, 0) // length
         count = max(-(-num_keys // length) - first, 1) if query_len else 0
         for split in range(first, first + count):
-            item = [seq, split, place + split - first]
+            q_start = int(cu_seqlens_q[seq])
+            item = [seq, split, place + split - first, count, q_start, query_len, num_keys, 0]
             is_full = (split + 1) * length <= num_keys
             (full.setdefault(min(length, 2048), []) if is_full else tails).append(item)
         sequences += [place, count]
@@ -355,6 +356,6 @@ def split_plan_reference(
     items += tails
     plan = torch.zeros(split_plan_size(num_seqs, max_tokens), dtype=torch.int32)
     plan[0] = len(items)
-    plan[4 : 4 + 3 * len(items)] = torch.tensor(items, dtype=torch.int32).flatten()
+    plan[4 : 4 + ITEM_NUMBERS * len(items)] = torch.tensor(items, dtype=torch.int32).flatten()
     plan[-2 * num_seqs :] = torch.tensor(sequences, dtype=torch.int32)
     return plan.to(seq_lens.device)

@@ -309,6 +309,10 @@ SHORTEST_SPLIT = 256
 """Of the Gluon decode: see ``split_plan_triton.split_lengths``."""
 
 
+ITEM_NUMBERS = 8
+"""Numbers of an item of a split plan."""
+
+
 def max_splits(max_tokens: int) -> int:
     """Upper bound of the splits of a sequence of at most ``max_tokens`` tokens."""
     return max(1, min(MAX_SPLITS, -(-max_tokens // SHORTEST_SPLIT)))
@@ -320,5 +324,5 @@ def max_split_items(num_seqs: int, max_tokens: int) -> int:
 
 
 def split_plan_size(num_seqs: int, max_tokens: int) -> int:
-    """Numbers in a split plan: a head of 4, three per item, two per sequence."""
-    return 4 + 3 * max_split_items(num_seqs, max_tokens) + 2 * num_seqs
+    """Numbers in a split plan: a head of 4, those of items, two per sequence."""
+    return 4 + ITEM_NUMBERS * max_split_items(num_seqs, max_tokens) + 2 * num_seqs

@@ -7,7 +7,9 @@ Each sequence's keys are cut into splits whose length depends on the sequence al
     seq 2 (9,000 keys)   |   0   |   1   |   2  | ...
 
 Long splits come first and tails last, so that programs that walk through the list end together. Splits behind a sliding
-window are left out.
+window are left out. An item says all that there is to know of a split, so that nobody has to look it up::
+
+    sequence, split, place, parts of the sequence, its first query, its queries, its keys, 0
 """
 
 from dataclasses import dataclass
@@ -18,8 +20,9 @@ import triton.language as tl
 
 from .backend import device_guard
 from .dependent_launch_triton import dependent_launch, start_next, wait_for_previous
-from .settings import MAX_SPLITS, max_split_items, max_splits, split_plan_size
+from .settings import ITEM_NUMBERS, MAX_SPLITS, max_split_items, max_splits, split_plan_size
 
+ITEM = tl.constexpr(ITEM_NUMBERS)
 FEW_PARTS = 8
 """Sequences that can have no more parts are merged by a smaller kernel."""
 MERGED_ROWS = 2
@@ -40,6 +43,12 @@ def split_lengths(num_keys):
     return length
 
 
+@triton.jit
+def _store_item(items, index, numbers, mask):
+    for i in tl.static_range(ITEM):
+        tl.store(items + ITEM * index + i, numbers[i], mask=mask)
+
+
 @triton.jit(do_not_specialize=["num_seqs", "max_items", "window_left"])
 def _plan_splits(
     seq_lens,
@@ -51,12 +60,12 @@ def _plan_splits(
     HAS_LEFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program. ``plan``: number of items, padding; items ``(sequence, split, place)``; ``(place, parts)`` of each
-    sequence."""
+    """One program. ``plan``: number of items, padding; items, see above; ``(place, parts)`` of each sequence."""
     seq = tl.arange(0, BLOCK)
     held = seq < num_seqs
     num_keys = tl.load(seq_lens + seq, mask=held, other=0)
-    query_len = tl.load(cu_seqlens_q + seq + 1, mask=held, other=0) - tl.load(cu_seqlens_q + seq, mask=held, other=0)
+    q_start = tl.load(cu_seqlens_q + seq, mask=held, other=0)
+    query_len = tl.load(cu_seqlens_q + seq + 1, mask=held, other=0) - q_start
     length = split_lengths(num_keys)
     first = num_keys * 0
     if HAS_LEFT:
@@ -82,16 +91,15 @@ def _plan_splits(
     place = tl.cumsum(count, 0) - count
     items = plan + 4
     tl.store(plan + seq, base + tl.sum(tail, 0), mask=seq == 0)
+    none = num_keys * 0
     for split in range(0, tl.max(num_full, 0)):
-        tl.store(items + 3 * (offset + split), seq, mask=split < num_full)
-        tl.store(items + 3 * (offset + split) + 1, first + split, mask=split < num_full)
-        tl.store(items + 3 * (offset + split) + 2, place + split, mask=split < num_full)
-    tl.store(items + 3 * tail_offset, seq, mask=has_tail)
-    tl.store(items + 3 * tail_offset + 1, first + num_full, mask=has_tail)
-    tl.store(items + 3 * tail_offset + 2, place + num_full, mask=has_tail)
+        item = (seq, first + split, place + split, count, q_start, query_len, num_keys, none)
+        _store_item(items, offset + split, item, split < num_full)
+    item = (seq, first + num_full, place + num_full, count, q_start, query_len, num_keys, none)
+    _store_item(items, tail_offset, item, has_tail)
     # Without any item, program 0 looks at an empty one.
-    tl.store(items + seq, 0, mask=(seq < 3) & (base + tl.sum(tail, 0) == 0))
-    sequences = items + 3 * max_items
+    tl.store(items + seq, 0, mask=(seq < ITEM) & (base + tl.sum(tail, 0) == 0))
+    sequences = items + ITEM * max_items
     tl.store(sequences + 2 * seq, place, mask=held)
     tl.store(sequences + 2 * seq + 1, count, mask=held)
 
@@ -244,7 +252,7 @@ class SplitPlan:
 
     Attributes:
         num_items: int32 ``[1]``.
-        items: int32 ``[3 * max_items]``: sequence, split, and where its part lies.
+        items: int32 ``[ITEM_NUMBERS * max_items]``, see above; ``place`` is where a split's part lies.
         sequences: int32 ``[2 * num_seqs]``: where a sequence's first part lies, and their number.
         max_parts: upper bound of the parts of a sequence.
     """
@@ -259,8 +267,8 @@ class SplitPlan:
     def of(cls, plan: torch.Tensor, num_seqs: int, max_tokens: int) -> "SplitPlan":
         """The parts of ``plan`` as made for these bounds."""
         max_items = max_split_items(num_seqs, max_tokens)
-        sequences = plan[4 + 3 * max_items :]
-        return cls(plan[:1], plan[4 : 4 + 3 * max_items], sequences, max_items, max_splits(max_tokens))
+        sequences = plan[4 + ITEM_NUMBERS * max_items :]
+        return cls(plan[:1], plan[4 : 4 + ITEM_NUMBERS * max_items], sequences, max_items, max_splits(max_tokens))
 
 
 def make_split_plan_launch(
