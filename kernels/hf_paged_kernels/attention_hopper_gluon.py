@@ -487,7 +487,6 @@ def _consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
             if MODE == "split":
                 # Short work: with the queries in registers, those of the next tile can come in meanwhile.
                 q_tile = q_tile.load(gl.DotOperandLayout(0, S_LAYOUT, 2))
-                mbarrier.arrive(q_empty.index(q_stage))
             low = start // BLOCK_N
             high = gl.cdiv(stop, BLOCK_N)
             full_start, full_stop = unmasked_bounds(
@@ -502,6 +501,10 @@ def _consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
             s = warpgroup_mma(q_tile, k_smem.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.arrive(k_empty.index(stage))
+            if MODE == "split":
+                # Not before: nothing but their use says that registers have been loaded, and a copy by TMA does not
+                # wait for loads (H200: in short splits the next queries were read by some rows).
+                mbarrier.arrive(q_empty.index(q_stage))
             p, _correction, running_max, running_sum = _softmax(
                 s, running_max, running_sum, positions, low * BLOCK_N, stop, scale_log2, softcap, window_left,
                 window_right, True, HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BLOCK_N, S_LAYOUT, FULL_WEIGHTS,
