@@ -100,9 +100,8 @@ def _schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
         _hand_out(found, turn, queue)
         tile = upcoming
         turn += 1
-    if MODE == "split" and work[0] <= gl.num_programs(0):
-        # The merge gets ready meanwhile. With more than one tile a program that was slower (H200: 8 x 8k by 2%).
-        gdc_launch_dependents()
+    if MODE == "split":
+        gdc_launch_dependents()  # The merge gets ready meanwhile.
     nothing = tile * 0
     _hand_out(
         (nothing - 1, nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing),
