@@ -326,9 +326,10 @@ def resolve_generation_config(
     touch(GenerationMixin, "_prepare_generation_config")
     is_usual = type(model)._prepare_generation_config is GenerationMixin._prepare_generation_config
     given, own = generation_config, model.generation_config
-    may_remember = is_usual and not kwargs and given is not None and given.max_new_tokens is not None
-    if not may_remember or not (_is_written_out(given) and _is_written_out(own)):
-        return model._prepare_generation_config(generation_config, **kwargs)
+    if given is None or given.max_new_tokens is None or kwargs or not is_usual:
+        return model._prepare_generation_config(given, **kwargs)
+    if not (_is_written_out(given) and _is_written_out(own)):
+        return model._prepare_generation_config(given)
     # As text: 1, 1.0 and True are different values, and what changes in place is seen.
     key = repr(vars(given) | {"max_new_tokens": 1}), repr(vars(own))
     known = _RESOLVED.get(key)

@@ -3,17 +3,22 @@
 A short prompt is bound by the host: launching its kernels takes longer than running them, and every running sequence
 waits meanwhile. A graph takes one array, sent in one piece::
 
-    slots [rows]  ends [rows]  lengths [rows]  choosers [rows]  ids [tokens]  positions [tokens]  rows [tokens]
+    decode  slots [rows]  ends [rows]  lengths [rows]  choosers [rows]  ids [tokens]  positions [tokens]  rows [tokens]
 
 ``choosers`` are the slots of rows whose next token is chosen from this step's logits by the parameters of the slot; for
 the others, the slot that has no tokens. Tokens that fill up a bucket belong to the last row, whose slot is that one:
 they write nothing and see nothing.
+
+``decode`` are slots that decode in the same step: small chunks take them along, since reading the weights again would
+cost more than the tokens do. They come first in the step, and in what it gives. ``D`` is 0 for large chunks.
 
 Chunks that keep the device busy for longer than it takes to launch them gain nothing, and are not captured: which ones
 these are follows from the size of the model, see :func:`chunk_sizes`.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -42,11 +47,20 @@ HOST_BOUND = 25_000_000_000_000
 At two operations for each it is some 70 ms of an H200: what a host takes for the launches of a model of 30 layers.
 """
 
+MIXED_SIZES = (64, 128, 192, 256, 384, 512, 768, 1024)
+"""Token counts of chunks that take decode rows along."""
+
 USES_BEFORE_CAPTURE = 2
 """Steps of a bucket that run eagerly, or in a larger graph, before it is captured: a capture costs two of them."""
 
 Outputs = tuple[torch.Tensor, ...]
-Step = Callable[[torch.Tensor], Outputs]
+
+
+class Step(Protocol):
+    """A forward over an array as above."""
+
+    def __call__(self, buffer: torch.Tensor, num_decode: int) -> Outputs:
+        """Tensors ``[num_decode + rows, ...]``."""
 
 
 def chunk_sizes(max_tokens: int, num_parameters: int) -> list[int]:
@@ -64,6 +78,16 @@ def chunk_sizes(max_tokens: int, num_parameters: int) -> list[int]:
     return [size for size in sizes if size <= largest and size < max_tokens] + ends
 
 
+def decode_sizes(num_slots: int) -> list[int]:
+    """Numbers of decode rows that chunks take along, ascending; the last one is at least ``num_slots``."""
+    sizes = [8]
+    while sizes[-1] < num_slots:
+        # 8, 16, 32, 64, and from there on two for each doubling.
+        last = sizes[-1]
+        sizes.append(last + (last if last < 64 else 1 << (last.bit_length() - 2)))
+    return sizes
+
+
 def num_rows(num_tokens: int) -> int:
     """Rows of a bucket of ``num_tokens``, the one that fills it up included."""
     return max(MIN_ROWS, -(-num_tokens // TOKENS_PER_ROW))
@@ -73,47 +97,65 @@ class ChunkGraphs:
     """The captured steps of one model over packed chunks.
 
     Args:
-        step: a forward over an array as above: tensors ``[rows, ...]``.
+        step: a forward over an array as above, and the number of its decode rows: tensors ``[D + rows, ...]``.
         slots: of the sequences, on the host.
         sizes: token counts with a graph of their own, ascending.
         device: of the model.
         capture: makes the function that replays a step.
+        mixed_tokens: prompt tokens of most steps with decode rows; None: as they come.
 
     Attributes:
         failure: why there are no graphs, None while there may be.
     """
 
-    def __init__(self, step: Step, slots: Slots, sizes: Sequence[int], device: torch.device, capture: Capture) -> None:
+    def __init__(
+        self,
+        step: Step,
+        slots: Slots,
+        sizes: Sequence[int],
+        device: torch.device,
+        capture: Capture,
+        mixed_tokens: int | None = None,
+    ) -> None:
         self.step, self.slots, self.sizes, self.device = step, slots, sizes, device
+        self.mixed_tokens = mixed_tokens
         self.failure: str | None = None
         self._capture = capture
-        self._replays: dict[int, tuple[torch.Tensor, Callable[[], Outputs]]] = {}
-        self._asked: dict[int, int] = {}
-        self._failed: set[int] = set()
+        # By decode rows and tokens.
+        self._replays: dict[tuple[int, int], tuple[torch.Tensor, Callable[[], Outputs]]] = {}
+        self._asked: dict[tuple[int, int], int] = {}
+        self._failed: set[tuple[int, int]] = set()
 
     def __len__(self) -> int:
         return len(self._replays)
 
-    def run(self, work: StepWork, choosers: np.ndarray) -> Outputs | None:
+    def run(self, work: StepWork, choosers: np.ndarray) -> tuple[Outputs, np.ndarray] | None:
         """Queue a step; None: it has no graph, nothing was done.
 
         Args:
-            work: chunks whose tokens the host knows.
+            work: decode rows, and chunks whose tokens the host knows.
             choosers: bool ``[num_rows]``: rows whose next token is chosen.
 
         Returns:
-            What the step gives of these rows: overwritten by a later one.
+            What the step gives, overwritten by a later one, and int64 ``[num_rows]``: where it is of each row.
         """
-        bucket = self._bucket(int(work.counts.sum()), len(work.slots))
+        n = work.num_decode
+        bucket = self._bucket(n, int(work.counts[n:].sum()), len(work.slots) - n)
         if bucket is None:
             return None
         static, replay = self._replays[bucket]
         static.copy_(send(self._pack(work, choosers, bucket), self.device))
-        return tuple(output[: len(work.slots)] for output in replay())
+        return replay(), np.concatenate([np.arange(n), bucket[0] + np.arange(len(work.slots) - n)])
 
     def warm_up(self, progress: bool = False) -> None:
-        """Capture every bucket, the largest first: the others use its memory."""
-        missing = [size for size in reversed(self.sizes) if size not in self._replays]
+        """Capture every bucket without decode rows, and those of most steps with some; the largest first: the others
+        use its memory."""
+        wanted = [(0, size) for size in self.sizes]
+        mixed = self._mixed_sizes()
+        if self.mixed_tokens is not None and mixed:
+            tokens = next((size for size in mixed if size >= self.mixed_tokens), mixed[-1])
+            wanted += [(num, tokens) for num in decode_sizes(self.slots.num_slots)]
+        missing = sorted(set(wanted) - self._replays.keys(), key=sum, reverse=True)
         for bucket in tqdm(missing, desc="capturing chunks of prompts", disable=not progress):
             if self.failure is None and bucket not in self._failed:
                 self._make(bucket)
@@ -124,57 +166,77 @@ class ChunkGraphs:
         self._asked.clear()
         self._failed.clear()
 
-    def _bucket(self, count: int, rows: int) -> int | None:
-        """A captured bucket with room for ``count`` tokens of ``rows`` rows, not much larger."""
-        large = [size for size in self.sizes if size >= count]
-        fitting = [size for size in large if size < 2 * large[0] and num_rows(size) > rows]
-        if not fitting or self.failure is not None:
+    def _mixed_sizes(self) -> list[int]:
+        """Token counts of graphs with decode rows, ascending."""
+        largest = self.sizes[-1]
+        return [size for size in MIXED_SIZES if size < largest] + ([largest] if largest <= MIXED_SIZES[-1] else [])
+
+    def _bucket(self, num_decode: int, count: int, rows: int) -> tuple[int, int] | None:
+        """A captured bucket with room for decode rows and ``count`` tokens of ``rows`` rows, not much larger."""
+        sizes = self._mixed_sizes() if num_decode else self.sizes
+        large = [size for size in sizes if size >= count]
+        tokens = [size for size in large if size < 2 * large[0] and num_rows(size) > rows]
+        if not tokens or self.failure is not None:
             return None
-        bucket = fitting[0]
+        decode = [0]
+        if num_decode:
+            decode = [num for num in decode_sizes(self.slots.num_slots) if num >= num_decode]
+            decode = [num for num in decode if num <= 2 * decode[0]]
+        bucket = decode[0], tokens[0]
         if bucket not in self._replays and bucket not in self._failed:
             self._asked[bucket] = self._asked.get(bucket, 0) + 1
             if self._asked[bucket] > USES_BEFORE_CAPTURE:
                 self._make(bucket)
-        return next((size for size in fitting if size in self._replays), None)
+        fitting = ((num, size) for size in tokens for num in decode)
+        return next((bucket for bucket in fitting if bucket in self._replays), None)
 
-    def _make(self, bucket: int) -> None:
+    def _make(self, bucket: tuple[int, int]) -> None:
         nothing = StepWork(np.empty(0, np.int64), np.empty(0, np.int64), 0, np.empty(0, bool))
         static = torch.from_numpy(self._pack(nothing, nothing.samples, bucket)).to(self.device)
         try:
-            self._replays[bucket] = static, self._capture(self.step, static)
+            self._replays[bucket] = static, self._capture(partial(self.step, num_decode=bucket[0]), static)
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
             if not self._failed:
-                logger.warning(f"chunks of {bucket} prompt tokens run without CUDA graphs: {message}")
+                logger.warning(f"chunks of {bucket[1]} prompt tokens run without CUDA graphs: {message}")
             self._failed.add(bucket)
             # With others there, or for want of memory, it was this one's size.
             if not self._replays and not is_short_of_memory(error):
                 self.failure = message
 
-    def _pack(self, work: StepWork, choosers: np.ndarray, bucket: int) -> np.ndarray:
+    def _pack(self, work: StepWork, choosers: np.ndarray, bucket: tuple[int, int]) -> np.ndarray:
         """The array of a step, int64."""
-        host, num, counts = self.slots, len(work.slots), work.counts
-        num_tokens, size = int(counts.sum()), num_rows(bucket)
-        buffer = np.zeros(4 * size + 3 * bucket, dtype=np.int64)
+        host, (num_decode, tokens) = self.slots, bucket
+        first, counts, choosers = (
+            work.slots[work.num_decode :],
+            work.counts[work.num_decode :],
+            choosers[work.num_decode :],
+        )
+        num, num_tokens, size = len(first), int(counts.sum()), num_rows(tokens)
+        array = np.zeros(num_decode + 4 * size + 3 * tokens, dtype=np.int64)
+        decode, buffer = array[:num_decode], array[num_decode:]
+        decode[:] = host.num_slots
+        decode[: work.num_decode] = work.slots[: work.num_decode]
         slots, ends, lengths, chosen = buffer[: 4 * size].reshape(4, size)
-        ids, positions, rows = buffer[4 * size :].reshape(3, bucket)
+        ids, positions, rows = buffer[4 * size :].reshape(3, tokens)
         slots[:] = host.num_slots
-        slots[:num] = work.slots
+        slots[:num] = first
         chosen[:] = host.num_slots
-        chosen[:num][choosers] = work.slots[choosers]
+        chosen[:num][choosers] = first[choosers]
         ends[:num] = counts.cumsum()
         ends[num:] = num_tokens
-        ends[-1] = bucket
-        lengths[:num] = host.computed[work.slots] + counts
+        ends[-1] = tokens
+        lengths[:num] = host.computed[first] + counts
         rows[:] = size - 1
         row = rows[:num_tokens] = np.repeat(np.arange(num), counts)
         positions[:num_tokens] = np.arange(num_tokens) - (ends[:num] - lengths[:num])[row]
-        ids[:num_tokens] = host.history[work.slots[row], positions[:num_tokens]]
-        return buffer
+        ids[:num_tokens] = host.history[first[row], positions[:num_tokens]]
+        return array
 
 
 def unpack(buffer: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Slots, ends, lengths, choosers ``[rows]`` each; ids, positions, rows ``[tokens]`` each, of a step's array."""
+    """Slots, ends, lengths, choosers ``[rows]`` each; ids, positions, rows ``[tokens]`` each, of a step's array behind
+    the decode rows."""
     # 3 tokens + 4 rows, with a row for TOKENS_PER_ROW: this is the number of tokens, or one more in the same row.
     size = num_rows(len(buffer) * TOKENS_PER_ROW // (3 * TOKENS_PER_ROW + 4))
     return (*buffer[: 4 * size].view(4, size).unbind(), *buffer[4 * size :].view(3, -1).unbind())

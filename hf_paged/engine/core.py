@@ -166,7 +166,8 @@ class EngineCore:
             runner, device = self.runner, self.device
             graphs = DecodeGraphs(runner.static_decode, self.slots.num_slots, device, captures[0])
             sizes = chunk_sizes(self.config.max_batch_tokens, self.num_parameters)
-            runner.use_graphs(graphs, ChunkGraphs(runner.static_chunk, self.slots, sizes, device, captures[1]))
+            mixed = self.scheduler.mixed_prompt_tokens
+            runner.use_graphs(graphs, ChunkGraphs(runner.static_chunk, self.slots, sizes, device, captures[1], mixed))
         return reason
 
     def on_device(self) -> AbstractContextManager:

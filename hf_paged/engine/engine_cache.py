@@ -92,7 +92,23 @@ class EngineLayer(CacheLayerMixin):
         scale: float,
     ) -> torch.Tensor:
         """Attention of packed queries ``[T, Hq, D]`` over the step's pages: ``[T, Hq, Dv]``."""
-        step, pages = self.cache.step.on(query.device), self.group.layers[self.index]
+        step, options = self.cache.step.on(query.device), (left, right, softcap, sinks, scale)
+        if not step.parts:
+            return self._attend(step, query, *options)
+        queries = query.split([part.input_ids.numel() for part in step.parts])
+        return torch.cat([self._attend(part, q, *options) for part, q in zip(step.parts, queries)])
+
+    def _attend(
+        self,
+        step: StepInputs,
+        query: torch.Tensor,
+        left: int | None,
+        right: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        pages = self.group.layers[self.index]
         if query.device.type == "cpu" and right == 0 and softcap is None and sinks is None and not pages.is_quantized:
             key = (self.number, left)
             if key not in step.cpu_groups:

@@ -108,6 +108,10 @@ class Runner:
         ends = num_logits.cumsum()
         if self.cache.has_states:
             return StepLogits([self._run_with_states(work, num_logits)], ends - num_logits, ends, _no_places(work))
+        if 0 < work.num_decode < len(work.slots):
+            mixed = self._run_chunk_graph(work, num_logits)
+            if mixed is not None:
+                return mixed
         decoded = self._run_graph(work)
         if decoded is None:
             return self._run_packed(work, num_logits)
@@ -116,7 +120,7 @@ class Runner:
         places = np.where(self._choosers(work)[:n], np.arange(n), -1)
         if n == len(work.slots):
             return StepLogits([logits], ends - num_logits, ends, places, tokens, lse)
-        # Prompts in a launch of their own: decode rows keep the kernels of short queries.
+        # Large chunks in a launch of their own.
         chunks = StepWork(work.slots[n:], work.counts[n:], 0, work.samples[n:])
         more = self._run_packed(chunks, num_logits[n:])
         first = np.concatenate([np.arange(n), n + more.first])
@@ -128,12 +132,9 @@ class Runner:
 
     def _run_packed(self, work: StepWork, num_logits: np.ndarray) -> StepLogits:
         """Rows that no decode graph runs: chunks of prompts, candidates, and all of them without graphs."""
-        chunks = self._run_chunk_graph(work) if int(num_logits.max()) <= 1 else None
+        chunks = self._run_chunk_graph(work, num_logits)
         if chunks is not None:
-            logits, tokens, lse = chunks
-            first = np.arange(len(work.slots))
-            places = np.where(self._choosers(work), first, -1)
-            return StepLogits([logits], first, first + num_logits, places, tokens, lse)
+            return chunks
         ends = num_logits.cumsum()
         logits = self.forward(self.tables.inputs(work), self._index(work.counts, num_logits))[0]
         return StepLogits([logits], ends - num_logits, ends, _no_places(work))
@@ -167,16 +168,21 @@ class Runner:
         tokens, lse = self.sampling.choose_static(logits, slots, self.tables.computed, self.tables.last_token)
         return logits, tokens, lse
 
-    def static_chunk(self, buffer: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def static_chunk(self, buffer: torch.Tensor, num_decode: int) -> tuple[torch.Tensor, ...]:
         """A step over an array of :mod:`chunk_graphs`.
 
         Returns:
             As :meth:`static_decode`, for each row's last token.
         """
-        logits = self.forward(*self.tables.chunk_inputs(buffer))[0]
-        _, _, lengths, choosers, *_ = unpack(buffer)
-        tokens, lse = self.sampling.choose_static(logits, choosers, lengths)
-        self.tables.note_tokens(choosers, tokens, lengths)
+        decode, chunks = buffer[:num_decode], buffer[num_decode:]
+        inputs, last = self.tables.mixed_inputs(decode, chunks) if num_decode else self.tables.chunk_inputs(chunks)
+        logits = self.forward(inputs, last)[0]
+        _, _, lengths, slots, *_ = unpack(chunks)
+        if num_decode:
+            # Counted already, as in a step that only decodes.
+            slots, lengths = torch.cat([decode, slots]), torch.cat([self.tables.computed[decode], lengths])
+        tokens, lse = self.sampling.choose_static(logits, slots, lengths)
+        self.tables.note_tokens(slots, tokens, lengths)
         return logits, tokens, lse
 
     def drop_graphs(self) -> None:
@@ -218,17 +224,23 @@ class Runner:
         self.tables.refresh(work.slots[:n])
         return self.graphs.run(work.slots[:n])
 
-    def _run_chunk_graph(self, work: StepWork) -> tuple[torch.Tensor, ...] | None:
-        """What :meth:`static_chunk` gives of each row; None: nothing was run."""
-        if self.chunk_graphs is None or work.num_decode or not self._may_replay():
+    def _run_chunk_graph(self, work: StepWork, num_logits: np.ndarray) -> StepLogits | None:
+        """:meth:`static_chunk` of chunks, with decode rows before them where there are some; None: nothing was run."""
+        n = work.num_decode
+        if self.chunk_graphs is None or int(num_logits.max()) > 1 or int(work.counts[:n].max(initial=1)) > 1:
             return None
-        if self.graphs is not None and self.graphs.failure is not None:
+        if (self.graphs is not None and self.graphs.failure is not None) or not self._may_replay():
             return None
         choosers = self._choosers(work)
-        outputs = self.chunk_graphs.run(work, choosers)
-        if outputs is not None:
-            self.tables.stale[work.slots] = ~choosers
-        return outputs
+        # Of decode rows the device knows what it needs, or is told now.
+        self.tables.refresh(work.slots[:n])
+        found = self.chunk_graphs.run(work, choosers)
+        if found is None:
+            return None
+        (logits, tokens, lse), first = found
+        self.tables.stale[work.slots[n:]] = ~choosers[n:]
+        places = np.where(choosers, first, -1)
+        return StepLogits([logits], first, first + num_logits, places, tokens, lse)
 
     def _may_replay(self) -> bool:
         """Whether a replay does what the model's forward would do now."""

@@ -50,6 +50,7 @@ class StepInputs:
         longest: tokens of the longest row.
         num_keys: tokens of all rows together.
         groups: per group of layers.
+        parts: steps that attend each for itself, one behind the other; empty: the step is one.
         cpu_groups: rows that attend together on a CPU, by group of layers and window; filled by the layers.
     """
 
@@ -62,6 +63,7 @@ class StepInputs:
     longest: int
     num_keys: int
     groups: list[GroupInputs]
+    parts: tuple["StepInputs", ...] = ()
     cpu_groups: dict[tuple[int, int | None], list[RowGroup]] = field(default_factory=dict)
     _copies: dict[torch.device, "StepInputs"] = field(default_factory=dict)
     _split_plans: SplitPlans = field(default_factory=SplitPlans)
@@ -177,6 +179,26 @@ class SlotTables:
             np.empty(0, dtype=np.int64), ids.view(1, -1), positions.view(1, -1), seq_lens,
             self._range[: num_rows + 1], 1, longest, num_rows * longest, groups,
         )  # fmt: skip
+
+    def mixed_inputs(self, decode: torch.Tensor, buffer: torch.Tensor) -> tuple[StepInputs, torch.Tensor]:
+        """:meth:`static_inputs` of ``decode``, and :meth:`chunk_inputs` of ``buffer`` behind it.
+
+        Returns:
+            The step, and int64 ``[D + ROWS]``, each row's last token.
+        """
+        first, (then, last) = self.static_inputs(decode), self.chunk_inputs(buffer)
+        num_decode = len(decode)
+        groups = [
+            GroupInputs(torch.cat([a.page_table, b.page_table]), torch.cat([a.slot_mapping, b.slot_mapping]))
+            for a, b in zip(first.groups, then.groups)
+        ]
+        inputs = StepInputs(
+            np.empty(0, dtype=np.int64), torch.cat([first.input_ids, then.input_ids], 1),
+            torch.cat([first.position_ids, then.position_ids], 1), torch.cat([first.seq_lens, then.seq_lens]),
+            torch.cat([first.cu_seqlens_q, then.cu_seqlens_q[1:] + num_decode]), then.max_query_len,
+            then.longest, first.num_keys + then.num_keys, groups, (first, then),
+        )  # fmt: skip
+        return inputs, torch.cat([self._range[:num_decode].long(), last + num_decode])
 
     def chunk_inputs(self, buffer: torch.Tensor) -> tuple[StepInputs, torch.Tensor]:
         """A step over an array of :mod:`chunk_graphs` on the device; and int64 ``[ROWS]``, each row's last token.

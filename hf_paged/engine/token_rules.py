@@ -398,6 +398,7 @@ def _checked_prompt(model: Any, prompt_ids: Any) -> torch.Tensor:
     """
     embeddings = model.get_input_embeddings()
     vocab_size = getattr(embeddings, "num_embeddings", None) or model.config.get_text_config().vocab_size
+    tokens: Any
     if isinstance(prompt_ids, np.ndarray) and prompt_ids.ndim == 1 and prompt_ids.dtype == np.int64:
         tokens = prompt_ids
         is_within = not len(tokens) or (tokens.min() >= 0 and tokens.max() < vocab_size)

@@ -6,9 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from hf_paged.engine import chunk_graphs
-from hf_paged.engine.chunk_graphs import MIN_ROWS, ChunkGraphs, chunk_sizes, num_rows, unpack
+from hf_paged.engine.chunk_graphs import MIN_ROWS, ChunkGraphs, chunk_sizes, decode_sizes, num_rows, unpack
 from hf_paged.engine.scheduler import StepWork
 from hf_paged.engine.slots import Slots
 
@@ -50,20 +51,25 @@ def test_the_array_tells_its_rows(bucket):
     assert torch.equal(torch.cat(parts), torch.arange(4 * num_rows(bucket) + 3 * bucket))
 
 
-def test_the_array_says_what_the_host_knows():
+@pytest.mark.parametrize("num_decode", [0, 2])
+def test_the_array_says_what_the_host_knows(num_decode):
     generator = np.random.default_rng(0)
     slots = Slots(6, 64)
     slots.history[:] = generator.integers(0, 1000, slots.history.shape)
     slots.computed[:] = [0, 3, 0, 11, 40, 7]
     seen = []
     capture = lambda step, static: lambda: seen.append(static)  # noqa: E731
-    graphs = ChunkGraphs(lambda x: x, slots, [16, 32, 64], torch.device("cpu"), capture)
-    work = StepWork(np.array([4, 1, 3]), np.array([2, 9, 1]), 0, np.ones(3, bool))
-    with pytest.raises(TypeError):
-        graphs.run(work, np.array([True, False, True]))  # what was replayed returns None
+    graphs = ChunkGraphs(lambda x, num_decode: (), slots, [16, 32, 64], torch.device("cpu"), capture)
+    taken, counts = np.array([5, 0, 4, 1, 3]), np.array([1, 1, 2, 9, 1])
+    work = StepWork(taken[2 - num_decode :], counts[2 - num_decode :], num_decode, np.ones(3 + num_decode, bool))
+    choosers = np.array([True] * num_decode + [True, False, True])
+    room = 8 if num_decode else 0
+    assert graphs.run(work, choosers)[1].tolist() == [*range(num_decode), room, room + 1, room + 2]
     num = 12
-    taken, ends, lengths, choosers, ids, positions, rows = (x.numpy() for x in unpack(seen[0]))
-    assert len(ids) == 16
+    assert seen[0][:room].tolist() == ([5, 0] + [6] * 6)[:room]
+    taken, ends, lengths, choosers, ids, positions, rows = (x.numpy() for x in unpack(seen[0][room:]))
+    assert len(ids) == (64 if num_decode else 16)
+    ends[-1], rows, positions = 16 if ends[-1] == len(ids) else -1, rows[:16], positions[:16]
     assert taken.tolist() == [4, 1, 3] + [6] * (MIN_ROWS - 3)
     assert choosers.tolist() == [4, 6, 3] + [6] * (MIN_ROWS - 3)
     assert ends.tolist() == [2, 11, 12] + [12] * (MIN_ROWS - 4) + [16]
@@ -88,9 +94,56 @@ def test_families(family):
         expected = [alone(model, ids, config(6)) for ids in short]
         assert [output.token_ids for output in engine.generate(short, generation_config=config(6))] == expected
         engine.check()
-        assert len(graphs) == 2
+        assert {num > 0 for num, _ in graphs._replays} == {False, True}
         assert graphs.failure is None
         assert max(used) > 1, "several prompts in a step"
+
+
+def test_sizes_of_decode_rows():
+    assert decode_sizes(1) == decode_sizes(8) == [8]
+    assert decode_sizes(256) == [8, 16, 32, 64, 96, 128, 192, 256]
+    assert decode_sizes(300)[-2:] == [256, 384]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_decode_rows_go_along_with_chunks(family):
+    """Greedy, sampled, penalised and host-processed rows, with log-probabilities, all in one step."""
+    model = tiny_model(family)
+    ours = lambda ids, scores: scores + 0.3 * torch.arange(scores.shape[-1]).sin()  # noqa: E731
+    kinds = [
+        (config(14), {}),
+        (GenerationConfig(max_new_tokens=14, do_sample=True, top_p=0.9, pad_token_id=0), {"seed": 5}),
+        (config(14, repetition_penalty=1.5), {}),
+        (config(14), {"logits_processor": [ours]}),
+        (config(14), {"logprobs": 2}),
+    ]
+    outputs = {}
+    for together in (False, True):
+        with make_engine(model, num_pages=96, max_num_seqs=16, max_batch_tokens=40, prefix_caching=False) as engine:
+            runner, handles, mixed = engine._core.runner, [], []
+            if not together:
+                runner.graphs = runner.chunk_graphs = None
+            else:
+                run, decode = runner.chunk_graphs.run, runner.graphs.run
+                runner.chunk_graphs.run = lambda work, *a: mixed.append(work.num_decode) or run(work, *a)  # noqa: B023
+                runner.graphs.run = lambda slots: mixed.append(-len(slots)) or decode(slots)  # noqa: B023
+            for i in range(12):
+                options, how = kinds[i % len(kinds)]
+                handles.append(engine.submit(prompt(3 + 5 * i % 37, i), generation_config=options, **how))
+                for _ in range(2 if together else 40):
+                    engine.step()
+            while engine.step():
+                pass
+            engine.check()
+            results = [handle.result() for handle in handles]
+            outputs[together] = [result.token_ids for result in results]
+            if together:
+                assert max(mixed) > 1
+                index = [i for i, num in enumerate(mixed) if num > 0]
+                assert not any(mixed[i + 1] == -mixed[i] for i in index if i + 1 < len(mixed)), "rows decoded twice"
+            for result in results[4::5]:
+                assert all(entry.token_id == token for entry, token in zip(result.logprobs, result.token_ids))
+    assert outputs[True] == outputs[False]
 
 
 def test_more_rows_than_a_graph_has_run_eagerly():
@@ -113,7 +166,7 @@ def test_large_steps_are_captured_and_more_rows_take_a_larger_graph(monkeypatch)
             expected = [alone(model, ids, config(2)) for ids in prompts]
             outputs = engine.generate(prompts, generation_config=config(2))
             assert [output.token_ids for output in outputs] == expected
-            assert graphs._replays.keys() == captured
+            assert graphs._replays.keys() == {(0, size) for size in captured}
             engine.drop_prefixes()
 
 
@@ -157,18 +210,18 @@ def test_a_size_too_large_for_the_memory_runs_eagerly_and_the_others_do_not():
         capture = graphs._capture
 
         def fails_for_large_ones(step, static):
-            if len(unpack(static)[4]) > 32:
+            if len(static) > 4 * MIN_ROWS + 3 * 32:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return capture(step, static)
 
         graphs._capture = fails_for_large_ones
         assert engine.warm_up() > 0
-        assert graphs._replays.keys() == {16, 32}
+        assert graphs._replays.keys() == {(0, 16), (0, 32)}
         for _ in range(2):
             assert [engine.generate([p], generation_config=config(2))[0].token_ids for p in (ids, short)] == expected
             engine.drop_prefixes()
         assert graphs.failure is None
-        assert graphs._replays.keys() == {16, 32}
+        assert graphs._replays.keys() == {(0, 16), (0, 32)}
 
 
 def test_prompt_logprobs_need_every_logit_and_run_eagerly():

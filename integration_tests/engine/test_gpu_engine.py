@@ -78,13 +78,13 @@ def test_captured_chunks_of_prompts_give_the_tokens_of_generate(family):
         engine.warm_up()
         graphs = engine._core.runner.chunk_graphs
         assert graphs.failure is None, graphs.failure
-        assert len(graphs) == 4
+        assert graphs._replays.keys() == {(0, 16), (0, 32), (0, 64), (0, 100), (8, 100), (16, 100)}
         made = dict(graphs._replays)
         for lengths in ((5,), (9, 17, 3), (60, 1, 33), (90, 2), (110, 40)):
             prompts = [prompt(n, n) for n in lengths]
             expected = [alone(model, ids, 12) for ids in prompts]
             assert [o.token_ids for o in engine.generate(prompts, generation_config=config(12))] == expected
-        assert graphs._replays == made, "a graph was captured again"
+        assert all(graphs._replays[bucket] is made[bucket] for bucket in made), "a graph was captured again"
 
 
 def test_what_a_decode_step_gave_is_whole_when_a_chunk_of_the_same_step_has_run(model):
