@@ -48,7 +48,9 @@ At two operations for each it is some 70 ms of an H200: what a host takes for th
 """
 
 MIXED_SIZES = (64, 128, 192, 256, 384, 512, 768, 1024)
-"""Token counts of chunks that take decode rows along."""
+"""Token counts of chunks that take decode rows along; of those, four at most, around the usual one."""
+USUALLY_MIXED = 256
+"""Where that one is not known."""
 
 USES_BEFORE_CAPTURE = 2
 """Steps of a bucket that run eagerly, or in a larger graph, before it is captured: a capture costs two of them."""
@@ -78,6 +80,14 @@ def chunk_sizes(max_tokens: int, num_parameters: int) -> list[int]:
     return [size for size in sizes if size <= largest and size < max_tokens] + ends
 
 
+def mixed_sizes(largest: int, usual: int) -> list[int]:
+    """Token counts of graphs with decode rows, ascending, for steps of at most ``largest``: a half, one, two and four
+    times the usual number, about."""
+    sizes = [size for size in MIXED_SIZES if size < largest] + ([largest] if largest <= MIXED_SIZES[-1] else [])
+    wanted = (min(times * usual // 2, sizes[-1]) for times in (1, 2, 4, 8))
+    return sorted({next(size for size in sizes if size >= count) for count in wanted})
+
+
 def decode_sizes(num_slots: int) -> list[int]:
     """Numbers of decode rows that chunks take along, ascending; the last one is at least ``num_slots``."""
     sizes = [8]
@@ -102,7 +112,7 @@ class ChunkGraphs:
         sizes: token counts with a graph of their own, ascending.
         device: of the model.
         capture: makes the function that replays a step.
-        mixed_tokens: prompt tokens of most steps with decode rows; None: as they come.
+        mixed_tokens: prompt tokens of most steps with decode rows; None: not known.
 
     Attributes:
         failure: why there are no graphs, None while there may be.
@@ -118,7 +128,8 @@ class ChunkGraphs:
         mixed_tokens: int | None = None,
     ) -> None:
         self.step, self.slots, self.sizes, self.device = step, slots, sizes, device
-        self.mixed_tokens = mixed_tokens
+        self.mixed_tokens = mixed_tokens or USUALLY_MIXED
+        self.mixed_sizes = mixed_sizes(sizes[-1], self.mixed_tokens)
         self.failure: str | None = None
         self._capture = capture
         # By decode rows and tokens.
@@ -151,10 +162,8 @@ class ChunkGraphs:
         """Capture every bucket without decode rows, and those of most steps with some; the largest first: the others
         use its memory."""
         wanted = [(0, size) for size in self.sizes]
-        mixed = self._mixed_sizes()
-        if self.mixed_tokens is not None and mixed:
-            tokens = next((size for size in mixed if size >= self.mixed_tokens), mixed[-1])
-            wanted += [(num, tokens) for num in decode_sizes(self.slots.num_slots)]
+        usual = next((size for size in self.mixed_sizes if size >= self.mixed_tokens), self.mixed_sizes[-1])
+        wanted += [(num, usual) for num in decode_sizes(self.slots.num_slots)]
         missing = sorted(set(wanted) - self._replays.keys(), key=sum, reverse=True)
         for bucket in tqdm(missing, desc="capturing chunks of prompts", disable=not progress):
             if self.failure is None and bucket not in self._failed:
@@ -166,14 +175,9 @@ class ChunkGraphs:
         self._asked.clear()
         self._failed.clear()
 
-    def _mixed_sizes(self) -> list[int]:
-        """Token counts of graphs with decode rows, ascending."""
-        largest = self.sizes[-1]
-        return [size for size in MIXED_SIZES if size < largest] + ([largest] if largest <= MIXED_SIZES[-1] else [])
-
     def _bucket(self, num_decode: int, count: int, rows: int) -> tuple[int, int] | None:
         """A captured bucket with room for decode rows and ``count`` tokens of ``rows`` rows, not much larger."""
-        sizes = self._mixed_sizes() if num_decode else self.sizes
+        sizes = self.mixed_sizes if num_decode else self.sizes
         large = [size for size in sizes if size >= count]
         tokens = [size for size in large if size < 2 * large[0] and num_rows(size) > rows]
         if not tokens or self.failure is not None:

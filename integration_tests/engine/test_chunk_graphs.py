@@ -9,7 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from hf_paged.engine import chunk_graphs
-from hf_paged.engine.chunk_graphs import MIN_ROWS, ChunkGraphs, chunk_sizes, decode_sizes, num_rows, unpack
+from hf_paged.engine.chunk_graphs import MIN_ROWS, ChunkGraphs, chunk_sizes, decode_sizes, mixed_sizes, num_rows, unpack
 from hf_paged.engine.scheduler import StepWork
 from hf_paged.engine.slots import Slots
 
@@ -97,6 +97,17 @@ def test_families(family):
         assert {num > 0 for num, _ in graphs._replays} == {False, True}
         assert graphs.failure is None
         assert max(used) > 1, "several prompts in a step"
+
+
+@pytest.mark.parametrize(
+    ("largest", "usual", "sizes"),
+    [
+        (8192, 192, [128, 192, 384, 768]), (8192, 500, [256, 512, 1024]), (3072, 1024, [512, 1024]),
+        (8192, 256, [128, 256, 512, 1024]), (300, 192, [128, 192, 300]), (24, 1024, [24]), (8192, 4, [64]),
+    ],
+)  # fmt: skip
+def test_sizes_with_decode_rows(largest, usual, sizes):
+    assert mixed_sizes(largest, usual) == sizes
 
 
 def test_sizes_of_decode_rows():

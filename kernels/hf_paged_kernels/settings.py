@@ -270,7 +270,7 @@ def hopper_settings(
         return HopperSettings(2, 64, 4, 2)
     return {
         64: HopperSettings(3, 128, 3, 1, take_turns=True)
-        if max_query_len > 8192
+        if max_query_len > 8192 and max_paged_keys is None
         else HopperSettings(2, 128, 3, 2, full_weights=True),
         128: HopperSettings(2, 128, 2, 1),
         256: HopperSettings(2, 64, 2, 1),
