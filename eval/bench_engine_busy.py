@@ -96,6 +96,8 @@ def read_events(trace: dict[str, Any]) -> list[Event]:
 def summarize(events: Sequence[Event], skip_us: float = 0.0) -> dict[str, Any]:
     """Shares of wall time, kernels by their time and the largest gaps, from events in the order of their starts.
 
+    A kernel's time is what it adds, from the end of all that started before it: one that starts early waits first.
+
     Args:
         events: of :func:`read_events`.
         skip_us: microseconds from the first event on that are left out.
@@ -108,18 +110,18 @@ def summarize(events: Sequence[Event], skip_us: float = 0.0) -> dict[str, Any]:
         raise RuntimeError("the profiler saw nothing on the device: a busy share needs a CUDA GPU.")
     first, reached = events[0][1], events[0][1]
     running, gaps = 0.0, []
+    totals: dict[str, tuple[float, int]] = {}
     for name, start, end in events:
         if start > reached:
             gaps.append((start - reached, start - first, name))
             reached = start
-        running += max(0.0, end - reached)
+        added = max(0.0, end - reached)
+        running += added
         reached = max(reached, end)
+        total, count = totals.get(name, (0.0, 0))
+        totals[name] = total + added, count + 1
     wall = max(reached - first, 1e-9)
     short = sum(gap for gap, _, _ in gaps if gap <= DISPATCH_US)
-    totals: dict[str, tuple[float, int]] = {}
-    for name, start, end in events:
-        total, count = totals.get(name, (0.0, 0))
-        totals[name] = total + end - start, count + 1
     ranked = sorted(totals.items(), key=lambda item: -item[1][0])[:NUM_KERNELS]
     return {
         "kernels": running / wall, "queued": (running + short) / wall, "dispatch_us": DISPATCH_US,
