@@ -3,7 +3,7 @@
 A short prompt is bound by the host: launching its kernels takes longer than running them, and every running sequence
 waits meanwhile. A graph takes one array, sent in one piece::
 
-    decode  slots [rows]  ends [rows]  lengths [rows]  choosers [rows]  ids [tokens]  positions [tokens]  rows [tokens]
+    decode [D]  |  slots, ends, lengths, choosers [rows] each  |  ids, positions, rows [tokens] each
 
 ``choosers`` are the slots of rows whose next token is chosen from this step's logits by the parameters of the slot; for
 the others, the slot that has no tokens. Tokens that fill up a bucket belong to the last row, whose slot is that one:
@@ -81,8 +81,10 @@ def chunk_sizes(max_tokens: int, num_parameters: int) -> list[int]:
 
 
 def mixed_sizes(largest: int, usual: int) -> list[int]:
-    """Token counts of graphs with decode rows, ascending, for steps of at most ``largest``: a half, one, two and four
-    times the usual number, about."""
+    """Token counts of graphs with decode rows, ascending, for steps of at most ``largest``.
+
+    About a half, one, two and four times the usual number.
+    """
     sizes = [size for size in MIXED_SIZES if size < largest] + ([largest] if largest <= MIXED_SIZES[-1] else [])
     wanted = (min(times * usual // 2, sizes[-1]) for times in (1, 2, 4, 8))
     return sorted({next(size for size in sizes if size >= count) for count in wanted})
@@ -210,17 +212,13 @@ class ChunkGraphs:
 
     def _pack(self, work: StepWork, choosers: np.ndarray, bucket: tuple[int, int]) -> np.ndarray:
         """The array of a step, int64."""
-        host, (num_decode, tokens) = self.slots, bucket
-        first, counts, choosers = (
-            work.slots[work.num_decode :],
-            work.counts[work.num_decode :],
-            choosers[work.num_decode :],
-        )
+        host, n, (room, tokens) = self.slots, work.num_decode, bucket
+        first, counts, choosers = work.slots[n:], work.counts[n:], choosers[n:]
         num, num_tokens, size = len(first), int(counts.sum()), num_rows(tokens)
-        array = np.zeros(num_decode + 4 * size + 3 * tokens, dtype=np.int64)
-        decode, buffer = array[:num_decode], array[num_decode:]
+        array = np.zeros(room + 4 * size + 3 * tokens, dtype=np.int64)
+        decode, buffer = array[:room], array[room:]
         decode[:] = host.num_slots
-        decode[: work.num_decode] = work.slots[: work.num_decode]
+        decode[:n] = work.slots[:n]
         slots, ends, lengths, chosen = buffer[: 4 * size].reshape(4, size)
         ids, positions, rows = buffer[4 * size :].reshape(3, tokens)
         slots[:] = host.num_slots
