@@ -158,7 +158,8 @@ def _busy(models: dict[str, Any]) -> list[str]:
             ]
             lines += _table(
                 f"Kernels of {name}, {label}", ("kernel", "count", "mean us", "of wall"), kernels,
-                f"Profile of {part['steps']} steps; the largest gaps: {gaps} us.",
+                f"Profile of {part['steps']} steps. A kernel's time is what it adds, from the end of all that started "
+                f"before it; the largest gaps: {gaps} us.",
             )  # fmt: skip
     return lines
 

@@ -132,6 +132,7 @@ class ChunkGraphs:
         self.step, self.slots, self.sizes, self.device = step, slots, sizes, device
         self.mixed_tokens = mixed_tokens or USUALLY_MIXED
         self.mixed_sizes = mixed_sizes(sizes[-1], self.mixed_tokens)
+        self.decode_sizes = decode_sizes(slots.num_slots)
         self.failure: str | None = None
         self._capture = capture
         # By decode rows and tokens.
@@ -165,7 +166,7 @@ class ChunkGraphs:
         use its memory."""
         wanted = [(0, size) for size in self.sizes]
         usual = next((size for size in self.mixed_sizes if size >= self.mixed_tokens), self.mixed_sizes[-1])
-        wanted += [(num, usual) for num in decode_sizes(self.slots.num_slots)]
+        wanted += [(num, usual) for num in self.decode_sizes]
         missing = sorted(set(wanted) - self._replays.keys(), key=sum, reverse=True)
         for bucket in tqdm(missing, desc="capturing chunks of prompts", disable=not progress):
             if self.failure is None and bucket not in self._failed:
@@ -186,7 +187,7 @@ class ChunkGraphs:
             return None
         decode = [0]
         if num_decode:
-            decode = [num for num in decode_sizes(self.slots.num_slots) if num >= num_decode]
+            decode = [num for num in self.decode_sizes if num >= num_decode]
             decode = [num for num in decode if num <= 2 * decode[0]]
         bucket = decode[0], tokens[0]
         if bucket not in self._replays and bucket not in self._failed:

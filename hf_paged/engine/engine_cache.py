@@ -92,35 +92,26 @@ class EngineLayer(CacheLayerMixin):
         scale: float,
     ) -> torch.Tensor:
         """Attention of packed queries ``[T, Hq, D]`` over the step's pages: ``[T, Hq, Dv]``."""
-        step, options = self.cache.step.on(query.device), (left, right, softcap, sinks, scale)
-        if not step.parts:
-            return self._attend(step, query, *options)
-        queries = query.split([part.input_ids.numel() for part in step.parts])
-        return torch.cat([self._attend(part, q, *options) for part, q in zip(step.parts, queries)])
-
-    def _attend(
-        self,
-        step: StepInputs,
-        query: torch.Tensor,
-        left: int | None,
-        right: int | None,
-        softcap: float | None,
-        sinks: torch.Tensor | None,
-        scale: float,
-    ) -> torch.Tensor:
-        pages = self.group.layers[self.index]
-        if query.device.type == "cpu" and right == 0 and softcap is None and sinks is None and not pages.is_quantized:
-            key = (self.number, left)
-            if key not in step.cpu_groups:
-                table = step.groups[self.number].page_table
-                step.cpu_groups[key] = plan_groups(table, step.seq_lens, step.cu_seqlens_q, pages.k.shape[2], left)
-            return attend_groups(query, pages, step.cpu_groups[key], scale)
-        out, _ = paged_attention_op(
-            query, pages.k, pages.v, step.groups[self.number].page_table, step.seq_lens, step.cu_seqlens_q,
-            step.max_query_len, left, right, softcap, sinks, scale, pages.k_scale, pages.v_scale,
-            step.split_plan(self.number, pages.k.shape[2], left),
-        )  # fmt: skip
-        return out
+        step, pages = self.cache.step.on(query.device), self.group.layers[self.index]
+        page_size, is_plain = pages.k.shape[2], right == 0 and softcap is None and sinks is None
+        parts = step.parts or (step,)
+        queries = query.split([part.input_ids.numel() for part in parts]) if step.parts else (query,)
+        outs = []
+        for part, q in zip(parts, queries):
+            table = part.groups[self.number].page_table
+            if query.device.type == "cpu" and is_plain and not pages.is_quantized:
+                key = (self.number, left)
+                if key not in part.cpu_groups:
+                    part.cpu_groups[key] = plan_groups(table, part.seq_lens, part.cu_seqlens_q, page_size, left)
+                outs.append(attend_groups(q, pages, part.cpu_groups[key], scale))
+            else:
+                out, _ = paged_attention_op(
+                    q, pages.k, pages.v, table, part.seq_lens, part.cu_seqlens_q, part.max_query_len, left, right,
+                    softcap, sinks, scale, pages.k_scale, pages.v_scale,
+                    part.split_plan(self.number, page_size, left),
+                )  # fmt: skip
+                outs.append(out)
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all sequences of the step, one after the other, ``[1, H, total keys, D]``."""

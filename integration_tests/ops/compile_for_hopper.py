@@ -60,9 +60,9 @@ def new(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.zeros(shape, dtype=dtype)
 
 
-def decode_step(dim: int, page_dtype: torch.dtype = torch.bfloat16) -> tuple:
+def decode_step(dim: int, page_dtype: torch.dtype = torch.bfloat16, width: int = 40) -> tuple:
     """``(q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q)`` of two sequences, 8 query heads on 2."""
-    table, lens = new(2, 40, dtype=torch.int32), torch.tensor([600, 5], dtype=torch.int32)
+    table, lens = new(2, width, dtype=torch.int32), torch.tensor([600, 5], dtype=torch.int32)
     cu = torch.tensor([0, 1, 2], dtype=torch.int32)
     return new(2, 8, dim), *(new(50, 2, 16, dim, dtype=page_dtype) for _ in "kv"), table, lens, cu
 
@@ -83,6 +83,9 @@ def attention() -> None:
         hopper_paged_launch(*step, 300, *options)
         k = new(1, 300, 2, dim)
         hopper_flash_launch(new(1, 300, 8, dim), k, k, None, None, 300, *options)
+    # Wide tables: other tiles, and another merge.
+    for longest in (1, 300):
+        hopper_paged_launch(*decode_step(128, width=200), longest, *options)
     paged_attention_launch(*decode_step(128), 1, *options)
     q, k, lse = new(1, 300, 8, 128), new(1, 300, 2, 128), new(1, 8, 300, dtype=torch.float32)
     flash_attention_launch(q, k, k, None, None, 300, *options)

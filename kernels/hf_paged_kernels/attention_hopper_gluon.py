@@ -29,7 +29,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -39,27 +38,15 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from . import split_plan_triton, tiles_triton
 from .backend import device_guard
 from .dependent_launch_triton import has_dependent_launch
+from .gluon_names import barrier, load_async, view
 from .settings import LOG2_E, SHORT_QUERY, HopperSettings, hopper_settings, multiprocessors
-from .split_plan_triton import ITEM, SplitPlan, make_split_plan_launch, merge_parts_launch
+from .split_plan_triton import SplitPlan, make_split_plan_launch, merge_parts_launch
 
 key_bounds = gluon.jit(tiles_triton.key_bounds.fn)
 unmasked_bounds = gluon.jit(tiles_triton.unmasked_bounds.fn)
 find_sequence = gluon.jit(tiles_triton.find_sequence.fn)
 split_lengths = gluon.jit(split_plan_triton.split_lengths.fn)
-# Names of Triton 3.6 (right) and of 3.7 and 3.9 (left).
-load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-
-
-@gluon.jit
-def view(smem, DTYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.constexpr):
-    """The same shared memory under another shape and layout; the method was made public in Triton 3.9."""
-    if HAS_REINTERPRET:
-        seen = smem.reinterpret(DTYPE, SHAPE, LAYOUT)
-    else:
-        seen = smem._reinterpret(DTYPE, SHAPE, LAYOUT)
-    return seen
+load_item = gluon.jit(split_plan_triton.load_item.fn)
 
 
 # What a program does next
@@ -87,13 +74,13 @@ def _schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
     if MODE == "split":
         gdc_wait()
         # Asked for with the number of tiles: whether there is such a tile is seen when both have come.
-        item = _load_item(lengths[3], tile // work[5])
+        item = load_item(lengths[3], tile // work[5])
         num_tiles = gl.maximum(gl.load(lengths[4]), 1) * work[5]
     while tile < num_tiles:
         if MODE == "split":
             upcoming = tile + gl.num_programs(0)
             found = _find_split(tile, item, work, HAS_LEFT, HAS_RIGHT)
-            item = _load_item(lengths[3], gl.minimum(upcoming, num_tiles - 1) // work[5])
+            item = load_item(lengths[3], gl.minimum(upcoming, num_tiles - 1) // work[5])
         else:
             upcoming = gl.num_programs(0) + gl.atomic_add(handed_out, 1, sem="relaxed")
             found = _find_block(tile, lengths, work, MODE, BLOCK_Q, HAS_LEFT, HAS_RIGHT)
@@ -136,15 +123,6 @@ def _receive(turn, queue):
         # Every thread holds all numbers: this picks a register.
         found += (gl.sum(gl.where(index == i, numbers, 0), 0),)
     return found
-
-
-@gluon.jit
-def _load_item(items, index):
-    """The numbers of an item of the split plan (``split_plan_triton``)."""
-    numbers = ()
-    for i in gl.static_range(ITEM - 1):
-        numbers += (gl.load(items + ITEM * index + i),)
-    return numbers
 
 
 @gluon.jit

@@ -23,7 +23,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -33,10 +32,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .backend import device_guard
 from .batch_linear import BatchLinearSettings
 from .dependent_launch_triton import has_dependent_launch
-
-# Names of Triton 3.6 (right) and of 3.7 and 3.9 (left).
-load_async = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-barrier = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+from .gluon_names import barrier, load_async
 
 
 @gluon.jit

@@ -21,13 +21,15 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import paged_attention_quantized_triton, split_plan_triton, tiles_triton
-from .attention_hopper_gluon import ANY, barrier, load_async, view
+from .attention_hopper_gluon import ANY
 from .backend import QUANTIZED_ROWS, device_guard
+from .gluon_names import barrier, load_async, view
 from .settings import LOG2_E, QuantizedHopperSettings, choose_quantized_hopper_settings, multiprocessors
-from .split_plan_triton import ITEM, SplitPlan, make_split_plan_launch, merge_parts_launch
+from .split_plan_triton import SplitPlan, make_split_plan_launch, merge_parts_launch
 
 key_bounds = gluon.jit(tiles_triton.key_bounds.fn)
 split_lengths = gluon.jit(split_plan_triton.split_lengths.fn)
+load_item = gluon.jit(split_plan_triton.load_item.fn)
 to_float16 = gluon.jit(paged_attention_quantized_triton.to_float16.fn)
 split_pairs = gluon.jit(paged_attention_quantized_triton.split_pairs.fn)
 normalize_rows = gluon.jit(paged_attention_quantized_triton.normalize_rows.fn)
@@ -182,14 +184,7 @@ def _quantized_splits(
     num_tiles = gl.maximum(gl.load(num_items), 1) * num_heads
     for work in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         head = work % num_heads
-        item = items + ITEM * (work // num_heads)
-        seq = gl.load(item)
-        split = gl.load(item + 1)
-        place = gl.load(item + 2)
-        num_parts = gl.load(item + 3)
-        q_start = gl.load(item + 4)
-        query_len = gl.load(item + 5)
-        num_keys = gl.load(item + 6)
+        seq, split, place, num_parts, q_start, query_len, num_keys = load_item(items, work // num_heads)
         context_len = num_keys - query_len
         start, stop = key_bounds(
             context_len, num_keys - 1, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT

@@ -26,7 +26,7 @@ import triton.language as tl
 
 from .backend import device_guard, on_nvidia
 from .settings import LOG2_E, QuantizedSettings, is_short_query, multiprocessors, quantized_settings
-from .split_plan_triton import ITEM, SplitPlan, make_split_plan_launch, merge_parts_launch, split_lengths
+from .split_plan_triton import SplitPlan, load_item, make_split_plan_launch, merge_parts_launch, split_lengths
 from .tiles_triton import (
     add_sink,
     find_sequence,
@@ -330,14 +330,7 @@ def _quantized_forward(
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         if IS_SPLIT:
             kv_head = tile % num_heads
-            item = items + ITEM * (tile // num_heads)
-            seq = tl.load(item)
-            split = tl.load(item + 1)
-            place = tl.load(item + 2)
-            num_parts = tl.load(item + 3)
-            q_start = tl.load(item + 4)
-            query_len = tl.load(item + 5)
-            seq_len = tl.load(item + 6)
+            seq, split, place, num_parts, q_start, query_len, seq_len = load_item(items, tile // num_heads)
             first_token = tile * 0
         else:
             kv_head = tile // num_blocks

@@ -42,7 +42,6 @@ def sample_tokens_op(
         wants_lse: ``[num_slots]`` int64, not 0 where the second result is asked for.
         rules: ``[num_slots, ...]`` int64, rows of :func:`~.sampling_reference.slot_rules` with room for the vocabulary:
             biases, penalties and suppressed tokens. Tokens that are chosen are marked there.
-
         last_token: ``[num_slots]`` int64: where the token of each slot is noted, 0 for :data:`INVALID_TOKEN`; or None.
 
     Returns:

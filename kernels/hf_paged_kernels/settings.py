@@ -258,7 +258,7 @@ def hopper_settings(
     """Settings of the Gluon kernel by head dim: decode over splits, or prefill of at most ``max_query_len`` tokens.
 
     Prefill over pages of at most ``max_paged_keys`` tokens a sequence takes small tiles where that is little: a large
-    one is half empty at the diagonal.
+    one is half empty at the diagonal. Three consumers are for dense and packed keys only.
     """
     if split:
         return {

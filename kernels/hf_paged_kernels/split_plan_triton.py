@@ -49,6 +49,15 @@ def _store_item(items, index, numbers, mask):
         tl.store(items + ITEM * index + i, numbers[i], mask=mask)
 
 
+@triton.jit
+def load_item(items, index):
+    """``(sequence, split, place, parts, first query, queries, keys)`` of an item."""
+    numbers = ()
+    for i in tl.static_range(ITEM - 1):
+        numbers += (tl.load(items + ITEM * index + i),)
+    return numbers
+
+
 @triton.jit(do_not_specialize=["num_seqs", "max_items", "window_left"])
 def _plan_splits(
     seq_lens,
@@ -115,9 +124,9 @@ def _load_parts(
     for i in tl.static_range(CHUNK):
         held = valid & (first + i < num_parts)
         slot = tl.cast((place + first + i) * tl.num_programs(1) + kv_head, tl.int64) * ROWS
-        maxima += (tl.load(part_lse + 2 * slot + row, mask=held, other=float("-inf")),)
-        sums += (tl.load(part_lse + 2 * slot + ROWS + row, mask=held, other=0.0),)
-        values += (
+        maxima += (tl.load(part_lse + 2 * slot + row, mask=held, other=float("-inf")),)  # type: ignore[assignment]
+        sums += (tl.load(part_lse + 2 * slot + ROWS + row, mask=held, other=0.0),)  # type: ignore[assignment]
+        values += (  # type: ignore[assignment]
             tl.load(
                 parts + (slot + row)[:, None] * HEAD_DIM + columns[None, :],
                 mask=held[:, None] & (columns < HEAD_DIM)[None, :],
