@@ -38,7 +38,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from . import split_plan_triton, tiles_triton
 from .backend import device_guard
 from .dependent_launch_triton import has_dependent_launch
-from .gluon_names import barrier, load_async, view
+from .names_gluon import barrier, load_async, view
 from .settings import LOG2_E, SHORT_QUERY, HopperSettings, hopper_settings, multiprocessors
 from .split_plan_triton import SplitPlan, make_split_plan_launch, merge_parts_launch
 

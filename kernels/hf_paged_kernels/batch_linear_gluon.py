@@ -32,7 +32,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from .backend import device_guard
 from .batch_linear import BatchLinearSettings
 from .dependent_launch_triton import has_dependent_launch
-from .gluon_names import barrier, load_async
+from .names_gluon import barrier, load_async
 
 
 @gluon.jit

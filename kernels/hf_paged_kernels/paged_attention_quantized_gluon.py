@@ -23,7 +23,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from . import paged_attention_quantized_triton, split_plan_triton, tiles_triton
 from .attention_hopper_gluon import ANY
 from .backend import QUANTIZED_ROWS, device_guard
-from .gluon_names import barrier, load_async, view
+from .names_gluon import barrier, load_async, view
 from .settings import LOG2_E, QuantizedHopperSettings, choose_quantized_hopper_settings, multiprocessors
 from .split_plan_triton import SplitPlan, make_split_plan_launch, merge_parts_launch
 
