@@ -3,22 +3,28 @@
 A short prompt is bound by the host: launching its kernels takes longer than running them, and every running sequence
 waits meanwhile. A graph takes one array, sent in one piece::
 
-    decode [D]  |  slots, ends, lengths, choosers [rows] each  |  ids, positions, rows [tokens] each
-
-``choosers`` are the slots of rows whose next token is chosen from this step's logits by the parameters of the slot; for
-the others, the slot that has no tokens. Tokens that fill up a bucket belong to the last row, whose slot is that one:
-they write nothing and see nothing.
+    decode [D]  |  slots, ends, lengths [rows] each  |  choosers, last, counts [outputs] each  |  ids, positions, row_of
+                                                                                                 [tokens] each
 
 ``decode`` are slots that decode in the same step: small chunks take them along, since reading the weights again would
 cost more than the tokens do. They come first in the step, and in what it gives. ``D`` is 0 for large chunks.
+
+``rows`` are what attention sees as sequences: chunks, or, beside decode rows, runs of a few tokens of a chunk each, all
+short enough for the kernel of decode. So a step has one launch of attention, whose work is shared out evenly.
+
+``outputs`` are the chunks: ``last`` is each one's last token in the step, ``counts`` its tokens computed by then,
+``choosers`` the slots of those whose next token is chosen from this step's logits by the parameters of the slot; for
+the others, the slot that has no tokens. Tokens that fill up a bucket belong to rows of that slot: they write nothing
+and see nothing.
 
 Chunks that keep the device busy for longer than it takes to launch them gain nothing, and are not captured: which ones
 these are follows from the size of the model, see :func:`chunk_sizes`.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -47,10 +53,14 @@ HOST_BOUND = 25_000_000_000_000
 At two operations for each it is some 70 ms of an H200: what a host takes for the launches of a model of 30 layers.
 """
 
-MIXED_SIZES = (64, 128, 192, 256, 384, 512, 768, 1024)
-"""Token counts of chunks that take decode rows along; of those, four at most, around the usual one."""
+MIXED_TOTALS = (128, 256, 384, 512, 768, 1024)
+"""Tokens of steps with decode rows, those included. Matmuls of 288, 320 or 416 tokens take longer for each of them."""
+
+MIXED_OUTPUTS = 16
+"""Chunks of a step with decode rows, one that fills it up included."""
+
 USUALLY_MIXED = 256
-"""Where that one is not known."""
+"""Prompt tokens of most steps with decode rows, where that is not known."""
 
 USES_BEFORE_CAPTURE = 2
 """Steps of a bucket that run eagerly, or in a larger graph, before it is captured: a capture costs two of them."""
@@ -58,11 +68,43 @@ USES_BEFORE_CAPTURE = 2
 Outputs = tuple[torch.Tensor, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Sizes of a captured step.
+
+    Attributes:
+        num_decode: decode rows.
+        num_tokens: of chunks.
+        num_rows: what attention sees as sequences, decode rows not counted.
+        num_outputs: chunks.
+        row_tokens: tokens of a row at most.
+    """
+
+    num_decode: int
+    num_tokens: int
+    num_rows: int
+    num_outputs: int
+    row_tokens: int
+
+    @property
+    def size(self) -> int:
+        """Numbers of the array."""
+        return self.num_decode + 3 * (self.num_rows + self.num_outputs + self.num_tokens)
+
+    def split(self, array: Any) -> tuple[Any, Any, Any, Any]:
+        """Views ``[D]``, ``[3, rows]``, ``[3, outputs]`` and ``[3, tokens]`` of the array, whichever library's."""
+        ends = np.cumsum([self.num_decode, 3 * self.num_rows, 3 * self.num_outputs]).tolist()
+        return (
+            array[: ends[0]], array[ends[0] : ends[1]].reshape(3, -1), array[ends[1] : ends[2]].reshape(3, -1),
+            array[ends[2] :].reshape(3, -1),
+        )  # fmt: skip
+
+
 class Step(Protocol):
     """A forward over an array as above."""
 
-    def __call__(self, buffer: torch.Tensor, num_decode: int) -> Outputs:
-        """Tensors ``[num_decode + rows, ...]``."""
+    def __call__(self, buffer: torch.Tensor, layout: Layout) -> Outputs:
+        """Tensors ``[num_decode + num_outputs, ...]``."""
 
 
 def chunk_sizes(max_tokens: int, num_parameters: int) -> list[int]:
@@ -80,24 +122,19 @@ def chunk_sizes(max_tokens: int, num_parameters: int) -> list[int]:
     return [size for size in sizes if size <= largest and size < max_tokens] + ends
 
 
-def mixed_sizes(largest: int, usual: int) -> list[int]:
-    """Token counts of graphs with decode rows, ascending, for steps of at most ``largest``.
-
-    About a half, one, two and four times the usual number.
-    """
-    sizes = [size for size in MIXED_SIZES if size < largest] + ([largest] if largest <= MIXED_SIZES[-1] else [])
-    wanted = (min(times * usual // 2, sizes[-1]) for times in (1, 2, 4, 8))
-    return sorted({next(size for size in sizes if size >= count) for count in wanted})
+def mixed_totals(largest: int, num_slots: int) -> list[int]:
+    """Tokens of captured steps with decode rows, ascending, for steps of at most ``largest`` tokens."""
+    totals = [total for total in MIXED_TOTALS if total < largest]
+    # Decode rows are padded: a full step takes more than its tokens.
+    return totals + ([largest + decode_sizes(num_slots)[-1]] if largest <= MIXED_TOTALS[-1] else [])
 
 
 def decode_sizes(num_slots: int) -> list[int]:
     """Numbers of decode rows that chunks take along, ascending; the last one is at least ``num_slots``."""
-    sizes = [8]
+    sizes = [8, 16]
     while sizes[-1] < num_slots:
-        # 8, 16, 32, 64, and from there on two for each doubling.
-        last = sizes[-1]
-        sizes.append(last + (last if last < 64 else 1 << (last.bit_length() - 2)))
-    return sizes
+        sizes.append(sizes[-1] // 32 * 32 + 32)
+    return sizes if num_slots > 8 else sizes[:1]
 
 
 def num_rows(num_tokens: int) -> int:
@@ -109,12 +146,13 @@ class ChunkGraphs:
     """The captured steps of one model over packed chunks.
 
     Args:
-        step: a forward over an array as above, and the number of its decode rows: tensors ``[D + rows, ...]``.
+        step: a forward over an array as above.
         slots: of the sequences, on the host.
         sizes: token counts with a graph of their own, ascending.
         device: of the model.
         capture: makes the function that replays a step.
         mixed_tokens: prompt tokens of most steps with decode rows; None: not known.
+        row_tokens: tokens of the runs that chunks beside decode rows attend in; None: no decode rows go along.
 
     Attributes:
         failure: why there are no graphs, None while there may be.
@@ -128,14 +166,15 @@ class ChunkGraphs:
         device: torch.device,
         capture: Capture,
         mixed_tokens: int | None = None,
+        row_tokens: int | None = 16,
     ) -> None:
         self.step, self.slots, self.sizes, self.device = step, slots, sizes, device
-        self.mixed_tokens = mixed_tokens or USUALLY_MIXED
-        self.mixed_sizes = mixed_sizes(sizes[-1], self.mixed_tokens)
+        self.mixed_tokens, self.row_tokens = mixed_tokens or USUALLY_MIXED, row_tokens
+        self.mixed_totals = mixed_totals(sizes[-1], slots.num_slots) if row_tokens is not None else []
         self.decode_sizes = decode_sizes(slots.num_slots)
         self.failure: str | None = None
         self._capture = capture
-        # By decode rows and tokens.
+        # By decode rows and tokens of chunks.
         self._replays: dict[tuple[int, int], tuple[torch.Tensor, Callable[[], Outputs]]] = {}
         self._asked: dict[tuple[int, int], int] = {}
         self._failed: set[tuple[int, int]] = set()
@@ -158,16 +197,26 @@ class ChunkGraphs:
         if bucket is None:
             return None
         static, replay = self._replays[bucket]
-        static.copy_(send(self._pack(work, choosers, bucket), self.device))
+        static.copy_(send(self._pack(work, choosers, self.layout(*bucket)), self.device))
         return replay(), np.concatenate([np.arange(n), bucket[0] + np.arange(len(work.slots) - n)])
+
+    def fill(self, num_decode: int, count: int, least: int = 0) -> int | None:
+        """Prompt tokens that fill the smallest captured step with ``num_decode`` rows and room for ``count``, of
+        ``least`` tokens or more; None: there is none."""
+        room = self._room(num_decode)
+        wanted = max(room + max(count, 1), least)
+        total = next((total for total in self.mixed_totals if total >= wanted), None)
+        return None if total is None or self.failure is not None else total - room
 
     def warm_up(self, progress: bool = False) -> None:
         """Capture every bucket without decode rows, and those of most steps with some; the largest first: the others
         use its memory."""
-        wanted = [(0, size) for size in self.sizes]
-        usual = next((size for size in self.mixed_sizes if size >= self.mixed_tokens), self.mixed_sizes[-1])
-        wanted += [(num, usual) for num in self.decode_sizes]
-        missing = sorted(set(wanted) - self._replays.keys(), key=sum, reverse=True)
+        wanted = {(0, size) for size in self.sizes}
+        for num in self.decode_sizes if self.mixed_totals else ():
+            for count in (self.mixed_tokens // 2, self.mixed_tokens):
+                tokens = self.fill(num, min(3 * count // 4, self.mixed_totals[-1] - num))
+                wanted |= {(num, tokens)} if tokens is not None else set()
+        missing = sorted(wanted - self._replays.keys(), key=sum, reverse=True)
         for bucket in tqdm(missing, desc="capturing chunks of prompts", disable=not progress):
             if self.failure is None and bucket not in self._failed:
                 self._make(bucket)
@@ -178,30 +227,48 @@ class ChunkGraphs:
         self._asked.clear()
         self._failed.clear()
 
-    def _bucket(self, num_decode: int, count: int, rows: int) -> tuple[int, int] | None:
-        """A captured bucket with room for decode rows and ``count`` tokens of ``rows`` rows, not much larger."""
-        sizes = self.mixed_sizes if num_decode else self.sizes
-        large = [size for size in sizes if size >= count]
-        tokens = [size for size in large if size < 2 * large[0] and num_rows(size) > rows]
-        if not tokens or self.failure is not None:
+    def layout(self, num_decode: int, num_tokens: int) -> Layout:
+        """The sizes of a bucket."""
+        if not num_decode:
+            return Layout(0, num_tokens, num_rows(num_tokens), num_rows(num_tokens), num_tokens)
+        assert self.row_tokens is not None, "decode rows go along with runs of tokens"
+        # The last run of a chunk may be shorter.
+        most = -(-num_tokens // self.row_tokens) + MIXED_OUTPUTS
+        return Layout(num_decode, num_tokens, most, MIXED_OUTPUTS, self.row_tokens)
+
+    def _room(self, num_decode: int) -> int:
+        """Decode rows of the smallest bucket for so many."""
+        return next(num for num in self.decode_sizes if num >= num_decode)
+
+    def _bucket(self, num_decode: int, count: int, chunks: int) -> tuple[int, int] | None:
+        """A captured bucket with room for decode rows and ``count`` tokens of some chunks, not much larger."""
+        if self.failure is not None:
             return None
-        decode = [0]
         if num_decode:
-            decode = [num for num in self.decode_sizes if num >= num_decode]
-            decode = [num for num in decode if num <= 2 * decode[0]]
-        bucket = decode[0], tokens[0]
-        if bucket not in self._replays and bucket not in self._failed:
-            self._asked[bucket] = self._asked.get(bucket, 0) + 1
-            if self._asked[bucket] > USES_BEFORE_CAPTURE:
-                self._make(bucket)
-        fitting = ((num, size) for size in tokens for num in decode)
+            first = self._room(num_decode)
+            rooms = [num for num in self.decode_sizes if first <= num <= 2 * first]
+            totals = [total for total in self.mixed_totals if total >= first + count][:2]
+            fitting = [(num, total - num) for total in totals for num in rooms if total - num >= count]
+        else:
+            large = [size for size in self.sizes if size >= count]
+            fitting = [(0, size) for size in large if size < 2 * large[0]]
+        # One more, that fills it up.
+        fitting = [bucket for bucket in fitting if self.layout(*bucket).num_outputs > chunks]
+        if not fitting:
+            return None
+        best = fitting[0]
+        if best not in self._replays and best not in self._failed:
+            self._asked[best] = self._asked.get(best, 0) + 1
+            if self._asked[best] > USES_BEFORE_CAPTURE:
+                self._make(best)
         return next((bucket for bucket in fitting if bucket in self._replays), None)
 
     def _make(self, bucket: tuple[int, int]) -> None:
         nothing = StepWork(np.empty(0, np.int64), np.empty(0, np.int64), 0, np.empty(0, bool))
-        static = torch.from_numpy(self._pack(nothing, nothing.samples, bucket)).to(self.device)
+        layout = self.layout(*bucket)
+        static = torch.from_numpy(self._pack(nothing, nothing.samples, layout)).to(self.device)
         try:
-            self._replays[bucket] = static, self._capture(partial(self.step, num_decode=bucket[0]), static)
+            self._replays[bucket] = static, self._capture(partial(self.step, layout=layout), static)
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
             if not self._failed:
@@ -211,35 +278,40 @@ class ChunkGraphs:
             if not self._replays and not is_short_of_memory(error):
                 self.failure = message
 
-    def _pack(self, work: StepWork, choosers: np.ndarray, bucket: tuple[int, int]) -> np.ndarray:
+    def _pack(self, work: StepWork, choosers: np.ndarray, layout: Layout) -> np.ndarray:
         """The array of a step, int64."""
-        host, n, (room, tokens) = self.slots, work.num_decode, bucket
+        host, n = self.slots, work.num_decode
         first, counts, choosers = work.slots[n:], work.counts[n:], choosers[n:]
-        num, num_tokens, size = len(first), int(counts.sum()), num_rows(tokens)
-        array = np.zeros(room + 4 * size + 3 * tokens, dtype=np.int64)
-        decode, buffer = array[:room], array[room:]
+        num, num_tokens = len(first), int(counts.sum())
+        array = np.zeros(layout.size, dtype=np.int64)
+        decode, rows, outputs, tokens = layout.split(array)
         decode[:] = host.num_slots
         decode[:n] = work.slots[:n]
-        slots, ends, lengths, chosen = buffer[: 4 * size].reshape(4, size)
-        ids, positions, rows = buffer[4 * size :].reshape(3, tokens)
-        slots[:] = host.num_slots
-        slots[:num] = first
+        computed, ends = host.computed[first] + counts, counts.cumsum()
+        chunk = np.repeat(np.arange(num), counts)
+        ids, positions, row_of = tokens
+        positions[:num_tokens] = np.arange(num_tokens) - (ends - computed)[chunk]
+        ids[:num_tokens] = host.history[first[chunk], positions[:num_tokens]]
+
+        chosen, last, lengths = outputs
         chosen[:] = host.num_slots
         chosen[:num][choosers] = first[choosers]
-        ends[:num] = counts.cumsum()
-        ends[num:] = num_tokens
-        ends[-1] = tokens
-        lengths[:num] = host.computed[first] + counts
-        rows[:] = size - 1
-        row = rows[:num_tokens] = np.repeat(np.arange(num), counts)
-        positions[:num_tokens] = np.arange(num_tokens) - (ends[:num] - lengths[:num])[row]
-        ids[:num_tokens] = host.history[first[row], positions[:num_tokens]]
+        last[:num] = ends - 1
+        lengths[:num] = computed
+
+        # Runs of every chunk, and of the tokens behind them.
+        filled = layout.num_tokens - num_tokens
+        runs = -(-np.append(counts, filled) // layout.row_tokens)
+        of_chunk = np.repeat(np.arange(num + 1), runs)
+        num_runs = len(of_chunk)
+        run_ends = (np.arange(num_runs) - (runs.cumsum() - runs)[of_chunk] + 1) * layout.row_tokens
+        behind = np.minimum(run_ends, np.append(counts, filled)[of_chunk])
+        slots, row_ends, row_lengths = rows
+        slots[:] = host.num_slots
+        is_real = of_chunk < num
+        slots[:num_runs][is_real] = first[of_chunk[is_real]]
+        row_ends[:] = layout.num_tokens
+        row_ends[:num_runs] = behind + np.append(ends - counts, num_tokens)[of_chunk]
+        row_lengths[:num_runs][is_real] = (computed - counts)[of_chunk[is_real]] + behind[is_real]
+        row_of[:] = np.repeat(np.arange(num_runs), np.diff(row_ends[:num_runs], prepend=0))
         return array
-
-
-def unpack(buffer: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Slots, ends, lengths, choosers ``[rows]`` each; ids, positions, rows ``[tokens]`` each, of a step's array behind
-    the decode rows."""
-    # 3 tokens + 4 rows, with a row for TOKENS_PER_ROW: this is the number of tokens, or one more in the same row.
-    size = num_rows(len(buffer) * TOKENS_PER_ROW // (3 * TOKENS_PER_ROW + 4))
-    return (*buffer[: 4 * size].view(4, size).unbind(), *buffer[4 * size :].view(3, -1).unbind())

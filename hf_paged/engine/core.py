@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from hf_paged_kernels.settings import longest_short_query
 
 from ..cache import KV_DTYPES
 from ..paging import GONE, PagePool
@@ -29,7 +30,7 @@ from .logprobs import prompt_logprobs
 from .memory import split_pages
 from .request import Request, RequestOutput, RequestTiming, Row, SequenceOutput, State
 from .runner import Runner, StepLogits
-from .scheduler import Scheduler, StepWork, mixed_prompt_tokens
+from .scheduler import Scheduler, StepWork, job_tokens, mixed_prompt_tokens
 from .selection import Selection, TokenSelector, invalid_scores_error, merged
 from .slot_pages import SlotPages
 from .slots import Slots
@@ -62,6 +63,11 @@ class Launched:
     drafted: list[tuple[Row, torch.Tensor]] = field(default_factory=list)
     beams: dict[Request, list[tuple[Row, torch.Tensor]]] = field(default_factory=dict)
     prompts: list[tuple[Row, int, torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether its tokens are on the host."""
+        return self.tokens is None or self.tokens.is_here
 
     @property
     def num_tokens(self) -> int:
@@ -139,6 +145,7 @@ class EngineCore:
             self.pages,
             max_batch_tokens=config.max_batch_tokens,
             mixed_prompt_tokens=mixed_prompt_tokens(config.mixed_prompt_tokens, self.num_parameters),
+            job_tokens=job_tokens(config.mixed_prompt_tokens, self.num_parameters, config.max_batch_tokens),
             whole_prompts=self.cache.has_states,
             prefix_caching=config.prefix_caching and not self.cache.has_states,
             on_admit=self._admit,
@@ -166,9 +173,27 @@ class EngineCore:
             runner, device = self.runner, self.device
             graphs = DecodeGraphs(runner.static_decode, self.slots.num_slots, device, captures[0])
             sizes = chunk_sizes(self.config.max_batch_tokens, self.num_parameters)
-            mixed = self.scheduler.mixed_prompt_tokens
-            runner.use_graphs(graphs, ChunkGraphs(runner.static_chunk, self.slots, sizes, device, captures[1], mixed))
+            chunk_graphs = ChunkGraphs(
+                runner.static_chunk, self.slots, sizes, device, captures[1], self.scheduler.mixed_prompt_tokens,
+                self._row_tokens(),
+            )  # fmt: skip
+            runner.use_graphs(graphs, chunk_graphs)
+            self.scheduler.fill = chunk_graphs.fill
         return reason
+
+    def _row_tokens(self) -> int | None:
+        """Tokens of a chunk that attend as one row beside decode rows; None: chunks have a launch of their own.
+
+        The kernel over quantised pages takes too few for chunks.
+        """
+        if self.config.kv_dtype != "auto":
+            return None
+        config = self.model.config.get_text_config(decoder=True)
+        heads = getattr(config, "num_attention_heads", None)
+        kv_heads = getattr(config, "num_key_value_heads", None) or heads
+        if not isinstance(heads, int) or not isinstance(kv_heads, int):
+            return longest_short_query(1)
+        return longest_short_query(heads // kv_heads)
 
     def on_device(self) -> AbstractContextManager:
         """Make the model's device current: events, graphs and streams are those of the current one."""

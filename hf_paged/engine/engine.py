@@ -226,6 +226,30 @@ class Engine:
                 or the engine is closed.
             ValueError, TypeError: an argument is not valid.
         """
+        request = self._request(
+            prompt_ids, generation_config=generation_config, request_id=request_id, priority=priority,
+            deadline_s=deadline_s, logits_processor=logits_processor, stopping_criteria=stopping_criteria,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn, seed=seed, tokenizer=tokenizer, logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs, cache_salt=cache_salt, rules=rules,
+        )  # fmt: skip
+        self._hand_over([request])
+        return RequestHandle(self, request)
+
+    def _request(
+        self,
+        prompt_ids: Sequence[int] | torch.Tensor,
+        *,
+        generation_config: GenerationConfig | None = None,
+        request_id: str | None = None,
+        priority: float = 0,
+        deadline_s: float | None = None,
+        seed: int | None = None,
+        cache_salt: Any = None,
+        rules: TokenRules | None = None,
+        job_started: float | None = None,
+        **options: Any,
+    ) -> Request:
+        """A checked request, see :meth:`submit`; one of the job that started at ``job_started`` on the clock."""
         self._check_open()
         prompt = self._checked_prompt(prompt_ids)
         if not isinstance(priority, Real):
@@ -237,13 +261,11 @@ class Engine:
         if rules is None:
             if seed is None and self.config.seed is not None:
                 seed = (self.config.seed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03) % SEEDS
-            rules = TokenRules.make(
-                self.model, generation_config, prompt_ids=prompt, logits_processor=logits_processor,
-                stopping_criteria=stopping_criteria, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn, seed=seed,
-                tokenizer=tokenizer, logprobs=logprobs, prompt_logprobs=prompt_logprobs,
-            )  # fmt: skip
+            rules = TokenRules.make(self.model, generation_config, prompt_ids=prompt, seed=seed, **options)
         self._check_fits(prompt, rules)
         now = self._core.clock()
+        # Longest first: whoever waits for all of a job waits for its longest request.
+        came, length = (now, 0) if job_started is None else (job_started, len(prompt) - rules.max_length)
         request = Request(
             number=number,
             request_id=f"request-{number}" if request_id is None else str(request_id),
@@ -252,22 +274,28 @@ class Engine:
             priority=float(priority),
             salt=cache_salt,
             submitted=now,
-            key=(now - float(priority) * self.config.ageing_s, number),
+            key=(came - float(priority) * self.config.ageing_s, length, number),
             deadline=None if deadline_s is None else now + float(deadline_s),
             is_watched=rules.has_criteria,
+            is_job=job_started is not None and rules.mode == "rows" and rules.ends_by_length,
             uses_prefixes=rules.num_prompt_logprobs is None,
         )
         request.rows = [Row(request, index) for index in range(rules.num_rows)]
+        return request
+
+    def _hand_over(self, requests: list[Request]) -> None:
+        """Let the loop have requests."""
         with self._changed:
             self._check_open()
-            if request.request_id in self._unfinished:
+            names = [request.request_id for request in requests]
+            taken = next((name for name in names if name in self._unfinished or names.count(name) > 1), None)
+            if taken is not None:
                 raise RequestError(
-                    f"request_id {request.request_id!r} is that of a request that has not ended: give another, or None."
+                    f"request_id {taken!r} is that of a request that has not ended: give another, or None."
                 )
-            self._unfinished[request.request_id] = request
-            self._incoming.append(request)
+            self._unfinished.update(zip(names, requests))
+            self._incoming += requests
             self._wake_loop()
-        return RequestHandle(self, request)
 
     def generate(
         self,
@@ -278,6 +306,11 @@ class Engine:
         **options: Any,
     ) -> list[RequestOutput]:
         """Serve many prompts; outputs come in the order of the prompts. A failed request has its error in its output.
+
+        The call returns when all have ended, so the longest go first. Where every request has a known length (there is
+        no eos token, and no criterion that may end it) and nothing else runs, prompts of larger models are computed
+        just in time for all to end together, beside the tokens of those that run: first tokens come later, the last
+        one earlier.
 
         Args:
             prompts: token ids.
@@ -298,9 +331,17 @@ class Engine:
                 f"generation_config must be one, or one for each of {len(prompts)} prompts, got {len(configs)}."
             )
         handles: list[RequestHandle] = []
+        started, coming, num_tokens = self._core.clock(), list[Request](), 0
         try:
-            for prompt, config in zip(prompts, configs):
-                handles.append(self.submit(prompt, generation_config=config, **options))
+            for number, (prompt, config) in enumerate(zip(prompts, configs), 1):
+                coming.append(self._request(prompt, generation_config=config, job_started=started, **options))
+                num_tokens += len(coming[-1].prompt)
+                # What is enough for a step runs while the others are prepared.
+                if num_tokens >= self.config.max_batch_tokens or number == len(prompts):
+                    self._hand_over(coming)
+                    handles += [RequestHandle(self, request) for request in coming]
+                    coming, num_tokens = [], 0
+                    self._advance()
             with tqdm(total=len(handles), disable=not progress, desc="generate", unit="prompt") as bar:
                 num_done = 0
                 while progress and num_done < len(handles):
@@ -312,6 +353,15 @@ class Engine:
             for handle in handles:
                 handle.cancel()
             raise
+
+    def _advance(self) -> None:
+        """Launch a step if nobody else does and none is on its way."""
+        if not self.background and self._drive.acquire(blocking=False):
+            try:
+                if not self._in_step and (self._pending is None or self._pending.has_arrived):
+                    self.step()
+            finally:
+                self._drive.release()
 
     def cancel(self, request_id: str) -> bool:
         """End a request with what it has; returns whether it had not ended yet."""

@@ -94,24 +94,16 @@ class EngineLayer(CacheLayerMixin):
         """Attention of packed queries ``[T, Hq, D]`` over the step's pages: ``[T, Hq, Dv]``."""
         step, pages = self.cache.step.on(query.device), self.group.layers[self.index]
         page_size, is_plain = pages.k.shape[2], right == 0 and softcap is None and sinks is None
-        parts = step.parts or (step,)
-        queries = query.split([part.input_ids.numel() for part in parts]) if step.parts else (query,)
-        outs = []
-        for part, q in zip(parts, queries):
-            table = part.groups[self.number].page_table
-            if query.device.type == "cpu" and is_plain and not pages.is_quantized:
-                key = (self.number, left)
-                if key not in part.cpu_groups:
-                    part.cpu_groups[key] = plan_groups(table, part.seq_lens, part.cu_seqlens_q, page_size, left)
-                outs.append(attend_groups(q, pages, part.cpu_groups[key], scale))
-            else:
-                out, _ = paged_attention_op(
-                    q, pages.k, pages.v, table, part.seq_lens, part.cu_seqlens_q, part.max_query_len, left, right,
-                    softcap, sinks, scale, pages.k_scale, pages.v_scale,
-                    part.split_plan(self.number, page_size, left),
-                )  # fmt: skip
-                outs.append(out)
-        return outs[0] if len(outs) == 1 else torch.cat(outs)
+        table = step.groups[self.number].page_table
+        if query.device.type == "cpu" and is_plain and not pages.is_quantized:
+            key = (self.number, left)
+            if key not in step.cpu_groups:
+                step.cpu_groups[key] = plan_groups(table, step.seq_lens, step.cu_seqlens_q, page_size, left)
+            return attend_groups(query, pages, step.cpu_groups[key], scale)
+        return paged_attention_op(
+            query, pages.k, pages.v, table, step.seq_lens, step.cu_seqlens_q, step.max_query_len, left, right,
+            softcap, sinks, scale, pages.k_scale, pages.v_scale, step.split_plan(self.number, page_size, left),
+        )[0]  # fmt: skip
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all sequences of the step, one after the other, ``[1, H, total keys, D]``."""

@@ -10,6 +10,10 @@ if TYPE_CHECKING:
     from .selection import TokenRules
 
 
+Key = tuple[float, int, int]
+"""Seconds, new tokens of a job's request as a negative number, order of submission."""
+
+
 class State(enum.Enum):
     """Where a request is in its life."""
 
@@ -118,6 +122,8 @@ class Request:
     Attributes:
         number: order of submission.
         key: order of service: the smallest goes first; see :class:`EngineConfig.ageing_s`.
+        is_job: nobody waits for its first token, only for the end of all requests of the same call, and it ends with
+            its last token that is allowed.
         rows: its sequences.
         forked: whether the other rows have their share of the prompt's pages already.
         beams: the search over its rows, for beam requests.
@@ -133,9 +139,10 @@ class Request:
     priority: float
     salt: Any
     submitted: float
-    key: tuple[float, int]
+    key: Key
     deadline: float | None = None
     is_watched: bool = False
+    is_job: bool = False
     uses_prefixes: bool = True
     state: State = State.WAITING
     forked: bool = False

@@ -10,7 +10,7 @@ import torch
 from transformers.utils import logging
 
 from ..fusion import FusedModel
-from .chunk_graphs import ChunkGraphs, unpack
+from .chunk_graphs import ChunkGraphs, Layout
 from .compiled import CompiledModules
 from .decode_graphs import DecodeGraphs, LiveModel
 from .engine_cache import EngineCache
@@ -168,19 +168,19 @@ class Runner:
         tokens, lse = self.sampling.choose_static(logits, slots, self.tables.computed, self.tables.last_token)
         return logits, tokens, lse
 
-    def static_chunk(self, buffer: torch.Tensor, num_decode: int) -> tuple[torch.Tensor, ...]:
+    def static_chunk(self, buffer: torch.Tensor, layout: Layout) -> tuple[torch.Tensor, ...]:
         """A step over an array of :mod:`chunk_graphs`.
 
         Returns:
-            As :meth:`static_decode`, for each row's last token.
+            As :meth:`static_decode`, for each decode row and each chunk's last token.
         """
-        decode, chunks = buffer[:num_decode], buffer[num_decode:]
-        inputs, last = self.tables.mixed_inputs(decode, chunks) if num_decode else self.tables.chunk_inputs(chunks)
-        logits = self.forward(inputs, last)[0]
-        _, _, lengths, slots, *_ = unpack(chunks)
-        if num_decode:
+        decode, _, (slots, last, lengths), _ = layout.split(buffer)
+        inputs = self.tables.chunk_inputs(buffer, layout)
+        if layout.num_decode:
             # Counted already, as in a step that only decodes.
             slots, lengths = torch.cat([decode, slots]), torch.cat([self.tables.computed[decode], lengths])
+            last = torch.cat([self.tables.range[: layout.num_decode].long(), last + layout.num_decode])
+        logits = self.forward(inputs, last)[0]
         tokens, lse = self.sampling.choose_static(logits, slots, lengths)
         self.tables.note_tokens(slots, tokens, lengths)
         return logits, tokens, lse

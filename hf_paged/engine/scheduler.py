@@ -13,6 +13,14 @@ prompts than are slowed down by them::
 
     queued prompt tokens, in whole budgets     1/4    1/2    1     1.4 and more
     computed in a mixed step                   1/32   1/8    1/2   1
+
+Where nobody waits for a first token, and all ends are known (a *job*), prompts are computed just in time. Jobs run the
+longest requests first, and the last tokens of the longest one end the job. A later request must start early enough to
+end with it, and no earlier: prompt tokens beside few decode rows cost next to nothing, because those read the weights
+anyway::
+
+    tokens a step    | chunks: as many as keep to the latest starts, and as fill the step |
+                     | decode rows, more and more             ... all end together        |
 """
 
 import heapq
@@ -22,7 +30,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import OutOfPagesError
-from .request import Request, Row, State
+from .request import Key, Request, Row, State
 from .slot_pages import SlotPages
 from .slots import Slots
 
@@ -30,6 +38,9 @@ MIXED_WORK = 300_000_000_000
 """Prompt tokens times parameters of a mixed step: at two operations for each, a millisecond of an H200."""
 MIXED_TOKENS = (192, 1024)
 """Fewest and most prompt tokens that follow from that: with fewer, reading the weights costs more than the tokens."""
+
+JOB_TOKENS = 256
+"""Tokens of a step of a job at least: reading the weights takes as long as computing with so many."""
 
 LONG_QUEUE = 2
 """Of the queued prompt tokens a mixed step computes the part that they are of so many whole budgets."""
@@ -41,6 +52,18 @@ def mixed_prompt_tokens(option: int | str | None, num_parameters: int) -> int | 
         return option  # type: ignore[return-value]
     least, most = MIXED_TOKENS
     return min(max(least, MIXED_WORK // max(1, num_parameters)), most)
+
+
+def job_tokens(option: int | str | None, num_parameters: int, max_batch_tokens: int) -> int | None:
+    """Tokens of a job's steps at least; None: a job's steps are like others, since ``mixed_prompt_tokens`` is given.
+
+    Of small models a step's own costs are more than their weights' reading: whole budgets keep the number of steps with
+    prompts low.
+    """
+    if option != "auto":
+        return None
+    is_small = MIXED_WORK // max(1, num_parameters) > MIXED_TOKENS[0]
+    return max_batch_tokens if is_small else min(JOB_TOKENS, max_batch_tokens)
 
 
 @dataclass(slots=True)
@@ -83,6 +106,7 @@ class Scheduler:
         pages: their pages.
         max_batch_tokens: budget of a step.
         mixed_prompt_tokens: prompt tokens of a step beside decode rows while few are queued; None: the whole budget.
+        job_tokens: tokens of a step at least where there are only requests of jobs; None: such steps are like others.
         whole_prompts: a prompt is computed in one step (models whose states cannot go on from a chunk).
         prefix_caching: look for cached prefixes, and store them.
         on_admit, on_release: called with a row that just got a slot, or is about to lose it.
@@ -90,6 +114,10 @@ class Scheduler:
         swap_in: called with such a row in a slot without pages; brings its pages and computed tokens back, or returns
             False to recompute it.
         clock: seconds, for timing.
+
+    Attributes:
+        fill: called with a number of decode rows, of prompt tokens, and of tokens of a step: prompt tokens that fill a
+            captured step of at least so many; None: there is none.
     """
 
     def __init__(
@@ -99,6 +127,7 @@ class Scheduler:
         *,
         max_batch_tokens: int,
         mixed_prompt_tokens: int | None = None,
+        job_tokens: int | None = None,
         whole_prompts: bool = False,
         prefix_caching: bool = True,
         on_admit: Callable[[Row], None] = lambda row: None,
@@ -108,16 +137,17 @@ class Scheduler:
         clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
         self.slots, self.pages, self.max_batch_tokens = slots, pages, max_batch_tokens
-        self.mixed_prompt_tokens = mixed_prompt_tokens
+        self.mixed_prompt_tokens, self.job_tokens = mixed_prompt_tokens, job_tokens
+        self.fill: Callable[[int, int, int], int | None] = lambda num_decode, count, least: None
         self.whole_prompts, self.prefix_caching = whole_prompts, prefix_caching
         self.on_admit, self.on_release, self.swap_out, self.swap_in = on_admit, on_release, swap_out, swap_in
         self.clock = clock
-        self.waiting: list[tuple[tuple[float, int], Request]] = []
+        self.waiting: list[tuple[Key, Request]] = []
         self.running: dict[Request, None] = {}
         self.prefilling: list[Row] = []
         self.impossible: list[tuple[Request, Exception]] = []
         self.counts = SchedulerCounts()
-        self._waiting_tokens = 0
+        self._waiting_tokens = self._waiting_others = 0
         self._blocked: tuple[int, int, int] | None = None
         # Of the step that is being planned: tokens of rows that do not decode yet, and slots that were given up.
         self._chunks: dict[Row, int] = {}
@@ -128,14 +158,18 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Put a request in the queue."""
         heapq.heappush(self.waiting, (request.key, request))
-        self._waiting_tokens += len(request.prompt)
+        self._count_waiting(request, 1)
         self._blocked = None
+
+    def _count_waiting(self, request: Request, change: int) -> None:
+        self._waiting_tokens += change * len(request.prompt)
+        self._waiting_others += change * (not request.is_job)
 
     def remove(self, request: Request) -> None:
         """Take a request out of the queue or out of its slots, its pages with it."""
         if request.state is State.WAITING:
             others = [entry for entry in self.waiting if entry[1] is not request]
-            self._waiting_tokens -= len(request.prompt) * (len(self.waiting) - len(others))
+            self._count_waiting(request, len(others) - len(self.waiting))
             self.waiting = others
             heapq.heapify(self.waiting)
         for row in request.rows:
@@ -181,7 +215,7 @@ class Scheduler:
         chunks.clear()
         self._vacated.clear()
         if len(decode):
-            budget = min(budget, self._mixed_budget())
+            budget = min(budget, self._mixed_budget(decode))
         rows, may_admit = sorted(self.prefilling, key=lambda row: row.request.key), True
         while budget > 0 and (rows or (self.waiting and may_admit)):
             if may_admit and self.waiting and (not rows or self.waiting[0][0] < rows[0].request.key):
@@ -202,15 +236,36 @@ class Scheduler:
         samples = self.slots.computed[slots] + counts >= self.slots.length[slots]
         return StepWork(slots, counts, len(decode), samples)
 
-    def _mixed_budget(self) -> int:
-        """Prompt tokens that a step computes beside decode rows."""
+    def _mixed_budget(self, decode: np.ndarray) -> int:
+        """Prompt tokens that a step computes beside the decode rows in slots ``decode``."""
         if self.mixed_prompt_tokens is None or self.whole_prompts:
             return self.max_batch_tokens
+        if self.job_tokens is not None and not self._waiting_others and all(r.is_job for r in self.running):
+            return self._job_budget(decode, self.job_tokens)
         queued = sum(self._target(row) - int(self.slots.computed[row.slot]) for row in self.prefilling)
         if self._blocked is None and self.waiting:
             # Those that find a slot, at their mean length; what prefixes will save is not known yet.
             queued += self._waiting_tokens * min(len(self.waiting), self.slots.num_free) // len(self.waiting)
-        return max(self.mixed_prompt_tokens, queued * queued // (LONG_QUEUE * self.max_batch_tokens))
+        count = max(self.mixed_prompt_tokens, queued * queued // (LONG_QUEUE * self.max_batch_tokens))
+        # A captured step that is somewhat smaller is better filled than a larger one.
+        return self.fill(len(decode), 3 * count // 4, 0) or count
+
+    def _job_budget(self, decode: np.ndarray, least: int) -> int:
+        """Prompt tokens beside ``decode`` rows of jobs: the rate at which every latest start is kept, or what fills a
+        step of ``least`` tokens."""
+        if least >= self.max_batch_tokens:
+            return self.max_batch_tokens
+        slots = self.slots
+        rows = sorted(self.prefilling, key=lambda row: row.request.key)
+        queue = [(row.request, self._target(row) - int(slots.computed[row.slot])) for row in rows]
+        queue += [(r, len(r.prompt)) for _, r in heapq.nsmallest(slots.num_free, self.waiting)]
+        if not queue:
+            return self.max_batch_tokens
+        horizon = int((slots.max_length[decode] - slots.length[decode]).max())
+        new_tokens = np.array([request.rules.max_length - len(request.prompt) for request, _ in queue])
+        tokens = np.array([count for _, count in queue]).cumsum()
+        rate = int(np.ceil(tokens / np.maximum(horizon - new_tokens, 1)).max())
+        return self.fill(len(decode), rate, least) or max(rate, least - len(decode))
 
     def launched(self, work: StepWork) -> list[tuple[Row, list[Row]]]:
         """A planned step was launched: its tokens count as computed.
@@ -331,7 +386,7 @@ class Scheduler:
             self.preempt(worst)
         # Preempted requests of a lower priority are behind this one in the queue.
         heapq.heappop(self.waiting)
-        self._waiting_tokens -= len(request.prompt)
+        self._count_waiting(request, -1)
         self._blocked = None
         request.state = State.RUNNING
         request.started = self.clock() if request.started is None else request.started
@@ -481,6 +536,8 @@ class Scheduler:
             assert request.state is State.RUNNING, "a request that does not run is among those that do"
         tokens = sum(len(request.prompt) for _, request in self.waiting)
         assert self._waiting_tokens == tokens, f"{tokens} prompt tokens wait, {self._waiting_tokens} were counted"
+        others = sum(not request.is_job for _, request in self.waiting)
+        assert self._waiting_others == others, f"{others} requests of no job wait, {self._waiting_others} were counted"
         for _, request in self.waiting:
             assert request.state is State.WAITING, "a request that does not wait is in the queue"
             assert all(row.slot < 0 for row in request.rows), "a waiting request has a slot"

@@ -16,7 +16,7 @@ import torch
 from hf_paged_kernels.fused_ops import decode_inputs_op, decode_rows_op
 
 from ..split_plans import SplitPlans
-from .chunk_graphs import unpack
+from .chunk_graphs import Layout
 from .cpu_attention import RowGroup
 from .scheduler import StepWork
 from .slot_pages import SlotPages
@@ -50,7 +50,6 @@ class StepInputs:
         longest: tokens of the longest row.
         num_keys: tokens of all rows together.
         groups: per group of layers.
-        parts: steps that attend each for itself, one behind the other; empty: the step is one.
         cpu_groups: rows that attend together on a CPU, by group of layers and window; filled by the layers.
     """
 
@@ -63,7 +62,6 @@ class StepInputs:
     longest: int
     num_keys: int
     groups: list[GroupInputs]
-    parts: tuple["StepInputs", ...] = ()
     cpu_groups: dict[tuple[int, int | None], list[RowGroup]] = field(default_factory=dict)
     _copies: dict[torch.device, "StepInputs"] = field(default_factory=dict)
     _split_plans: SplitPlans = field(default_factory=SplitPlans)
@@ -113,6 +111,7 @@ class SlotTables:
         computed: int64 ``[num_slots + 1]``, as in :class:`Slots`; -1 in the last row.
         last_token: int64 ``[num_slots + 1]``.
         page_tables: int32 ``[num_slots + 1, width]`` for each group of layers.
+        range: int32 ``[num_slots + 1]``, 0, 1, 2 ...
         stale: bool ``[num_slots]`` on the host: the device's ``computed`` and ``last_token`` are not the host's.
     """
 
@@ -124,7 +123,7 @@ class SlotTables:
         self.stale = np.ones(slots.num_slots, dtype=bool)
         # On CPU the host's tables are the device's.
         self.page_tables = [torch.from_numpy(table.rows).to(device) for table in pages.tables]
-        self._range = torch.arange(slots.num_slots + 1, dtype=torch.int32, device=device)
+        self.range = torch.arange(slots.num_slots + 1, dtype=torch.int32, device=device)
 
     def sync(self) -> None:
         """Send the page-table entries that changed."""
@@ -177,48 +176,39 @@ class SlotTables:
         longest = (self.page_tables[0].shape[1] if self.page_tables else 0) * page_size
         return StepInputs(
             np.empty(0, dtype=np.int64), ids.view(1, -1), positions.view(1, -1), seq_lens,
-            self._range[: num_rows + 1], 1, longest, num_rows * longest, groups,
+            self.range[: num_rows + 1], 1, longest, num_rows * longest, groups,
         )  # fmt: skip
 
-    def mixed_inputs(self, decode: torch.Tensor, buffer: torch.Tensor) -> tuple[StepInputs, torch.Tensor]:
-        """:meth:`static_inputs` of ``decode``, and :meth:`chunk_inputs` of ``buffer`` behind it.
-
-        Returns:
-            The step, and int64 ``[D + ROWS]``, each row's last token.
-        """
-        first, (then, last) = self.static_inputs(decode), self.chunk_inputs(buffer)
-        num_decode = len(decode)
-        groups = [
-            GroupInputs(torch.cat([a.page_table, b.page_table]), torch.cat([a.slot_mapping, b.slot_mapping]))
-            for a, b in zip(first.groups, then.groups)
-        ]
-        inputs = StepInputs(
-            np.empty(0, dtype=np.int64), torch.cat([first.input_ids, then.input_ids], 1),
-            torch.cat([first.position_ids, then.position_ids], 1), torch.cat([first.seq_lens, then.seq_lens]),
-            torch.cat([first.cu_seqlens_q, then.cu_seqlens_q[1:] + num_decode]), then.max_query_len,
-            then.longest, first.num_keys + then.num_keys, groups, (first, then),
-        )  # fmt: skip
-        return inputs, torch.cat([self._range[:num_decode].long(), last + num_decode])
-
-    def chunk_inputs(self, buffer: torch.Tensor) -> tuple[StepInputs, torch.Tensor]:
-        """A step over an array of :mod:`chunk_graphs` on the device; and int64 ``[ROWS]``, each row's last token.
-
-        The host knows the number of tokens only. Tokens of the last row write nothing.
-        """
-        slots, ends, lengths, _, ids, positions, rows = unpack(buffer)
-        page_size, num_tokens = self.pages.page_size, len(ids)
+    def chunk_inputs(self, buffer: torch.Tensor, layout: Layout) -> StepInputs:
+        """A step over an array of :mod:`chunk_graphs` on the device: :meth:`static_inputs` of its decode rows, and its
+        chunks behind them, of which the host knows the number of tokens only. ``computed`` counts the decode rows."""
+        decode, (slots, ends, lengths), _, (ids, positions, row_of) = layout.split(buffer)
+        page_size = self.pages.page_size
+        is_held = slots[row_of] < self.slots.num_slots
         groups = []
         for table in self.page_tables:
             taken = table[slots]
-            page = taken[rows, positions // page_size].long()
-            mapping = torch.where(rows < len(slots) - 1, page * page_size + positions % page_size, -1)
-            groups.append(GroupInputs(taken, mapping))
+            page = taken[row_of, positions // page_size].long()
+            groups.append(GroupInputs(taken, torch.where(is_held, page * page_size + positions % page_size, -1)))
         longest = (self.page_tables[0].shape[1] if self.page_tables else 0) * page_size
         inputs = StepInputs(
             np.empty(0, dtype=np.int64), ids.view(1, -1), positions.view(1, -1), lengths.to(torch.int32),
-            torch.nn.functional.pad(ends, (1, 0)).to(torch.int32), num_tokens, longest, len(slots) * longest, groups,
+            torch.nn.functional.pad(ends, (1, 0)).to(torch.int32), layout.row_tokens, longest,
+            len(slots) * longest, groups,
         )  # fmt: skip
-        return inputs, (ends - 1).clamp(min=0)
+        if not layout.num_decode:
+            return inputs
+        first = self.static_inputs(decode)
+        groups = [
+            GroupInputs(torch.cat([a.page_table, b.page_table]), torch.cat([a.slot_mapping, b.slot_mapping]))
+            for a, b in zip(first.groups, inputs.groups)
+        ]
+        return StepInputs(
+            np.empty(0, dtype=np.int64), torch.cat([first.input_ids, inputs.input_ids], 1),
+            torch.cat([first.position_ids, inputs.position_ids], 1), torch.cat([first.seq_lens, inputs.seq_lens]),
+            torch.cat([first.cu_seqlens_q, inputs.cu_seqlens_q[1:] + layout.num_decode]), layout.row_tokens,
+            longest, first.num_keys + inputs.num_keys, groups,
+        )  # fmt: skip
 
     def decode_inputs(self, slots: np.ndarray, batched: bool = False) -> StepInputs:
         """One token for each of ``slots``; their ``computed`` on the device counts it from then on."""
@@ -232,7 +222,7 @@ class SlotTables:
         shape = (-1, 1) if batched else (1, -1)
         return StepInputs(
             slots, ids.view(shape), positions.view(shape), (positions + 1).to(torch.int32),
-            self._range[: len(slots) + 1], 1, int(lengths.max()), int(lengths.sum()), groups,
+            self.range[: len(slots) + 1], 1, int(lengths.max()), int(lengths.sum()), groups,
         )  # fmt: skip
 
     def inputs(self, work: StepWork) -> StepInputs:

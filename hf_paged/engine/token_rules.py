@@ -257,6 +257,11 @@ class TokenRules:
         return len(self.criteria) > 0
 
     @property
+    def ends_by_length(self) -> bool:
+        """Whether nothing but the maximum length can end a row."""
+        return not self.eos_token_ids and not self.has_criteria
+
+    @property
     def num_beams(self) -> int:
         """Beams; 1 for every other mode."""
         return self.config.num_beams if self.mode == "beams" else 1

@@ -24,6 +24,11 @@ class Arrival:
             self._event = torch.cuda.Event()
             self._event.record(torch.cuda.current_stream(tensor.device))
 
+    @property
+    def is_here(self) -> bool:
+        """Whether :meth:`wait` would not block."""
+        return self._event is None or self._event.query()
+
     def wait(self) -> np.ndarray:
         """Its values; blocks until the work queued before it is done, and no longer."""
         if self._event is not None:

@@ -9,7 +9,15 @@ import torch
 from transformers import GenerationConfig
 
 from hf_paged.engine import chunk_graphs
-from hf_paged.engine.chunk_graphs import MIN_ROWS, ChunkGraphs, chunk_sizes, decode_sizes, mixed_sizes, num_rows, unpack
+from hf_paged.engine.chunk_graphs import (
+    MIN_ROWS,
+    MIXED_OUTPUTS,
+    ChunkGraphs,
+    Layout,
+    chunk_sizes,
+    decode_sizes,
+    mixed_totals,
+)
 from hf_paged.engine.scheduler import StepWork
 from hf_paged.engine.slots import Slots
 
@@ -44,39 +52,74 @@ def test_filling_up_costs_little():
     assert max(waste) < 0.25
 
 
-@pytest.mark.parametrize("bucket", [1, 16, 100, 2047, 2048, 2049, 2112, 2113, 2560, 8192, 12345])
-def test_the_array_tells_its_rows(bucket):
-    parts = unpack(torch.arange(4 * num_rows(bucket) + 3 * bucket))
-    assert [len(part) for part in parts] == [num_rows(bucket)] * 4 + [bucket] * 3
-    assert torch.equal(torch.cat(parts), torch.arange(4 * num_rows(bucket) + 3 * bucket))
+def test_the_array_is_what_its_parts_are():
+    layout = Layout(num_decode=5, num_tokens=12, num_rows=4, num_outputs=3, row_tokens=8)
+    array = torch.arange(layout.size)
+    parts = layout.split(array)
+    assert [list(part.shape) for part in parts] == [[5], [3, 4], [3, 3], [3, 12]]
+    assert torch.equal(torch.cat([part.flatten() for part in parts]), array)
+    assert all((ours == part.numpy()).all() for ours, part in zip(layout.split(array.numpy()), parts))
+
+
+def replayed(slots: Slots, sizes: list[int], **options) -> tuple[ChunkGraphs, list[torch.Tensor]]:
+    seen = []
+    capture = lambda step, static: lambda: seen.append(static)  # noqa: E731
+    return ChunkGraphs(lambda x, layout: (), slots, sizes, torch.device("cpu"), capture, **options), seen
 
 
 @pytest.mark.parametrize("num_decode", [0, 2])
-def test_the_array_says_what_the_host_knows(num_decode):
+@pytest.mark.parametrize("row_tokens", [1, 4, 16])
+def test_the_array_says_what_the_host_knows(num_decode, row_tokens):
     generator = np.random.default_rng(0)
     slots = Slots(6, 64)
     slots.history[:] = generator.integers(0, 1000, slots.history.shape)
     slots.computed[:] = [0, 3, 0, 11, 40, 7]
-    seen = []
-    capture = lambda step, static: lambda: seen.append(static)  # noqa: E731
-    graphs = ChunkGraphs(lambda x, num_decode: (), slots, [16, 32, 64], torch.device("cpu"), capture)
+    graphs, seen = replayed(slots, [16, 32, 64], row_tokens=row_tokens)
     taken, counts = np.array([5, 0, 4, 1, 3]), np.array([1, 1, 2, 9, 1])
     work = StepWork(taken[2 - num_decode :], counts[2 - num_decode :], num_decode, np.ones(3 + num_decode, bool))
     choosers = np.array([True] * num_decode + [True, False, True])
     room = 8 if num_decode else 0
     assert graphs.run(work, choosers)[1].tolist() == [*range(num_decode), room, room + 1, room + 2]
-    num = 12
-    assert seen[0][:room].tolist() == ([5, 0] + [6] * 6)[:room]
-    taken, ends, lengths, choosers, ids, positions, rows = (x.numpy() for x in unpack(seen[0][room:]))
-    assert len(ids) == (64 if num_decode else 16)
-    ends[-1], rows, positions = 16 if ends[-1] == len(ids) else -1, rows[:16], positions[:16]
-    assert taken.tolist() == [4, 1, 3] + [6] * (MIN_ROWS - 3)
-    assert choosers.tolist() == [4, 6, 3] + [6] * (MIN_ROWS - 3)
-    assert ends.tolist() == [2, 11, 12] + [12] * (MIN_ROWS - 4) + [16]
-    assert lengths.tolist() == [42, 12, 12] + [0] * (MIN_ROWS - 3)
-    assert rows.tolist() == [0] * 2 + [1] * 9 + [2] + [MIN_ROWS - 1] * 4
-    assert positions[:num].tolist() == [40, 41, *range(3, 12), 11]
-    assert (ids[:num] == slots.history[taken[rows[:num]], positions[:num]]).all()
+    layout = graphs.layout(room, 72 - room if num_decode else 16)
+    assert layout.row_tokens == (row_tokens if num_decode else 16)
+    decode, (row_slots, ends, lengths), outputs, (ids, positions, row_of) = (
+        x.tolist() for x in layout.split(seen[0].numpy())
+    )
+    assert decode == ([5, 0] + [6] * 6)[:room]
+    tail = layout.num_outputs - 3
+    assert outputs[0] == [4, 6, 3] + [6] * tail
+    assert outputs[1] == [1, 10, 11] + [0] * tail
+    assert outputs[2] == [42, 12, 12] + [0] * tail
+    # Each token is in a row of its slot, at its place before the row's end.
+    tokens = [(4, 40), (4, 41), *((1, n) for n in range(3, 12)), (3, 11)]
+    assert [row_slots[row] for row in row_of] == [slot for slot, _ in tokens] + [6] * (layout.num_tokens - 12)
+    assert positions[:12] == [position for _, position in tokens]
+    assert ids[:12] == [slots.history[slot, position] for slot, position in tokens]
+    for token, row in enumerate(row_of[:12]):
+        assert lengths[row] - ends[row] == positions[token] - token
+    starts = [0, *ends[:-1]]
+    assert all(starts[row] <= token < ends[row] for token, row in enumerate(row_of))
+    assert all(0 <= end - start <= layout.row_tokens for start, end in zip(starts, ends))
+    assert ends[-1] == layout.num_tokens
+    assert all(length == 0 for slot, length in zip(row_slots, lengths) if slot == 6)
+
+
+@pytest.mark.parametrize("row_tokens", [1, 3, 16])
+def test_there_are_rows_for_any_chunks(row_tokens):
+    slots = Slots(64, 2048)
+    slots.history[:] = 7
+    graphs, seen = replayed(slots, [1024], row_tokens=row_tokens)
+    draw = np.random.default_rng(1)
+    for _ in range(30):
+        num = int(draw.integers(1, MIXED_OUTPUTS))
+        counts = np.concatenate([[1], draw.integers(1, 60, num)])
+        work = StepWork(np.arange(num + 1), counts, 1, np.ones(num + 1, bool))
+        assert graphs.run(work, work.samples) is not None
+        layout = graphs.layout(8, next(t for t in graphs.mixed_totals if t >= 8 + counts[1:].sum()) - 8)
+        row_slots, ends, _ = layout.split(seen[-1].numpy())[1]
+        assert (np.diff(ends, prepend=0) <= row_tokens).all()
+        for slot, count in enumerate(counts[1:].tolist(), 1):
+            assert (row_slots == slot).sum() == -(-count // row_tokens)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -100,20 +143,49 @@ def test_families(family):
 
 
 @pytest.mark.parametrize(
-    ("largest", "usual", "sizes"),
-    [
-        (8192, 192, [128, 192, 384, 768]), (8192, 500, [256, 512, 1024]), (3072, 1024, [512, 1024]),
-        (8192, 256, [128, 256, 512, 1024]), (300, 192, [128, 192, 300]), (24, 1024, [24]), (8192, 4, [64]),
-    ],
+    ("largest", "slots", "totals"),
+    [(8192, 256, [128, 256, 384, 512, 768, 1024]), (1024, 256, [128, 256, 384, 512, 768, 1280]),
+     (300, 20, [128, 256, 332]), (24, 3, [32])],
 )  # fmt: skip
-def test_sizes_with_decode_rows(largest, usual, sizes):
-    assert mixed_sizes(largest, usual) == sizes
+def test_sizes_with_decode_rows(largest, slots, totals):
+    assert mixed_totals(largest, slots) == totals
 
 
 def test_sizes_of_decode_rows():
     assert decode_sizes(1) == decode_sizes(8) == [8]
-    assert decode_sizes(256) == [8, 16, 32, 64, 96, 128, 192, 256]
-    assert decode_sizes(300)[-2:] == [256, 384]
+    assert decode_sizes(9) == [8, 16]
+    assert decode_sizes(256) == [8, 16, *range(32, 257, 32)]
+    assert decode_sizes(300)[-2:] == [288, 320]
+
+
+def test_prompt_tokens_that_fill_a_step():
+    graphs, _ = replayed(Slots(100, 64), [16, 300])
+    assert graphs.mixed_totals == [128, 256, 428]
+    assert graphs.fill(3, 1) == 120
+    assert graphs.fill(3, 120) == 120
+    assert graphs.fill(3, 121) == 248
+    assert graphs.fill(40, 10) == 64
+    assert graphs.fill(40, 10, 200) == 192
+    assert graphs.fill(100, 1) == 128
+    assert graphs.fill(100, 180) == 300
+    assert graphs.fill(100, 301) is None
+    graphs.failure = "none today"
+    assert graphs.fill(3, 1) is None
+
+
+def test_quantised_pages_and_decode_rows_have_launches_of_their_own():
+    model = tiny_model("llama")
+    prompts = [prompt(n, n) for n in (9, 17, 30)]
+    with make_engine(model, kv_dtype="int8", max_batch_tokens=24, prefix_caching=False) as engine:
+        handles = []
+        for ids in prompts:
+            handles.append(engine.submit(ids, generation_config=config(12)))
+            for _ in range(3):
+                engine.step()
+        assert all(len(handle.result().token_ids) == 12 for handle in handles)
+        graphs = engine._core.runner.chunk_graphs
+        assert graphs.mixed_totals == []
+        assert {num for num, _ in graphs._replays} == {0}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -221,7 +293,7 @@ def test_a_size_too_large_for_the_memory_runs_eagerly_and_the_others_do_not():
         capture = graphs._capture
 
         def fails_for_large_ones(step, static):
-            if len(static) > 4 * MIN_ROWS + 3 * 32:
+            if len(static) > 6 * MIN_ROWS + 3 * 32:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return capture(step, static)
 

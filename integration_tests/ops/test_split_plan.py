@@ -12,7 +12,7 @@ from helpers import DEVICE, error, prefix_sums
 from hf_paged_kernels import make_split_plan
 from hf_paged_kernels.ops import split_plan_op
 from hf_paged_kernels.settings import ITEM_NUMBERS, SHORTEST_SPLIT, max_split_items, split_plan_size
-from hf_paged_kernels.split_plan_triton import SplitPlan, make_split_plan_launch, merge_parts_launch
+from hf_paged_kernels.split_plan_triton import SplitPlan, empty_parts, make_split_plan_launch, merge_parts_launch
 
 MIXES = [
     ([1], [1]),
@@ -41,20 +41,20 @@ def test_the_plan_cuts_every_sequence_once(poison, seq_lens, q_lens, window_left
     assert plan.shape == (split_plan_size(num_seqs, max_tokens),)
     items, sequences = parts_of(plan, num_seqs, max_tokens)
     assert len(items) <= max_split_items(num_seqs, max_tokens)
-    # Places are the numbers 0, 1, 2 ..., one run per sequence, in the order of its splits.
-    assert sorted(item[2] for item in items) == list(range(len(items)))
+    # Places are the numbers 0, 1, 2 ..., one run per sequence, in the order of its splits, one for each query.
+    places = [item[2] + i for item in items for i in range(item[5])]
+    assert sorted(places) == list(range(len(places)))
     weights = []
     for seq, split, place, *of_seq in items:
         first, count = sequences[seq]
         assert of_seq == [count, sum(q_lens[:seq]), q_lens[seq], seq_lens[seq], 0]
-        assert first <= place < first + count
         length = next(
             (n for n in (256, 512, 1024) if seq_lens[seq] <= 16 * n),
             max(1024, 2 ** (-(-seq_lens[seq] // 32) - 1).bit_length()),
         )
         weights.append(min(seq_lens[seq], (split + 1) * length) - split * length)
         behind = 0 if window_left is None else max(0, seq_lens[seq] - q_lens[seq] - window_left) // length
-        assert place - first == split - behind
+        assert place - first == (split - behind) * q_lens[seq]
     for seq, (count, query_len) in enumerate(zip((c for _, c in sequences), q_lens)):
         assert sum(item[0] == seq for item in items) == count
         assert (count > 0) == (query_len > 0)
@@ -77,35 +77,38 @@ def test_many_sequences():
 @pytest.mark.parametrize(("group", "pack"), [(1, 1), (4, 4), (7, 8)], ids=str)
 def test_parts_add_up(poison, group, pack, sinks):
     """Parts of a softmax, cut anywhere, give the whole; rows of sequences with one split are not touched."""
-    seq_lens, q_lens, kv_heads, dim = [600, 40, 900], [1, 1, 2], 2, 16
+    seq_lens, q_lens, kv_heads, dim = [600, 40, 900, 300, 700], [1, 1, 1, 5, 2], 2, 16
     lens, cu = torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE), prefix_sums(q_lens, DEVICE)
-    plan = SplitPlan.of(make_split_plan_launch(lens, cu, 1000, None), 3, 1000)
-    rows = 2 * pack
-    count = plan.max_items * kv_heads
-    parts = torch.full((count, rows, dim), float("nan"), device=DEVICE)
-    part_lse = torch.full((count, 2, rows), float("nan"), device=DEVICE)
-    scores = [torch.randn(kv_heads, rows, n, dtype=torch.float64) * 3 for n in seq_lens]
+    num_seqs, tokens = len(seq_lens), sum(q_lens)
+    plan = SplitPlan.of(make_split_plan_launch(lens, cu, 1000, None), num_seqs, 1000)
+    # A token behind the last query is nobody's.
+    out = torch.full((tokens + 1, kv_heads * group, dim), float("nan"), device=DEVICE)
+    lse = torch.full((kv_heads * group, tokens + 1), float("nan"), device=DEVICE)
+    parts, part_lse = (x.fill_(float("nan")) for x in empty_parts(out, plan.max_parts, kv_heads, pack, dim))
+    scores = [torch.randn(kv_heads, n * pack, keys, dtype=torch.float64) * 3 for n, keys in zip(q_lens, seq_lens)]
     values = [torch.randn(kv_heads, n, dim, dtype=torch.float64) for n in seq_lens]
     for seq, split, place in plan.items.view(-1, ITEM_NUMBERS)[: int(plan.num_items), :3].tolist():
+        rows = q_lens[seq] * pack
         for head in range(kv_heads):
             s = scores[seq][head, :, split * SHORTEST_SPLIT : (split + 1) * SHORTEST_SPLIT]
             top = s.max(1).values
             weights = (s - top[:, None]).exp()
-            slot = place * kv_heads + head
-            parts[slot] = weights @ values[seq][head, split * SHORTEST_SPLIT : (split + 1) * SHORTEST_SPLIT]
-            part_lse[slot] = torch.stack([top * 1.4426950408889634, weights.sum(1)])
-    heads, tokens = kv_heads * group, sum(q_lens)
-    out = torch.full((tokens, heads, dim), float("nan"), device=DEVICE)
-    lse = torch.full((heads, tokens), float("nan"), device=DEVICE)
+            slot = place * kv_heads * pack + head * rows
+            parts[slot : slot + rows] = (
+                weights @ values[seq][head, split * SHORTEST_SPLIT : (split + 1) * SHORTEST_SPLIT]
+            ).to(parts)
+            part_lse[slot : slot + rows] = torch.stack([top * 1.4426950408889634, weights.sum(1)], 1).to(part_lse)
+    heads = kv_heads * group
     sink = torch.randn(heads, device=DEVICE) if sinks else None
     merge_parts_launch(parts, part_lse, plan, cu, sink, out, lse, group, pack)
-    assert bool(out[1].isnan().all())
+    assert bool(out[[1, tokens]].isnan().all())
     # With room for more parts another kernel does it, to the same bits.
     roomy, same_out, same_lse = replace(plan, max_parts=32), out * float("nan"), lse * float("nan")
     merge_parts_launch(parts, part_lse, roomy, cu, sink, same_out, same_lse, group, pack)
-    assert torch.equal(same_out[[0, 2, 3]], out[[0, 2, 3]])
-    assert torch.equal(same_lse[:, [0, 2, 3]], lse[:, [0, 2, 3]])
-    for seq, first in ((0, 0), (2, 2)):
+    written = [0, *range(2, tokens)]
+    assert torch.equal(same_out[written], out[written])
+    assert torch.equal(same_lse[:, written], lse[:, written])
+    for seq, first in ((0, 0), (2, 2), (3, 3), (4, 8)):
         for token in range(q_lens[seq]):
             for head in range(heads):
                 s = scores[seq][head // group, token * pack + head % group]

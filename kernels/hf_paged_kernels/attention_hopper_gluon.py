@@ -40,7 +40,7 @@ from .backend import device_guard
 from .dependent_launch_triton import has_dependent_launch
 from .names_gluon import barrier, load_async, view
 from .settings import LOG2_E, SHORT_QUERY, HopperSettings, hopper_settings, multiprocessors
-from .split_plan_triton import SplitPlan, make_split_plan_launch, merge_parts_launch
+from .split_plan_triton import SplitPlan, empty_parts, make_split_plan_launch, merge_parts_launch
 
 key_bounds = gluon.jit(tiles_triton.key_bounds.fn)
 unmasked_bounds = gluon.jit(tiles_triton.unmasked_bounds.fn)
@@ -64,9 +64,9 @@ def _schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
     """
     MODE: gl.constexpr = OPTIONS[0]
     PACK: gl.constexpr = OPTIONS[2]
-    CONSUMERS: gl.constexpr = OPTIONS[9]
-    HAS_LEFT: gl.constexpr = OPTIONS[10]
-    HAS_RIGHT: gl.constexpr = OPTIONS[11]
+    CONSUMERS: gl.constexpr = OPTIONS[8]
+    HAS_LEFT: gl.constexpr = OPTIONS[9]
+    HAS_RIGHT: gl.constexpr = OPTIONS[10]
     BLOCK_Q: gl.constexpr = 64 * CONSUMERS // PACK
     turn = 0
     tile = gl.program_id(0)
@@ -221,9 +221,9 @@ def _produce(tensors, OPERAND: gl.constexpr, OPTIONS: gl.constexpr):
     PAGE_SIZE: gl.constexpr = OPTIONS[3]
     HEAD_DIM: gl.constexpr = OPTIONS[4]
     BLOCK_N: gl.constexpr = OPTIONS[5]
-    STAGES: gl.constexpr = OPTIONS[7]
-    Q_STAGES: gl.constexpr = OPTIONS[8]
-    CONSUMERS: gl.constexpr = OPTIONS[9]
+    STAGES: gl.constexpr = OPTIONS[6]
+    Q_STAGES: gl.constexpr = OPTIONS[7]
+    CONSUMERS: gl.constexpr = OPTIONS[8]
     PAGED: gl.constexpr = MODE == "paged" or MODE == "split"
     HALVES: gl.constexpr = HEAD_DIM // 64
     CHUNK: gl.constexpr = min(PAGE_SIZE, BLOCK_N)
@@ -409,16 +409,15 @@ def _consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
     PAGE_SIZE: gl.constexpr = OPTIONS[3]
     HEAD_DIM: gl.constexpr = OPTIONS[4]
     BLOCK_N: gl.constexpr = OPTIONS[5]
-    ROWS: gl.constexpr = OPTIONS[6]
-    STAGES: gl.constexpr = OPTIONS[7]
-    Q_STAGES: gl.constexpr = OPTIONS[8]
-    CONSUMERS: gl.constexpr = OPTIONS[9]
-    HAS_LEFT: gl.constexpr = OPTIONS[10]
-    HAS_RIGHT: gl.constexpr = OPTIONS[11]
-    HAS_SOFTCAP: gl.constexpr = OPTIONS[12]
-    HAS_SINKS: gl.constexpr = OPTIONS[13]
-    TAKE_TURNS: gl.constexpr = OPTIONS[14]
-    FULL_WEIGHTS: gl.constexpr = OPTIONS[15]
+    STAGES: gl.constexpr = OPTIONS[6]
+    Q_STAGES: gl.constexpr = OPTIONS[7]
+    CONSUMERS: gl.constexpr = OPTIONS[8]
+    HAS_LEFT: gl.constexpr = OPTIONS[9]
+    HAS_RIGHT: gl.constexpr = OPTIONS[10]
+    HAS_SOFTCAP: gl.constexpr = OPTIONS[11]
+    HAS_SINKS: gl.constexpr = OPTIONS[12]
+    TAKE_TURNS: gl.constexpr = OPTIONS[13]
+    FULL_WEIGHTS: gl.constexpr = OPTIONS[14]
     q_full, q_empty, k_full, k_empty, v_full, v_empty, _turns = barriers
     stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh = strides
     dtype: gl.constexpr = q_smem.dtype
@@ -559,15 +558,16 @@ def _consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
         else:
             # An unnormalised part of the rows, for merge_parts_launch to add up. It stays in the L2 cache till then:
             # pushed out to memory by the keys and values, it cost several times what its bytes take.
-            slot = gl.cast(place * num_heads + head, gl.int64) * ROWS
+            slot = (gl.cast(place, gl.int64) * num_heads + head * query_len) * PACK
+            num_rows = query_len * PACK
             part_rows = gl.convert_layout(rows, gl.SliceLayout(1, O_LAYOUT))
             part_columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_LAYOUT))
             gl.store(
                 parts + slot * HEAD_DIM + part_rows[:, None] * HEAD_DIM + part_columns[None, :], o,
-                mask=(part_rows < ROWS)[:, None], eviction_policy="evict_last",
+                mask=(part_rows < num_rows)[:, None], eviction_policy="evict_last",
             )  # fmt: skip
-            gl.store(part_lse + 2 * slot + rows, running_max, mask=rows < ROWS)
-            gl.store(part_lse + 2 * slot + ROWS + rows, running_sum, mask=rows < ROWS)
+            gl.store(part_lse + 2 * (slot + rows), running_max, mask=rows < num_rows)
+            gl.store(part_lse + 2 * (slot + rows) + 1, running_sum, mask=rows < num_rows)
 
         turn += 1
         seq, head, first_token, query_len, q_start, num_keys, _k_start, start, stop, place, num_parts = _receive(
@@ -593,7 +593,7 @@ def _hopper_forward(
     stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh,
     scale_log2, softcap, window_left, window_right,
     MODE: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, PAGE_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
-    BLOCK_N: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
     TAKE_TURNS: gl.constexpr, FULL_WEIGHTS: gl.constexpr,
 ):  # fmt: skip
@@ -640,7 +640,7 @@ def _hopper_forward(
     keys = (q_desc, k_desc, page_table, stride_table, q_smem, k_smem, barriers, queue)
     values = (q_desc, v_desc, page_table, stride_table, q_smem, v_smem, barriers, queue)
     options: gl.constexpr = (
-        MODE, GROUP, PACK, PAGE_SIZE, HEAD_DIM, BLOCK_N, ROWS, STAGES, Q_STAGES, CONSUMERS,
+        MODE, GROUP, PACK, PAGE_SIZE, HEAD_DIM, BLOCK_N, STAGES, Q_STAGES, CONSUMERS,
         HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_SINKS, TAKE_TURNS, FULL_WEIGHTS,
     )  # fmt: skip
     if CONSUMERS == 1:
@@ -701,7 +701,6 @@ def _launch(
     num_blocks: int,
     kv_tokens: int,
     plan: "SplitPlan | None" = None,
-    rows: int = TILE_ROWS,
 ) -> None:
     """Launch on ``q [B, L, Hq, D]`` (packed: B is 1).
 
@@ -713,7 +712,6 @@ def _launch(
         group: query heads per key/value head; ``pack`` rows of a tile stand for them, 1: a head has tiles of its own.
         num_blocks: upper bound of the blocks of query rows of a head (of a sequence, if dense).
         kv_tokens: upper bound of the tokens of a head's keys, for the share of the L2 cache.
-        rows: query rows of a split.
     """
     s = settings
     batch, seqlen_q, num_q_heads, head_dim = q.shape
@@ -737,8 +735,7 @@ def _launch(
     if plan is not None:
         items, num_items = plan.items, plan.num_items
         num_tiles = plan.max_items * num_heads
-        parts = q.new_empty(num_tiles, rows, head_dim, dtype=torch.float32)
-        part_lse = q.new_empty(num_tiles, 2, rows, dtype=torch.float32)
+        parts, part_lse = empty_parts(out[0], plan.max_parts, num_heads, pack, head_dim)
     else:
         handed_out = torch.zeros(1, dtype=torch.int32, device=q.device)
     scale_log2 = scale * LOG2_E if softcap is None else 2.0 * scale / softcap * LOG2_E
@@ -750,7 +747,7 @@ def _launch(
             0 if page_table is None else page_table.stride(0), *out.stride()[:3],
             lse.stride(0) if mode == "dense" else 0, lse.stride(-1), lse.stride(-2),
             scale_log2, softcap or 0.0, window_left or 0, window_right or 0,
-            MODE=mode, GROUP=group, PACK=pack, PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_N=s.block_n, ROWS=rows,
+            MODE=mode, GROUP=group, PACK=pack, PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_N=s.block_n,
             STAGES=s.stages, Q_STAGES=s.q_stages, CONSUMERS=s.consumers, HAS_LEFT=window_left is not None,
             HAS_RIGHT=window_right is not None, HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None,
             TAKE_TURNS=s.take_turns, FULL_WEIGHTS=s.full_weights,
@@ -828,8 +825,7 @@ def hopper_paged_launch(
     lse = q.new_empty(num_q_heads, num_tokens, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    rows = triton.next_power_of_2(max_query_len * pack)
-    split = rows <= TILE_ROWS and max_query_len <= SHORT_QUERY
+    split = max_query_len * pack <= TILE_ROWS and max_query_len <= SHORT_QUERY
     s = settings or hopper_settings(head_dim, max_query_len, split, page_table.shape[1] * page_size)
     split_plan = None
     if split:
@@ -840,6 +836,6 @@ def hopper_paged_launch(
     _launch(
         q[None], (k_pages, v_pages), out[None], lse, "split" if split else "paged",
         (cu_seqlens_q, None, seq_lens, page_table), window_left, window_right, softcap, sinks, scale, s, group, pack,
-        num_blocks, page_table.shape[1] * page_size, split_plan, rows if split else TILE_ROWS,
+        num_blocks, page_table.shape[1] * page_size, split_plan,
     )  # fmt: skip
     return out, lse

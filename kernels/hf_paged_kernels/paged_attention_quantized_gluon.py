@@ -25,7 +25,7 @@ from .attention_hopper_gluon import ANY
 from .backend import QUANTIZED_ROWS, device_guard
 from .names_gluon import barrier, load_async, view
 from .settings import LOG2_E, QuantizedHopperSettings, choose_quantized_hopper_settings, multiprocessors
-from .split_plan_triton import SplitPlan, make_split_plan_launch, merge_parts_launch
+from .split_plan_triton import SplitPlan, empty_parts, make_split_plan_launch, merge_parts_launch
 
 key_bounds = gluon.jit(tiles_triton.key_bounds.fn)
 split_lengths = gluon.jit(split_plan_triton.split_lengths.fn)
@@ -144,12 +144,12 @@ def _quantized_splits(
     stride_qt, stride_qh, stride_sp, stride_sh, stride_ss, stride_table, stride_ot, stride_oh, stride_lt, stride_lh,
     scale_log2, softcap, window_left, window_right,
     DTYPE: gl.constexpr, PAGE_SIZE: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr,
-    BLOCK_N: gl.constexpr, PART_ROWS: gl.constexpr, STAGES: gl.constexpr,
+    BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
 ):  # fmt: skip
     """One program of one warp: every num_programs-th split of the plan, for one head each.
 
-    ``DTYPE``: of the pages, which the descriptors see as int16. ``PART_ROWS``: the query rows in use, of ROWS.
+    ``DTYPE``: of the pages, which the descriptors see as int16.
     """
     SWIZZLE: gl.constexpr = min(128, HEAD_DIM)
     CHUNK: gl.constexpr = min(PAGE_SIZE, BLOCK_N)
@@ -268,12 +268,12 @@ def _quantized_splits(
         dims = 2 * gl.arange(0, HEAD_DIM // 2, layout=gl.SliceLayout(1, LAYOUT))
         if num_parts > 1:
             # An unnormalised part of the rows, for merge_parts_launch to add up.
-            slot = gl.cast(place * num_heads + head, gl.int64) * PART_ROWS
+            slot = (gl.cast(place, gl.int64) * num_heads + head * query_len) * GROUP
             part = parts + (slot + rows)[None, :] * HEAD_DIM + dims[:, None]
             gl.store(part, even * unit[None, :], mask=valid[None, :])
             gl.store(part + 1, odd * unit[None, :], mask=valid[None, :])
-            gl.store(part_lse + 2 * slot + rows, running_max, mask=valid)
-            gl.store(part_lse + 2 * slot + PART_ROWS + rows, running_sum, mask=valid)
+            gl.store(part_lse + 2 * (slot + rows), running_max, mask=valid)
+            gl.store(part_lse + 2 * (slot + rows) + 1, running_sum, mask=valid)
         else:
             heads = head * GROUP + rows % GROUP
             if HAS_SINKS:
@@ -321,14 +321,12 @@ def quantized_splits_launch(
     lse = q.new_empty(num_q_heads, num_tokens, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    part_rows = max_query_len * group
     s = settings or choose_quantized_hopper_settings(head_dim)
     if plan is None:
         plan = make_split_plan_launch(seq_lens, cu_seqlens_q, max_pages * page_size, window_left)
     split_plan = SplitPlan.of(plan, num_seqs, max_pages * page_size)
     num_tiles = split_plan.max_items * num_kv_heads
-    parts = q.new_empty(num_tiles, part_rows, head_dim, dtype=torch.float32)
-    part_lse = q.new_empty(num_tiles, 2, part_rows, dtype=torch.float32)
+    parts, part_lse = empty_parts(out, split_plan.max_parts, num_kv_heads, group, head_dim)
     chunk = min(page_size, s.block_n)
     layout = gl.NVMMASharedLayout(min(128, head_dim), 16, 4)
     k_desc, v_desc = (
@@ -343,7 +341,7 @@ def quantized_splits_launch(
             *q.stride()[:2], *k_scale.stride(), page_table.stride(0), *out.stride()[:2], lse.stride(1), lse.stride(0),
             scale_log2, softcap or 0.0, window_left or 0, window_right or 0,
             DTYPE=gl.int8 if k_pages.dtype == torch.int8 else gl.float8e4nv, PAGE_SIZE=page_size, GROUP=group,
-            HEAD_DIM=head_dim, BLOCK_N=s.block_n, PART_ROWS=part_rows, STAGES=s.stages,
+            HEAD_DIM=head_dim, BLOCK_N=s.block_n, STAGES=s.stages,
             HAS_LEFT=window_left is not None, HAS_RIGHT=window_right is not None, HAS_SOFTCAP=softcap is not None,
             HAS_SINKS=sinks is not None, num_warps=1, maxnreg=s.max_registers,
         )  # fmt: skip

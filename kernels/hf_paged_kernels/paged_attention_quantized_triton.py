@@ -26,7 +26,14 @@ import triton.language as tl
 
 from .backend import device_guard, on_nvidia
 from .settings import LOG2_E, QuantizedSettings, is_short_query, multiprocessors, quantized_settings
-from .split_plan_triton import SplitPlan, load_item, make_split_plan_launch, merge_parts_launch, split_lengths
+from .split_plan_triton import (
+    SplitPlan,
+    empty_parts,
+    load_item,
+    make_split_plan_launch,
+    merge_parts_launch,
+    split_lengths,
+)
 from .tiles_triton import (
     add_sink,
     find_sequence,
@@ -305,7 +312,6 @@ def _quantized_forward(
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -417,10 +423,10 @@ def _quantized_forward(
         if IS_SPLIT and parts is not None:  # noqa: SIM102 - known when the kernel is compiled
             if num_parts > 1:
                 # An unnormalised part of the rows, for merge_parts_launch to add up.
-                slot = tl.cast(place * num_heads + kv_head, tl.int64) * ROWS
+                slot = (tl.cast(place, tl.int64) * num_heads + kv_head * query_len) * GROUP
                 tl.store(parts + (slot + rows)[:, None] * V_DIM + columns[None, :], result, mask=store_mask)
-                tl.store(part_lse + 2 * slot + rows, running_max, mask=row_valid)
-                tl.store(part_lse + 2 * slot + ROWS + rows, running_sum, mask=row_valid)
+                tl.store(part_lse + 2 * (slot + rows), running_max, mask=row_valid)
+                tl.store(part_lse + 2 * (slot + rows) + 1, running_sum, mask=row_valid)
         if num_parts <= 1:
             if HAS_SINKS:
                 sink = tl.load(sinks + heads, mask=row_valid, other=0.0).to(tl.float32) * 1.4426950408889634
@@ -471,15 +477,13 @@ def quantized_paged_attention_launch(
     pairs = chosen.pairs and v_dim % 2 == 0 and v_dim >= 32 and all(s % 2 == 0 for s in v_pages.stride()[:3])
     values = v_pages.view(torch.int16) if pairs else v_pages
     split_plan = parts = part_lse = None
-    rows = max_query_len * group
     if is_split:
         if plan is None:
             plan = make_split_plan_launch(seq_lens, cu_seqlens_q, max_pages * page_size, window_left)
         split_plan = SplitPlan.of(plan, num_seqs, max_pages * page_size)
         num_blocks = split_plan.max_items
         if split_plan.max_parts > 1:
-            parts = q.new_empty(num_blocks * num_kv_heads, rows, v_dim, dtype=torch.float32)
-            part_lse = q.new_empty(num_blocks * num_kv_heads, 2, rows, dtype=torch.float32)
+            parts, part_lse = empty_parts(out, split_plan.max_parts, num_kv_heads, group, v_dim)
     else:
         num_blocks = num_tokens // block_q + num_seqs
     num_programs = num_blocks * num_kv_heads
@@ -500,7 +504,6 @@ def quantized_paged_attention_launch(
             GROUP=group,
             HEAD_DIM=head_dim,
             V_DIM=v_dim,
-            ROWS=rows if is_split else 0,
             BLOCK_Q=block_q,
             BLOCK_M=chosen.block_m,
             BLOCK_N=chosen.block_n,

@@ -346,11 +346,11 @@ def split_plan_reference(
         count = max(-(-num_keys // length) - first, 1) if query_len else 0
         for split in range(first, first + count):
             q_start = int(cu_seqlens_q[seq])
-            item = [seq, split, place + split - first, count, q_start, query_len, num_keys, 0]
+            item = [seq, split, place + (split - first) * query_len, count, q_start, query_len, num_keys, 0]
             is_full = (split + 1) * length <= num_keys
             (full.setdefault(min(length, 2048), []) if is_full else tails).append(item)
         sequences += [place, count]
-        place += count
+        place += count * query_len
     for length in sorted(full, reverse=True):
         items += sorted(full[length])
     items += tails

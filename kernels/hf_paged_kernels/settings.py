@@ -134,6 +134,11 @@ def paged_settings(
     )
 
 
+def longest_short_query(group: int) -> int:
+    """Tokens of the longest query that every kernel of decode takes, with ``group`` query heads per key/value head."""
+    return max(1, min(SHORT_QUERY, 64 >> (group - 1).bit_length()))
+
+
 def is_short_query(group: int, max_query_len: int) -> bool:
     """Whether a step takes the split path: decode, and draft verification of up to 16 tokens a sequence."""
     return max_query_len <= SHORT_QUERY and max_query_len * group <= 128

@@ -10,6 +10,9 @@ Long splits come first and tails last, so that programs that walk through the li
 window are left out. An item says all that there is to know of a split, so that nobody has to look it up::
 
     sequence, split, place, parts of the sequence, its first query, its queries, its keys, 0
+
+A split leaves a part for each of its queries, and ``place`` counts parts of single queries. So what they take depends
+on the queries of a step together, be they one of each sequence or 16 of some.
 """
 
 from dataclasses import dataclass
@@ -97,14 +100,14 @@ def _plan_splits(
     tail = has_tail.to(tl.int32)
     tail_offset = base + tl.cumsum(tail, 0) - tail
     # Where a sequence's parts lie: one after the other, whatever the order of the work.
-    place = tl.cumsum(count, 0) - count
+    place = tl.cumsum(count * query_len, 0) - count * query_len
     items = plan + 4
     tl.store(plan + seq, base + tl.sum(tail, 0), mask=seq == 0)
     none = num_keys * 0
     for split in range(0, tl.max(num_full, 0)):
-        item = (seq, first + split, place + split, count, q_start, query_len, num_keys, none)
+        item = (seq, first + split, place + split * query_len, count, q_start, query_len, num_keys, none)
         _store_item(items, offset + split, item, split < num_full)
-    item = (seq, first + num_full, place + num_full, count, q_start, query_len, num_keys, none)
+    item = (seq, first + num_full, place + num_full * query_len, count, q_start, query_len, num_keys, none)
     _store_item(items, tail_offset, item, has_tail)
     # Without any item, program 0 looks at an empty one.
     tl.store(items + seq, 0, mask=(seq < ITEM) & (base + tl.sum(tail, 0) == 0))
@@ -115,20 +118,20 @@ def _plan_splits(
 
 @triton.jit
 def _load_parts(
-    parts, part_lse, first, place, num_parts, kv_head, row, valid, ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_D:
-    tl.constexpr, CHUNK: tl.constexpr,
+    parts, part_lse, first, start, stride, num_parts, row, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
+    CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Maxima, sums and sums of values of CHUNK parts from ``first`` on, which are all asked for at once."""
     columns = tl.arange(0, BLOCK_D)
     maxima, sums, values = (), (), ()
     for i in tl.static_range(CHUNK):
         held = valid & (first + i < num_parts)
-        slot = tl.cast((place + first + i) * tl.num_programs(1) + kv_head, tl.int64) * ROWS
-        maxima += (tl.load(part_lse + 2 * slot + row, mask=held, other=float("-inf")),)  # type: ignore[assignment]
-        sums += (tl.load(part_lse + 2 * slot + ROWS + row, mask=held, other=0.0),)  # type: ignore[assignment]
+        place = start + tl.cast(first + i, tl.int64) * stride + row
+        maxima += (tl.load(part_lse + 2 * place, mask=held, other=float("-inf")),)  # type: ignore[assignment]
+        sums += (tl.load(part_lse + 2 * place + 1, mask=held, other=0.0),)  # type: ignore[assignment]
         values += (  # type: ignore[assignment]
             tl.load(
-                parts + (slot + row)[:, None] * HEAD_DIM + columns[None, :],
+                parts + place[:, None] * HEAD_DIM + columns[None, :],
                 mask=held[:, None] & (columns < HEAD_DIM)[None, :],
                 other=0.0,
             ),
@@ -136,7 +139,26 @@ def _load_parts(
     return maxima, sums, values
 
 
-@triton.jit(do_not_specialize=["stride_lh"])
+@triton.jit
+def _sequence_of(cu_seqlens_q, token, num_seqs):
+    """The sequence of a packed token. As long as each sequence has one, it is the token's number."""
+    is_within = token < num_seqs
+    start = tl.load(cu_seqlens_q + token, mask=is_within, other=0)
+    end = tl.load(cu_seqlens_q + token + 1, mask=is_within, other=0)
+    if (start == token) & (end == token + 1):
+        seq = token
+    else:
+        seq, above = token * 0, token * 0 + num_seqs
+        while above - seq > 1:
+            middle = (seq + above) // 2
+            if tl.load(cu_seqlens_q + middle) <= token:
+                seq = middle
+            else:
+                above = middle
+    return seq
+
+
+@triton.jit(do_not_specialize=["num_seqs", "stride_lh"])
 def _merge_parts(
     parts,
     part_lse,
@@ -145,12 +167,12 @@ def _merge_parts(
     sinks,
     out,
     lse,
+    num_seqs,
     stride_ot,
     stride_oh,
     stride_lh,
     GROUP: tl.constexpr,
     PACK: tl.constexpr,
-    ROWS: tl.constexpr,
     BLOCK_R: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -159,34 +181,33 @@ def _merge_parts(
     HAS_SINKS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One program: some rows of a sequence and key/value head. Parts are added one after the other: the bits of a row
+    """One program: some rows of a token and key/value head. Parts are added one after the other: the bits of a row
     depend on nothing but the row."""
     start_next(DEPENDENT)
-    seq = tl.program_id(0)
+    packed = tl.program_id(0)
     kv_head = tl.program_id(1)
-    first_row = tl.program_id(2) * BLOCK_R
-    row = first_row + tl.arange(0, BLOCK_R)
+    row = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     # Loads that wait for one another are most of what this kernel costs: all of the plan at once, before the wait.
+    seq = _sequence_of(cu_seqlens_q, packed, num_seqs)
     place = tl.load(sequences + 2 * seq)
     num_parts = tl.load(sequences + 2 * seq + 1)
     q_start = tl.load(cu_seqlens_q + seq)
     query_len = tl.load(cu_seqlens_q + seq + 1) - q_start
     wait_for_previous(DEPENDENT)
-    if (num_parts <= 1) | (first_row // PACK >= query_len):
-        return  # its only split has written the result, or there are no such rows
-    token = row // PACK
-    head = kv_head * GROUP + row % PACK
-    valid = (token < query_len) & (row % PACK < GROUP)
+    if (num_parts <= 1) | (packed - q_start >= query_len):
+        return  # its only split has written the result, or the token is behind the last one
+    start = (tl.cast(place, tl.int64) * tl.num_programs(1) + kv_head * query_len + packed - q_start) * PACK
+    stride = tl.num_programs(1) * query_len * PACK
+    head = kv_head * GROUP + row
+    valid = row < GROUP
     maxima, sums, values = _load_parts(
-        parts, part_lse, 0, place, num_parts, kv_head, row, valid, ROWS, HEAD_DIM, BLOCK_D, CHUNK
+        parts, part_lse, 0, start, stride, num_parts, row, valid, HEAD_DIM, BLOCK_D, CHUNK
     )
     # The largest maximum is the same in any order.
     part = tl.arange(0, MOST_PARTS)
-    slots = tl.cast((place + part) * tl.num_programs(1) + kv_head, tl.int64) * ROWS
+    places = start + tl.cast(part, tl.int64)[None, :] * stride + row[:, None]
     all_maxima = tl.load(
-        part_lse + 2 * slots[None, :] + row[:, None],
-        mask=valid[:, None] & (part < num_parts)[None, :],
-        other=float("-inf"),
+        part_lse + 2 * places, mask=valid[:, None] & (part < num_parts)[None, :], other=float("-inf")
     )
     top = tl.max(all_maxima, 1)
     if HAS_SINKS:
@@ -200,7 +221,7 @@ def _merge_parts(
     for first in range(0, num_parts, CHUNK):
         if first > 0:
             maxima, sums, values = _load_parts(
-                parts, part_lse, first, place, num_parts, kv_head, row, valid, ROWS, HEAD_DIM, BLOCK_D, CHUNK
+                parts, part_lse, first, start, stride, num_parts, row, valid, HEAD_DIM, BLOCK_D, CHUNK
             )
         for i in tl.static_range(CHUNK):
             weight = tl.exp2(maxima[i] - pivot)
@@ -208,14 +229,26 @@ def _merge_parts(
             result += weight[:, None] * values[i]
     columns = tl.arange(0, BLOCK_D)
     safe = tl.where(total == 0.0, 1.0, total)
-    packed = tl.cast(q_start + token, tl.int64)
+    token = tl.cast(packed, tl.int64)
     tl.store(
-        out + (packed * stride_ot + head * stride_oh)[:, None] + columns[None, :],
+        out + (token * stride_ot + head * stride_oh)[:, None] + columns[None, :],
         (result / safe[:, None]).to(out.dtype.element_ty),
         mask=valid[:, None] & (columns < HEAD_DIM)[None, :],
     )
     row_lse = tl.where(total == 0.0, float("-inf"), (pivot + tl.log2(safe)) * 0.6931471805599453)
-    tl.store(lse + head * stride_lh + packed, row_lse, mask=valid)
+    tl.store(lse + head * stride_lh + token, row_lse, mask=valid)
+
+
+def empty_parts(
+    out: torch.Tensor, max_parts: int, num_kv_heads: int, pack: int, head_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Room for the parts of the queries of ``out [T, Hq, D]``: ``parts`` and ``part_lse`` of
+    :func:`merge_parts_launch`."""
+    rows = max_parts * out.shape[0] * num_kv_heads * pack
+    return (
+        out.new_empty(rows, head_dim, dtype=torch.float32),
+        out.new_empty(rows, 2, dtype=torch.float32),
+    )
 
 
 def merge_parts_launch(
@@ -234,22 +267,26 @@ def merge_parts_launch(
     The plan is read ahead of the wait for the previous kernel: where that one lets the next start early
     (``dependent_launch_triton``), it must have waited itself before.
 
+    A split at ``place`` of a sequence with ``n`` queries has its rows for a key/value head in a run of ``n * pack``,
+    that head's among those of all heads, from ``(place * num_kv_heads + head * n) * pack`` on.
+
     Args:
-        parts: float32 ``[max_items * num_kv_heads, rows, head_dim]``, unnormalised sums of weighted values.
-        part_lse: float32 ``[max_items * num_kv_heads, 2, rows]``, maxima of the scores in base 2, and sums of weights.
+        parts: float32 ``[rows, head_dim]``, unnormalised sums of weighted values.
+        part_lse: float32 ``[rows, 2]``, the maximum of the scores in base 2, and the sum of weights.
         out: ``[T, Hq, head_dim]``, written.
         lse: float32 ``[Hq, T]``, written.
         group: query heads per key/value head; ``pack`` rows stand for them.
     """
-    rows, head_dim = parts.shape[1:]
+    head_dim = parts.shape[1]
     num_kv_heads = out.shape[1] // group
     block_d = triton.next_power_of_2(head_dim)
-    block_r = min(triton.next_power_of_2(rows), MERGED_ROWS)
+    block_r = min(triton.next_power_of_2(pack), MERGED_ROWS)
     is_few = plan.max_parts <= FEW_PARTS
     with device_guard(out):
-        _merge_parts[(plan.sequences.shape[0] // 2, num_kv_heads, triton.cdiv(rows, block_r))](
-            parts, part_lse, plan.sequences, cu_seqlens_q, sinks, out, lse, *out.stride()[:2], lse.stride(0),
-            GROUP=group, PACK=pack, ROWS=rows, BLOCK_R=block_r, HEAD_DIM=head_dim, BLOCK_D=block_d,
+        _merge_parts[(out.shape[0], num_kv_heads, triton.cdiv(pack, block_r))](
+            parts, part_lse, plan.sequences, cu_seqlens_q, sinks, out, lse, cu_seqlens_q.shape[0] - 1,
+            *out.stride()[:2], lse.stride(0),
+            GROUP=group, PACK=pack, BLOCK_R=block_r, HEAD_DIM=head_dim, BLOCK_D=block_d,
             MOST_PARTS=FEW_PARTS if is_few else MAX_SPLITS, CHUNK=FEW_PARTS if is_few else 2 * FEW_PARTS,
             HAS_SINKS=sinks is not None, num_warps=block_r * max(1, block_d // 128), **dependent_launch(out.device),
         )  # fmt: skip
@@ -261,7 +298,7 @@ class SplitPlan:
 
     Attributes:
         num_items: int32 ``[1]``.
-        items: int32 ``[ITEM_NUMBERS * max_items]``, see above; ``place`` is where a split's part lies.
+        items: int32 ``[ITEM_NUMBERS * max_items]``, see above.
         sequences: int32 ``[2 * num_seqs]``: where a sequence's first part lies, and their number.
         max_parts: upper bound of the parts of a sequence.
     """
