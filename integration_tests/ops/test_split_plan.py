@@ -20,6 +20,7 @@ MIXES = [
     ([257, 0, 3000, 1, 255, 512], [1, 0, 1, 1, 4, 1]),
     ([70_000, 17, 9000, 8192, 8193, 600], [1, 1, 3, 1, 1, 0]),
     ([0, 0], [0, 0]),
+    ([600, 1024, 1025, 40_000, 5, 300], [8, 16, 9, 16, 12, 7]),
 ]
 
 
@@ -49,7 +50,7 @@ def test_the_plan_cuts_every_sequence_once(poison, seq_lens, q_lens, window_left
         first, count = sequences[seq]
         assert of_seq == [count, sum(q_lens[:seq]), q_lens[seq], seq_lens[seq], 0]
         length = next(
-            (n for n in (256, 512, 1024) if seq_lens[seq] <= 16 * n),
+            (n for n in (256, 512, 1024) if seq_lens[seq] <= 16 * n and (q_lens[seq] < 8 or n == 1024)),
             max(1024, 2 ** (-(-seq_lens[seq] // 32) - 1).bit_length()),
         )
         weights.append(min(seq_lens[seq], (split + 1) * length) - split * length)

@@ -134,7 +134,7 @@ def _find_split(tile, item, work, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexp
     start, stop = key_bounds(
         num_keys - query_len, num_keys - 1, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
     )  # fmt: skip
-    length = split_lengths(num_keys)
+    length = split_lengths(num_keys, query_len)
     start = gl.maximum(start, split * length)
     stop = gl.minimum(stop, (split + 1) * length)
     if query_len == 0:

@@ -189,7 +189,7 @@ def _quantized_splits(
         start, stop = key_bounds(
             context_len, num_keys - 1, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
         )  # fmt: skip
-        length = split_lengths(num_keys)
+        length = split_lengths(num_keys, query_len)
         start = gl.maximum(start, split * length)
         stop = gl.minimum(stop, (split + 1) * length)
         if query_len == 0:

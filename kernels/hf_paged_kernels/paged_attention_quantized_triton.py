@@ -362,7 +362,7 @@ def _quantized_forward(
             first_position, last_position, seq_len, window_left, window_right, HAS_LEFT, HAS_RIGHT
         )  # fmt: skip
         if IS_SPLIT:
-            length = split_lengths(seq_len)
+            length = split_lengths(seq_len, query_len)
             start = tl.maximum(start, split * length)
             stop = tl.minimum(stop, (split + 1) * length)
         if first_token >= query_len:

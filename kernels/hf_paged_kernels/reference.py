@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .settings import ITEM_NUMBERS, LARGEST, MAX_SPLITS, SHORTEST_SPLIT, split_plan_size
+from .settings import ITEM_NUMBERS, LARGEST, LONG_SHORT_QUERY, MAX_SPLITS, SHORTEST_SPLIT, split_plan_size
 
 ROWS_AT_A_TIME = 1024
 
@@ -337,7 +337,7 @@ def split_plan_reference(
     place = 0
     full: dict[int, list[list[int]]] = {}
     for seq, (num_keys, query_len) in enumerate(zip(seq_lens.tolist(), cu_seqlens_q.diff().tolist())):
-        length = SHORTEST_SPLIT
+        length = SHORTEST_SPLIT if query_len < LONG_SHORT_QUERY else 1024
         while length < 1024 and length * 16 < num_keys:
             length *= 2
         while length * MAX_SPLITS < num_keys:

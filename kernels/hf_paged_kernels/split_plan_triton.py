@@ -23,9 +23,10 @@ import triton.language as tl
 
 from .backend import device_guard
 from .dependent_launch_triton import dependent_launch, start_next, wait_for_previous
-from .settings import ITEM_NUMBERS, MAX_SPLITS, max_split_items, max_splits, split_plan_size
+from .settings import ITEM_NUMBERS, LONG_SHORT_QUERY, MAX_SPLITS, max_split_items, max_splits, split_plan_size
 
 ITEM = tl.constexpr(ITEM_NUMBERS)
+LONG_QUERY = tl.constexpr(LONG_SHORT_QUERY)
 FEW_PARTS = 8
 """Sequences that can have no more parts are merged by a smaller kernel."""
 MERGED_ROWS = 2
@@ -33,14 +34,15 @@ MERGED_ROWS = 2
 
 
 @triton.jit
-def split_lengths(num_keys):
-    """Keys of one split of each sequence: a function of its length, so that a row's sum never depends on the batch.
+def split_lengths(num_keys, query_len):
+    """Keys of one split of each sequence: a function of its lengths, so that a row's sum never depends on the batch.
 
-    256 keys, doubled up to 1,024 while there would be more than 16 splits, then while there would be more than 32.
+    256 keys, doubled up to 1,024 while there would be more than 16 splits, then while there would be more than 32. Of
+    long queries 1,024 from the start: they come many at a time, as runs of one prompt, and have many rows to merge.
     """
-    length = num_keys * 0 + 256
+    length = tl.where(query_len < LONG_QUERY, num_keys * 0 + 256, 1024)
     for _ in tl.static_range(2):
-        length = tl.where(length * 16 < num_keys, length * 2, length)
+        length = tl.where((length < 1024) & (length * 16 < num_keys), length * 2, length)
     for _ in tl.static_range(16):
         length = tl.where(length * 32 < num_keys, length * 2, length)
     return length
@@ -78,7 +80,7 @@ def _plan_splits(
     num_keys = tl.load(seq_lens + seq, mask=held, other=0)
     q_start = tl.load(cu_seqlens_q + seq, mask=held, other=0)
     query_len = tl.load(cu_seqlens_q + seq + 1, mask=held, other=0) - q_start
-    length = split_lengths(num_keys)
+    length = split_lengths(num_keys, query_len)
     first = num_keys * 0
     if HAS_LEFT:
         first = tl.maximum(num_keys - query_len - window_left, 0) // length
