@@ -65,6 +65,7 @@ class StepInputs:
     cpu_groups: dict[tuple[int, int | None], list[RowGroup]] = field(default_factory=dict)
     _copies: dict[torch.device, "StepInputs"] = field(default_factory=dict)
     _split_plans: SplitPlans = field(default_factory=SplitPlans)
+    _settled: set[tuple[int, int | None]] = field(default_factory=set)
 
     def on(self, device: torch.device) -> "StepInputs":
         """The inputs on another device of the model, copied once."""
@@ -78,15 +79,18 @@ class StepInputs:
             )  # fmt: skip
         return self._copies[device]
 
-    def split_plan(self, number: int, page_size: int, left: int | None) -> torch.Tensor | None:
-        """The work list of short queries, see :class:`SplitPlans`; None for other steps.
+    def split_plan(self, number: int, page_size: int, left: int | None) -> tuple[torch.Tensor | None, bool]:
+        """The work list of short queries, see :class:`SplitPlans`, None for other steps; and whether attention was
+        asked for with it before, so that it is settled.
 
         Args:
             number: of the group of layers.
             page_size: tokens of a page.
             left: keys that a query sees before its own, None: all.
         """
-        return self._split_plans.get(
+        is_settled = (number, left) in self._settled
+        self._settled.add((number, left))
+        plan = self._split_plans.get(
             self.groups[number].page_table,
             self.seq_lens,
             self.cu_seqlens_q,
@@ -95,6 +99,7 @@ class StepInputs:
             left,
             number,
         )
+        return plan, is_settled
 
     @property
     def cu_seqlens_k(self) -> torch.Tensor:

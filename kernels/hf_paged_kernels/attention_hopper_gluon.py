@@ -60,7 +60,9 @@ def _schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
     numbers in shared memory with their full and empty barriers, and the counter of tiles handed out to all programs.
 
     Decode is launched before the previous kernel has ended (``dependent_launch_triton``). No warp touches global memory
-    before the first note, so it is enough that this one waits.
+    before the first note, so it is enough that this one waits. Of a settled plan (``paged_attention_op``) the first
+    note goes out before: producers then copy keys and values of earlier steps, and wait before they copy anything else.
+    Consumers write nothing before either, since they wait for the queries; of a split without keys, this warp waits.
     """
     MODE: gl.constexpr = OPTIONS[0]
     PACK: gl.constexpr = OPTIONS[2]
@@ -72,7 +74,8 @@ def _schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
     tile = gl.program_id(0)
     num_tiles = work[0]
     if MODE == "split":
-        gdc_wait()
+        if work[9] == 0:
+            gdc_wait()
         # Asked for with the number of tiles: whether there is such a tile is seen when both have come.
         item = load_item(lengths[3], tile // work[5])
         num_tiles = gl.maximum(gl.load(lengths[4]), 1) * work[5]
@@ -81,6 +84,8 @@ def _schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
             upcoming = tile + gl.num_programs(0)
             found = _find_split(tile, item, work, HAS_LEFT, HAS_RIGHT)
             item = load_item(lengths[3], gl.minimum(upcoming, num_tiles - 1) // work[5])
+            if (turn > 0) | (found[8] <= found[7]):
+                gdc_wait()
         else:
             upcoming = gl.num_programs(0) + gl.atomic_add(handed_out, 1, sem="relaxed")
             found = _find_block(tile, lengths, work, MODE, BLOCK_Q, HAS_LEFT, HAS_RIGHT)
@@ -88,6 +93,7 @@ def _schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
         tile = upcoming
         turn += 1
     if MODE == "split":
+        gdc_wait()
         gdc_launch_dependents()  # The merge gets ready meanwhile.
     nothing = tile * 0
     _hand_out(
@@ -128,7 +134,7 @@ def _receive(turn, queue):
 @gluon.jit
 def _find_split(tile, item, work, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
     """What tile ``tile`` is, a split for one head; see :func:`_find_block`."""
-    _num_tiles, _num_seqs, _seqlen_q, _seqlen_k, _num_blocks, num_heads, _section, window_left, window_right = work
+    _num_tiles, _num_seqs, _seqlen_q, _seqlen_k, _num_blocks, num_heads, _section, window_left, window_right, _ = work
     seq, split, place, num_parts, q_start, query_len, num_keys = item
     none = tile * 0
     start, stop = key_bounds(
@@ -160,7 +166,7 @@ def _find_block(
     most keys, come first.
     """
     cu_seqlens_q, cu_seqlens_k, seq_lens, _items, _num_items = lengths
-    _num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, section, window_left, window_right = work
+    _num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, section, window_left, window_right, _ = work
     none = tile * 0
     num_columns = num_heads * num_seqs if MODE == "dense" else num_heads
     start_column = tile // (section * num_blocks) * section
@@ -212,9 +218,35 @@ def _find_pages(table_row, key, start, stop, PAGE_SIZE: gl.constexpr, CHUNKS: gl
 
 
 @gluon.jit
+def _copy_tile(
+    desc, smem, key, pages, kv_head, count, full, empty,
+    PAGE_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Ask for a tile of keys or values from ``pages`` once its place in shared memory is free."""
+    HALVES: gl.constexpr = HEAD_DIM // 64
+    CHUNK: gl.constexpr = min(PAGE_SIZE, BLOCK_N)
+    CHUNKS: gl.constexpr = BLOCK_N // CHUNK
+    pieces = view(
+        smem, desc.dtype, [STAGES * HALVES * CHUNKS, 1, 1, CHUNK, 64], gl.NVMMASharedLayout(128, 16, 4)
+    )  # fmt: skip
+    # A tile is several pages, or a part of one. Slots past the page's end read as zeros.
+    first_slot = 0 if CHUNK == PAGE_SIZE else key % PAGE_SIZE
+    stage = count % STAGES
+    mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
+    mbarrier.expect(full.index(stage), BLOCK_N * HEAD_DIM * 2)
+    for chunk in gl.static_range(CHUNKS):
+        slot = gl.where(pages[chunk] < 0, PAGE_SIZE, first_slot)
+        for half in gl.static_range(HALVES):
+            load_async(
+                desc, [pages[chunk], kv_head, slot, half * 64], full.index(stage),
+                pieces.index(stage * (HALVES * CHUNKS) + half * CHUNKS + chunk),
+            )  # fmt: skip
+
+
+@gluon.jit
 def _produce(tensors, OPERAND: gl.constexpr, OPTIONS: gl.constexpr):
     """A producer warp: copies keys (OPERAND 0, with the queries) or values (1), ahead of the consumers."""
-    q_desc, desc, page_table, stride_table, q_smem, smem, barriers, queue = tensors
+    q_desc, desc, page_table, stride_table, is_settled, q_smem, smem, barriers, queue = tensors
     MODE: gl.constexpr = OPTIONS[0]
     GROUP: gl.constexpr = OPTIONS[1]
     PACK: gl.constexpr = OPTIONS[2]
@@ -235,15 +267,12 @@ def _produce(tensors, OPERAND: gl.constexpr, OPTIONS: gl.constexpr):
     else:
         q_full, q_empty, _k_full, _k_empty, full, empty, _turns = barriers
     q_pieces = view(q_smem, dtype, [Q_STAGES * CONSUMERS * HALVES, 1, 64 // PACK, PACK, 64], piece)
-    if PAGED:
-        pieces = view(smem, dtype, [STAGES * HALVES * CHUNKS, 1, 1, CHUNK, 64], piece)
-    else:
-        pieces = view(smem, dtype, [STAGES * HALVES * CHUNKS, 1, CHUNK, 1, 64], piece)
+    pieces = view(smem, dtype, [STAGES * HALVES, 1, BLOCK_N, 1, 64], piece)
 
     q_count = 0
     count = 0
     turn = 0
-    seq, head, first_token, _query_len, q_start, _num_keys, k_start, start, stop, _, _ = _receive(turn, queue)
+    seq, head, first_token, query_len, q_start, num_keys, k_start, start, stop, _, _ = _receive(turn, queue)
     while seq >= 0:
         if stop > start:
             kv_head = head // GROUP if PACK == 1 else head
@@ -252,6 +281,19 @@ def _produce(tensors, OPERAND: gl.constexpr, OPTIONS: gl.constexpr):
                 table_row = page_table + gl.cast(seq, gl.int64) * stride_table
                 key = start // BLOCK_N * BLOCK_N
                 pages = _find_pages(table_row, key, start, stop, PAGE_SIZE, CHUNKS, CHUNK)
+            if MODE == "split":  # noqa: SIM102 - one is for the compiler, the other for the device
+                if turn == 0:
+                    # Of one query, all keys but the last are of earlier steps.
+                    known = gl.where((is_settled != 0) & (query_len == 1), gl.minimum(stop, num_keys - 1), 0)
+                    while (key + BLOCK_N <= known) & (count < STAGES):
+                        next_pages = _find_pages(table_row, key + BLOCK_N, start, stop, PAGE_SIZE, CHUNKS, CHUNK)
+                        _copy_tile(
+                            desc, smem, key, pages, kv_head, count, full, empty, PAGE_SIZE, HEAD_DIM, BLOCK_N, STAGES
+                        )
+                        pages = next_pages
+                        key += BLOCK_N
+                        count += 1
+                    gdc_wait()
             if OPERAND == 0:
                 first_head = head if PACK == 1 else head * GROUP
                 q_stage = q_count % Q_STAGES
@@ -268,18 +310,9 @@ def _produce(tensors, OPERAND: gl.constexpr, OPTIONS: gl.constexpr):
                 while key < stop:
                     # The next tile's pages are looked up before this one's are waited for.
                     next_pages = _find_pages(table_row, key + BLOCK_N, start, stop, PAGE_SIZE, CHUNKS, CHUNK)
-                    # A tile is several pages, or a part of one. Slots past the page's end read as zeros.
-                    first_slot = 0 if CHUNK == PAGE_SIZE else key % PAGE_SIZE
-                    stage = count % STAGES
-                    mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
-                    mbarrier.expect(full.index(stage), BLOCK_N * HEAD_DIM * 2)
-                    for chunk in gl.static_range(CHUNKS):
-                        slot = gl.where(pages[chunk] < 0, PAGE_SIZE, first_slot)
-                        for half in gl.static_range(HALVES):
-                            load_async(
-                                desc, [pages[chunk], kv_head, slot, half * 64], full.index(stage),
-                                pieces.index(stage * (HALVES * CHUNKS) + half * CHUNKS + chunk),
-                            )  # fmt: skip
+                    _copy_tile(
+                        desc, smem, key, pages, kv_head, count, full, empty, PAGE_SIZE, HEAD_DIM, BLOCK_N, STAGES
+                    )
                     pages = next_pages
                     key += BLOCK_N
                     count += 1
@@ -295,7 +328,7 @@ def _produce(tensors, OPERAND: gl.constexpr, OPTIONS: gl.constexpr):
                         )  # fmt: skip
                     count += 1
         turn += 1
-        seq, head, first_token, _query_len, q_start, _num_keys, k_start, start, stop, _, _ = _receive(turn, queue)
+        seq, head, first_token, query_len, q_start, num_keys, k_start, start, stop, _, _ = _receive(turn, queue)
 
 
 # Arithmetic: the consumer warp groups
@@ -580,7 +613,7 @@ def _consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
 
 LENGTHS = [
     "num_tiles", "num_seqs", "seqlen_q", "seqlen_k", "num_blocks", "num_heads", "section", "stride_table",
-    "stride_lb", "stride_lt", "stride_lh", "window_left", "window_right",
+    "stride_lb", "stride_lt", "stride_lh", "window_left", "window_right", "is_settled",
 ]  # fmt: skip
 """Arguments whose value must not cause another compilation."""
 
@@ -591,7 +624,7 @@ def _hopper_forward(
     page_table, items, num_items, handed_out,
     num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, section, stride_table,
     stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh,
-    scale_log2, softcap, window_left, window_right,
+    scale_log2, softcap, window_left, window_right, is_settled,
     MODE: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, PAGE_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
@@ -631,14 +664,16 @@ def _hopper_forward(
     queue = (notes, note_full, note_empty)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
     lengths = (cu_seqlens_q, cu_seqlens_k, seq_lens, items, num_items)
-    work = (num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, section, window_left, window_right)
+    work = (
+        num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, section, window_left, window_right, is_settled
+    )  # fmt: skip
     strides = (stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh)
     tensors = (
         out, lse, sinks, parts, part_lse, q_smem, k_smem, v_smem, barriers, queue, num_heads, strides,
         scale_log2, softcap, window_left, window_right,
     )  # fmt: skip
-    keys = (q_desc, k_desc, page_table, stride_table, q_smem, k_smem, barriers, queue)
-    values = (q_desc, v_desc, page_table, stride_table, q_smem, v_smem, barriers, queue)
+    keys = (q_desc, k_desc, page_table, stride_table, is_settled, q_smem, k_smem, barriers, queue)
+    values = (q_desc, v_desc, page_table, stride_table, is_settled, q_smem, v_smem, barriers, queue)
     options: gl.constexpr = (
         MODE, GROUP, PACK, PAGE_SIZE, HEAD_DIM, BLOCK_N, STAGES, Q_STAGES, CONSUMERS,
         HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_SINKS, TAKE_TURNS, FULL_WEIGHTS,
@@ -701,6 +736,7 @@ def _launch(
     num_blocks: int,
     kv_tokens: int,
     plan: "SplitPlan | None" = None,
+    is_settled: bool = False,
 ) -> None:
     """Launch on ``q [B, L, Hq, D]`` (packed: B is 1).
 
@@ -710,6 +746,7 @@ def _launch(
         mode: "dense", "varlen", "paged", or "split" with ``plan``.
         lengths: cu_seqlens_q, cu_seqlens_k, seq_lens, page_table; int32, None where the mode has none.
         group: query heads per key/value head; ``pack`` rows of a tile stand for them, 1: a head has tiles of its own.
+        is_settled: of ``plan``, see ``paged_attention_op``.
         num_blocks: upper bound of the blocks of query rows of a head (of a sequence, if dense).
         kv_tokens: upper bound of the tokens of a head's keys, for the share of the L2 cache.
     """
@@ -746,7 +783,7 @@ def _launch(
             num_tiles, num_seqs, seqlen_q, k[0].shape[1], num_blocks, num_heads, section,
             0 if page_table is None else page_table.stride(0), *out.stride()[:3],
             lse.stride(0) if mode == "dense" else 0, lse.stride(-1), lse.stride(-2),
-            scale_log2, softcap or 0.0, window_left or 0, window_right or 0,
+            scale_log2, softcap or 0.0, window_left or 0, window_right or 0, int(is_settled),
             MODE=mode, GROUP=group, PACK=pack, PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_N=s.block_n,
             STAGES=s.stages, Q_STAGES=s.q_stages, CONSUMERS=s.consumers, HAS_LEFT=window_left is not None,
             HAS_RIGHT=window_right is not None, HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None,
@@ -815,8 +852,9 @@ def hopper_paged_launch(
     scale: float,
     plan: torch.Tensor | None = None,
     settings: HopperSettings | None = None,
+    is_settled: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Over pages; arguments and result as of ``paged_attention_launch``."""
+    """Over pages; arguments and result as of ``paged_attention_launch``, ``is_settled`` of ``paged_attention_op``."""
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, page_size = k_pages.shape[1:3]
     group = num_q_heads // num_kv_heads
@@ -836,6 +874,6 @@ def hopper_paged_launch(
     _launch(
         q[None], (k_pages, v_pages), out[None], lse, "split" if split else "paged",
         (cu_seqlens_q, None, seq_lens, page_table), window_left, window_right, softcap, sinks, scale, s, group, pack,
-        num_blocks, page_table.shape[1] * page_size, split_plan,
+        num_blocks, page_table.shape[1] * page_size, split_plan, is_settled and plan is not None,
     )  # fmt: skip
     return out, lse

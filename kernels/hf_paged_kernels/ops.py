@@ -125,8 +125,15 @@ def paged_attention_op(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
     plan: torch.Tensor | None = None,
+    is_settled: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``paged_attention_launch`` for the arguments, and ``split_plan_op`` for ``plan``."""
+    """See ``paged_attention_launch`` for the arguments, and ``split_plan_op`` for ``plan``.
+
+    Args:
+        is_settled: a call before this one has waited for ``plan`` and the page table, and wherever a sequence has one
+            query, its keys and values but the last are of launches before that call. The kernel may read all these
+            before the one ahead of it has ended.
+    """
     arguments = (
         q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, max_query_len,
         window_left, window_right, softcap, sinks, scale, k_scale, v_scale,
@@ -136,7 +143,7 @@ def paged_attention_op(
     if k_scale is None and uses_gluon(q, k_pages, v_pages, scale):
         from .attention_hopper_gluon import hopper_paged_launch
 
-        return hopper_paged_launch(*arguments[:12], plan)
+        return hopper_paged_launch(*arguments[:12], plan, is_settled=is_settled)
     if k_scale is not None and v_scale is not None and q.dtype != torch.float32:
         if uses_quantized_gluon(q, k_pages, v_pages, k_scale, v_scale, max_query_len):
             from .paged_attention_quantized_gluon import quantized_splits_launch
@@ -167,6 +174,7 @@ def _(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
     plan: torch.Tensor | None = None,
+    is_settled: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = q.new_empty(*q.shape[:2], v_pages.shape[-1])
     return out, q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)

@@ -6,8 +6,8 @@ Each sequence's keys are cut into splits whose length depends on the sequence al
     seq 1 (90 keys)      |0.|                                 then the tails: (0, 2) (1, 0) (2, 8)
     seq 2 (9,000 keys)   |   0   |   1   |   2  | ...
 
-Long splits come first and tails last, so that programs that walk through the list end together. Splits behind a sliding
-window are left out. An item says all that there is to know of a split, so that nobody has to look it up::
+Long splits come first and tails last, so that programs that walk through the list end together; the tails of long
+queries, which may have 1,023 keys, come before everything else. Splits behind a sliding window are left out. An item says all that there is to know of a split, so that nobody has to look it up::
 
     sequence, split, place, parts of the sequence, its first query, its queries, its keys, 0
 
@@ -89,8 +89,10 @@ def _plan_splits(
     count = tl.where(query_len > 0, tl.maximum(count, 1), count)
     has_tail = (count > 0) & (num_keys % length != 0)
     num_full = count - has_tail.to(tl.int32)
+    is_long = query_len >= LONG_QUERY
+    long_tail = (has_tail & is_long).to(tl.int32)
     offset = num_keys * 0
-    base = 0
+    base = tl.sum(long_tail)
     for kind in tl.static_range(4):
         if kind == 0:
             mine = length >= 2048
@@ -99,8 +101,8 @@ def _plan_splits(
         full = tl.where(mine, num_full, 0)
         offset = tl.where(mine, base + tl.cumsum(full, 0) - full, offset)
         base += tl.sum(full, 0)
-    tail = has_tail.to(tl.int32)
-    tail_offset = base + tl.cumsum(tail, 0) - tail
+    tail = (has_tail & (query_len < LONG_QUERY)).to(tl.int32)
+    tail_offset = tl.where(is_long, tl.cumsum(long_tail, 0) - long_tail, base + tl.cumsum(tail, 0) - tail)
     # Where a sequence's parts lie: one after the other, whatever the order of the work.
     place = tl.cumsum(count * query_len, 0) - count * query_len
     items = plan + 4
