@@ -7,8 +7,9 @@
 Parts, for each model:
 
 * latency: one request of 128 prompt tokens, milliseconds a token.
-* throughput: 256 requests at once, prompts and outputs of 100 to 1,024 tokens (Python's random, seed 0), greedy, no
-  eos.
+* throughput: 256 requests in one call of ``generate``, prompts and outputs of 100 to 1,024 tokens (Python's random,
+  seed 0), greedy, no eos.
+* throughput_in_order: the same, submitted one by one, which run in that order.
 * steady: 256 running requests of 128 prompt tokens, milliseconds of a greedy decode step; beside it the same graph
   replayed with nothing between the replays.
 * steady_sampled: the same steps with temperature 0.8 and top_p 0.95, and the ratio of both.
@@ -65,6 +66,7 @@ from eval.bench_engine_parts import (
     steady_sampled,
     synchronize,
     throughput,
+    throughput_in_order,
 )
 from eval.bench_engine_report import VARIANTS, markdown
 
@@ -82,6 +84,7 @@ SWITCHES: dict[str, dict[str, Any]] = {
 ON_ENGINE: dict[str, Callable[[hf_paged.Engine, Sizes, float], dict[str, Any]]] = {
     "latency": latency,
     "throughput": throughput,
+    "throughput_in_order": throughput_in_order,
     "steady": steady,
     "steady_sampled": steady_sampled,
     "busy": busy,
@@ -96,7 +99,9 @@ ON_MODEL: dict[str, Callable[[Any, Sizes, float, dict[str, Any]], dict[str, Any]
 """Parts that make engines of their own."""
 
 PARTS = (*ON_ENGINE, *ON_MODEL, "equality")
-LIMITS_S = {"arrivals": 220.0, "throughput": 60.0, "long_context": 60.0, "shared_prefix": 90.0}
+LIMITS_S = {
+    "arrivals": 220.0, "throughput": 60.0, "throughput_in_order": 60.0, "long_context": 60.0, "shared_prefix": 90.0,
+}  # fmt: skip
 PEER_LIMIT_S = 100.0
 
 

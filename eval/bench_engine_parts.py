@@ -6,6 +6,7 @@ The prompts' tokens are random. Times are those of the host, with the device wai
 
 import contextlib
 import random
+import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -175,7 +176,26 @@ def latency(engine: hf_paged.Engine, sizes: Sizes, limit_s: float) -> dict[str, 
 
 
 def throughput(engine: hf_paged.Engine, sizes: Sizes, limit_s: float) -> dict[str, Any]:
-    """New tokens a second of the whole run, or of what fitted into the limit."""
+    """New tokens a second of one ``generate`` of all requests, or of what fitted into the limit."""
+    prompts, outputs = draw_requests(sizes.num_requests, sizes.lengths, sizes.tokens)
+    synchronize()
+    before, started = engine.stats(), time.perf_counter()
+    results = engine.generate(prompts, generation_config=[config(n) for n in outputs], deadline_s=limit_s)
+    synchronize()
+    seconds, after = time.perf_counter() - started, engine.stats()
+    unfinished = sum(result.finish_reason != "length" for result in results)
+    tokens = sum(len(result.token_ids) for result in results)
+    first = [result.timing.first_token_s for result in results if result.timing.first_token_s is not None]
+    return {
+        "seconds": seconds, "new_tokens": tokens, "tokens_per_s": tokens / seconds, "steps": after.steps - before.steps,
+        "cut": unfinished > 0, "unfinished": unfinished, "preemptions": after.preemptions - before.preemptions,
+        "first_token_s": statistics.mean(first) if first else None,
+        "roofline_tokens_per_s": sum(outputs) / Costs.of(engine.model).run_s([len(p) for p in prompts], outputs),
+    }  # fmt: skip
+
+
+def throughput_in_order(engine: hf_paged.Engine, sizes: Sizes, limit_s: float) -> dict[str, Any]:
+    """As :func:`throughput`, with each request submitted by itself: they run in that order, first tokens come early."""
     prompts, outputs = draw_requests(sizes.num_requests, sizes.lengths, sizes.tokens)
     synchronize()
     deadline, started = Deadline(limit_s), time.perf_counter()
@@ -184,15 +204,15 @@ def throughput(engine: hf_paged.Engine, sizes: Sizes, limit_s: float) -> dict[st
     while engine.step() and not deadline.has_passed:
         pass
     synchronize()
-    seconds = time.perf_counter() - started
-    after = engine.stats()
-    tokens = after.new_tokens - before.new_tokens
+    seconds, after = time.perf_counter() - started, engine.stats()
     unfinished = sum(not handle.is_done for handle in handles)
     drain(engine, handles)
+    tokens = after.new_tokens - before.new_tokens
+    waits = (handle.result().timing.first_token_s for handle in handles)
+    first = [seconds for seconds in waits if seconds is not None]
     return {
         "seconds": seconds, "new_tokens": tokens, "tokens_per_s": tokens / seconds, "steps": after.steps - before.steps,
-        "cut": unfinished > 0, "unfinished": unfinished, "preemptions": after.preemptions - before.preemptions,
-        "roofline_tokens_per_s": sum(outputs) / Costs.of(engine.model).run_s([len(p) for p in prompts], outputs),
+        "cut": unfinished > 0, "unfinished": unfinished, "first_token_s": statistics.mean(first) if first else None,
     }  # fmt: skip
 
 

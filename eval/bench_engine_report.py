@@ -65,24 +65,36 @@ def _parts(models: dict[str, Any], part: str) -> Iterator[tuple[str, str, dict[s
                 yield name, label, entry[kind][part]
 
 
+WAYS = {"throughput": "", "throughput_in_order": ", one by one"}
+"""Parts of the first table, as it calls them."""
+
+
 def _speed(models: dict[str, Any]) -> list[str]:
     rows = []
     for name, entry in models.items():
         roofline = entry["roofline"]["tokens_per_s"]
         for kind, label in VARIANTS.items():
-            part = entry.get(kind, {}).get("throughput")
-            if part is not None:
-                share = "" if "error" in part else f"{part['tokens_per_s'] / roofline:.0%}"
-                ready = f"{entry[kind]['ready_s']:.1f}"
-                again = _again(entry[kind])
-                rows.append([name, f"hf_paged, {label}", *figures(part, ("tokens_per_s", ",.0f")), share, ready, again])
+            row = entry.get(kind, {})
+            for way, suffix in WAYS.items():
+                part = row.get(way)
+                if part is not None:
+                    speed, first = figures(part, ("tokens_per_s", ",.0f"), ("first_token_s", ".2f"))
+                    share = "" if "error" in part else f"{part['tokens_per_s'] / roofline:.0%}"
+                    said = f"hf_paged, {label}{suffix}"
+                    rows.append([name, said, speed, share, first, f"{row['ready_s']:.1f}", _again(row)])
         rows += [[name, peer, *_peer(result, roofline)] for peer, result in entry.get("peers", {}).items()]
         if rows and rows[-1][0] == name:
-            rows.append([name, "roofline", f"{roofline:,.0f}", "", "", ""])
+            rows.append([name, "roofline", f"{roofline:,.0f}", "", "", "", ""])
+    columns = (
+        "model", "", "new tokens/s", "of the roofline", "first token after, s", "ready after, s",
+        "ready again after, s",
+    )  # fmt: skip
     return _table(
-        "Throughput", ("model", "", "new tokens/s", "of the roofline", "ready after, s", "ready again after, s"), rows,
-        "All requests at once, greedy, no eos (Python's random, seed 0). Ready: graphs captured and first requests "
-        "served, from the weights on the card; again: a second engine of the same process, kernels compiled.",
+        "Throughput", columns, rows,
+        "All requests at once, greedy, no eos (Python's random, seed 0): in one call of generate, which orders them "
+        "and times their prompts as suits the end of the last, or one by one. First token: the mean. Ready: graphs "
+        "captured and first requests served, from the weights on the card; again: a second engine of the same "
+        "process, kernels compiled.",
     )  # fmt: skip
 
 
@@ -97,9 +109,9 @@ def _peer(result: dict[str, Any], roofline: float) -> list[str]:
     ready = f"{result['ready_s']:.1f}" if "ready_s" in result else ""
     if result.get("cut"):
         until = f" ({said} until then)" if said else ""
-        return [f"over {result['limit_s']:.0f} s{until}", "", ready, ""]
+        return [f"over {result['limit_s']:.0f} s{until}", "", "", ready, ""]
     speed = result.get("tokens_per_s")
-    return [said, "" if speed is None else f"{speed / roofline:.0%}", ready, ""]
+    return [said, "" if speed is None else f"{speed / roofline:.0%}", "", ready, ""]
 
 
 def _switches(models: dict[str, Any]) -> list[str]:

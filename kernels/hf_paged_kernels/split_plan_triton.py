@@ -7,7 +7,8 @@ Each sequence's keys are cut into splits whose length depends on the sequence al
     seq 2 (9,000 keys)   |   0   |   1   |   2  | ...
 
 Long splits come first and tails last, so that programs that walk through the list end together; the tails of long
-queries, which may have 1,023 keys, come before everything else. Splits behind a sliding window are left out. An item says all that there is to know of a split, so that nobody has to look it up::
+queries, which may have 1,023 keys, come before everything else. Splits behind a sliding window are left out. An item
+says all that there is to know of a split, so that nobody has to look it up::
 
     sequence, split, place, parts of the sequence, its first query, its queries, its keys, 0
 
