@@ -3,19 +3,20 @@
 A short prompt is bound by the host: launching its kernels takes longer than running them, and every running sequence
 waits meanwhile. A graph takes one array, sent in one piece::
 
-    decode [D]  |  slots, ends, lengths [rows] each  |  choosers, last, counts [outputs] each  |  ids, positions, row_of
-                                                                                                 [tokens] each
+    slots, ends, lengths [rows] each  |  choosers, last, lengths [outputs] each  |  ids, positions, row_of [tokens] each
 
-``decode`` are slots that decode in the same step: small chunks take them along, since reading the weights again would
-cost more than the tokens do. They come first in the step, and in what it gives. ``D`` is 0 for large chunks.
+Small chunks take decode rows along, since reading the weights again would cost more than the tokens do. Those come
+first in the step, and in what it gives. Of them the device knows more than the host, which puts ``KNOWN`` in the place
+of a length, token or position.
 
-``rows`` are what attention sees as sequences: chunks, or, beside decode rows, runs of a few tokens of a chunk each, all
-short enough for the kernel of decode. So a step has one launch of attention, whose work is shared out evenly.
+``rows`` are what attention sees as sequences: chunks, or, in a step that may have decode rows, these and runs of a few
+tokens of a chunk each, all short enough for the kernel of decode. So a step has one launch of attention, whose work is
+shared out evenly.
 
-``outputs`` are the chunks: ``last`` is each one's last token in the step, ``counts`` its tokens computed by then,
-``choosers`` the slots of those whose next token is chosen from this step's logits by the parameters of the slot; for
-the others, the slot that has no tokens. Tokens that fill up a bucket belong to rows of that slot: they write nothing
-and see nothing.
+``outputs`` are decode rows and chunks: ``last`` is each one's last token in the step, ``lengths`` its tokens computed
+by then, ``choosers`` the slots of those whose next token is chosen from this step's logits by the parameters of the
+slot; for the others, the slot that has no tokens. Tokens that fill up a bucket belong to rows of that slot: they write
+nothing and see nothing.
 
 Chunks that keep the device busy for longer than it takes to launch them gain nothing, and are not captured: which ones
 these are follows from the size of the model, see :func:`chunk_sizes`.
@@ -56,8 +57,8 @@ At two operations for each it is some 70 ms of an H200: what a host takes for th
 MIXED_TOTALS = (128, 256, 384, 512, 768, 1024)
 """Tokens of steps with decode rows, those included. Matmuls of 288, 320 or 416 tokens take longer for each of them."""
 
-MIXED_OUTPUTS = 16
-"""Chunks of a step with decode rows, one that fills it up included."""
+OUTPUTS = (32, 96, 176, 272)
+"""Decode rows and chunks of such steps, then 128 more each: each has a row in the matmul of the logits."""
 
 USUALLY_MIXED = 256
 """Prompt tokens of most steps with decode rows, where that is not known."""
@@ -68,19 +69,21 @@ USES_BEFORE_CAPTURE = 2
 Outputs = tuple[torch.Tensor, ...]
 
 
+KNOWN = -1
+"""Stands for what the device knows."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Sizes of a captured step.
 
     Attributes:
-        num_decode: decode rows.
-        num_tokens: of chunks.
-        num_rows: what attention sees as sequences, decode rows not counted.
-        num_outputs: chunks.
+        num_tokens: of the step.
+        num_rows: what attention sees as sequences.
+        num_outputs: decode rows and chunks.
         row_tokens: tokens of a row at most.
     """
 
-    num_decode: int
     num_tokens: int
     num_rows: int
     num_outputs: int
@@ -89,22 +92,19 @@ class Layout:
     @property
     def size(self) -> int:
         """Numbers of the array."""
-        return self.num_decode + 3 * (self.num_rows + self.num_outputs + self.num_tokens)
+        return 3 * (self.num_rows + self.num_outputs + self.num_tokens)
 
-    def split(self, array: Any) -> tuple[Any, Any, Any, Any]:
-        """Views ``[D]``, ``[3, rows]``, ``[3, outputs]`` and ``[3, tokens]`` of the array, whichever library's."""
-        ends = np.cumsum([self.num_decode, 3 * self.num_rows, 3 * self.num_outputs]).tolist()
-        return (
-            array[: ends[0]], array[ends[0] : ends[1]].reshape(3, -1), array[ends[1] : ends[2]].reshape(3, -1),
-            array[ends[2] :].reshape(3, -1),
-        )  # fmt: skip
+    def split(self, array: Any) -> tuple[Any, Any, Any]:
+        """Views ``[3, rows]``, ``[3, outputs]`` and ``[3, tokens]`` of the array, whichever library's."""
+        rows, outputs = 3 * self.num_rows, 3 * (self.num_rows + self.num_outputs)
+        return array[:rows].reshape(3, -1), array[rows:outputs].reshape(3, -1), array[outputs:].reshape(3, -1)
 
 
 class Step(Protocol):
     """A forward over an array as above."""
 
     def __call__(self, buffer: torch.Tensor, layout: Layout) -> Outputs:
-        """Tensors ``[num_decode + num_outputs, ...]``."""
+        """Tensors ``[num_outputs, ...]``."""
 
 
 def chunk_sizes(max_tokens: int, num_parameters: int) -> list[int]:
@@ -122,19 +122,17 @@ def chunk_sizes(max_tokens: int, num_parameters: int) -> list[int]:
     return [size for size in sizes if size <= largest and size < max_tokens] + ends
 
 
-def mixed_totals(largest: int, num_slots: int) -> list[int]:
-    """Tokens of captured steps with decode rows, ascending, for steps of at most ``largest`` tokens."""
-    totals = [total for total in MIXED_TOTALS if total < largest]
-    # Decode rows are padded: a full step takes more than its tokens.
-    return totals + ([largest + decode_sizes(num_slots)[-1]] if largest <= MIXED_TOTALS[-1] else [])
+def mixed_totals(largest: int) -> list[int]:
+    """Tokens of captured steps with decode rows, ascending, for steps of at most ``largest``."""
+    return [total for total in MIXED_TOTALS if total < largest] + ([largest] if largest <= MIXED_TOTALS[-1] else [])
 
 
-def decode_sizes(num_slots: int) -> list[int]:
-    """Numbers of decode rows that chunks take along, ascending; the last one is at least ``num_slots``."""
-    sizes = [8, 16]
-    while sizes[-1] < num_slots:
-        sizes.append(sizes[-1] // 32 * 32 + 32)
-    return sizes if num_slots > 8 else sizes[:1]
+def output_sizes(num_slots: int) -> list[int]:
+    """Numbers of decode rows and chunks of such steps, ascending; the last one has room for ``num_slots`` rows."""
+    sizes = list(OUTPUTS)
+    while sizes[-1] < num_slots + 16:
+        sizes.append(sizes[-1] + 128)
+    return [size for number, size in enumerate(sizes) if number == 0 or sizes[number - 1] < num_slots + 16]
 
 
 def num_rows(num_tokens: int) -> int:
@@ -170,11 +168,11 @@ class ChunkGraphs:
     ) -> None:
         self.step, self.slots, self.sizes, self.device = step, slots, sizes, device
         self.mixed_tokens, self.row_tokens = mixed_tokens or USUALLY_MIXED, row_tokens
-        self.mixed_totals = mixed_totals(sizes[-1], slots.num_slots) if row_tokens is not None else []
-        self.decode_sizes = decode_sizes(slots.num_slots)
+        self.mixed_totals = mixed_totals(sizes[-1]) if row_tokens is not None else []
+        self.output_sizes = output_sizes(slots.num_slots)
         self.failure: str | None = None
         self._capture = capture
-        # By decode rows and tokens of chunks.
+        # By tokens, and outputs of steps that may have decode rows, 0: of steps without.
         self._replays: dict[tuple[int, int], tuple[torch.Tensor, Callable[[], Outputs]]] = {}
         self._asked: dict[tuple[int, int], int] = {}
         self._failed: set[tuple[int, int]] = set()
@@ -182,7 +180,7 @@ class ChunkGraphs:
     def __len__(self) -> int:
         return len(self._replays)
 
-    def run(self, work: StepWork, choosers: np.ndarray) -> tuple[Outputs, np.ndarray] | None:
+    def run(self, work: StepWork, choosers: np.ndarray) -> Outputs | None:
         """Queue a step; None: it has no graph, nothing was done.
 
         Args:
@@ -190,33 +188,32 @@ class ChunkGraphs:
             choosers: bool ``[num_rows]``: rows whose next token is chosen.
 
         Returns:
-            What the step gives, overwritten by a later one, and int64 ``[num_rows]``: where it is of each row.
+            What the step gives, overwritten by a later one; the rows of ``work`` come first.
         """
-        n = work.num_decode
-        bucket = self._bucket(n, int(work.counts[n:].sum()), len(work.slots) - n)
+        bucket = self._bucket(work.num_decode, work.num_tokens, len(work.slots))
         if bucket is None:
             return None
         static, replay = self._replays[bucket]
         static.copy_(send(self._pack(work, choosers, self.layout(*bucket)), self.device))
-        return replay(), np.concatenate([np.arange(n), bucket[0] + np.arange(len(work.slots) - n)])
+        return replay()
 
     def fill(self, num_decode: int, count: int, least: int = 0) -> int | None:
         """Prompt tokens that fill the smallest captured step with ``num_decode`` rows and room for ``count``, of
         ``least`` tokens or more; None: there is none."""
-        room = self._room(num_decode)
-        wanted = max(room + max(count, 1), least)
+        wanted = max(num_decode + max(count, 1), least)
         total = next((total for total in self.mixed_totals if total >= wanted), None)
-        return None if total is None or self.failure is not None else total - room
+        return None if total is None or self.failure is not None else total - num_decode
 
     def warm_up(self, progress: bool = False) -> None:
         """Capture every bucket without decode rows, and those of most steps with some; the largest first: the others
         use its memory."""
-        wanted = {(0, size) for size in self.sizes}
-        for num in self.decode_sizes if self.mixed_totals else ():
+        wanted = {(size, 0) for size in self.sizes}
+        for outputs in self.output_sizes if self.mixed_totals else ():
             for count in (self.mixed_tokens // 2, self.mixed_tokens):
+                num = min(outputs, self.slots.num_slots)
                 tokens = self.fill(num, min(3 * count // 4, self.mixed_totals[-1] - num))
-                wanted |= {(num, tokens)} if tokens is not None else set()
-        missing = sorted(wanted - self._replays.keys(), key=sum, reverse=True)
+                wanted |= {(num + tokens, outputs)} if tokens is not None else set()
+        missing = sorted(wanted - self._replays.keys(), reverse=True)
         for bucket in tqdm(missing, desc="capturing chunks of prompts", disable=not progress):
             if self.failure is None and bucket not in self._failed:
                 self._make(bucket)
@@ -227,33 +224,27 @@ class ChunkGraphs:
         self._asked.clear()
         self._failed.clear()
 
-    def layout(self, num_decode: int, num_tokens: int) -> Layout:
+    def layout(self, num_tokens: int, num_outputs: int) -> Layout:
         """The sizes of a bucket."""
-        if not num_decode:
-            return Layout(0, num_tokens, num_rows(num_tokens), num_rows(num_tokens), num_tokens)
+        if not num_outputs:
+            return Layout(num_tokens, num_rows(num_tokens), num_rows(num_tokens), num_tokens)
         assert self.row_tokens is not None, "decode rows go along with runs of tokens"
-        # The last run of a chunk may be shorter.
-        most = -(-num_tokens // self.row_tokens) + MIXED_OUTPUTS
-        return Layout(num_decode, num_tokens, most, MIXED_OUTPUTS, self.row_tokens)
+        # The last run of each chunk may be shorter, and so may that of the tokens that fill up.
+        most = num_outputs + -(-num_tokens // self.row_tokens) + 1
+        return Layout(num_tokens, most, num_outputs, self.row_tokens)
 
-    def _room(self, num_decode: int) -> int:
-        """Decode rows of the smallest bucket for so many."""
-        return next(num for num in self.decode_sizes if num >= num_decode)
-
-    def _bucket(self, num_decode: int, count: int, chunks: int) -> tuple[int, int] | None:
-        """A captured bucket with room for decode rows and ``count`` tokens of some chunks, not much larger."""
+    def _bucket(self, num_decode: int, count: int, outputs: int) -> tuple[int, int] | None:
+        """A captured bucket with room for ``count`` tokens and so many outputs, not much larger."""
         if self.failure is not None:
             return None
         if num_decode:
-            first = self._room(num_decode)
-            rooms = [num for num in self.decode_sizes if first <= num <= 2 * first]
-            totals = [total for total in self.mixed_totals if total >= first + count][:2]
-            fitting = [(num, total - num) for total in totals for num in rooms if total - num >= count]
+            totals = [total for total in self.mixed_totals if total >= count][:2]
+            numbers = [number for number in self.output_sizes if number >= outputs][:2]
+            fitting = [(total, number) for total in totals for number in numbers]
         else:
             large = [size for size in self.sizes if size >= count]
-            fitting = [(0, size) for size in large if size < 2 * large[0]]
-        # One more, that fills it up.
-        fitting = [bucket for bucket in fitting if self.layout(*bucket).num_outputs > chunks]
+            # One row more, that fills it up.
+            fitting = [(size, 0) for size in large if size < 2 * large[0] and num_rows(size) > outputs]
         if not fitting:
             return None
         best = fitting[0]
@@ -272,7 +263,7 @@ class ChunkGraphs:
         except Exception as error:
             message = f"{type(error).__name__}: {error}"
             if not self._failed:
-                logger.warning(f"chunks of {bucket[1]} prompt tokens run without CUDA graphs: {message}")
+                logger.warning(f"chunks of {bucket[0]} prompt tokens run without CUDA graphs: {message}")
             self._failed.add(bucket)
             # With others there, or for want of memory, it was this one's size.
             if not self._replays and not is_short_of_memory(error):
@@ -280,38 +271,35 @@ class ChunkGraphs:
 
     def _pack(self, work: StepWork, choosers: np.ndarray, layout: Layout) -> np.ndarray:
         """The array of a step, int64."""
-        host, n = self.slots, work.num_decode
-        first, counts, choosers = work.slots[n:], work.counts[n:], choosers[n:]
-        num, num_tokens = len(first), int(counts.sum())
+        host, n, num, counts = self.slots, work.num_decode, len(work.slots), work.counts
+        num_tokens, ends = work.num_tokens, work.counts.cumsum()
         array = np.zeros(layout.size, dtype=np.int64)
-        decode, rows, outputs, tokens = layout.split(array)
-        decode[:] = host.num_slots
-        decode[:n] = work.slots[:n]
-        computed, ends = host.computed[first] + counts, counts.cumsum()
-        chunk = np.repeat(np.arange(num), counts)
-        ids, positions, row_of = tokens
-        positions[:num_tokens] = np.arange(num_tokens) - (ends - computed)[chunk]
-        ids[:num_tokens] = host.history[first[chunk], positions[:num_tokens]]
+        rows, outputs, (ids, positions, row_of) = layout.split(array)
+        computed = host.computed[work.slots] + counts
+        of_token = np.repeat(np.arange(num), counts)
+        positions[:num_tokens] = np.arange(num_tokens) - (ends - computed)[of_token]
+        ids[n:num_tokens] = host.history[work.slots[of_token[n:]], positions[n:num_tokens]]
 
         chosen, last, lengths = outputs
         chosen[:] = host.num_slots
-        chosen[:num][choosers] = first[choosers]
+        chosen[:num][choosers] = work.slots[choosers]
         last[:num] = ends - 1
         lengths[:num] = computed
 
-        # Runs of every chunk, and of the tokens behind them.
-        filled = layout.num_tokens - num_tokens
-        runs = -(-np.append(counts, filled) // layout.row_tokens)
-        of_chunk = np.repeat(np.arange(num + 1), runs)
-        num_runs = len(of_chunk)
-        run_ends = (np.arange(num_runs) - (runs.cumsum() - runs)[of_chunk] + 1) * layout.row_tokens
-        behind = np.minimum(run_ends, np.append(counts, filled)[of_chunk])
+        # Runs of everything, and of the tokens behind it.
+        filled = np.append(counts, layout.num_tokens - num_tokens)
+        runs = -(-filled // layout.row_tokens)
+        source = np.repeat(np.arange(num + 1), runs)
+        num_runs, is_real = len(source), source < num
+        run_ends = (np.arange(num_runs) - (runs.cumsum() - runs)[source] + 1) * layout.row_tokens
+        run_ends = np.minimum(run_ends, filled[source])
         slots, row_ends, row_lengths = rows
         slots[:] = host.num_slots
-        is_real = of_chunk < num
-        slots[:num_runs][is_real] = first[of_chunk[is_real]]
+        slots[:num_runs][is_real] = work.slots[source[is_real]]
         row_ends[:] = layout.num_tokens
-        row_ends[:num_runs] = behind + np.append(ends - counts, num_tokens)[of_chunk]
-        row_lengths[:num_runs][is_real] = (computed - counts)[of_chunk[is_real]] + behind[is_real]
+        row_ends[:num_runs] = run_ends + (filled.cumsum() - filled)[source]
+        row_lengths[:num_runs][is_real] = (computed - counts)[source[is_real]] + run_ends[is_real]
         row_of[:] = np.repeat(np.arange(num_runs), np.diff(row_ends[:num_runs], prepend=0))
+        for known in (ids, positions, lengths, row_lengths):
+            known[:n] = KNOWN
         return array

@@ -10,7 +10,7 @@ import torch
 from transformers.utils import logging
 
 from ..fusion import FusedModel
-from .chunk_graphs import ChunkGraphs, Layout
+from .chunk_graphs import KNOWN, ChunkGraphs, Layout
 from .compiled import CompiledModules
 from .decode_graphs import DecodeGraphs, LiveModel
 from .engine_cache import EngineCache
@@ -172,15 +172,12 @@ class Runner:
         """A step over an array of :mod:`chunk_graphs`.
 
         Returns:
-            As :meth:`static_decode`, for each decode row and each chunk's last token.
+            As :meth:`static_decode`, for each output.
         """
-        decode, _, (slots, last, lengths), _ = layout.split(buffer)
-        inputs = self.tables.chunk_inputs(buffer, layout)
-        if layout.num_decode:
-            # Counted already, as in a step that only decodes.
-            slots, lengths = torch.cat([decode, slots]), torch.cat([self.tables.computed[decode], lengths])
-            last = torch.cat([self.tables.range[: layout.num_decode].long(), last + layout.num_decode])
-        logits = self.forward(inputs, last)[0]
+        _, (slots, last, lengths), _ = layout.split(buffer)
+        logits = self.forward(self.tables.chunk_inputs(buffer, layout), last)[0]
+        # Counted already, as in a step that only decodes.
+        lengths = torch.where(lengths == KNOWN, self.tables.computed[slots], lengths)
         tokens, lse = self.sampling.choose_static(logits, slots, lengths)
         self.tables.note_tokens(slots, tokens, lengths)
         return logits, tokens, lse
@@ -237,10 +234,10 @@ class Runner:
         found = self.chunk_graphs.run(work, choosers)
         if found is None:
             return None
-        (logits, tokens, lse), first = found
+        logits, tokens, lse = found
         self.tables.stale[work.slots[n:]] = ~choosers[n:]
-        places = np.where(choosers, first, -1)
-        return StepLogits([logits], first, first + num_logits, places, tokens, lse)
+        first = np.arange(len(work.slots))
+        return StepLogits([logits], first, first + num_logits, np.where(choosers, first, -1), tokens, lse)
 
     def _may_replay(self) -> bool:
         """Whether a replay does what the model's forward would do now."""

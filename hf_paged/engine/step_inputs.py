@@ -16,7 +16,7 @@ import torch
 from hf_paged_kernels.fused_ops import decode_inputs_op, decode_rows_op
 
 from ..split_plans import SplitPlans
-from .chunk_graphs import Layout
+from .chunk_graphs import KNOWN, Layout
 from .cpu_attention import RowGroup
 from .scheduler import StepWork
 from .slot_pages import SlotPages
@@ -116,7 +116,6 @@ class SlotTables:
         computed: int64 ``[num_slots + 1]``, as in :class:`Slots`; -1 in the last row.
         last_token: int64 ``[num_slots + 1]``.
         page_tables: int32 ``[num_slots + 1, width]`` for each group of layers.
-        range: int32 ``[num_slots + 1]``, 0, 1, 2 ...
         stale: bool ``[num_slots]`` on the host: the device's ``computed`` and ``last_token`` are not the host's.
     """
 
@@ -128,7 +127,7 @@ class SlotTables:
         self.stale = np.ones(slots.num_slots, dtype=bool)
         # On CPU the host's tables are the device's.
         self.page_tables = [torch.from_numpy(table.rows).to(device) for table in pages.tables]
-        self.range = torch.arange(slots.num_slots + 1, dtype=torch.int32, device=device)
+        self._range = torch.arange(slots.num_slots + 1, dtype=torch.int32, device=device)
 
     def sync(self) -> None:
         """Send the page-table entries that changed."""
@@ -181,38 +180,35 @@ class SlotTables:
         longest = (self.page_tables[0].shape[1] if self.page_tables else 0) * page_size
         return StepInputs(
             np.empty(0, dtype=np.int64), ids.view(1, -1), positions.view(1, -1), seq_lens,
-            self.range[: num_rows + 1], 1, longest, num_rows * longest, groups,
+            self._range[: num_rows + 1], 1, longest, num_rows * longest, groups,
         )  # fmt: skip
 
     def chunk_inputs(self, buffer: torch.Tensor, layout: Layout) -> StepInputs:
-        """A step over an array of :mod:`chunk_graphs` on the device: :meth:`static_inputs` of its decode rows, and its
-        chunks behind them, of which the host knows the number of tokens only. ``computed`` counts the decode rows."""
-        decode, (slots, ends, lengths), _, (ids, positions, row_of) = layout.split(buffer)
+        """A step over an array of :mod:`chunk_graphs` on the device, of which the host knows the number of tokens only.
+
+        ``computed`` counts decode rows from then on. Slots without tokens write nothing.
+        """
+        (slots, ends, lengths), _, (ids, positions, row_of) = layout.split(buffer)
         page_size = self.pages.page_size
-        is_held = slots[row_of] < self.slots.num_slots
+        before = self.computed[slots]
+        is_decode = lengths == KNOWN
+        lengths = torch.where(is_decode, before + 1, lengths)
+        # Runs of a chunk write what is there.
+        self.computed[slots] = torch.where(is_decode, lengths, before)
+        slot_of = slots[row_of]
+        ids = torch.where(ids == KNOWN, self.last_token[slot_of], ids)
+        positions = torch.where(positions == KNOWN, lengths[row_of] - 1, positions)
+        is_held, column = slot_of < self.slots.num_slots, positions // page_size
         groups = []
         for table in self.page_tables:
             taken = table[slots]
-            page = taken[row_of, positions // page_size].long()
+            page = taken[row_of, column].long()
             groups.append(GroupInputs(taken, torch.where(is_held, page * page_size + positions % page_size, -1)))
         longest = (self.page_tables[0].shape[1] if self.page_tables else 0) * page_size
-        inputs = StepInputs(
+        return StepInputs(
             np.empty(0, dtype=np.int64), ids.view(1, -1), positions.view(1, -1), lengths.to(torch.int32),
             torch.nn.functional.pad(ends, (1, 0)).to(torch.int32), layout.row_tokens, longest,
             len(slots) * longest, groups,
-        )  # fmt: skip
-        if not layout.num_decode:
-            return inputs
-        first = self.static_inputs(decode)
-        groups = [
-            GroupInputs(torch.cat([a.page_table, b.page_table]), torch.cat([a.slot_mapping, b.slot_mapping]))
-            for a, b in zip(first.groups, inputs.groups)
-        ]
-        return StepInputs(
-            np.empty(0, dtype=np.int64), torch.cat([first.input_ids, inputs.input_ids], 1),
-            torch.cat([first.position_ids, inputs.position_ids], 1), torch.cat([first.seq_lens, inputs.seq_lens]),
-            torch.cat([first.cu_seqlens_q, inputs.cu_seqlens_q[1:] + layout.num_decode]), layout.row_tokens,
-            longest, first.num_keys + inputs.num_keys, groups,
         )  # fmt: skip
 
     def decode_inputs(self, slots: np.ndarray, batched: bool = False) -> StepInputs:
@@ -227,7 +223,7 @@ class SlotTables:
         shape = (-1, 1) if batched else (1, -1)
         return StepInputs(
             slots, ids.view(shape), positions.view(shape), (positions + 1).to(torch.int32),
-            self.range[: len(slots) + 1], 1, int(lengths.max()), int(lengths.sum()), groups,
+            self._range[: len(slots) + 1], 1, int(lengths.max()), int(lengths.sum()), groups,
         )  # fmt: skip
 
     def inputs(self, work: StepWork) -> StepInputs:

@@ -10,13 +10,13 @@ from transformers import GenerationConfig
 
 from hf_paged.engine import chunk_graphs
 from hf_paged.engine.chunk_graphs import (
+    KNOWN,
     MIN_ROWS,
-    MIXED_OUTPUTS,
     ChunkGraphs,
     Layout,
     chunk_sizes,
-    decode_sizes,
     mixed_totals,
+    output_sizes,
 )
 from hf_paged.engine.scheduler import StepWork
 from hf_paged.engine.slots import Slots
@@ -53,17 +53,17 @@ def test_filling_up_costs_little():
 
 
 def test_the_array_is_what_its_parts_are():
-    layout = Layout(num_decode=5, num_tokens=12, num_rows=4, num_outputs=3, row_tokens=8)
+    layout = Layout(num_tokens=12, num_rows=4, num_outputs=3, row_tokens=8)
     array = torch.arange(layout.size)
     parts = layout.split(array)
-    assert [list(part.shape) for part in parts] == [[5], [3, 4], [3, 3], [3, 12]]
+    assert [list(part.shape) for part in parts] == [[3, 4], [3, 3], [3, 12]]
     assert torch.equal(torch.cat([part.flatten() for part in parts]), array)
     assert all((ours == part.numpy()).all() for ours, part in zip(layout.split(array.numpy()), parts))
 
 
 def replayed(slots: Slots, sizes: list[int], **options) -> tuple[ChunkGraphs, list[torch.Tensor]]:
     seen = []
-    capture = lambda step, static: lambda: seen.append(static)  # noqa: E731
+    capture = lambda step, static: lambda: seen.append(static) or ()  # noqa: E731
     return ChunkGraphs(lambda x, layout: (), slots, sizes, torch.device("cpu"), capture, **options), seen
 
 
@@ -75,27 +75,27 @@ def test_the_array_says_what_the_host_knows(num_decode, row_tokens):
     slots.history[:] = generator.integers(0, 1000, slots.history.shape)
     slots.computed[:] = [0, 3, 0, 11, 40, 7]
     graphs, seen = replayed(slots, [16, 32, 64], row_tokens=row_tokens)
-    taken, counts = np.array([5, 0, 4, 1, 3]), np.array([1, 1, 2, 9, 1])
-    work = StepWork(taken[2 - num_decode :], counts[2 - num_decode :], num_decode, np.ones(3 + num_decode, bool))
-    choosers = np.array([True] * num_decode + [True, False, True])
-    room = 8 if num_decode else 0
-    assert graphs.run(work, choosers)[1].tolist() == [*range(num_decode), room, room + 1, room + 2]
-    layout = graphs.layout(room, 72 - room if num_decode else 16)
-    assert layout.row_tokens == (row_tokens if num_decode else 16)
-    decode, (row_slots, ends, lengths), outputs, (ids, positions, row_of) = (
+    n = num_decode
+    taken, counts = np.array([5, 0, 4, 1, 3])[2 - n :], np.array([1, 1, 2, 9, 1])[2 - n :]
+    choosers = np.array([False] * (n > 0) + [True] * (n - 1) + [True, False, True])
+    assert graphs.run(StepWork(taken, counts, n, np.ones(3 + n, bool)), choosers) is not None
+    layout = graphs.layout(*((64, 32) if n else (16, 0)))
+    assert layout.row_tokens == (row_tokens if n else 16)
+    (row_slots, ends, lengths), outputs, (ids, positions, row_of) = (
         x.tolist() for x in layout.split(seen[0].numpy())
     )
-    assert decode == ([5, 0] + [6] * 6)[:room]
-    tail = layout.num_outputs - 3
-    assert outputs[0] == [4, 6, 3] + [6] * tail
-    assert outputs[1] == [1, 10, 11] + [0] * tail
-    assert outputs[2] == [42, 12, 12] + [0] * tail
+    tail = layout.num_outputs - 3 - n
+    assert outputs[0] == [6, 0][:n] + [4, 6, 3] + [6] * tail
+    assert outputs[1] == [0, 1][:n] + [n + 1, n + 10, n + 11] + [0] * tail
+    assert outputs[2] == [KNOWN] * n + [42, 12, 12] + [0] * tail
     # Each token is in a row of its slot, at its place before the row's end.
-    tokens = [(4, 40), (4, 41), *((1, n) for n in range(3, 12)), (3, 11)]
-    assert [row_slots[row] for row in row_of] == [slot for slot, _ in tokens] + [6] * (layout.num_tokens - 12)
-    assert positions[:12] == [position for _, position in tokens]
-    assert ids[:12] == [slots.history[slot, position] for slot, position in tokens]
-    for token, row in enumerate(row_of[:12]):
+    known = [(5, KNOWN), (0, KNOWN)][:n]
+    tokens = [*known, (4, 40), (4, 41), *((1, i) for i in range(3, 12)), (3, 11)]
+    assert [row_slots[row] for row in row_of] == [slot for slot, _ in tokens] + [6] * (layout.num_tokens - 12 - n)
+    assert positions[: 12 + n] == [position for _, position in tokens]
+    assert ids[:n] == lengths[:n] == [KNOWN] * n
+    assert ids[n : 12 + n] == [slots.history[slot, position] for slot, position in tokens[n:]]
+    for token, row in enumerate(row_of[n : 12 + n], n):
         assert lengths[row] - ends[row] == positions[token] - token
     starts = [0, *ends[:-1]]
     assert all(starts[row] <= token < ends[row] for token, row in enumerate(row_of))
@@ -111,14 +111,14 @@ def test_there_are_rows_for_any_chunks(row_tokens):
     graphs, seen = replayed(slots, [1024], row_tokens=row_tokens)
     draw = np.random.default_rng(1)
     for _ in range(30):
-        num = int(draw.integers(1, MIXED_OUTPUTS))
-        counts = np.concatenate([[1], draw.integers(1, 60, num)])
-        work = StepWork(np.arange(num + 1), counts, 1, np.ones(num + 1, bool))
+        n, num = int(draw.integers(1, 17)), int(draw.integers(1, 17))
+        counts = np.concatenate([np.ones(n, int), draw.integers(1, 60, num)])
+        work = StepWork(np.arange(n + num), counts, n, np.ones(n + num, bool))
         assert graphs.run(work, work.samples) is not None
-        layout = graphs.layout(8, next(t for t in graphs.mixed_totals if t >= 8 + counts[1:].sum()) - 8)
-        row_slots, ends, _ = layout.split(seen[-1].numpy())[1]
+        total = next(total for total in graphs.mixed_totals if total >= counts.sum())
+        row_slots, ends, _ = graphs.layout(total, 32).split(seen[-1].numpy())[0]
         assert (np.diff(ends, prepend=0) <= row_tokens).all()
-        for slot, count in enumerate(counts[1:].tolist(), 1):
+        for slot, count in enumerate(counts.tolist()):
             assert (row_slots == slot).sum() == -(-count // row_tokens)
 
 
@@ -137,38 +137,40 @@ def test_families(family):
         expected = [alone(model, ids, config(6)) for ids in short]
         assert [output.token_ids for output in engine.generate(short, generation_config=config(6))] == expected
         engine.check()
-        assert {num > 0 for num, _ in graphs._replays} == {False, True}
+        assert {outputs > 0 for _, outputs in graphs._replays} == {False, True}
         assert graphs.failure is None
         assert max(used) > 1, "several prompts in a step"
 
 
 @pytest.mark.parametrize(
-    ("largest", "slots", "totals"),
-    [(8192, 256, [128, 256, 384, 512, 768, 1024]), (1024, 256, [128, 256, 384, 512, 768, 1280]),
-     (300, 20, [128, 256, 332]), (24, 3, [32])],
-)  # fmt: skip
-def test_sizes_with_decode_rows(largest, slots, totals):
-    assert mixed_totals(largest, slots) == totals
+    ("largest", "totals"),
+    [
+        (8192, [128, 256, 384, 512, 768, 1024]),
+        (1024, [128, 256, 384, 512, 768, 1024]),
+        (300, [128, 256, 300]),
+        (24, [24]),
+    ],
+)
+def test_sizes_with_decode_rows(largest, totals):
+    assert mixed_totals(largest) == totals
 
 
-def test_sizes_of_decode_rows():
-    assert decode_sizes(1) == decode_sizes(8) == [8]
-    assert decode_sizes(9) == [8, 16]
-    assert decode_sizes(256) == [8, 16, *range(32, 257, 32)]
-    assert decode_sizes(300)[-2:] == [288, 320]
+def test_numbers_of_outputs():
+    assert output_sizes(1) == output_sizes(16) == [32]
+    assert output_sizes(17) == [32, 96]
+    assert output_sizes(256) == [32, 96, 176, 272]
+    assert output_sizes(300) == [32, 96, 176, 272, 400]
 
 
 def test_prompt_tokens_that_fill_a_step():
     graphs, _ = replayed(Slots(100, 64), [16, 300])
-    assert graphs.mixed_totals == [128, 256, 428]
-    assert graphs.fill(3, 1) == 120
-    assert graphs.fill(3, 120) == 120
-    assert graphs.fill(3, 121) == 248
-    assert graphs.fill(40, 10) == 64
-    assert graphs.fill(40, 10, 200) == 192
-    assert graphs.fill(100, 1) == 128
-    assert graphs.fill(100, 180) == 300
-    assert graphs.fill(100, 301) is None
+    assert graphs.mixed_totals == [128, 256, 300]
+    assert graphs.fill(3, 1) == 125
+    assert graphs.fill(3, 125) == 125
+    assert graphs.fill(3, 126) == 253
+    assert graphs.fill(40, 10, 200) == 216
+    assert graphs.fill(100, 200) == 200
+    assert graphs.fill(100, 201) is None
     graphs.failure = "none today"
     assert graphs.fill(3, 1) is None
 
@@ -185,7 +187,7 @@ def test_quantised_pages_and_decode_rows_have_launches_of_their_own():
         assert all(len(handle.result().token_ids) == 12 for handle in handles)
         graphs = engine._core.runner.chunk_graphs
         assert graphs.mixed_totals == []
-        assert {num for num, _ in graphs._replays} == {0}
+        assert {outputs for _, outputs in graphs._replays} == {0}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -249,7 +251,7 @@ def test_large_steps_are_captured_and_more_rows_take_a_larger_graph(monkeypatch)
             expected = [alone(model, ids, config(2)) for ids in prompts]
             outputs = engine.generate(prompts, generation_config=config(2))
             assert [output.token_ids for output in outputs] == expected
-            assert graphs._replays.keys() == {(0, size) for size in captured}
+            assert graphs._replays.keys() == {(size, 0) for size in captured}
             engine.drop_prefixes()
 
 
@@ -299,12 +301,12 @@ def test_a_size_too_large_for_the_memory_runs_eagerly_and_the_others_do_not():
 
         graphs._capture = fails_for_large_ones
         assert engine.warm_up() > 0
-        assert graphs._replays.keys() == {(0, 16), (0, 32)}
+        assert graphs._replays.keys() == {(16, 0), (32, 0)}
         for _ in range(2):
             assert [engine.generate([p], generation_config=config(2))[0].token_ids for p in (ids, short)] == expected
             engine.drop_prefixes()
         assert graphs.failure is None
-        assert graphs._replays.keys() == {(0, 16), (0, 32)}
+        assert graphs._replays.keys() == {(16, 0), (32, 0)}
 
 
 def test_prompt_logprobs_need_every_logit_and_run_eagerly():

@@ -208,7 +208,7 @@ def test_a_chunk_notes_the_tokens_of_its_choosers_alone(model):
         chosen = None
         for _ in range(chunk_graphs.USES_BEFORE_CAPTURE + 1):
             chosen = graphs.run(work, np.array([True, False, False]))
-        (logits, tokens, _), _ = chosen
+        logits, tokens, _ = chosen
         assert tables.last_token[:4].tolist() == [int(logits[0].argmax()), 77, 77, 77]
         assert int(tokens[0]) == int(logits[0].argmax())
         assert tables.computed.tolist() == [9, 55, 55, 55, -1]
