@@ -23,9 +23,10 @@ class EngineConfig:
         mixed_prompt_tokens: prompt tokens that a step computes while other sequences decode, which wait for them. Fewer
             make the longest steps shorter, but more steps longer than others: the time between tokens is more even and
             its mean larger, and the first token comes later. More are computed where many are queued, up to
-            ``max_batch_tokens``. "auto": 192, for models of less than 1.5 billion parameters more (500 at 0.6 billion,
-            1,024 at most). None: always ``max_batch_tokens``. Models that keep recurrent states compute a prompt in one
-            step whatever this says.
+            ``max_batch_tokens``, or as fill a captured step. "auto": 192, for models of less than 1.5 billion
+            parameters more (500 at 0.6 billion, 1,024 at most); :meth:`Engine.generate` may choose its own. None:
+            always ``max_batch_tokens``. Models that keep recurrent states compute a prompt in one step whatever this
+            says.
         max_num_seqs: sequences that run at a time (a request with 4 beams counts as 4).
         max_model_len: prompt and new tokens of a request; None: what the model's config says.
         prefix_caching: keep full pages after use, and find them again for prompts that begin alike.

@@ -62,9 +62,10 @@ def make_pages(keys, values, page_size, layout="page-head", spare=3):
     for row, (k, v, count) in enumerate(zip(keys, values, counts)):
         pages = [order.pop() for _ in range(count)]
         table[row, :count] = torch.tensor(pages, dtype=torch.int32)
-        for i in range(len(k)):
-            pools[0][pages[i // page_size], :, i % page_size] = k[i]
-            pools[1][pages[i // page_size], :, i % page_size] = v[i]
+        for start, page in zip(range(0, len(k), page_size), pages):
+            for pool, x in zip(pools, (k, v)):
+                rows = x[start : start + page_size]
+                pool[page, :, : len(rows)] = rows.transpose(0, 1)
     return pools[0], pools[1], table.to(device)
 
 
