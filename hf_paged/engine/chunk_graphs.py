@@ -9,9 +9,9 @@ Small chunks take decode rows along, since reading the weights again would cost 
 first in the step, and in what it gives. Of them the device knows more than the host, which puts ``KNOWN`` in the place
 of a length, token or position.
 
-``rows`` are what attention sees as sequences: chunks, or, in a step that may have decode rows, these and runs of a few
-tokens of a chunk each, all short enough for the kernel of decode. So a step has one launch of attention, whose work is
-shared out evenly.
+``rows`` are what attention sees as sequences: in large steps chunks, otherwise decode rows and runs of a few tokens of
+a chunk each, all short enough for the kernel of decode. So a step has one launch of attention, whose work is shared out
+evenly.
 
 ``outputs`` are decode rows and chunks: ``last`` is each one's last token in the step, ``lengths`` its tokens computed
 by then, ``choosers`` the slots of those whose next token is chosen from this step's logits by the parameters of the
@@ -62,6 +62,10 @@ OUTPUTS = (32, 96, 176, 272)
 
 USUALLY_MIXED = 256
 """Prompt tokens of most steps with decode rows, where that is not known."""
+
+IN_RUNS = 256
+"""Chunks of so many tokens attend in runs without decode rows too: the prefill kernel has few tiles of them, each of
+which walks through all keys (H200, 128 tokens behind 8,192: 149 us a layer, 60 in runs)."""
 
 USES_BEFORE_CAPTURE = 2
 """Steps of a bucket that run eagerly, or in a larger graph, before it is captured: a capture costs two of them."""
@@ -150,7 +154,7 @@ class ChunkGraphs:
         device: of the model.
         capture: makes the function that replays a step.
         mixed_tokens: prompt tokens of most steps with decode rows; None: not known.
-        row_tokens: tokens of the runs that chunks beside decode rows attend in; None: no decode rows go along.
+        row_tokens: tokens of the runs that chunks attend in; None: there are none, and no decode rows go along.
 
     Attributes:
         failure: why there are no graphs, None while there may be.
@@ -226,12 +230,12 @@ class ChunkGraphs:
 
     def layout(self, num_tokens: int, num_outputs: int) -> Layout:
         """The sizes of a bucket."""
-        if not num_outputs:
-            return Layout(num_tokens, num_rows(num_tokens), num_rows(num_tokens), num_tokens)
-        assert self.row_tokens is not None, "decode rows go along with runs of tokens"
+        row_tokens = self.row_tokens if num_outputs or num_tokens <= IN_RUNS else None
+        num_outputs = num_outputs or num_rows(num_tokens)
+        if row_tokens is None:
+            return Layout(num_tokens, num_outputs, num_outputs, num_tokens)
         # The last run of each chunk may be shorter, and so may that of the tokens that fill up.
-        most = num_outputs + -(-num_tokens // self.row_tokens) + 1
-        return Layout(num_tokens, most, num_outputs, self.row_tokens)
+        return Layout(num_tokens, num_outputs + -(-num_tokens // row_tokens) + 1, num_outputs, row_tokens)
 
     def _bucket(self, num_decode: int, count: int, outputs: int) -> tuple[int, int] | None:
         """A captured bucket with room for ``count`` tokens and so many outputs, not much larger."""

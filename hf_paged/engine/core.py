@@ -182,7 +182,7 @@ class EngineCore:
         return reason
 
     def _row_tokens(self) -> int | None:
-        """Tokens of a chunk that attend as one row beside decode rows; None: chunks have a launch of their own.
+        """Tokens of a chunk that attend as one row in small steps; None: chunks have a launch of their own.
 
         The kernel over quantised pages takes too few for chunks.
         """

@@ -287,13 +287,15 @@ class Engine:
         """Let the loop have requests."""
         with self._changed:
             self._check_open()
-            names = [request.request_id for request in requests]
-            taken = next((name for name in names if name in self._unfinished or names.count(name) > 1), None)
-            if taken is not None:
-                raise RequestError(
-                    f"request_id {taken!r} is that of a request that has not ended: give another, or None."
-                )
-            self._unfinished.update(zip(names, requests))
+            named: dict[str, Request] = {}
+            for request in requests:
+                name = request.request_id
+                if name in self._unfinished or name in named:
+                    raise RequestError(
+                        f"request_id {name!r} is that of a request that has not ended: give another, or None."
+                    )
+                named[name] = request
+            self._unfinished |= named
             self._incoming += requests
             self._wake_loop()
 

@@ -214,7 +214,7 @@ class Scheduler:
         chunks = self._chunks
         chunks.clear()
         self._vacated.clear()
-        if len(decode):
+        if len(decode) and (self.prefilling or self.waiting):
             budget = min(budget, self._mixed_budget(decode))
         rows, may_admit = sorted(self.prefilling, key=lambda row: row.request.key), True
         while budget > 0 and (rows or (self.waiting and may_admit)):

@@ -20,6 +20,7 @@ from hf_paged.engine.chunk_graphs import (
 )
 from hf_paged.engine.scheduler import StepWork
 from hf_paged.engine.slots import Slots
+from hf_paged.engine.step_inputs import StepInputs
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
 from random_requests import tiny_model
@@ -80,10 +81,8 @@ def test_the_array_says_what_the_host_knows(num_decode, row_tokens):
     choosers = np.array([False] * (n > 0) + [True] * (n - 1) + [True, False, True])
     assert graphs.run(StepWork(taken, counts, n, np.ones(3 + n, bool)), choosers) is not None
     layout = graphs.layout(*((64, 32) if n else (16, 0)))
-    assert layout.row_tokens == (row_tokens if n else 16)
-    (row_slots, ends, lengths), outputs, (ids, positions, row_of) = (
-        x.tolist() for x in layout.split(seen[0].numpy())
-    )
+    assert layout.row_tokens == row_tokens
+    (row_slots, ends, lengths), outputs, (ids, positions, row_of) = (x.tolist() for x in layout.split(seen[0].numpy()))
     tail = layout.num_outputs - 3 - n
     assert outputs[0] == [6, 0][:n] + [4, 6, 3] + [6] * tail
     assert outputs[1] == [0, 1][:n] + [n + 1, n + 10, n + 11] + [0] * tail
@@ -295,7 +294,7 @@ def test_a_size_too_large_for_the_memory_runs_eagerly_and_the_others_do_not():
         capture = graphs._capture
 
         def fails_for_large_ones(step, static):
-            if len(static) > 6 * MIN_ROWS + 3 * 32:
+            if len(static) > graphs.layout(32, 0).size:
                 raise torch.OutOfMemoryError("CUDA out of memory.")
             return capture(step, static)
 
@@ -315,3 +314,27 @@ def test_prompt_logprobs_need_every_logit_and_run_eagerly():
         handle = engine.submit(prompt(12), generation_config=config(2), prompt_logprobs=0)
         assert len(handle.result().prompt_logprobs) == 12
         assert not len(engine._core.runner.chunk_graphs)
+
+
+def test_a_plan_is_settled_once_attention_was_asked_for_with_it(monkeypatch):
+    """What the kernel reads early must have been waited for in the same step, by a call with the same plan."""
+    asked: list[tuple[StepInputs, tuple, bool]] = []
+    own = StepInputs.split_plan
+
+    def split_plan(self, *plan):
+        result = own(self, *plan)
+        asked.append((self, plan, result[1]))
+        return result
+
+    monkeypatch.setattr(StepInputs, "split_plan", split_plan)
+    # Layers with and without a window; attention over quantised pages takes a plan on a CPU too.
+    with make_engine(tiny_model("gemma3_text"), prefix_caching=False, kv_dtype="int8") as engine:
+        engine.generate([prompt(9), prompt(20)], generation_config=config(4))
+    seen: dict[int, set[tuple]] = {}
+    for step, plan, is_settled in asked:
+        before = seen.setdefault(id(step), set())
+        assert is_settled == (plan in before)
+        before.add(plan)
+    assert len(seen) > 2
+    assert all(len(plans) == 2 for plans in seen.values())
+    assert any(is_settled for *_, is_settled in asked)
