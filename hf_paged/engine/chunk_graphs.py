@@ -155,6 +155,7 @@ class ChunkGraphs:
         capture: makes the function that replays a step.
         mixed_tokens: prompt tokens of most steps with decode rows; None: not known.
         row_tokens: tokens of the runs that chunks attend in; None: there are none, and no decode rows go along.
+        job_tokens: tokens of a job's steps at least, see :mod:`scheduler`; None: not known.
 
     Attributes:
         failure: why there are no graphs, None while there may be.
@@ -169,9 +170,11 @@ class ChunkGraphs:
         capture: Capture,
         mixed_tokens: int | None = None,
         row_tokens: int | None = 16,
+        job_tokens: int | None = None,
     ) -> None:
         self.step, self.slots, self.sizes, self.device = step, slots, sizes, device
-        self.mixed_tokens, self.row_tokens = mixed_tokens or USUALLY_MIXED, row_tokens
+        self.mixed_tokens, self.job_tokens = mixed_tokens or USUALLY_MIXED, job_tokens
+        self.row_tokens = row_tokens
         self.mixed_totals = mixed_totals(sizes[-1]) if row_tokens is not None else []
         self.output_sizes = output_sizes(slots.num_slots)
         self.failure: str | None = None
@@ -204,23 +207,33 @@ class ChunkGraphs:
     def fill(self, num_decode: int, count: int, least: int = 0) -> int | None:
         """Prompt tokens that fill the smallest captured step with ``num_decode`` rows and room for ``count``, of
         ``least`` tokens or more; None: there is none."""
-        wanted = max(num_decode + max(count, 1), least)
-        total = next((total for total in self.mixed_totals if total >= wanted), None)
+        total = self._total(max(num_decode + max(count, 1), least))
         return None if total is None or self.failure is not None else total - num_decode
 
     def warm_up(self, progress: bool = False) -> None:
         """Capture every bucket without decode rows, and those of most steps with some; the largest first: the others
         use its memory."""
-        wanted = {(size, 0) for size in self.sizes}
-        for outputs in self.output_sizes if self.mixed_totals else ():
-            for count in (self.mixed_tokens // 2, self.mixed_tokens):
-                num = min(outputs, self.slots.num_slots)
-                tokens = self.fill(num, min(3 * count // 4, self.mixed_totals[-1] - num))
-                wanted |= {(num + tokens, outputs)} if tokens is not None else set()
+        wanted = {(size, 0) for size in self.sizes} | self._usual_buckets()
         missing = sorted(wanted - self._replays.keys(), reverse=True)
         for bucket in tqdm(missing, desc="capturing chunks of prompts", disable=not progress):
             if self.failure is None and bucket not in self._failed:
                 self._make(bucket)
+
+    def _usual_buckets(self) -> set[tuple[int, int]]:
+        """Buckets of most steps with decode rows: with the usual number of prompt tokens, and those of jobs."""
+        usual, most_rows = 3 * self.mixed_tokens // 4, 0
+        found = set()
+        for outputs in self.output_sizes if self.mixed_totals else ():
+            least_rows, most_rows = most_rows + 1, min(outputs, self.slots.num_slots)
+            first, last = (self._total(rows + usual) or self.mixed_totals[-1] for rows in (least_rows, most_rows))
+            found |= {(total, outputs) for total in self.mixed_totals if first <= total <= last}
+            job = self._total(max(self.job_tokens or 0, least_rows + 1))
+            found |= {(job, outputs)} if job is not None and self.job_tokens else set()
+        return found
+
+    def _total(self, count: int) -> int | None:
+        """Tokens of the smallest captured step with room for ``count``."""
+        return next((total for total in self.mixed_totals if total >= count), None)
 
     def drop(self) -> None:
         """Forget every graph: they are captured again where they are needed."""

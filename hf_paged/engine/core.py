@@ -175,7 +175,7 @@ class EngineCore:
             sizes = chunk_sizes(self.config.max_batch_tokens, self.num_parameters)
             chunk_graphs = ChunkGraphs(
                 runner.static_chunk, self.slots, sizes, device, captures[1], self.scheduler.mixed_prompt_tokens,
-                self._row_tokens(),
+                self._row_tokens(), self.scheduler.job_tokens,
             )  # fmt: skip
             runner.use_graphs(graphs, chunk_graphs)
             self.scheduler.fill = chunk_graphs.fill

@@ -214,8 +214,8 @@ class Scheduler:
         chunks = self._chunks
         chunks.clear()
         self._vacated.clear()
-        if len(decode) and (self.prefilling or self.waiting):
-            budget = min(budget, self._mixed_budget(decode))
+        if self.prefilling or self.waiting:
+            budget = min(budget, self._prompt_budget(decode))
         rows, may_admit = sorted(self.prefilling, key=lambda row: row.request.key), True
         while budget > 0 and (rows or (self.waiting and may_admit)):
             if may_admit and self.waiting and (not rows or self.waiting[0][0] < rows[0].request.key):
@@ -236,12 +236,14 @@ class Scheduler:
         samples = self.slots.computed[slots] + counts >= self.slots.length[slots]
         return StepWork(slots, counts, len(decode), samples)
 
-    def _mixed_budget(self, decode: np.ndarray) -> int:
+    def _prompt_budget(self, decode: np.ndarray) -> int:
         """Prompt tokens that a step computes beside the decode rows in slots ``decode``."""
         if self.mixed_prompt_tokens is None or self.whole_prompts:
             return self.max_batch_tokens
         if self.job_tokens is not None and not self._waiting_others and all(r.is_job for r in self.running):
             return self._job_budget(decode, self.job_tokens)
+        if not len(decode):
+            return self.max_batch_tokens
         queued = sum(self._target(row) - int(self.slots.computed[row.slot]) for row in self.prefilling)
         if self._blocked is None and self.waiting:
             # Those that find a slot, at their mean length; what prefixes will save is not known yet.
@@ -261,9 +263,10 @@ class Scheduler:
         queue += [(r, len(r.prompt)) for _, r in heapq.nsmallest(slots.num_free, self.waiting)]
         if not queue:
             return self.max_batch_tokens
-        horizon = int((slots.max_length[decode] - slots.length[decode]).max())
         new_tokens = np.array([request.rules.max_length - len(request.prompt) for request, _ in queue])
         tokens = np.array([count for _, count in queue]).cumsum()
+        # The end of the job, in steps from here: that of the longest, be it running or not.
+        horizon = max(int((slots.max_length[decode] - slots.length[decode]).max(initial=0)), int(new_tokens.max()))
         rate = int(np.ceil(tokens / np.maximum(horizon - new_tokens, 1)).max())
         return self.fill(len(decode), rate, least) or max(rate, least - len(decode))
 

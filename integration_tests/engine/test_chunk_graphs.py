@@ -174,6 +174,23 @@ def test_prompt_tokens_that_fill_a_step():
     assert graphs.fill(3, 1) is None
 
 
+@pytest.mark.parametrize(
+    ("usual", "job", "buckets"),
+    [
+        (192, 256, {(256, 32), (256, 96), (256, 176), (384, 176), (256, 272), (384, 272), (512, 272)}),
+        (500, 8192, {(384, 32), (512, 32), (512, 96), (512, 176), (768, 176), (768, 272)}),
+        (500, None, {(384, 32), (512, 32), (512, 96), (512, 176), (768, 176), (768, 272)}),
+    ],
+)
+def test_what_is_captured_at_warm_up_is_what_most_steps_take(usual, job, buckets):
+    graphs, _ = replayed(Slots(256, 64), [512, 3072], mixed_tokens=usual, job_tokens=job)
+    graphs.warm_up()
+    assert graphs._replays.keys() == {(512, 0), (3072, 0)} | buckets
+    for rows in range(1, 257):
+        tokens = graphs.fill(rows, 3 * usual // 4)
+        assert graphs._bucket(rows, rows + tokens, rows + 1 if rows < 256 else rows) in buckets
+
+
 def test_quantised_pages_and_decode_rows_have_launches_of_their_own():
     model = tiny_model("llama")
     prompts = [prompt(n, n) for n in (9, 17, 30)]
