@@ -120,6 +120,28 @@ def test_parts_add_up(poison, group, pack, sinks):
                 assert abs(float(lse[head, first + token]) - float(s.logsumexp(0))) < 1e-5
 
 
+def test_parts_of_many_sequences_find_their_own(poison):
+    """One query, none, or several of each of 600 sequences, two parts each: every token gets its sequence's values."""
+    source = torch.Generator().manual_seed(0)
+    q_lens = [1] * 40 + torch.randint(0, 6, (560,), generator=source).tolist()
+    cu, num_seqs, tokens = prefix_sums(q_lens, DEVICE), len(q_lens), sum(q_lens)
+    lens = torch.full((num_seqs,), 300, dtype=torch.int32, device=DEVICE)
+    plan = SplitPlan.of(make_split_plan_launch(lens, cu, 512, None), num_seqs, 512)
+    out = torch.full((tokens, 1, 16), float("nan"), device=DEVICE)
+    lse = torch.full((1, tokens), float("nan"), device=DEVICE)
+    parts, part_lse = (x.fill_(float("nan")) for x in empty_parts(out, plan.max_parts, 1, 1, 16))
+    values = torch.randn(tokens, 2, 16, generator=source).to(DEVICE)
+    for seq, split, place, _, q_start, query_len in plan.items.view(-1, ITEM_NUMBERS)[
+        : int(plan.num_items), :6
+    ].tolist():
+        parts[place : place + query_len] = values[q_start : q_start + query_len, split]
+        part_lse[place : place + query_len] = torch.tensor([0.0, 1.0], device=DEVICE)
+        assert q_lens[seq] == query_len
+    merge_parts_launch(parts, part_lse, plan, cu, None, out, lse, 1, 1)
+    assert torch.allclose(out[:, 0], values.mean(1), atol=1e-6)
+    assert torch.allclose(lse, torch.full_like(lse, 2.0).log(), atol=1e-6)
+
+
 def test_bad_arguments():
     lens, cu, table = torch.ones(2, dtype=torch.int32), prefix_sums([1, 1], "cpu"), torch.zeros(2, 4, dtype=torch.int32)
     assert make_split_plan(lens, cu, table, 16).dtype == torch.int32

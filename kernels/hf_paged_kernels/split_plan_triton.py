@@ -30,6 +30,8 @@ ITEM = tl.constexpr(ITEM_NUMBERS)
 LONG_QUERY = tl.constexpr(LONG_SHORT_QUERY)
 FEW_PARTS = 8
 """Sequences that can have no more parts are merged by a smaller kernel."""
+COUNTED = tl.constexpr(256)
+"""Sequences that are looked at together for the one of a token."""
 MERGED_ROWS = 2
 """Rows that a program merges: a warp for 128 columns of each."""
 
@@ -146,20 +148,20 @@ def _load_parts(
 
 @triton.jit
 def _sequence_of(cu_seqlens_q, token, num_seqs):
-    """The sequence of a packed token. As long as each sequence has one, it is the token's number."""
+    """The sequence of a packed token. As long as each sequence has one, it is the token's number.
+
+    Otherwise the sequences that begin up to there are counted: few loads, all at once, where a search waits for each.
+    """
     is_within = token < num_seqs
     start = tl.load(cu_seqlens_q + token, mask=is_within, other=0)
     end = tl.load(cu_seqlens_q + token + 1, mask=is_within, other=0)
-    if (start == token) & (end == token + 1):
-        seq = token
-    else:
-        seq, above = token * 0, token * 0 + num_seqs
-        while above - seq > 1:
-            middle = (seq + above) // 2
-            if tl.load(cu_seqlens_q + middle) <= token:
-                seq = middle
-            else:
-                above = middle
+    seq = token
+    if (start != token) | (end != token + 1):
+        seq = token * 0 - 1
+        for first in range(0, num_seqs, COUNTED):
+            index = first + tl.arange(0, COUNTED)
+            starts = tl.load(cu_seqlens_q + index, mask=index < num_seqs, other=2147483647)
+            seq += tl.sum((starts <= token).to(tl.int32), 0)
     return seq
 
 
