@@ -113,14 +113,21 @@ def test_steps_of_small_models_have_whole_budgets(option, parameters, tokens):
     assert job_tokens(option, parameters, 4096) == tokens
 
 
-def test_sampled_tokens_do_not_depend_on_the_order_of_service(model):
+@pytest.mark.parametrize(
+    "options",
+    [dict(do_sample=True), dict(do_sample=True, num_return_sequences=3), dict(num_beams=2)],
+    ids=["samples", "several of each", "beams"],
+)
+def test_tokens_do_not_depend_on_the_order_of_service(model, options):
     prompts, new = draw(5, 10)
-    configs = [config(n, do_sample=True) for n in new]
+    configs = [config(n, **options) for n in new]
     with make_engine(model, seed=7) as engine:
-        together = [output.token_ids for output in engine.generate(prompts, generation_config=configs)]
+        together = [output.sequences for output in engine.generate(prompts, generation_config=configs)]
+        engine.check()
     with make_engine(model, seed=7) as engine:
         handles = [engine.submit(ids, generation_config=how) for ids, how in zip(prompts, configs)]
-        assert [handle.result().token_ids for handle in handles] == together
+        apart = [handle.result().sequences for handle in handles]
+    assert [[one.token_ids for one in some] for some in together] == [[one.token_ids for one in some] for some in apart]
 
 
 def test_a_prompt_that_is_refused_ends_the_others(model):
