@@ -10,7 +10,11 @@ class SplitPlans:
     """Plans of one step by group of layers and window; see :func:`hf_paged_kernels.make_split_plan`."""
 
     def __init__(self) -> None:
-        self._plans: dict[tuple[int, int | None], torch.Tensor] = {}
+        self._plans: dict[tuple[int, int | None], torch.Tensor | None] = {}
+
+    def __contains__(self, key: tuple[int, int | None]) -> bool:
+        """Whether the plan of a group and window was asked for before."""
+        return key in self._plans
 
     def get(
         self,
@@ -33,10 +37,9 @@ class SplitPlans:
             window_left: keys that a query sees before its own, None: all.
             group: number of the group of layers, where a step has several tables.
         """
-        if max_query_len > SHORT_QUERY or not has_gluon(seq_lens.device):
-            return None
         key = group, window_left
         if key not in self._plans:
+            has_plan = max_query_len <= SHORT_QUERY and has_gluon(seq_lens.device)
             max_tokens = page_table.shape[1] * page_size
-            self._plans[key] = split_plan_op(seq_lens, cu_seqlens_q, max_tokens, window_left)
+            self._plans[key] = split_plan_op(seq_lens, cu_seqlens_q, max_tokens, window_left) if has_plan else None
         return self._plans[key]

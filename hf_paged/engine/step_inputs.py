@@ -50,6 +50,7 @@ class StepInputs:
         longest: tokens of the longest row.
         num_keys: tokens of all rows together.
         groups: per group of layers.
+        is_in_runs: rows may be of one sequence, and see keys that others of them write in this step.
         cpu_groups: rows that attend together on a CPU, by group of layers and window; filled by the layers.
     """
 
@@ -62,10 +63,10 @@ class StepInputs:
     longest: int
     num_keys: int
     groups: list[GroupInputs]
+    is_in_runs: bool = False
     cpu_groups: dict[tuple[int, int | None], list[RowGroup]] = field(default_factory=dict)
     _copies: dict[torch.device, "StepInputs"] = field(default_factory=dict)
     _split_plans: SplitPlans = field(default_factory=SplitPlans)
-    _settled: set[tuple[int, int | None]] = field(default_factory=set)
 
     def on(self, device: torch.device) -> "StepInputs":
         """The inputs on another device of the model, copied once."""
@@ -76,20 +77,20 @@ class StepInputs:
                 self.slots, self.input_ids, self.position_ids, self.seq_lens.to(device), self.cu_seqlens_q.to(device),
                 self.max_query_len, self.longest, self.num_keys,
                 [GroupInputs(g.page_table.to(device), g.slot_mapping.to(device)) for g in self.groups],
+                self.is_in_runs,
             )  # fmt: skip
         return self._copies[device]
 
     def split_plan(self, number: int, page_size: int, left: int | None) -> tuple[torch.Tensor | None, bool]:
-        """The work list of short queries, see :class:`SplitPlans`, None for other steps; and whether attention was
-        asked for with it before, so that it is settled.
+        """The work list of short queries, see :class:`SplitPlans`, None for other steps; and whether it is settled,
+        see ``paged_attention_op``: attention was asked for with it before, and no row sees keys of another's.
 
         Args:
             number: of the group of layers.
             page_size: tokens of a page.
             left: keys that a query sees before its own, None: all.
         """
-        is_settled = (number, left) in self._settled
-        self._settled.add((number, left))
+        is_settled = (number, left) in self._split_plans and not self.is_in_runs
         plan = self._split_plans.get(
             self.groups[number].page_table,
             self.seq_lens,
@@ -208,7 +209,7 @@ class SlotTables:
         return StepInputs(
             np.empty(0, dtype=np.int64), ids.view(1, -1), positions.view(1, -1), lengths.to(torch.int32),
             torch.nn.functional.pad(ends, (1, 0)).to(torch.int32), layout.row_tokens, longest,
-            len(slots) * longest, groups,
+            len(slots) * longest, groups, is_in_runs=True,
         )  # fmt: skip
 
     def decode_inputs(self, slots: np.ndarray, batched: bool = False) -> StepInputs:
