@@ -33,7 +33,7 @@ from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
 from .decode_graphs import Capture, is_short_of_memory
-from .scheduler import StepWork
+from .scheduler import StepWork, enough
 from .slots import Slots
 from .transfers import send
 
@@ -55,7 +55,7 @@ At two operations for each it is some 70 ms of an H200: what a host takes for th
 """
 
 MIXED_TOTALS = (128, 256, 384, 512, 768, 1024)
-"""Tokens of steps with decode rows, those included. Matmuls of 288, 320 or 416 tokens take longer for each of them."""
+"""Tokens of steps with decode rows, those included. Matmuls of 264 to 304 or 448 tokens take longer a token."""
 
 OUTPUTS = (32, 96, 176, 272)
 """Decode rows and chunks of such steps, then 128 more each: each has a row in the matmul of the logits."""
@@ -70,11 +70,10 @@ which walks through all keys (H200, 128 tokens behind 8,192: 149 us a layer, 60 
 USES_BEFORE_CAPTURE = 2
 """Steps of a bucket that run eagerly, or in a larger graph, before it is captured: a capture costs two of them."""
 
-Outputs = tuple[torch.Tensor, ...]
-
-
 KNOWN = -1
 """Stands for what the device knows."""
+
+Outputs = tuple[torch.Tensor, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,10 +132,10 @@ def mixed_totals(largest: int) -> list[int]:
 
 def output_sizes(num_slots: int) -> list[int]:
     """Numbers of decode rows and chunks of such steps, ascending; the last one has room for ``num_slots`` rows."""
-    sizes = list(OUTPUTS)
+    sizes = [OUTPUTS[0]]
     while sizes[-1] < num_slots + 16:
-        sizes.append(sizes[-1] + 128)
-    return [size for number, size in enumerate(sizes) if number == 0 or sizes[number - 1] < num_slots + 16]
+        sizes.append(OUTPUTS[len(sizes)] if len(sizes) < len(OUTPUTS) else sizes[-1] + 128)
+    return sizes
 
 
 def num_rows(num_tokens: int) -> int:
@@ -221,14 +220,14 @@ class ChunkGraphs:
 
     def _usual_buckets(self) -> set[tuple[int, int]]:
         """Buckets of most steps with decode rows: with the usual number of prompt tokens, and those of jobs."""
-        usual, most_rows = 3 * self.mixed_tokens // 4, 0
-        found = set()
+        usual, most_rows, found = enough(self.mixed_tokens), 0, set()
         for outputs in self.output_sizes if self.mixed_totals else ():
             least_rows, most_rows = most_rows + 1, min(outputs, self.slots.num_slots)
             first, last = (self._total(rows + usual) or self.mixed_totals[-1] for rows in (least_rows, most_rows))
             found |= {(total, outputs) for total in self.mixed_totals if first <= total <= last}
-            job = self._total(max(self.job_tokens or 0, least_rows + 1))
-            found |= {(job, outputs)} if job is not None and self.job_tokens else set()
+            job = None if self.job_tokens is None else self._total(max(self.job_tokens, least_rows + 1))
+            if job is not None:
+                found.add((job, outputs))
         return found
 
     def _total(self, count: int) -> int | None:

@@ -13,7 +13,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,30 @@ class EngineStats:
     recomputed: int
     swapped: int
     finished: dict[str, int]
+
+
+@dataclass(slots=True)
+class _Job:
+    """Requests of one call that returns when all have ended.
+
+    Attributes:
+        started: on the engine's clock.
+        coming: those that were made and not handed over yet; ``num_tokens``: of their prompts.
+    """
+
+    started: float
+    coming: list[Request] = field(default_factory=list)
+    num_tokens: int = 0
+
+    def add(self, request: Request) -> None:
+        """One more is coming."""
+        self.coming.append(request)
+        self.num_tokens += len(request.prompt)
+
+    def take(self) -> list[Request]:
+        """Those that were coming."""
+        coming, self.coming, self.num_tokens = self.coming, [], 0
+        return coming
 
 
 class Engine:
@@ -204,6 +228,7 @@ class Engine:
         prompt_logprobs: int | None = None,
         cache_salt: Any = None,
         rules: TokenRules | None = None,
+        _job: "_Job | None" = None,
     ) -> RequestHandle:
         """Hand over a request; it runs as soon as there is room.
 
@@ -226,30 +251,6 @@ class Engine:
                 or the engine is closed.
             ValueError, TypeError: an argument is not valid.
         """
-        request = self._request(
-            prompt_ids, generation_config=generation_config, request_id=request_id, priority=priority,
-            deadline_s=deadline_s, logits_processor=logits_processor, stopping_criteria=stopping_criteria,
-            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn, seed=seed, tokenizer=tokenizer, logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs, cache_salt=cache_salt, rules=rules,
-        )  # fmt: skip
-        self._hand_over([request])
-        return RequestHandle(self, request)
-
-    def _request(
-        self,
-        prompt_ids: Sequence[int] | torch.Tensor,
-        *,
-        generation_config: GenerationConfig | None = None,
-        request_id: str | None = None,
-        priority: float = 0,
-        deadline_s: float | None = None,
-        seed: int | None = None,
-        cache_salt: Any = None,
-        rules: TokenRules | None = None,
-        job_started: float | None = None,
-        **options: Any,
-    ) -> Request:
-        """A checked request, see :meth:`submit`; one of the job that started at ``job_started`` on the clock."""
         self._check_open()
         prompt = self._checked_prompt(prompt_ids)
         if not isinstance(priority, Real):
@@ -261,11 +262,15 @@ class Engine:
         if rules is None:
             if seed is None and self.config.seed is not None:
                 seed = (self.config.seed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03) % SEEDS
-            rules = TokenRules.make(self.model, generation_config, prompt_ids=prompt, seed=seed, **options)
+            rules = TokenRules.make(
+                self.model, generation_config, prompt_ids=prompt, logits_processor=logits_processor,
+                stopping_criteria=stopping_criteria, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn, seed=seed,
+                tokenizer=tokenizer, logprobs=logprobs, prompt_logprobs=prompt_logprobs,
+            )  # fmt: skip
         self._check_fits(prompt, rules)
         now = self._core.clock()
         # Longest first: whoever waits for all of a job waits for its longest request.
-        came, length = (now, 0) if job_started is None else (job_started, len(prompt) - rules.max_length)
+        came, length = (now, 0) if _job is None else (_job.started, len(prompt) - rules.max_length)
         request = Request(
             number=number,
             request_id=f"request-{number}" if request_id is None else str(request_id),
@@ -277,11 +282,15 @@ class Engine:
             key=(came - float(priority) * self.config.ageing_s, length, number),
             deadline=None if deadline_s is None else now + float(deadline_s),
             is_watched=rules.has_criteria,
-            is_job=job_started is not None and rules.mode == "rows" and rules.ends_by_length,
+            is_job=_job is not None and rules.mode == "rows" and rules.ends_by_length,
             uses_prefixes=rules.num_prompt_logprobs is None,
         )
         request.rows = [Row(request, index) for index in range(rules.num_rows)]
-        return request
+        if _job is None:
+            self._hand_over([request])
+        else:
+            _job.add(request)
+        return RequestHandle(self, request)
 
     def _hand_over(self, requests: list[Request]) -> None:
         """Let the loop have requests."""
@@ -333,16 +342,15 @@ class Engine:
                 f"generation_config must be one, or one for each of {len(prompts)} prompts, got {len(configs)}."
             )
         handles: list[RequestHandle] = []
-        started, coming, num_tokens = self._core.clock(), list[Request](), 0
+        job, coming = _Job(self._core.clock()), list[RequestHandle]()
         try:
             for number, (prompt, config) in enumerate(zip(prompts, configs), 1):
-                coming.append(self._request(prompt, generation_config=config, job_started=started, **options))
-                num_tokens += len(coming[-1].prompt)
+                coming.append(self.submit(prompt, generation_config=config, _job=job, **options))
                 # What is enough for a step runs while the others are prepared.
-                if num_tokens >= self.config.max_batch_tokens or number == len(prompts):
-                    self._hand_over(coming)
-                    handles += [RequestHandle(self, request) for request in coming]
-                    coming, num_tokens = [], 0
+                if job.num_tokens >= self.config.max_batch_tokens or number == len(prompts):
+                    self._hand_over(job.take())
+                    handles += coming
+                    coming = []
                     self._advance()
             with tqdm(total=len(handles), disable=not progress, desc="generate", unit="prompt") as bar:
                 num_done = 0

@@ -40,7 +40,7 @@ MIXED_TOKENS = (192, 1024)
 """Fewest and most prompt tokens that follow from that: with fewer, reading the weights costs more than the tokens."""
 
 JOB_TOKENS = 256
-"""Tokens of a step of a job at least: reading the weights takes as long as computing with so many."""
+"""Tokens of a step of a job at least: fewer take hardly less time, since the weights are read anyway."""
 
 LONG_QUEUE = 2
 """Of the queued prompt tokens a mixed step computes the part that they are of so many whole budgets."""
@@ -52,6 +52,12 @@ def mixed_prompt_tokens(option: int | str | None, num_parameters: int) -> int | 
         return option  # type: ignore[return-value]
     least, most = MIXED_TOKENS
     return min(max(least, MIXED_WORK // max(1, num_parameters)), most)
+
+
+def enough(count: int) -> int:
+    """Prompt tokens that will do where ``count`` are wanted: a captured step that is somewhat smaller is better filled
+    than a larger one."""
+    return 3 * count // 4
 
 
 def job_tokens(option: int | str | None, num_parameters: int, max_batch_tokens: int) -> int | None:
@@ -249,8 +255,7 @@ class Scheduler:
             # Those that find a slot, at their mean length; what prefixes will save is not known yet.
             queued += self._waiting_tokens * min(len(self.waiting), self.slots.num_free) // len(self.waiting)
         count = max(self.mixed_prompt_tokens, queued * queued // (LONG_QUEUE * self.max_batch_tokens))
-        # A captured step that is somewhat smaller is better filled than a larger one.
-        return self.fill(len(decode), 3 * count // 4, 0) or count
+        return self.fill(len(decode), enough(count), 0) or count
 
     def _job_budget(self, decode: np.ndarray, least: int) -> int:
         """Prompt tokens beside ``decode`` rows of jobs: the rate at which every latest start is kept, or what fills a

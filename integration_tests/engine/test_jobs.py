@@ -153,6 +153,11 @@ def test_a_name_that_is_taken_is_refused_and_its_owner_lives(model):
         assert owner.result().token_ids == alone(model, prompt(5), config(6))
 
 
+def test_an_unknown_option_is_refused(model):
+    with make_engine(model) as engine, pytest.raises(TypeError, match="logprobz"):
+        engine.generate([prompt(4)], generation_config=config(5), logprobz=1)
+
+
 def test_jobs_of_several_threads(model):
     jobs = [draw(seed, 8) for seed in range(3)]
     results = {}
