@@ -57,7 +57,7 @@ At two operations for each it is some 70 ms of an H200: what a host takes for th
 MIXED_TOTALS = (128, 256, 384, 512, 768, 1024)
 """Tokens of steps with decode rows, those included. Matmuls of 264 to 304 or 448 tokens take longer a token."""
 
-OUTPUTS = (32, 96, 176, 272)
+OUTPUTS = (32, 96, 176, 256)
 """Decode rows and chunks of such steps, then 128 more each: each has a row in the matmul of the logits."""
 
 USUALLY_MIXED = 256
@@ -131,9 +131,9 @@ def mixed_totals(largest: int) -> list[int]:
 
 
 def output_sizes(num_slots: int) -> list[int]:
-    """Numbers of decode rows and chunks of such steps, ascending; the last one has room for ``num_slots`` rows."""
+    """Numbers of decode rows and chunks of such steps, ascending: each has a slot."""
     sizes = [OUTPUTS[0]]
-    while sizes[-1] < num_slots + 16:
+    while sizes[-1] < num_slots:
         sizes.append(OUTPUTS[len(sizes)] if len(sizes) < len(OUTPUTS) else sizes[-1] + 128)
     return sizes
 

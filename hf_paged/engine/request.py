@@ -130,6 +130,7 @@ class Request:
         is_watched: stopping criteria beyond eos and length.
         stream: new tokens, for whoever iterates over the handle.
         uses_prefixes: whether cached prefixes may stand for the beginning of its prompt.
+        most_pages: of each group of layers, what it holds at most.
     """
 
     number: int
@@ -144,6 +145,7 @@ class Request:
     is_watched: bool = False
     is_job: bool = False
     uses_prefixes: bool = True
+    most_pages: list[int] = field(default_factory=list)
     state: State = State.WAITING
     forked: bool = False
     beams: Any = None

@@ -14,13 +14,16 @@ prompts than are slowed down by them::
     queued prompt tokens, in whole budgets     1/4    1/2    1     1.4 and more
     computed in a mixed step                   1/32   1/8    1/2   1
 
-Where nobody waits for a first token, and all ends are known (a *job*), prompts are computed just in time. Jobs run the
-longest requests first, and the last tokens of the longest one end the job. A later request must start early enough to
-end with it, and no earlier: prompt tokens beside few decode rows cost next to nothing, because those read the weights
-anyway::
+Where nobody waits for a first token, all ends are known (a *job*) and there is room for all at once, the last tokens
+of the longest request end the job, and the others have time. A step of few tokens takes hardly less time than one of
+:data:`JOB_TOKENS`, since the weights are read anyway, and more tokens take time in proportion. So all steps have about as
+many: the longest requests go first, rows that would end early wait while there are prompts to compute in their place,
+and with the last prompts everyone decodes::
 
-    tokens a step    | chunks: as many as keep to the latest starts, and as fill the step |
-                     | decode rows, more and more             ... all end together        |
+    tokens     | c c c c c c c c c c c c d d |    c  chunks of prompts
+    of a step  | c c c c c c c c d d d d d d |    d  rows with as many tokens to go as the job has steps
+               | c c c d d d d d d d d d d d |
+    steps ->   | d d d d d d d d d d d d d d |    all end together
 """
 
 import heapq
@@ -163,6 +166,11 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Put a request in the queue."""
+        if not request.most_pages:
+            request.most_pages = [
+                self.pages_for(len(request.prompt), request.rules.max_length, len(request.rows), group)
+                for group in range(len(self.pages.tables))
+            ]
         heapq.heappush(self.waiting, (request.key, request))
         self._count_waiting(request, 1)
         self._blocked = None
@@ -220,7 +228,11 @@ class Scheduler:
         chunks = self._chunks
         chunks.clear()
         self._vacated.clear()
-        if self.prefilling or self.waiting:
+        is_paced = self._is_unhurried_job()
+        if is_paced:
+            decode, num_due, total = self._pace(decode)
+            budget = min(self.max_batch_tokens, total) - num_due
+        elif self.prefilling or self.waiting:
             budget = min(budget, self._prompt_budget(decode))
         rows, may_admit = sorted(self.prefilling, key=lambda row: row.request.key), True
         while budget > 0 and (rows or (self.waiting and may_admit)):
@@ -230,6 +242,9 @@ class Scheduler:
                 rows[:0] = admitted or []
             else:
                 budget -= self._plan_chunk(rows.pop(0), budget)
+        if is_paced:
+            # Those that can wait take the places that prompts leave.
+            decode = np.sort(decode[: max(num_due, total - sum(chunks.values()))] if chunks else decode)
         if self._vacated:
             # What was preempted for a chunk is out of the step, whoever has its slot now.
             decode = decode[~np.isin(decode, self._vacated)]
@@ -246,8 +261,6 @@ class Scheduler:
         """Prompt tokens that a step computes beside the decode rows in slots ``decode``."""
         if self.mixed_prompt_tokens is None or self.whole_prompts:
             return self.max_batch_tokens
-        if self.job_tokens is not None and not self._waiting_others and all(r.is_job for r in self.running):
-            return self._job_budget(decode, self.job_tokens)
         if not len(decode):
             return self.max_batch_tokens
         queued = sum(self._target(row) - int(self.slots.computed[row.slot]) for row in self.prefilling)
@@ -257,23 +270,63 @@ class Scheduler:
         count = max(self.mixed_prompt_tokens, queued * queued // (LONG_QUEUE * self.max_batch_tokens))
         return self.fill(len(decode), enough(count), 0) or count
 
-    def _job_budget(self, decode: np.ndarray, least: int) -> int:
-        """Prompt tokens beside ``decode`` rows of jobs: the rate at which every latest start is kept, or what fills a
-        step of ``least`` tokens."""
-        if least >= self.max_batch_tokens:
-            return self.max_batch_tokens
-        slots = self.slots
-        rows = sorted(self.prefilling, key=lambda row: row.request.key)
-        queue = [(row.request, self._target(row) - int(slots.computed[row.slot])) for row in rows]
-        queue += [(r, len(r.prompt)) for _, r in heapq.nsmallest(slots.num_free, self.waiting)]
-        if not queue:
-            return self.max_batch_tokens
-        new_tokens = np.array([request.rules.max_length - len(request.prompt) for request, _ in queue])
-        tokens = np.array([count for _, count in queue]).cumsum()
-        # The end of the job, in steps from here: that of the longest, be it running or not.
-        horizon = max(int((slots.max_length[decode] - slots.length[decode]).max(initial=0)), int(new_tokens.max()))
-        rate = int(np.ceil(tokens / np.maximum(horizon - new_tokens, 1)).max())
-        return self.fill(len(decode), rate, least) or max(rate, least - len(decode))
+    def _is_unhurried_job(self) -> bool:
+        """Whether there are prompts to compute, of requests of jobs alone, and slots and pages for all of them."""
+        if self.job_tokens is None or self.job_tokens >= self.max_batch_tokens or self.whole_prompts:
+            return False
+        if not (self.prefilling or self.waiting) or len(self.waiting) > self.slots.num_free or self._waiting_others:
+            return False
+        requests = [*self.running, *(request for _, request in self.waiting)]
+        if not all(request.is_job for request in requests) or self.slots.draft.any():
+            return False
+        if sum(len(request.live) for _, request in self.waiting) > self.slots.num_free:
+            return False
+        pages = np.array([request.most_pages for request in requests]).sum(axis=0)
+        return all(count <= table.allocator.num_pages for count, table in zip(pages, self.pages.tables))
+
+    def _pace(self, decode: np.ndarray) -> tuple[np.ndarray, int, int]:
+        """A step of a job that all of it has room for.
+
+        The job takes as many steps as the row with most tokens to go. In that time each other has some steps to spare,
+        and a prompt must be computed within them. Before any of these deadlines, a step must take its share of what
+        cannot wait until after it.
+
+        Args:
+            decode: slots of rows that may decode.
+
+        Returns:
+            The same slots, those with most tokens to go first; how many of them cannot wait; tokens of the step.
+        """
+        slots, least = self.slots, self.job_tokens
+        assert least is not None, "the model's jobs have steps like others"
+        left = slots.max_length[decode] - 1 - slots.computed[decode]
+        order = np.argsort(-left, kind="stable")
+        decode, left = decode[order], left[order]
+        # Of each prompt the tokens to compute, the rows that go on from it, and the steps that these take.
+        queue = []
+        for row in sorted(self.prefilling, key=lambda row: row.request.key):
+            target = self._target(row)
+            num_rows = 1 if row.request.forked else len(row.request.live)
+            queue.append((target - int(slots.computed[row.slot]), num_rows, row.request.rules.max_length - 1 - target))
+        for _, request in sorted(self.waiting):
+            known = [len(row.tokens) for row in request.live]
+            queue.append((sum(known) if request.forked else known[0], len(known), request.rules.max_length - 1 - max(known)))
+        tokens, rows, later = np.array(queue).T
+        horizon = max(int(left.max(initial=1)), int(later.max()))
+        # The steps that each can spare, and the work in all steps up to some deadline of those that spare fewer.
+        spare = horizon - np.concatenate([left, later])
+        order = np.argsort(spare)
+        weights = np.concatenate([np.ones(len(left), dtype=np.int64), rows])[order]
+        deadlines = np.append(horizon - later, horizon)
+        started = np.searchsorted(spare[order], deadlines)
+        zero = np.zeros(1, dtype=np.int64)
+        num, spared = (np.concatenate([zero, x.cumsum()])[started] for x in (weights, weights * spare[order]))
+        prompts = np.cumsum(tokens)
+        work = np.append(prompts, prompts[-1]) + deadlines * num - spared
+        rate = int(np.ceil(work / np.maximum(deadlines, 1)).max())
+        num_due = int((left >= horizon).sum())
+        prompt_tokens = self.fill(num_due, rate - num_due, least) or max(rate - num_due, least - num_due, 1)
+        return decode, num_due, num_due + prompt_tokens
 
     def launched(self, work: StepWork) -> list[tuple[Row, list[Row]]]:
         """A planned step was launched: its tokens count as computed.

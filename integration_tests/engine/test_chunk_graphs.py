@@ -157,9 +157,9 @@ def test_sizes_with_decode_rows(largest, totals):
 
 def test_numbers_of_outputs():
     assert output_sizes(1) == output_sizes(16) == [32]
-    assert output_sizes(17) == [32, 96]
-    assert output_sizes(256) == [32, 96, 176, 272]
-    assert output_sizes(300) == [32, 96, 176, 272, 400]
+    assert output_sizes(32) == [32] and output_sizes(33) == [32, 96]
+    assert output_sizes(256) == [32, 96, 176, 256]
+    assert output_sizes(300) == [32, 96, 176, 256, 384]
 
 
 def test_prompt_tokens_that_fill_a_step():
@@ -178,9 +178,9 @@ def test_prompt_tokens_that_fill_a_step():
 @pytest.mark.parametrize(
     ("usual", "job", "buckets"),
     [
-        (192, 256, {(256, 32), (256, 96), (256, 176), (384, 176), (256, 272), (384, 272), (512, 272)}),
-        (500, 8192, {(384, 32), (512, 32), (512, 96), (512, 176), (768, 176), (768, 272)}),
-        (500, None, {(384, 32), (512, 32), (512, 96), (512, 176), (768, 176), (768, 272)}),
+        (192, 256, {(256, 32), (256, 96), (256, 176), (384, 176), (256, 256), (384, 256), (512, 256)}),
+        (500, 8192, {(384, 32), (512, 32), (512, 96), (512, 176), (768, 176), (768, 256)}),
+        (500, None, {(384, 32), (512, 32), (512, 96), (512, 176), (768, 176), (768, 256)}),
     ],
 )
 def test_what_is_captured_at_warm_up_is_what_most_steps_take(usual, job, buckets):

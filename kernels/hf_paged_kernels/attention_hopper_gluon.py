@@ -56,13 +56,16 @@ load_item = gluon.jit(split_plan_triton.load_item.fn)
 def _schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
     """The scheduler warp: finds out what this program does next and hands it out, a tile ahead of the others.
 
-    Splits weigh the same, so programs take them in turn; other tiles go to who asks first. ``queue``: two notes of 16
-    numbers in shared memory with their full and empty barriers, and the counter of tiles handed out to all programs.
+    Tiles go to who asks first: ``handed_out`` counts them. ``queue``: two notes of 16 numbers in shared memory with their
+    full and empty barriers.
 
     Decode is launched before the previous kernel has ended (``dependent_launch_triton``). No warp touches global memory
     before the first note, so it is enough that this one waits. Of a settled plan (``paged_attention_op``) the first
     note goes out before: producers then copy keys and values of earlier steps, and wait before they copy anything else.
     Consumers write nothing before either, since they wait for the queries; of a split without keys, this warp waits.
+
+    The counter of splits is the plan's, and all layers take it in turn. Each launch leaves zeros to the next, which can
+    start at the earliest when the merge in between may, and that is after all have taken their last tile.
     """
     MODE: gl.constexpr = OPTIONS[0]
     PACK: gl.constexpr = OPTIONS[2]
@@ -81,19 +84,21 @@ def _schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
         num_tiles = gl.maximum(gl.load(lengths[4]), 1) * work[5]
     while tile < num_tiles:
         if MODE == "split":
-            upcoming = tile + gl.num_programs(0)
             found = _find_split(tile, item, work, HAS_LEFT, HAS_RIGHT)
-            item = load_item(lengths[3], gl.minimum(upcoming, num_tiles - 1) // work[5])
             if (turn > 0) | (found[8] <= found[7]):
                 gdc_wait()
         else:
-            upcoming = gl.num_programs(0) + gl.atomic_add(handed_out, 1, sem="relaxed")
             found = _find_block(tile, lengths, work, MODE, BLOCK_Q, HAS_LEFT, HAS_RIGHT)
         _hand_out(found, turn, queue)
-        tile = upcoming
+        tile = gl.num_programs(0) + gl.atomic_add(handed_out, 1, sem="relaxed")
+        if MODE == "split":
+            item = load_item(lengths[3], gl.minimum(tile, num_tiles - 1) // work[5])
         turn += 1
     if MODE == "split":
         gdc_wait()
+        if gl.atomic_add(handed_out + 1, 1) == gl.num_programs(0) - 1:
+            gl.atomic_xchg(handed_out + 1, 0)
+            gl.atomic_xchg(handed_out, 0)
         gdc_launch_dependents()  # The merge gets ready meanwhile.
     nothing = tile * 0
     _hand_out(
@@ -770,7 +775,7 @@ def _launch(
     items = num_items = handed_out = None
     programs = multiprocessors(q.device) * s.programs_per_sm
     if plan is not None:
-        items, num_items = plan.items, plan.num_items
+        items, num_items, handed_out = plan.items, plan.num_items, plan.handed_out
         num_tiles = plan.max_items * num_heads
         parts, part_lse = empty_parts(out[0], plan.max_parts, num_heads, pack, head_dim)
     else:

@@ -333,6 +333,7 @@ def split_plan_reference(
     num_seqs = seq_lens.shape[0]
     items: list[list[int]] = []
     tails: list[list[int]] = []
+    long_full: list[list[int]] = []
     long_tails: list[list[int]] = []
     sequences: list[int] = []
     place = 0
@@ -349,13 +350,19 @@ def split_plan_reference(
             q_start = int(cu_seqlens_q[seq])
             item = [seq, split, place + (split - first) * query_len, count, q_start, query_len, num_keys, 0]
             is_full = (split + 1) * length <= num_keys
-            last = tails if query_len < LONG_SHORT_QUERY else long_tails
-            (full.setdefault(min(length, 2048), []) if is_full else last).append(item)
+            if query_len >= LONG_SHORT_QUERY:
+                (long_full if is_full else long_tails).append(item)
+            else:
+                (full.setdefault(min(length, 2048), []) if is_full else tails).append(item)
         sequences += [place, count]
         place += count * query_len
     for length in sorted(full, reverse=True):
         items += sorted(full[length])
-    items = [*long_tails, *items, *tails]
+    # The first of the long ones, a run of the others, the second long one, and so on.
+    long = [*long_full, *long_tails]
+    run = len(items) // max(1, len(long))
+    runs = [[one, *items[i * run : (i + 1) * run]] for i, one in enumerate(long)]
+    items = [*sum(runs, []), *items[run * len(long) :], *tails]
     plan = torch.zeros(split_plan_size(num_seqs, max_tokens), dtype=torch.int32)
     plan[0] = len(items)
     plan[4 : 4 + ITEM_NUMBERS * len(items)] = torch.tensor(items, dtype=torch.int32).flatten()

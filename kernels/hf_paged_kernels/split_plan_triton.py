@@ -52,6 +52,18 @@ def split_lengths(num_keys, query_len):
 
 
 @triton.jit
+def _long_place(index, run):
+    """Where the ``index``-th split of long queries is in the list: before the ``index``-th run of others."""
+    return index * (run + 1)
+
+
+@triton.jit
+def _short_place(index, run, num_long):
+    """Where the ``index``-th whole split of other queries is."""
+    return index + tl.where(run > 0, tl.minimum(index // tl.maximum(run, 1) + 1, num_long), num_long)
+
+
+@triton.jit
 def _store_item(items, index, numbers, mask):
     for i in tl.static_range(ITEM):
         tl.store(items + ITEM * index + i, numbers[i], mask=mask)
@@ -77,7 +89,7 @@ def _plan_splits(
     HAS_LEFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program. ``plan``: number of items, padding; items, see above; ``(place, parts)`` of each sequence."""
+    """One program. ``plan``: number of items, three zeros; items, see above; ``(place, parts)`` of each sequence."""
     seq = tl.arange(0, BLOCK)
     held = seq < num_seqs
     num_keys = tl.load(seq_lens + seq, mask=held, other=0)
@@ -93,31 +105,43 @@ def _plan_splits(
     has_tail = (count > 0) & (num_keys % length != 0)
     num_full = count - has_tail.to(tl.int32)
     is_long = query_len >= LONG_QUERY
-    long_tail = (has_tail & is_long).to(tl.int32)
+    tail = has_tail.to(tl.int32)
+    # Of long queries: whole splits, then tails.
+    long_full = tl.where(is_long, num_full, 0)
+    long_tail = tl.where(is_long, tail, 0)
+    num_long_full = tl.sum(long_full, 0)
+    long_offset = tl.cumsum(long_full, 0) - long_full
+    long_tail_offset = num_long_full + tl.cumsum(long_tail, 0) - long_tail
+    num_long = num_long_full + tl.sum(long_tail, 0)
+    # Of others: whole splits, the longest first; the tails come behind everything.
     offset = num_keys * 0
-    base = tl.sum(long_tail)
+    num_short = tl.sum(offset, 0)
     for kind in tl.static_range(4):
         if kind == 0:
             mine = length >= 2048
         else:
             mine = length == 2048 // (2**kind)
-        full = tl.where(mine, num_full, 0)
-        offset = tl.where(mine, base + tl.cumsum(full, 0) - full, offset)
-        base += tl.sum(full, 0)
-    tail = (has_tail & (query_len < LONG_QUERY)).to(tl.int32)
-    tail_offset = tl.where(is_long, tl.cumsum(long_tail, 0) - long_tail, base + tl.cumsum(tail, 0) - tail)
+        full = tl.where(mine & (query_len < LONG_QUERY), num_full, 0)
+        offset = tl.where(mine, num_short + tl.cumsum(full, 0) - full, offset)
+        num_short += tl.sum(full, 0)
+    tail = tl.where(is_long, 0, tail)
+    tail_offset = num_long + num_short + tl.cumsum(tail, 0) - tail
+    num_items = num_long + num_short + tl.sum(tail, 0)
+    # One of the long ones, then so many of the others.
+    run = num_short // tl.maximum(num_long, 1)
     # Where a sequence's parts lie: one after the other, whatever the order of the work.
     place = tl.cumsum(count * query_len, 0) - count * query_len
     items = plan + 4
-    tl.store(plan + seq, base + tl.sum(tail, 0), mask=seq == 0)
+    tl.store(plan + seq, tl.where(seq == 0, num_items, 0), mask=seq < 4)
     none = num_keys * 0
     for split in range(0, tl.max(num_full, 0)):
         item = (seq, first + split, place + split * query_len, count, q_start, query_len, num_keys, none)
-        _store_item(items, offset + split, item, split < num_full)
+        index = tl.where(is_long, _long_place(long_offset + split, run), _short_place(offset + split, run, num_long))
+        _store_item(items, index, item, split < num_full)
     item = (seq, first + num_full, place + num_full * query_len, count, q_start, query_len, num_keys, none)
-    _store_item(items, tail_offset, item, has_tail)
+    _store_item(items, tl.where(is_long, _long_place(long_tail_offset, run), tail_offset), item, has_tail)
     # Without any item, program 0 looks at an empty one.
-    tl.store(items + seq, 0, mask=(seq < ITEM) & (base + tl.sum(tail, 0) == 0))
+    tl.store(items + seq, 0, mask=(seq < ITEM) & (num_items == 0))
     sequences = items + ITEM * max_items
     tl.store(sequences + 2 * seq, place, mask=held)
     tl.store(sequences + 2 * seq + 1, count, mask=held)
@@ -305,12 +329,15 @@ class SplitPlan:
 
     Attributes:
         num_items: int32 ``[1]``.
+        handed_out: int32 ``[3]``, zeros: counters for the kernel that walks through the items, which leaves zeros again.
+            So one launch at a time can use a plan.
         items: int32 ``[ITEM_NUMBERS * max_items]``, see above.
         sequences: int32 ``[2 * num_seqs]``: where a sequence's first part lies, and their number.
         max_parts: upper bound of the parts of a sequence.
     """
 
     num_items: torch.Tensor
+    handed_out: torch.Tensor
     items: torch.Tensor
     sequences: torch.Tensor
     max_items: int
@@ -321,7 +348,7 @@ class SplitPlan:
         """The parts of ``plan`` as made for these bounds."""
         max_items = max_split_items(num_seqs, max_tokens)
         sequences = plan[4 + ITEM_NUMBERS * max_items :]
-        return cls(plan[:1], plan[4 : 4 + ITEM_NUMBERS * max_items], sequences, max_items, max_splits(max_tokens))
+        return cls(plan[:1], plan[1:4], plan[4 : 4 + ITEM_NUMBERS * max_items], sequences, max_items, max_splits(max_tokens))
 
 
 def make_split_plan_launch(
