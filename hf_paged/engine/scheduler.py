@@ -16,9 +16,9 @@ prompts than are slowed down by them::
 
 Where nobody waits for a first token, all ends are known (a *job*) and there is room for all at once, the last tokens
 of the longest request end the job, and the others have time. A step of few tokens takes hardly less time than one of
-:data:`JOB_TOKENS`, since the weights are read anyway, and more tokens take time in proportion. So all steps have about as
-many: the longest requests go first, rows that would end early wait while there are prompts to compute in their place,
-and with the last prompts everyone decodes::
+:data:`JOB_TOKENS`, since the weights are read anyway, and more tokens take time in proportion. So all steps have about
+as many: the longest requests go first, rows that would end early wait while there are prompts to compute in their
+place, and with the last prompts everyone decodes::
 
     tokens     | c c c c c c c c c c c c d d |    c  chunks of prompts
     of a step  | c c c c c c c c d d d d d d |    d  rows with as many tokens to go as the job has steps
@@ -310,7 +310,8 @@ class Scheduler:
             queue.append((target - int(slots.computed[row.slot]), num_rows, row.request.rules.max_length - 1 - target))
         for _, request in sorted(self.waiting):
             known = [len(row.tokens) for row in request.live]
-            queue.append((sum(known) if request.forked else known[0], len(known), request.rules.max_length - 1 - max(known)))
+            count = sum(known) if request.forked else known[0]
+            queue.append((count, len(known), request.rules.max_length - 1 - max(known)))
         tokens, rows, later = np.array(queue).T
         horizon = max(int(left.max(initial=1)), int(later.max()))
         # The steps that each can spare, and the work in all steps up to some deadline of those that spare fewer.

@@ -157,7 +157,8 @@ def test_sizes_with_decode_rows(largest, totals):
 
 def test_numbers_of_outputs():
     assert output_sizes(1) == output_sizes(16) == [32]
-    assert output_sizes(32) == [32] and output_sizes(33) == [32, 96]
+    assert output_sizes(32) == [32]
+    assert output_sizes(33) == [32, 96]
     assert output_sizes(256) == [32, 96, 176, 256]
     assert output_sizes(300) == [32, 96, 176, 256, 384]
 

@@ -56,8 +56,8 @@ load_item = gluon.jit(split_plan_triton.load_item.fn)
 def _schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
     """The scheduler warp: finds out what this program does next and hands it out, a tile ahead of the others.
 
-    Tiles go to who asks first: ``handed_out`` counts them. ``queue``: two notes of 16 numbers in shared memory with their
-    full and empty barriers.
+    Tiles go to who asks first: ``handed_out`` counts them. ``queue``: two notes of 16 numbers in shared memory with
+    their full and empty barriers.
 
     Decode is launched before the previous kernel has ended (``dependent_launch_triton``). No warp touches global memory
     before the first note, so it is enough that this one waits. Of a settled plan (``paged_attention_op``) the first
@@ -90,13 +90,13 @@ def _schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
         else:
             found = _find_block(tile, lengths, work, MODE, BLOCK_Q, HAS_LEFT, HAS_RIGHT)
         _hand_out(found, turn, queue)
-        tile = gl.num_programs(0) + gl.atomic_add(handed_out, 1, sem="relaxed")
+        tile = gl.num_programs(0) + _count_up(handed_out, "relaxed")
         if MODE == "split":
             item = load_item(lengths[3], gl.minimum(tile, num_tiles - 1) // work[5])
         turn += 1
     if MODE == "split":
         gdc_wait()
-        if gl.atomic_add(handed_out + 1, 1) == gl.num_programs(0) - 1:
+        if _count_up(handed_out + 1, "acq_rel") == gl.num_programs(0) - 1:
             gl.atomic_xchg(handed_out + 1, 0)
             gl.atomic_xchg(handed_out, 0)
         gdc_launch_dependents()  # The merge gets ready meanwhile.
@@ -105,6 +105,18 @@ def _schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
         (nothing - 1, nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing, nothing),
         turn, queue,
     )  # fmt: skip
+
+
+@gluon.jit
+def _count_up(counter, SEM: gl.constexpr):
+    """Add one to a counter; returns what it was.
+
+    A tensor, not a number, whose value the threads would read from shared memory, at a place that Triton also gives to
+    a barrier nobody waits for (H200: with two programs on a multiprocessor some read the barrier's bits).
+    """
+    lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
+    before = gl.atomic_add(counter + lane * 0, lane * 0 + 1, mask=lane == 0, sem=SEM)
+    return gl.max(gl.where(lane == 0, before, 0), 0)
 
 
 @gluon.jit

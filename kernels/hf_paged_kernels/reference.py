@@ -361,8 +361,8 @@ def split_plan_reference(
     # The first of the long ones, a run of the others, the second long one, and so on.
     long = [*long_full, *long_tails]
     run = len(items) // max(1, len(long))
-    runs = [[one, *items[i * run : (i + 1) * run]] for i, one in enumerate(long)]
-    items = [*sum(runs, []), *items[run * len(long) :], *tails]
+    spread = [item for i, one in enumerate(long) for item in (one, *items[i * run : (i + 1) * run])]
+    items = [*spread, *items[run * len(long) :], *tails]
     plan = torch.zeros(split_plan_size(num_seqs, max_tokens), dtype=torch.int32)
     plan[0] = len(items)
     plan[4 : 4 + ITEM_NUMBERS * len(items)] = torch.tensor(items, dtype=torch.int32).flatten()

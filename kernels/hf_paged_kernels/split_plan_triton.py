@@ -6,9 +6,10 @@ Each sequence's keys are cut into splits whose length depends on the sequence al
     seq 1 (90 keys)      |0.|                                 then the tails: (0, 2) (1, 0) (2, 8)
     seq 2 (9,000 keys)   |   0   |   1   |   2  | ...
 
-Long splits come first and tails last, so that programs that walk through the list end together; the tails of long
-queries, which may have 1,023 keys, come before everything else. Splits behind a sliding window are left out. An item
-says all that there is to know of a split, so that nobody has to look it up::
+Long splits come first and tails last, so that programs that walk through the list end together. The splits of long
+queries, runs of one prompt that see the same keys, are spread among the whole splits of the others: while some programs
+read the L2 cache, the rest keeps the memory busy. Splits behind a sliding window are left out. An item says all that
+there is to know of a split, so that nobody has to look it up::
 
     sequence, split, place, parts of the sequence, its first query, its queries, its keys, 0
 
@@ -329,8 +330,8 @@ class SplitPlan:
 
     Attributes:
         num_items: int32 ``[1]``.
-        handed_out: int32 ``[3]``, zeros: counters for the kernel that walks through the items, which leaves zeros again.
-            So one launch at a time can use a plan.
+        handed_out: int32 ``[3]``, zeros: counters for the kernel that walks through the items, which leaves zeros
+            again. So one launch at a time can use a plan.
         items: int32 ``[ITEM_NUMBERS * max_items]``, see above.
         sequences: int32 ``[2 * num_seqs]``: where a sequence's first part lies, and their number.
         max_parts: upper bound of the parts of a sequence.
@@ -347,8 +348,8 @@ class SplitPlan:
     def of(cls, plan: torch.Tensor, num_seqs: int, max_tokens: int) -> "SplitPlan":
         """The parts of ``plan`` as made for these bounds."""
         max_items = max_split_items(num_seqs, max_tokens)
-        sequences = plan[4 + ITEM_NUMBERS * max_items :]
-        return cls(plan[:1], plan[1:4], plan[4 : 4 + ITEM_NUMBERS * max_items], sequences, max_items, max_splits(max_tokens))
+        items, sequences = plan[4 : 4 + ITEM_NUMBERS * max_items], plan[4 + ITEM_NUMBERS * max_items :]
+        return cls(plan[:1], plan[1:4], items, sequences, max_items, max_splits(max_tokens))
 
 
 def make_split_plan_launch(
