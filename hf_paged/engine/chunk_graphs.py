@@ -225,9 +225,10 @@ class ChunkGraphs:
             least_rows, most_rows = most_rows + 1, min(outputs, self.slots.num_slots)
             first, last = (self._total(rows + usual) or self.mixed_totals[-1] for rows in (least_rows, most_rows))
             found |= {(total, outputs) for total in self.mixed_totals if first <= total <= last}
-            job = None if self.job_tokens is None else self._total(max(self.job_tokens, least_rows + 1))
-            if job is not None:
-                found.add((job, outputs))
+            if self.job_tokens is not None:
+                # A job's steps are of the first size that will do, and of the next one while they are late.
+                least = max(self.job_tokens, least_rows + 1)
+                found |= {(total, outputs) for total in [t for t in self.mixed_totals if t >= least][:2]}
         return found
 
     def _total(self, count: int) -> int | None:

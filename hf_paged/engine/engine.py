@@ -42,6 +42,8 @@ from .trace import RequestRecord, StepRecord, Trace
 logger = logging.get_logger(__name__)
 
 SEEDS = 1 << 62
+PROGRESS_S = 0.5
+"""A bar is drawn again after so many seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -319,9 +321,9 @@ class Engine:
         """Serve many prompts; outputs come in the order of the prompts. A failed request has its error in its output.
 
         The call returns when all have ended, so the longest go first. Where every request has a known length (there is
-        no eos token, and no criterion that may end it) and nothing else runs, prompts of larger models are computed
-        just in time for all to end together, beside the tokens of those that run: first tokens come later, the last
-        one earlier.
+        no eos token, and no criterion that may end it), nothing else runs, and there are slots and pages for all at
+        once, steps of larger models all get about as many tokens: shorter requests wait, before their first token and
+        between others, and all end together. First tokens come later, the last one earlier.
 
         Args:
             prompts: token ids.
@@ -352,17 +354,30 @@ class Engine:
                     handles += coming
                     coming = []
                     self._advance()
-            with tqdm(total=len(handles), disable=not progress, desc="generate", unit="prompt") as bar:
-                num_done = 0
-                while progress and num_done < len(handles):
-                    self.wait_for(lambda: sum(handle.is_done for handle in handles) > bar.n, None, "generate")
-                    num_done = sum(handle.is_done for handle in handles)
-                    bar.update(num_done - bar.n)
-                return [handle.result() for handle in handles]
+            if progress:
+                self._show_progress(handles)
+            return [handle.result() for handle in handles]
         except BaseException:
             for handle in handles:
                 handle.cancel()
             raise
+
+    def _show_progress(self, handles: list[RequestHandle]) -> None:
+        """A bar until all have ended, which may be at the same time: tokens show that something happens."""
+        before, num_done, shown = self._new_tokens, 0, time.monotonic()
+
+        def has_news() -> bool:
+            is_late = self._new_tokens > before and time.monotonic() > shown + PROGRESS_S
+            return is_late or sum(handle.is_done for handle in handles) > num_done
+
+        with tqdm(total=len(handles), desc="generate", unit="prompt") as bar:
+            while num_done < len(handles):
+                self.wait_for(has_news, None, "generate")
+                num_ended, shown = sum(handle.is_done for handle in handles), time.monotonic()
+                bar.set_postfix(new_tokens=self._new_tokens - before, refresh=False)
+                bar.update(num_ended - num_done)
+                bar.refresh()
+                num_done = num_ended
 
     def _advance(self) -> None:
         """Launch a step if nobody else does and none is on its way."""

@@ -1,4 +1,4 @@
-"""Requests of one call that returns when all have ended: the longest go first, prompts come just in time."""
+"""Requests of one call that returns when all have ended: the longest go first, the others wait where they have time."""
 
 import random
 import sys
@@ -56,6 +56,54 @@ def test_tokens_are_those_of_each_alone_and_all_end_with_the_longest(model, leas
         assert [output.token_ids for output in outputs] == expected
         # The first step has no decode rows; whoever is not yet handed over then starts a few steps later.
         assert len(steps_of(engine)) <= max(new) + 8
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_all_steps_have_about_as_many_tokens(model, seed):
+    prompts, new = draw(seed)
+    with make_engine(model, 1) as engine:
+        engine.generate(prompts, generation_config=[config(n) for n in new])
+        # Behind the first ones, while requests are still handed over.
+        steps = list(engine._trace.steps)[8:]
+        mean = sum(map(len, [*prompts, *map(range, new)])) / len(engine._trace.steps)
+        assert max(abs(step.num_tokens - mean) for step in steps) < 0.3 * mean
+        # For that, requests wait between two tokens of theirs.
+        assert any(step.num_rows < step.running for step in steps)
+
+
+@pytest.mark.parametrize("options", [dict(max_num_seqs=8), dict(num_pages=100), dict(num_pages=30)], ids=str)
+def test_nobody_waits_where_there_is_no_room_for_all(model, options):
+    prompts, new = draw(1)
+    with make_engine(model, 1, **options) as engine:
+        outputs = engine.generate(prompts, generation_config=[config(n) for n in new])
+        engine.check()
+        assert [output.token_ids for output in outputs] == [alone(model, p, config(n)) for p, n in zip(prompts, new)]
+        # Every request that has a slot takes part, from when all have been handed over till the rest has room.
+        steps = list(engine._trace.steps)[6:]
+        steps = [step for step in steps if step.waiting > 8] or steps
+        assert len(steps) > 20
+        assert all(step.num_rows >= step.running for step in steps)
+
+
+def test_who_comes_later_ends_the_wait(model):
+    """Rows of a job take part in every step as soon as somebody else's request is there, with the same tokens."""
+    prompts, new = draw(2)
+    with make_engine(model, 1) as engine:
+        submitted, own = [], engine.step
+
+        def step() -> bool:
+            if len(engine._trace.steps) == 12:
+                submitted.append(engine.submit(prompt(7), generation_config=config(30)))
+            return own()
+
+        engine.step = step
+        outputs = engine.generate(prompts, generation_config=[config(n) for n in new])
+        engine.check()
+        steps = list(engine._trace.steps)
+        assert any(step.num_rows < step.running for step in steps[8:12])
+        assert all(step.num_rows >= step.running for step in steps[16:])
+        assert submitted[0].result().token_ids == alone(model, prompt(7), config(30))
+        assert [output.token_ids for output in outputs] == [alone(model, p, config(n)) for p, n in zip(prompts, new)]
 
 
 def test_prompts_come_just_in_time(model):
