@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
-from ..transformers_internals import any_hooks, hooks_of, is_moved_by_accelerate
+from ..transformers_internals import any_hooks, hooks_of, is_moved_by_accelerate, without_autograd
 from .transfers import send
 
 logger = logging.get_logger(__name__)
@@ -151,11 +151,6 @@ def is_short_of_memory(error: Exception) -> bool:
     return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error)
 
 
-_BelowAutograd = getattr(torch._C, "_AutoDispatchBelowAutograd", contextlib.nullcontext)
-"""Skips the part of PyTorch's dispatcher that has nothing to do without gradients: a quarter of what a capture takes.
-Compiled modules would be compiled once more for it."""
-
-
 class CudaCapture:
     """Captures steps on one stream, into one pool of memory.
 
@@ -180,9 +175,11 @@ class CudaCapture:
         current = torch.cuda.current_stream(static.device)
         self._stream.wait_stream(current)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream), contextlib.nullcontext() if self._compiles else _BelowAutograd():
-            # Each operation is looked at once; other sizes run the same ones.
-            with refuse_synchronisation(), RefuseHostReads() if is_first else contextlib.nullcontext():
+        nothing = contextlib.nullcontext
+        # Compiled modules would be compiled once more for a dispatcher without autograd.
+        with torch.cuda.stream(self._stream), nothing() if self._compiles else without_autograd():
+            # Each operation is looked at once: other sizes run the same ones.
+            with refuse_synchronisation(), RefuseHostReads() if is_first else nothing():
                 step(static)
             if self._compiles:
                 step(static)

@@ -383,6 +383,13 @@ def test_one_module_touches_private_names():
     assert all("continuous_batching" not in path.read_text("utf-8") for path in paths), "not even the one module"
 
 
+def test_nothing_is_recorded_without_autograd():
+    weight = torch.ones(3, requires_grad=True)
+    with internals.without_autograd():
+        assert not (weight * 2).requires_grad
+    assert (weight * 2).requires_grad
+
+
 # What generate() prepares
 
 

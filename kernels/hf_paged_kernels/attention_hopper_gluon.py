@@ -64,8 +64,8 @@ def _schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
     note goes out before: producers then copy keys and values of earlier steps, and wait before they copy anything else.
     Consumers write nothing before either, since they wait for the queries; of a split without keys, this warp waits.
 
-    The counter of splits is the plan's, and all layers take it in turn. Each launch leaves zeros to the next, which can
-    start at the earliest when the merge in between may, and that is after all have taken their last tile.
+    The counter of splits is the plan's, and all layers take it in turn: it is touched after the wait only, and whoever
+    is last leaves zeros to the next launch.
     """
     MODE: gl.constexpr = OPTIONS[0]
     PACK: gl.constexpr = OPTIONS[2]
@@ -85,11 +85,13 @@ def _schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
     while tile < num_tiles:
         if MODE == "split":
             found = _find_split(tile, item, work, HAS_LEFT, HAS_RIGHT)
-            if (turn > 0) | (found[8] <= found[7]):
+            if found[8] <= found[7]:
                 gdc_wait()
         else:
             found = _find_block(tile, lengths, work, MODE, BLOCK_Q, HAS_LEFT, HAS_RIGHT)
         _hand_out(found, turn, queue)
+        if MODE == "split":
+            gdc_wait()
         tile = gl.num_programs(0) + _count_up(handed_out, "relaxed")
         if MODE == "split":
             item = load_item(lengths[3], gl.minimum(tile, num_tiles - 1) // work[5])
