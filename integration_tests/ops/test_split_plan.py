@@ -21,6 +21,7 @@ MIXES = [
     ([70_000, 17, 9000, 8192, 8193, 600], [1, 1, 3, 1, 1, 0]),
     ([0, 0], [0, 0]),
     ([600, 1024, 1025, 40_000, 5, 300], [8, 16, 9, 16, 12, 7]),
+    ([3000, 500, 2000, 1040, 4000, 900], [1, 16, 1, 16, 1, 1]),
 ]
 
 
@@ -59,7 +60,7 @@ def test_the_plan_cuts_every_sequence_once(poison, seq_lens, q_lens, window_left
     for seq, (count, query_len) in enumerate(zip((c for _, c in sequences), q_lens)):
         assert sum(item[0] == seq for item in items) == count
         assert (count > 0) == (query_len > 0)
-    # Full splits by falling length (up to 2,048 keys counted apart), then tails.
+    # Full splits by falling length (up to 2,048 keys counted apart), long queries among the first of them, then tails.
     reference_items, reference_sequences = parts_of(
         split_plan_op(lens.cpu(), cu.cpu(), max_tokens, window_left), num_seqs, max_tokens
     )

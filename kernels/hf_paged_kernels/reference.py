@@ -9,7 +9,15 @@ from typing import Any
 
 import torch
 
-from .settings import ITEM_NUMBERS, LARGEST, LONG_SHORT_QUERY, MAX_SPLITS, SHORTEST_SPLIT, split_plan_size
+from .settings import (
+    ITEM_NUMBERS,
+    LARGEST,
+    LONG_SHORT_QUERY,
+    LONG_SPREAD,
+    MAX_SPLITS,
+    SHORTEST_SPLIT,
+    split_plan_size,
+)
 
 ROWS_AT_A_TIME = 1024
 
@@ -360,7 +368,7 @@ def split_plan_reference(
         items += sorted(full[length])
     # The first of the long ones, a run of the others, the second long one, and so on.
     long = [*long_full, *long_tails]
-    run = len(items) // max(1, len(long))
+    run = len(items) // max(1, LONG_SPREAD * len(long))
     spread = [item for i, one in enumerate(long) for item in (one, *items[i * run : (i + 1) * run])]
     items = [*spread, *items[run * len(long) :], *tails]
     plan = torch.zeros(split_plan_size(num_seqs, max_tokens), dtype=torch.int32)

@@ -7,9 +7,9 @@ Each sequence's keys are cut into splits whose length depends on the sequence al
     seq 2 (9,000 keys)   |   0   |   1   |   2  | ...
 
 Long splits come first and tails last, so that programs that walk through the list end together. The splits of long
-queries, runs of one prompt that see the same keys, are spread among the whole splits of the others: while some programs
-read the L2 cache, the rest keeps the memory busy. Splits behind a sliding window are left out. An item says all that
-there is to know of a split, so that nobody has to look it up::
+queries, runs of one prompt that see the same keys, are spread among the first whole splits of the others: while some
+programs read the L2 cache, the rest keeps the memory busy. Splits behind a sliding window are left out. An item says
+all that there is to know of a split, so that nobody has to look it up::
 
     sequence, split, place, parts of the sequence, its first query, its queries, its keys, 0
 
@@ -25,12 +25,21 @@ import triton.language as tl
 
 from .backend import device_guard
 from .dependent_launch_triton import dependent_launch, start_next, wait_for_previous
-from .settings import ITEM_NUMBERS, LONG_SHORT_QUERY, MAX_SPLITS, max_split_items, max_splits, split_plan_size
+from .settings import (
+    ITEM_NUMBERS,
+    LONG_SHORT_QUERY,
+    LONG_SPREAD,
+    MAX_SPLITS,
+    max_split_items,
+    max_splits,
+    split_plan_size,
+)
 
 ITEM = tl.constexpr(ITEM_NUMBERS)
 LONG_QUERY = tl.constexpr(LONG_SHORT_QUERY)
 FEW_PARTS = 8
 """Sequences that can have no more parts are merged by a smaller kernel."""
+SPREAD = tl.constexpr(LONG_SPREAD)
 COUNTED = tl.constexpr(256)
 """Sequences that are looked at together for the one of a token."""
 MERGED_ROWS = 2
@@ -128,8 +137,8 @@ def _plan_splits(
     tail = tl.where(is_long, 0, tail)
     tail_offset = num_long + num_short + tl.cumsum(tail, 0) - tail
     num_items = num_long + num_short + tl.sum(tail, 0)
-    # One of the long ones, then so many of the others.
-    run = num_short // tl.maximum(num_long, 1)
+    # One of the long ones, then so many of the others: none where these are few.
+    run = num_short // tl.maximum(num_long * SPREAD, 1)
     # Where a sequence's parts lie: one after the other, whatever the order of the work.
     place = tl.cumsum(count * query_len, 0) - count * query_len
     items = plan + 4
