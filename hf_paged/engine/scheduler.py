@@ -231,7 +231,7 @@ class Scheduler:
         is_paced = self._is_unhurried_job()
         if is_paced:
             decode, num_due, total = self._pace(decode)
-            budget = min(self.max_batch_tokens, total) - num_due
+            budget = total - num_due
         elif self.prefilling or self.waiting:
             budget = min(budget, self._prompt_budget(decode))
         rows, may_admit = sorted(self.prefilling, key=lambda row: row.request.key), True
@@ -284,12 +284,26 @@ class Scheduler:
         pages = np.array([request.most_pages for request in requests]).sum(axis=0)
         return all(count <= table.allocator.num_pages for count, table in zip(pages, self.pages.tables))
 
+    def _queue(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Of prompts, in the order of service: tokens to compute, rows that go on from it, and the steps these take."""
+        slots, queue = self.slots, []
+        for row in sorted(self.prefilling, key=lambda row: row.request.key):
+            request, target = row.request, self._target(row)
+            num_rows = 1 if request.forked else len(request.live)
+            queue.append((target - int(slots.computed[row.slot]), num_rows, request.rules.max_length - 1 - target))
+        for _, request in sorted(self.waiting):
+            known = [len(row.tokens) for row in request.live]
+            count = sum(known) if request.forked else known[0]
+            queue.append((count, len(known), request.rules.max_length - 1 - max(known)))
+        tokens, rows, steps = np.array(queue).T
+        return tokens, rows, steps
+
     def _pace(self, decode: np.ndarray) -> tuple[np.ndarray, int, int]:
         """A step of a job that all of it has room for.
 
-        The job takes as many steps as the row with most tokens to go. In that time each other has some steps to spare,
-        and a prompt must be computed within them. Before any of these deadlines, a step must take its share of what
-        cannot wait until after it.
+        The job takes as many steps as the row with most tokens to go. Of these each other row can spare some, and a
+        prompt is due when its rows have none to spare. Of the work that must be done by then, whichever prompt that is,
+        a step takes its share.
 
         Args:
             decode: slots of rows that may decode.
@@ -302,32 +316,21 @@ class Scheduler:
         left = slots.max_length[decode] - 1 - slots.computed[decode]
         order = np.argsort(-left, kind="stable")
         decode, left = decode[order], left[order]
-        # Of each prompt the tokens to compute, the rows that go on from it, and the steps that these take.
-        queue = []
-        for row in sorted(self.prefilling, key=lambda row: row.request.key):
-            target = self._target(row)
-            num_rows = 1 if row.request.forked else len(row.request.live)
-            queue.append((target - int(slots.computed[row.slot]), num_rows, row.request.rules.max_length - 1 - target))
-        for _, request in sorted(self.waiting):
-            known = [len(row.tokens) for row in request.live]
-            count = sum(known) if request.forked else known[0]
-            queue.append((count, len(known), request.rules.max_length - 1 - max(known)))
-        tokens, rows, later = np.array(queue).T
-        horizon = max(int(left.max(initial=1)), int(later.max()))
-        # The steps that each can spare, and the work in all steps up to some deadline of those that spare fewer.
-        spare = horizon - np.concatenate([left, later])
-        order = np.argsort(spare)
-        weights = np.concatenate([np.ones(len(left), dtype=np.int64), rows])[order]
-        deadlines = np.append(horizon - later, horizon)
-        started = np.searchsorted(spare[order], deadlines)
-        zero = np.zeros(1, dtype=np.int64)
-        num, spared = (np.concatenate([zero, x.cumsum()])[started] for x in (weights, weights * spare[order]))
-        prompts = np.cumsum(tokens)
-        work = np.append(prompts, prompts[-1]) + deadlines * num - spared
-        rate = int(np.ceil(work / np.maximum(deadlines, 1)).max())
+        tokens, rows, steps = self._queue()
+        horizon = max(int(left.max(initial=1)), int(steps.max()))
         num_due = int((left >= horizon).sum())
+        # By the time that each prompt is due, and at the end: tokens of it and those before it, and of rows that could
+        # not spare all of the steps till then.
+        due = np.append(horizon - steps, horizon)
+        spare = horizon - np.concatenate([left, steps])
+        order = np.argsort(spare)
+        spare, rows = spare[order], np.concatenate([np.ones(len(left), dtype=np.int64), rows])[order]
+        started = np.searchsorted(spare, due)
+        num_rows, spared = (np.append(0, x.cumsum())[started] for x in (rows, rows * spare))
+        work = np.append(tokens, 0).cumsum() + num_rows * due - spared
+        rate = int(np.ceil(work / np.maximum(due, 1)).max())
         prompt_tokens = self.fill(num_due, rate - num_due, least) or max(rate - num_due, least - num_due, 1)
-        return decode, num_due, num_due + prompt_tokens
+        return decode, num_due, min(num_due + prompt_tokens, self.max_batch_tokens)
 
     def launched(self, work: StepWork) -> list[tuple[Row, list[Row]]]:
         """A planned step was launched: its tokens count as computed.

@@ -71,6 +71,22 @@ def test_all_steps_have_about_as_many_tokens(model, seed):
         assert any(step.num_rows < step.running for step in steps)
 
 
+@pytest.mark.parametrize(
+    "new",
+    [[1] * 24, [2] * 24, [20] * 24, [40, *[20] * 23], [40] * 23 + [1]],
+    ids=["one token", "two", "many", "one is longer", "one is short"],
+)
+def test_lengths_that_leave_no_time(model, new):
+    """Prompts that are all due at once: whole budgets, no more, and then everyone decodes."""
+    prompts = draw(3)[0]
+    with make_engine(model, 8) as engine:
+        outputs = engine.generate(prompts, generation_config=[config(n) for n in new])
+        engine.check()
+        assert [output.token_ids for output in outputs] == [alone(model, p, config(n)) for p, n in zip(prompts, new)]
+        assert max(step.num_tokens for step in engine._trace.steps) <= BUDGET
+        assert len(engine._trace.steps) <= max(new) + 12
+
+
 @pytest.mark.parametrize("options", [dict(max_num_seqs=8), dict(num_pages=100), dict(num_pages=30)], ids=str)
 def test_nobody_waits_where_there_is_no_room_for_all(model, options):
     prompts, new = draw(1)
