@@ -201,7 +201,8 @@ def make_split_plan(
         window: of the layers that will use the plan. A plan without a window serves every layer, only slower.
 
     Returns:
-        int32, to be passed on as it is.
+        int32, to be passed on as it is. Kernels count in it what they have begun: calls that share a plan must run one
+        after the other, as those on one stream do.
 
     Raises:
         ValueError, TypeError: tensors of other shapes or dtypes.
