@@ -261,6 +261,8 @@ class Scheduler:
         """Prompt tokens that a step computes beside the decode rows in slots ``decode``."""
         if self.mixed_prompt_tokens is None or self.whole_prompts:
             return self.max_batch_tokens
+        if self.job_tokens == self.max_batch_tokens and self._has_only_jobs():
+            return self.max_batch_tokens
         if not len(decode):
             return self.max_batch_tokens
         queued = sum(self._target(row) - int(self.slots.computed[row.slot]) for row in self.prefilling)
@@ -270,18 +272,19 @@ class Scheduler:
         count = max(self.mixed_prompt_tokens, queued * queued // (LONG_QUEUE * self.max_batch_tokens))
         return self.fill(len(decode), enough(count), 0) or count
 
+    def _has_only_jobs(self) -> bool:
+        return not self._waiting_others and all(request.is_job for request in self.running)
+
     def _is_unhurried_job(self) -> bool:
         """Whether there are prompts to compute, of requests of jobs alone, and slots and pages for all of them."""
         if self.job_tokens is None or self.job_tokens >= self.max_batch_tokens or self.whole_prompts:
             return False
-        if not (self.prefilling or self.waiting) or len(self.waiting) > self.slots.num_free or self._waiting_others:
+        if not (self.prefilling or self.waiting) or not self._has_only_jobs() or self.slots.draft.any():
             return False
-        requests = [*self.running, *(request for _, request in self.waiting)]
-        if not all(request.is_job for request in requests) or self.slots.draft.any():
+        free, waiting = self.slots.num_free, [request for _, request in self.waiting]
+        if len(waiting) > free or sum(len(request.live) for request in waiting) > free:
             return False
-        if sum(len(request.live) for _, request in self.waiting) > self.slots.num_free:
-            return False
-        pages = np.array([request.most_pages for request in requests]).sum(axis=0)
+        pages = np.array([request.most_pages for request in [*self.running, *waiting]]).sum(axis=0)
         return all(count <= table.allocator.num_pages for count, table in zip(pages, self.pages.tables))
 
     def _queue(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -169,6 +169,16 @@ def test_a_share_that_was_given_holds_for_jobs(model):
         assert sum(tokens > 0 for _, tokens in steps_of(engine)) == -(-8 * 30 // (BUDGET - 3))
 
 
+def test_a_small_model_computes_whole_budgets_of_prompts(model):
+    """Also of the last few, which others would compute in shares."""
+    prompts, new = [prompt(30, i) for i in range(20)], [40, *[4] * 19]
+    with make_engine(model, BUDGET) as engine:
+        engine._core.scheduler.mixed_prompt_tokens = 4
+        engine.generate(prompts, generation_config=[config(n) for n in new])
+        steps = [(rows, tokens) for rows, tokens in steps_of(engine) if tokens]
+        assert all(rows + tokens == BUDGET for rows, tokens in steps[2:-1])
+
+
 @pytest.mark.parametrize(
     ("option", "parameters", "tokens"),
     [("auto", 8_000_000_000, JOB_TOKENS), ("auto", 600_000_000, 4096), (7, 8_000_000_000, None), (None, 1, None)],

@@ -113,8 +113,8 @@ def _schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
 def _count_up(counter, SEM: gl.constexpr):
     """Add one to a counter; returns what it was.
 
-    A tensor, not a number, whose value the threads would read from shared memory, at a place that Triton also gives to
-    a barrier nobody waits for (H200: with two programs on a multiprocessor some read the barrier's bits).
+    A tensor, not a number, whose value the threads would read from shared memory: at a place that Triton had also given
+    to a barrier nobody waited for (H200: with two programs on a multiprocessor some read the barrier's bits).
     """
     lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     before = gl.atomic_add(counter + lane * 0, lane * 0 + 1, mask=lane == 0, sem=SEM)
@@ -675,9 +675,12 @@ def _hopper_forward(
     for i in gl.static_range(2):
         mbarrier.init(note_full.index(i), count=1)
         mbarrier.init(note_empty.index(i), count=CONSUMERS + 2)
-    turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(CONSUMERS):
-        mbarrier.init(turns.index(i), count=1)
+    if TAKE_TURNS:
+        turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+        for i in gl.static_range(CONSUMERS):
+            mbarrier.init(turns.index(i), count=1)
+    else:
+        turns = q_full  # Nobody waits for it.
     fence_async_shared()
 
     queue = (notes, note_full, note_empty)
