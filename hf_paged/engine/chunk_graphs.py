@@ -206,8 +206,8 @@ class ChunkGraphs:
     def fill(self, num_decode: int, count: int, least: int = 0) -> int | None:
         """Prompt tokens that fill the smallest captured step with ``num_decode`` rows and room for ``count``, of
         ``least`` tokens or more; None: there is none."""
-        total = self._total(max(num_decode + max(count, 1), least))
-        return None if total is None or self.failure is not None else total - num_decode
+        totals = self._totals(max(num_decode + max(count, 1), least))
+        return totals[0] - num_decode if totals and self.failure is None else None
 
     def warm_up(self, progress: bool = False) -> None:
         """Capture every bucket without decode rows, and those of most steps with some; the largest first: the others
@@ -223,17 +223,17 @@ class ChunkGraphs:
         usual, most_rows, found = enough(self.mixed_tokens), 0, set()
         for outputs in self.output_sizes if self.mixed_totals else ():
             least_rows, most_rows = most_rows + 1, min(outputs, self.slots.num_slots)
-            first, last = (self._total(rows + usual) or self.mixed_totals[-1] for rows in (least_rows, most_rows))
+            largest = self.mixed_totals[-1:]
+            first, last = ((self._totals(rows + usual) or largest)[0] for rows in (least_rows, most_rows))
             found |= {(total, outputs) for total in self.mixed_totals if first <= total <= last}
             if self.job_tokens is not None:
                 # A job's steps are of the first size that will do, and of the next one while they are late.
-                least = max(self.job_tokens, least_rows + 1)
-                found |= {(total, outputs) for total in [t for t in self.mixed_totals if t >= least][:2]}
+                found |= {(total, outputs) for total in self._totals(max(self.job_tokens, least_rows + 1))}
         return found
 
-    def _total(self, count: int) -> int | None:
-        """Tokens of the smallest captured step with room for ``count``."""
-        return next((total for total in self.mixed_totals if total >= count), None)
+    def _totals(self, count: int) -> list[int]:
+        """Tokens of the smallest two captured steps with room for ``count``, as far as there are any."""
+        return [total for total in self.mixed_totals if total >= count][:2]
 
     def drop(self) -> None:
         """Forget every graph: they are captured again where they are needed."""
@@ -255,9 +255,8 @@ class ChunkGraphs:
         if self.failure is not None:
             return None
         if num_decode:
-            totals = [total for total in self.mixed_totals if total >= count][:2]
             numbers = [number for number in self.output_sizes if number >= outputs][:2]
-            fitting = [(total, number) for total in totals for number in numbers]
+            fitting = [(total, number) for total in self._totals(count) for number in numbers]
         else:
             large = [size for size in self.sizes if size >= count]
             # One row more, that fills it up.

@@ -230,7 +230,7 @@ class Engine:
         prompt_logprobs: int | None = None,
         cache_salt: Any = None,
         rules: TokenRules | None = None,
-        _job: "_Job | None" = None,
+        _job: _Job | None = None,
     ) -> RequestHandle:
         """Hand over a request; it runs as soon as there is room.
 
@@ -269,7 +269,7 @@ class Engine:
                 stopping_criteria=stopping_criteria, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn, seed=seed,
                 tokenizer=tokenizer, logprobs=logprobs, prompt_logprobs=prompt_logprobs,
             )  # fmt: skip
-        self._check_fits(prompt, rules)
+        most_pages = self._checked_pages(prompt, rules)
         now = self._core.clock()
         # Longest first: whoever waits for all of a job waits for its longest request.
         came, length = (now, 0) if _job is None else (_job.started, len(prompt) - rules.max_length)
@@ -286,6 +286,7 @@ class Engine:
             is_watched=rules.has_criteria,
             is_job=_job is not None and rules.mode == "rows" and rules.ends_by_length,
             uses_prefixes=rules.num_prompt_logprobs is None,
+            most_pages=most_pages,
         )
         request.rows = [Row(request, index) for index in range(rules.num_rows)]
         if _job is None:
@@ -426,8 +427,8 @@ class Engine:
             )
         return prompt.astype(np.int64)
 
-    def _check_fits(self, prompt: np.ndarray, rules: TokenRules) -> None:
-        """Refuse what can never be served."""
+    def _checked_pages(self, prompt: np.ndarray, rules: TokenRules) -> list[int]:
+        """Pages of each group of layers that a request holds at most; what can never be served is refused."""
         core = self._core
         if rules.max_length > self.max_model_len:
             raise RequestError(
@@ -439,14 +440,17 @@ class Engine:
                 f"the request runs {rules.num_rows} sequences (beams or samples), the engine "
                 f"{self.config.max_num_seqs} at a time: set EngineConfig(max_num_seqs=)."
             )
+        most_pages = []
         for group, table in enumerate(core.pages.tables):
             needed = core.scheduler.pages_for(len(prompt), rules.max_length, rules.num_rows, group)
+            most_pages.append(needed)
             total = table.allocator.num_pages
             if needed > total:
                 raise RequestError(
                     f"the request needs up to {needed} pages for {rules.num_rows} sequences of {rules.max_length} "
                     f"tokens, the pool has {total}: ask for fewer new tokens, or set EngineConfig(num_pages=)."
                 )
+        return most_pages
 
     # Waiting, from any thread
 

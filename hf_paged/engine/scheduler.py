@@ -166,11 +166,6 @@ class Scheduler:
 
     def add(self, request: Request) -> None:
         """Put a request in the queue."""
-        if not request.most_pages:
-            request.most_pages = [
-                self.pages_for(len(request.prompt), request.rules.max_length, len(request.rows), group)
-                for group in range(len(self.pages.tables))
-            ]
         heapq.heappush(self.waiting, (request.key, request))
         self._count_waiting(request, 1)
         self._blocked = None
@@ -261,9 +256,7 @@ class Scheduler:
         """Prompt tokens that a step computes beside the decode rows in slots ``decode``."""
         if self.mixed_prompt_tokens is None or self.whole_prompts:
             return self.max_batch_tokens
-        if self.job_tokens == self.max_batch_tokens and self._has_only_jobs():
-            return self.max_batch_tokens
-        if not len(decode):
+        if not len(decode) or (self.job_tokens == self.max_batch_tokens and self._has_only_jobs()):
             return self.max_batch_tokens
         queued = sum(self._target(row) - int(self.slots.computed[row.slot]) for row in self.prefilling)
         if self._blocked is None and self.waiting:
@@ -273,13 +266,14 @@ class Scheduler:
         return self.fill(len(decode), enough(count), 0) or count
 
     def _has_only_jobs(self) -> bool:
+        """Whether every request that runs or waits is one of a job."""
         return not self._waiting_others and all(request.is_job for request in self.running)
 
     def _is_unhurried_job(self) -> bool:
         """Whether there are prompts to compute, of requests of jobs alone, and slots and pages for all of them."""
-        if self.job_tokens is None or self.job_tokens >= self.max_batch_tokens or self.whole_prompts:
+        if self.job_tokens in (None, self.max_batch_tokens) or self.whole_prompts:
             return False
-        if not (self.prefilling or self.waiting) or not self._has_only_jobs() or self.slots.draft.any():
+        if not (self.prefilling or self.waiting) or not self._has_only_jobs():
             return False
         free, waiting = self.slots.num_free, [request for _, request in self.waiting]
         if len(waiting) > free or sum(len(request.live) for request in waiting) > free:

@@ -122,7 +122,7 @@ def test_who_comes_later_ends_the_wait(model):
         assert [output.token_ids for output in outputs] == [alone(model, p, config(n)) for p, n in zip(prompts, new)]
 
 
-def test_prompts_come_just_in_time(model):
+def test_prompts_fill_the_steps(model):
     prompts, new = [prompt(8, i) for i in range(20)], [60, *[20] * 19]
     with make_engine(model, 10) as engine:
         engine.generate(prompts, generation_config=[config(n) for n in new])

@@ -17,7 +17,7 @@ SHORT_QUERY = 16
 LONG_SHORT_QUERY = 8
 """Short queries from this many tokens on have longer splits, see ``split_plan_triton.split_lengths``."""
 LONG_SPREAD = 4
-"""Their splits are spread among the first one of so many parts of the others' whole splits."""
+"""Their splits are spread among the others' whole splits, in the first part of so many equal ones."""
 SPLIT_LENGTH = 512
 """Keys per split of the decode path, in tokens. A fixed length, not a fixed count: a row's reduction order depends on
 its own length only."""

@@ -37,9 +37,9 @@ from .settings import (
 
 ITEM = tl.constexpr(ITEM_NUMBERS)
 LONG_QUERY = tl.constexpr(LONG_SHORT_QUERY)
+SPREAD = tl.constexpr(LONG_SPREAD)
 FEW_PARTS = 8
 """Sequences that can have no more parts are merged by a smaller kernel."""
-SPREAD = tl.constexpr(LONG_SPREAD)
 COUNTED = tl.constexpr(256)
 """Sequences that are looked at together for the one of a token."""
 MERGED_ROWS = 2
