@@ -87,6 +87,7 @@ def _count_up(counter, SEM: gl.constexpr):
 
 @gluon.jit
 def _hand_out(found, turn, queue):
+    """Write a note of what was found, once everyone has read the one two turns ago, which had its place."""
     notes, full, empty = queue
     layout: gl.constexpr = gl.BlockedLayout([16], [32], [gl.num_warps()], [0])
     index = gl.arange(0, 16, layout=layout)
