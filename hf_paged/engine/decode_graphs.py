@@ -9,11 +9,13 @@ filled up with the slot behind the last one, which has no tokens, writes nothing
 """
 
 import contextlib
+import ctypes
 import gc
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import lru_cache
 from typing import Any, Protocol, TypeVar
 
 import numpy as np
@@ -154,6 +156,10 @@ def is_short_of_memory(error: Exception) -> bool:
 class CudaCapture:
     """Captures steps on one stream, into one pool of memory.
 
+    The first step runs before it is captured, which compiles kernels and shows what cannot be captured, and so does one
+    of a single row, which models like to treat in a way of its own. Others are captured at once where the driver can
+    load kernels meanwhile, and replayed once: what a module kept of the captured step has its values then.
+
     Args:
         compiles: steps have modules that torch.compile compiles, outside of the run that is searched for host reads.
     """
@@ -165,36 +171,27 @@ class CudaCapture:
         self._in_pool: weakref.WeakSet[Callable[[], Any]] = weakref.WeakSet()
 
     def __call__(self, step: Callable[[torch.Tensor], Out], static: torch.Tensor, /) -> Callable[[], Out]:
-        """Run the step once, which compiles kernels and shows what cannot be captured, then capture it."""
+        """Capture the step; its inputs must be such that it may run now."""
         if self._stream is None:
             self._stream = torch.cuda.Stream(static.device)
         is_first = not self._in_pool
         if is_first:
             # A pool dies with its last graph, and cannot be used again.
             self._pool = torch.cuda.graph_pool_handle()
+        runs_ahead = is_first or len(static) == 1 or self._compiles or not loads_in_captures()
         current = torch.cuda.current_stream(static.device)
         self._stream.wait_stream(current)
-        graph = torch.cuda.CUDAGraph()
-        nothing = contextlib.nullcontext
-        # Compiled modules would be compiled once more for a dispatcher without autograd.
-        with torch.cuda.stream(self._stream), nothing() if self._compiles else without_autograd():
-            # Each operation is looked at once: other sizes run the same ones.
-            with refuse_synchronisation(), RefuseHostReads() if is_first else nothing():
-                step(static)
-            if self._compiles:
-                step(static)
-            with _without_garbage_collection():
-                # What other threads do meanwhile is none of this capture's business.
-                graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-                try:
-                    outputs = step(static)
-                except BaseException:
-                    with contextlib.suppress(RuntimeError):
-                        graph.capture_end()
-                    self._in_pool.clear()  # What it left of the pool is not used again either.
-                    raise
-                graph.capture_end()
-        current.wait_stream(self._stream)
+        try:
+            # Compiled modules would be compiled once more for a dispatcher without autograd.
+            with torch.cuda.stream(self._stream), contextlib.nullcontext() if self._compiles else without_autograd():
+                if runs_ahead:
+                    self._run_ahead(step, static, is_first)
+                graph, outputs = self._capture(step, static)
+                if not runs_ahead:
+                    graph.replay()
+        finally:
+            # Where it fails, ``static`` is let go, and what ran ahead may still read it.
+            current.wait_stream(self._stream)
 
         def replay() -> Out:
             graph.replay()
@@ -202,6 +199,39 @@ class CudaCapture:
 
         self._in_pool.add(replay)
         return replay
+
+    def _run_ahead(self, step: Callable[[torch.Tensor], Out], static: torch.Tensor, is_first: bool) -> None:
+        # Each operation is looked at once: other sizes run the same ones.
+        with refuse_synchronisation(), RefuseHostReads() if is_first else contextlib.nullcontext():
+            step(static)
+        if self._compiles:
+            step(static)
+
+    def _capture(self, step: Callable[[torch.Tensor], Out], static: torch.Tensor) -> tuple[torch.cuda.CUDAGraph, Out]:
+        graph = torch.cuda.CUDAGraph()
+        with _without_garbage_collection():
+            # What other threads do meanwhile is none of this capture's business.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                outputs = step(static)
+            except BaseException:
+                with contextlib.suppress(RuntimeError):
+                    graph.capture_end()
+                self._in_pool.clear()  # What it left of the pool is not used again either.
+                raise
+            graph.capture_end()
+        return graph, outputs
+
+
+@lru_cache
+def loads_in_captures() -> bool:
+    """Whether the driver loads kernels while a stream is captured: CUDA's can from 12.3 on."""
+    version = ctypes.c_int()
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:
+        return False
+    return not failed and version.value >= 12030
 
 
 @contextlib.contextmanager

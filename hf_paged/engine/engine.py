@@ -797,7 +797,8 @@ class Engine:
         """Capture the decode steps of these batch sizes before they are needed.
 
         Args:
-            batch_sizes: None: all up to ``max_num_seqs``, and steps over chunks of prompts as well.
+            batch_sizes: None: all up to ``max_num_seqs``, and steps over chunks of prompts as well, and run one of
+                ``max_batch_tokens``, which graphs are not captured of.
             progress: show a progress bar.
 
         Returns:
@@ -811,7 +812,10 @@ class Engine:
             self._check_open()
             if self._paused:
                 raise RequestError("the engine is paused: call resume().")
-            graphs, chunk_graphs = self._core.runner.graphs, self._core.runner.chunk_graphs
+            runner = self._core.runner
+            if sizes is None and self._core.device.type != "cpu":
+                runner.warm_up_prompts(self.config.max_batch_tokens)
+            graphs, chunk_graphs = runner.graphs, runner.chunk_graphs
             if graphs is None or chunk_graphs is None:
                 return 0
             graphs.warm_up(sizes, progress)

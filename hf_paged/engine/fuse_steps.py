@@ -24,6 +24,9 @@ COUNTS = ((2, 11, 4), (1, 3, 6), (1, 1, 1), (1, 0, 0), (0, 2, 0))
 numbers of tokens that kernels of few tokens treat in their own ways, and one that they leave to others."""
 WITH_STATES = ((3, 0, 0), (0, 17, 0), (1, 0, 0), (1, 0, 0))
 """The same for models that keep states: prompts alone, then decode steps."""
+FEW_ROWS = 2
+"""The step of decode rows alone, of all those there are: with the last one, whose positions are far from the start, it
+tells of a layer whether its weights make a difference to what another one like it has proven with every step."""
 
 
 def fuse(model: Any, config: EngineConfig, needs_lengths: bool, max_model_len: int) -> FusedModel:
@@ -31,7 +34,8 @@ def fuse(model: Any, config: EngineConfig, needs_lengths: bool, max_model_len: i
     core = small_core(model, dataclasses.replace(config, kv_dtype="auto", compile=False), needs_lengths)
     last_position = _last_position(model, max_model_len)
     steps = _make_steps(model, core, last_position)
-    fused = fuse_model(model, core.cache, steps, max_model_len if last_position else 0)
+    telling = (FEW_ROWS, len(steps) - 1)
+    fused = fuse_model(model, core.cache, steps, telling, max_model_len if last_position else 0)
     if len(fused):
         # Each module was proven by itself; this is what they hand to one another.
         own = [step.logits[-1] for step in steps]

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from hf_paged_kernels.settings import SHORT_CONTEXT
 from transformers.utils import logging
 
 from ..fusion import FusedModel
@@ -17,7 +18,7 @@ from .engine_cache import EngineCache
 from .sampling import SlotSampling
 from .scheduler import StepWork
 from .slots import Slots
-from .step_inputs import SlotTables, StepInputs
+from .step_inputs import GroupInputs, SlotTables, StepInputs
 from .transfers import send
 
 logger = logging.get_logger(__name__)
@@ -181,6 +182,27 @@ class Runner:
         tokens, lse = self.sampling.choose_static(logits, slots, lengths)
         self.tables.note_tokens(slots, tokens, lengths)
         return logits, tokens, lse
+
+    def warm_up_prompts(self, num_tokens: int) -> None:
+        """Run the model over ``num_tokens`` tokens of no request, as steps too large for a graph do: kernels that only
+        these take are compiled, for short contexts and for long ones. So is the copy of a page."""
+        for number in range(len(self.tables.page_tables)):
+            self.cache.copy_page(number, 0, 0)
+        if self.cache.has_states or self.needs_lengths:
+            return
+        device, page_size = self.tables.device, self.tables.pages.page_size
+        widest = self.tables.page_tables[0].shape[1] if self.tables.page_tables else 0
+        ids = torch.zeros(1, num_tokens, dtype=torch.int64, device=device)
+        last = torch.tensor([num_tokens - 1], device=device)
+        bounds = torch.tensor([0, num_tokens], dtype=torch.int32, device=device)
+        no_keys = torch.zeros(1, dtype=torch.int32, device=device)
+        for width in {min(widest, SHORT_CONTEXT // page_size), widest}:
+            table = torch.zeros(1, width, dtype=torch.int32, device=device)
+            groups = [GroupInputs(table, torch.full_like(ids[0], -1)) for _ in self.tables.page_tables]
+            longest = width * page_size
+            self.forward(
+                StepInputs(np.empty(0, np.int64), ids, ids, no_keys, bounds, num_tokens, longest, longest, groups), last
+            )
 
     def drop_graphs(self) -> None:
         """Forget what was captured: pages or modules are about to change."""

@@ -12,6 +12,7 @@ A forward that is called in another way than it was proven for, or by another th
 module's own.
 """
 
+import dataclasses
 import operator
 import threading
 from collections.abc import Callable, Sequence
@@ -131,6 +132,13 @@ class Unit:
             return False
         is_there = all(getattr(owner, name, None) is child for owner, name, child in self._children)
         return is_there and all(seen.is_same() for seen in self._seen)
+
+    def likeness(self) -> tuple[Any, ...]:
+        """Equal for units whose modules have the same code, shapes and plain attributes, whatever their layer."""
+        seen = [look_at(x) for x in self.module.modules()]
+        looks = [(kind, own, [x for x in plain if x[0] != "layer_idx"]) for kind, own, plain in seen]
+        tensors = (*self.module.parameters(), *self.module.buffers())
+        return type(self), looks, [(x.shape, x.dtype, x.device) for x in tensors]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Stands for ``module.forward``."""
@@ -375,6 +383,11 @@ class FusedAttention(Unit):
         self.names, self.allowed = tuple(names), allowed
         self.packs = [qkv, out]
 
+    def likeness(self) -> tuple[Any, ...]:
+        """See :meth:`Unit.likeness`."""
+        seen = dataclasses.replace(self.options, index=0, sinks=None)
+        return *super().likeness(), seen, self.options.sinks is None, self.rotation
+
     def takes_residual(self, x: torch.Tensor) -> bool:
         """Whether :meth:`run` of x ``[T, K]`` can add a residual."""
         return is_small(len(x), self.out.weight)
@@ -505,6 +518,11 @@ class FusedLayer(Unit):
     ) -> None:
         super().__init__(scope, module, parts.modules)
         self.parts, self.names, self.allowed, self.is_in_use = parts, tuple(names), allowed, is_in_use
+
+    def likeness(self) -> tuple[Any, ...]:
+        """See :meth:`Unit.likeness`."""
+        parts = (self.parts.fused_attention, self.parts.fused_mlp)
+        return *super().likeness(), [None if part is None else part.likeness() for part in parts]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See :meth:`Unit.forward`."""

@@ -16,7 +16,7 @@ from torch import nn
 from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
-from ..transformers_internals import any_hooks, hooks_of
+from ..transformers_internals import any_hooks, hooks_of, without_autograd
 from .forwards import (
     ROTATIONS,
     FusedAttention,
@@ -39,7 +39,7 @@ from .patterns import (
     mlp_parts,
     norm_formula,
 )
-from .proofs import prove_attention, prove_layer, prove_mlp, prove_simply
+from .proofs import Proofs, prove_attention, prove_layer, prove_mlp, prove_simply
 from .recording import Recording, Step, record
 from .rotary import FusedRotary, rotary_unit
 from .weights import HELD, PackedLinears
@@ -149,16 +149,21 @@ class FusedModel:
 
 
 @torch.no_grad()
-def fuse_model(model: nn.Module, cache: Any, steps: Sequence[Step], num_positions: int = 0) -> FusedModel:
+def fuse_model(
+    model: nn.Module, cache: Any, steps: Sequence[Step], telling: Sequence[int], num_positions: int = 0
+) -> FusedModel:
     """Find what can be fused, pack its weights, and prove each fused forward against the module's own.
 
     Args:
         model: as it runs in the engine.
         cache: an engine's cache, in whose pages the steps write.
         steps: a few short ones: prompts, decodes, positions far from the start.
+        telling: numbers of those that layers like another one, whose fused forwards all steps have proven, are proven
+            with.
         num_positions: that a token can have; 0: not known.
     """
-    return _Builder(model, cache, record(model, cache, steps), num_positions).build()
+    with without_autograd():
+        return _Builder(model, cache, record(model, cache, steps, telling), num_positions).build()
 
 
 class _Builder:
@@ -166,6 +171,7 @@ class _Builder:
 
     def __init__(self, model: nn.Module, cache: Any, recording: Recording, num_positions: int) -> None:
         self.model, self.cache, self.recording, self.num_positions = model, cache, recording, num_positions
+        self.proofs = Proofs(recording)
         self.scope = Scope()
         self.units: dict[nn.Module, Unit] = {}
         self.refusals: dict[str, str] = {}
@@ -215,7 +221,7 @@ class _Builder:
         if kind not in self.formulas:
             self.formulas[kind] = norm_formula(module)
         unit = FusedNorm(self.scope, module, *self.formulas[kind])
-        _refuse_if(prove_simply(unit, self.recording))
+        _refuse_if(prove_simply(unit, self.proofs))
         return unit
 
     def _output(self, module: nn.Module) -> Any:
@@ -229,7 +235,7 @@ class _Builder:
         parts = mlp_parts(module, self.recording)
         with self._packed(parts.gate_up, [parts.down]) as (gate_up, down):
             unit = FusedMlp(self.scope, module, gate_up, down, parts.activation, parts.order, parts.inside)
-            _refuse_if(prove_mlp(unit, self.recording))
+            _refuse_if(prove_mlp(unit, self.proofs))
             return unit
 
     def _attention(self, module: nn.Module) -> Unit:
@@ -238,7 +244,7 @@ class _Builder:
             reasons = []
             for rotation in list(self.rotations):
                 unit = self._attend(module, parts, qkv, out, rotation)
-                reason = None if unit is None else prove_attention(unit, self.recording, self.cache)
+                reason = None if unit is None else prove_attention(unit, self.proofs, self.cache)
                 if unit is not None and reason is None:
                     # Tried first for the next layer.
                     self.rotations.remove(rotation)
@@ -289,7 +295,7 @@ class _Builder:
         parts.fused_attention = attention if isinstance(attention, FusedAttention) else None
         parts.fused_mlp = mlp if isinstance(mlp, FusedMlp) else None
         unit = FusedLayer(self.scope, module, parts, *arguments(module, self.recording), lambda unit: True)
-        _refuse_if(prove_layer(unit, self.recording, self.cache))
+        _refuse_if(prove_layer(unit, self.proofs, self.cache))
         return unit
 
     def _connect(self) -> None:
@@ -314,7 +320,7 @@ class _Builder:
         if has_gluon(head.weight.device) and PackedLinears([head]).objection() is None:
             unit = FusedHead(self.scope, head)
             unit.packed.pack()
-            reason = prove_simply(unit, self.recording)
+            reason = prove_simply(unit, self.proofs)
             if reason is None:
                 self.units[head] = unit
             else:

@@ -7,6 +7,7 @@ steps have positions far from the start, where a factor that grows with the posi
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -35,12 +36,25 @@ def relative(got: torch.Tensor, wanted: torch.Tensor, loud: float = 1.0) -> torc
     return difference if loud == 1 else torch.where(torch.isfinite(wanted).all(), difference, 0.0)
 
 
-def prove_mlp(unit: FusedMlp, recording: Recording) -> str | None:
+@dataclass(slots=True)
+class Proofs:
+    """What the units of a model are proven with.
+
+    Attributes:
+        recording: of the model.
+        proven: what units were like that all steps have proven.
+    """
+
+    recording: Recording
+    proven: list[tuple[Any, ...]] = field(default_factory=list)
+
+
+def prove_mlp(unit: FusedMlp, proofs: Proofs) -> str | None:
     """What speaks against a fused MLP; None: nothing does."""
-    return _prove(unit, recording, lambda call, step, loud: _compare_calls(unit, call, loud), FEW_LOUD)
+    return _prove(unit, proofs, lambda call, step, loud: _compare_calls(unit, call, loud), FEW_LOUD)
 
 
-def prove_attention(unit: FusedAttention, recording: Recording, cache: Any) -> str | None:
+def prove_attention(unit: FusedAttention, proofs: Proofs, cache: Any) -> str | None:
     """The same for attention: queries, keys and values in the pages, and the output.
 
     Attention itself is the same call. The module's own forward goes on from what it gave the fused one: where scores
@@ -48,16 +62,16 @@ def prove_attention(unit: FusedAttention, recording: Recording, cache: Any) -> s
     """
 
     def compare(call: Call, step: int, loud: float) -> Iterable[torch.Tensor]:
-        recording.steps[step].enter()
+        proofs.recording.steps[step].enter()
         layer = cache.layers[unit.options.index]
         got, attended = _attend(unit.forward, layer, cache, call, loud)
         wanted, _ = _attend(_own_forward(unit.module), layer, cache, call, loud, attended)
         yield from (relative(a, b, loud) for a, b in zip(got, wanted))
 
-    return _prove(unit, recording, compare, FEW_LOUD)
+    return _prove(unit, proofs, compare, FEW_LOUD)
 
 
-def prove_layer(unit: FusedLayer, recording: Recording, cache: Any) -> str | None:
+def prove_layer(unit: FusedLayer, proofs: Proofs, cache: Any) -> str | None:
     """The same for a decoder layer: what it adds to its input, and what the MLP gets.
 
     The layer's own forward goes on from what attention, and an MLP that is not fused, gave the fused one: the last bit
@@ -66,7 +80,7 @@ def prove_layer(unit: FusedLayer, recording: Recording, cache: Any) -> str | Non
     mlp = unit.parts.mlp if unit.parts.fused_mlp is None else None
 
     def compare(call: Call, step: int, loud: float) -> Iterable[torch.Tensor]:
-        recording.steps[step].enter()
+        proofs.recording.steps[step].enter()
         attended: list[Attended] = []
         with watch_attention(cache, attended.append), _watch(mlp) as transformed:
             got = unit.forward(*call.args, **call.kwargs)
@@ -83,7 +97,7 @@ def prove_layer(unit: FusedLayer, recording: Recording, cache: Any) -> str | Non
         rounding = torch.finfo(x.dtype).eps * torch.linalg.vector_norm(wanted.double())
         yield torch.linalg.vector_norm((got - wanted).double()) / (size + rounding / TOLERANCES[x.dtype])
 
-    return _prove(unit, recording, compare, 0)
+    return _prove(unit, proofs, compare, 0)
 
 
 @contextlib.contextmanager
@@ -103,19 +117,24 @@ def _watch(module: nn.Module | None, instead: Any = None) -> Iterator[list[Call]
             handle.remove()
 
 
-def prove_simply(unit: Unit, recording: Recording) -> str | None:
+def prove_simply(unit: Unit, proofs: Proofs) -> str | None:
     """The same for a module of one tensor."""
-    return _prove(unit, recording, lambda call, step, loud: _compare_calls(unit, call, loud), 1)
+    return _prove(unit, proofs, lambda call, step, loud: _compare_calls(unit, call, loud), 1)
 
 
 def _prove(
-    unit: Unit, recording: Recording, compare: Callable[[Call, int, float], Iterable[torch.Tensor]], num_loud: int
+    unit: Unit, proofs: Proofs, compare: Callable[[Call, int, float], Iterable[torch.Tensor]], num_loud: int
 ) -> str | None:
     differences: list[torch.Tensor] = []
     tolerance = TOLERANCES[next(unit.module.parameters()).dtype]
     scope: Scope = unit.scope
+    recording, likeness = proofs.recording, unit.likeness()
+    steps = recording.steps_of(unit.module) or []
+    if likeness in proofs.proven:
+        # Its weights are its own, the code is not.
+        steps, num_loud = [step for step in steps if step in recording.telling] or steps, min(num_loud, 1)
     try:
-        for number, step in enumerate(recording.steps_of(unit.module) or ()):
+        for number, step in enumerate(steps):
             call = recording.call(unit.module, step)
             assert call is not None
             for loud in (1.0, LOUD) if number < num_loud else (1.0,):
@@ -130,7 +149,11 @@ def _prove(
         return "it did not run"
     worst = float(torch.stack([x.float() for x in differences]).max())
     # NaN is no proof.
-    return None if worst <= tolerance else f"results differ by {worst:.2g} of their size"
+    if not worst <= tolerance:
+        return f"results differ by {worst:.2g} of their size"
+    if likeness not in proofs.proven:
+        proofs.proven.append(likeness)
+    return None
 
 
 def _own_forward(module: nn.Module) -> Callable[..., Any]:

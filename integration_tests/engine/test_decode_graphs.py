@@ -292,6 +292,27 @@ def test_graphs_that_cannot_be_are_refused_where_they_are_asked_for(model):
         assert engine.warm_up() == 4 + 3, "batches of 1, 2, 4, 8, chunks of 16 and 32, and of 32 beside 8 decode rows"
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_oss", "gpt2"])
+def test_a_step_of_no_request_changes_nothing(family):
+    model = tiny_model(family)
+    prompts = [prompt(n, n) for n in (3, 17, 30)]
+    expected = [alone(model, ids, config(12)) for ids in prompts]
+    with make_engine(model) as engine:
+        core = engine._core
+        handles = [engine.submit(ids, generation_config=config(12)) for ids in prompts]
+        for _ in range(4):
+            engine.step()
+        pages = [
+            x for group in core.pool.groups.values() for layer in group.layers.values() for x in (layer.k, layer.v)
+        ]
+        before = [x.clone() for x in (*pages, core.tables.computed, core.tables.last_token)]
+        core.runner.warm_up_prompts(32)
+        after = (*pages, core.tables.computed, core.tables.last_token)
+        assert pages
+        assert all(torch.equal(a, b) for a, b in zip(before, after))
+        assert [handle.result().token_ids for handle in handles] == expected
+
+
 def test_reading_from_the_host_is_only_refused_on_a_device():
     with RefuseHostReads():
         assert int(torch.tensor(3)) == 3

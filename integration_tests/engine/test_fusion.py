@@ -619,6 +619,24 @@ def test_patched_instances_are_refused():
         assert engine.fused.counts["mlp"] == 2
 
 
+def limited_by_a_list(module, x):
+    up = module.up_proj(x)
+    return module.down_proj(module.act_fn(module.gate_proj(x)) * (up.clamp(*module.limits) if module.limits else up))
+
+
+def test_a_layer_that_looks_like_those_before_it_is_proven_too():
+    model = tiny_model("llama")
+    mlps = [layer.mlp for layer in model.model.layers]
+    replace_class(mlps[0], limited_by_a_list)
+    for mlp, limits in zip(mlps, ([], [], [-9, 9])):
+        mlp.__class__ = type(mlps[0])
+        mlp.limits = limits
+    expected = tokens_alone(model)
+    with engine_of(model) as engine:
+        assert engine.fused.counts["mlp"] == 2
+        assert tokens_of(engine) == expected
+
+
 @pytest.mark.parametrize("rotary", [0.5, 1.0])
 def test_partial_and_interleaved_rotation(rotary):
     options = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": rotary}}

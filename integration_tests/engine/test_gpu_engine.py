@@ -8,6 +8,7 @@ import torch
 from transformers import GenerationConfig
 
 import hf_paged
+from hf_paged.engine.decode_graphs import CaptureError, CudaCapture
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
 from random_requests import tiny_model
@@ -133,6 +134,76 @@ def test_experts_in_float32_run_eagerly_and_leave_nothing_behind(family):
         assert engine.generate([ids], generation_config=config(12))[0].token_ids == expected
         assert "CaptureError" in engine._core.runner.graphs.failure
     torch.randn(3, device="cuda")  # A capture that failed half way would leave the generator behind.
+
+
+def test_inputs_outlive_what_ran_ahead_of_a_failed_capture():
+    """Its memory is free for others when the capture has failed, and must not be read after that."""
+    written = torch.zeros(8, device="cuda")
+
+    def step(slots):
+        torch.cuda._sleep(int(2e8))
+        written[slots] = 1.0
+        return slots.sum().item()
+
+    slots = torch.full((4,), 7, device="cuda")
+    with pytest.raises(CaptureError, match="reads values back"):
+        CudaCapture()(step, slots)
+    del slots
+    others = torch.zeros(4, dtype=torch.int64, device="cuda")
+    torch.cuda.synchronize()
+    assert written.tolist() == [0.0] * 7 + [1.0]
+    assert others.tolist() == [0] * 4
+
+
+def test_what_a_module_keeps_of_a_captured_step_has_its_values():
+    """A table for each size, made in the first step of that size."""
+    tables = {}
+
+    def step(slots):
+        if len(slots) not in tables:
+            tables[len(slots)] = torch.arange(len(slots), device="cuda") * 3
+        return (tables[len(slots)] + slots, torch.rand(len(slots), device="cuda"))
+
+    capture = CudaCapture()
+    inputs = [torch.full((size,), 100, device="cuda") for size in (64, 32, 16, 1)]
+    replays = [capture(step, x) for x in inputs]
+    noise = [torch.full((size,), -1, device="cuda") for size in (64, 32, 16, 1) for _ in range(20)]
+    torch.cuda.synchronize()
+    for size, table in tables.items():
+        assert table.tolist() == list(range(0, 3 * size, 3))
+    for x, replay in reversed(list(zip(inputs, replays))):
+        x.fill_(7)
+        assert replay()[0].tolist() == list(range(7, 7 + 3 * len(x), 3))
+    for size, table in tables.items():
+        assert table.tolist() == list(range(0, 3 * size, 3))
+    assert all((x == -1).all() for x in noise)
+
+
+def test_nothing_is_compiled_after_the_warm_up():
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from triton import knobs
+
+    shape = LlamaConfig(
+        vocab_size=500, hidden_size=512, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=4096,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM._from_config(shape, dtype=torch.bfloat16).eval()
+    model.generation_config = GenerationConfig()
+    compiled = []
+    with make_engine(model, num_pages=4000, max_model_len=4096, max_batch_tokens=2048) as engine:
+        assert engine.warm_up() > 0
+        assert knobs.compilation.listener is None
+        knobs.compilation.listener = lambda src, **rest: compiled.append(src.name)
+        try:
+            for how in ({}, {"do_sample": True, "top_p": 0.9, "num_return_sequences": 3}):
+                for lengths in ((5,), (2500,), (1, 40, 300, 17), (3000, 100, 7)):
+                    handles = [engine.submit(prompt(n, n), generation_config=config(12, **how)) for n in lengths]
+                    assert all(len(one.token_ids) == 12 for h in handles for one in h.result().sequences)
+        finally:
+            knobs.compilation.listener = None
+    assert compiled == []
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -14,6 +14,8 @@ LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """Largest number of each quantised page dtype."""
 SHORT_QUERY = 16
 """Query tokens of a sequence up to which a step takes the split path: decode, and the verification of drafts."""
+SHORT_CONTEXT = 2048
+"""Tokens that a step's pages hold of a sequence up to which prefill over them takes small tiles."""
 LONG_SHORT_QUERY = 8
 """Short queries from this many tokens on have longer splits, see ``split_plan_triton.split_lengths``."""
 LONG_SPREAD = 4
@@ -275,7 +277,7 @@ def hopper_settings(
             128: HopperSettings(1, 64, 2, 1, 2, 128),
             256: HopperSettings(1, 64, 2, 1, 1, 256),
         }[head_dim]
-    if head_dim == 128 and max_paged_keys is not None and max_paged_keys <= 2048:
+    if head_dim == 128 and max_paged_keys is not None and max_paged_keys <= SHORT_CONTEXT:
         return HopperSettings(2, 64, 4, 2)
     return {
         64: HopperSettings(3, 128, 3, 1, take_turns=True)

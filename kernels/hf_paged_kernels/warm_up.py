@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from .ops import copy_pages_op, flash_attention_op, merge_attention_states_op, paged_attention_op, write_pages_op
+from .settings import SHORT_CONTEXT
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,7 @@ def warm_up(kind: AttentionKind, device: torch.device | str) -> Iterator[str]:
     yield "copy_pages"
 
     # As wide as tables are that split: a narrow one takes another path, and a wide one other tiles and another merge.
-    narrow, wide = (max(4, num_tokens // page_size) for num_tokens in (2048, 4096))
+    narrow, wide = (max(4, num_tokens // page_size) for num_tokens in (SHORT_CONTEXT, 2 * SHORT_CONTEXT))
     table = torch.zeros(1, wide, dtype=torch.int32, device=device)
     table[0, 1] = 1
     seq_lens = torch.full((1,), tokens, dtype=torch.int32, device=device)
