@@ -562,6 +562,7 @@ class EngineCore:
             row = self.slots.rows[slot]
             if row is not None:
                 self.end(row.request, "error", error)
+        self.scheduler.failed()
 
     def _finalize(self, request: Request, sequences: tuple[SequenceOutput, ...] | None = None) -> None:
         now, prompt = self.clock(), len(request.prompt)

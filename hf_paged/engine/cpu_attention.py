@@ -96,9 +96,12 @@ def attend_groups(query: torch.Tensor, pages: LayerPages, groups: list[RowGroup]
         if query_len == 1:
             # One query: the heads that share a key head are as good as queries of it.
             q = q.reshape(num_rows, num_kv_heads, -1, q.shape[-1])
-        attended = scaled_dot_product_attention(
-            q, keys, values, attn_mask=group.visible, is_causal=group.visible is None, scale=scale,
-            enable_gqa=q.shape[1] != num_kv_heads,
-        )  # fmt: skip
+        how = dict(is_causal=group.visible is None, scale=scale, enable_gqa=q.shape[1] != num_kv_heads)
+        attended = scaled_dot_product_attention(q, keys, values, attn_mask=group.visible, **how)
+        if group.visible is not None and not attended.isfinite().all():
+            # Behind its last token a page has what an earlier sequence left, which may be NaN, and NaN times 0 is NaN.
+            hidden = ~group.visible.any(2)[..., None]
+            keys, values = keys.masked_fill(hidden, 0), values.masked_fill(hidden, 0)
+            attended = scaled_dot_product_attention(q, keys, values, attn_mask=group.visible, **how)
         out[group.queries] = attended.reshape(num_rows, query.shape[1], query_len, -1).transpose(1, 2)
     return out

@@ -158,9 +158,11 @@ class Scheduler:
         self.counts = SchedulerCounts()
         self._waiting_tokens = self._waiting_others = 0
         self._blocked: tuple[int, int, int] | None = None
-        # Of the step that is being planned: tokens of rows that do not decode yet, and slots that were given up.
+        # Of the step that is being planned: tokens of rows that do not decode yet, slots that were given up, and rows
+        # that share what others compute in it.
         self._chunks: dict[Row, int] = {}
         self._vacated: list[int] = []
+        self._followers: dict[Row, None] = {}
 
     # Requests come and go
 
@@ -223,6 +225,7 @@ class Scheduler:
         chunks = self._chunks
         chunks.clear()
         self._vacated.clear()
+        self._followers.clear()
         is_paced = self._is_unhurried_job()
         if is_paced:
             decode, num_due, total = self._pace(decode)
@@ -336,6 +339,7 @@ class Scheduler:
             Requests whose prompt is now computed for one row, as (that row, the rows that share it from here on).
         """
         self.slots.computed[work.slots] += work.counts
+        self._followers.clear()
         forks = []
         for slot in work.slots[work.num_decode :].tolist():
             row = self.slots.row(slot)
@@ -349,6 +353,14 @@ class Scheduler:
                 self.prefilling.remove(row)
                 self._start_together(row.request)
         return forks
+
+    def failed(self) -> None:
+        """The planned step could not be launched, and its requests have ended: rows that share what it was to compute
+        start again."""
+        for row in list(self._followers):
+            if row.slot >= 0:
+                self.slots.computed[row.slot] = row.request.cached_tokens = 0
+                self.preempt(row.request, allow_swap=False)
 
     def _target(self, row: Row) -> int:
         """Tokens that a row computes before it decodes."""
@@ -478,10 +490,11 @@ class Scheduler:
             limit = min(len(tokens) - 1, len(row.request.prompt) - 1 if not row.request.forked else len(tokens))
             match = self.pages.pool.prefixes.match(tokens.tolist(), row.request.salt, max_tokens=limit)
             self.pages.adopt(slot, match.pages)
-            self.slots.computed[slot] = match.num_tokens
+            found = self._follow(row, tokens[:limit], match.num_tokens)
+            self.slots.computed[slot] = found
             if not row.request.preemptions:
-                row.request.cached_tokens = match.num_tokens
-                self.counts.prefix_tokens += match.num_tokens
+                row.request.cached_tokens = found
+                self.counts.prefix_tokens += found
                 self.counts.prompt_tokens += len(tokens)
         row.swapped = None
         if is_back and self.slots.computed[slot] + 1 == self.slots.length[slot]:
@@ -489,6 +502,35 @@ class Scheduler:
             return False
         self.prefilling.append(row)
         return True
+
+    def _follow(self, row: Row, tokens: np.ndarray, found: int) -> int:
+        """Share full pages with the row that has most of ``tokens`` by the end of this step: every layer writes the
+        keys and values of all rows before any row attends.
+
+        Args:
+            row: that has pages of the first ``found`` tokens.
+            tokens: int64 ``[n]``, what it may share.
+            found: a multiple of the page size.
+
+        Returns:
+            Tokens that need not be computed.
+        """
+        leader, most, slots, page_size = None, found, self.slots, self.pages.page_size
+        for other in self.prefilling:
+            end = min(len(tokens), int(slots.computed[other.slot]) + self._chunks.get(other, 0))
+            # Rows of other prompts differ in their first tokens, mostly.
+            if end // page_size * page_size <= most or slots.history[other.slot, 0] != tokens[0]:
+                continue
+            if other.request.salt != row.request.salt or not self.pages.holds(other.slot, found):
+                continue
+            differs = np.flatnonzero(slots.history[other.slot, :end] != tokens[:end])
+            same = (int(differs[0]) if len(differs) else end) // page_size * page_size
+            if same > most:
+                leader, most = other, same
+        if leader is not None:
+            self.pages.share_on(leader.slot, row.slot, most)
+            self._followers[row] = None
+        return most
 
     def _can_start(self, request: Request) -> bool:
         """Whether there are slots, and pages for all tokens that the request has, beside what others still need."""
@@ -578,12 +620,13 @@ class Scheduler:
         if row in self.prefilling:
             self.prefilling.remove(row)
         self._chunks.pop(row, None)
+        self._followers.pop(row, None)
         self._vacated.append(row.slot)
         self.pages.free(row.slot)
         self.slots.release(row)
 
     def _store_prefix(self, row: Row) -> None:
-        if not self.prefix_caching or row.slot < 0:
+        if not self.prefix_caching or row.slot < 0 or row in self._followers:
             return
         computed = int(self.slots.computed[row.slot])
         self.pages.store_prefix(row.slot, self.slots.tokens(row.slot)[:computed], row.request.salt)

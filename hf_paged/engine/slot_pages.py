@@ -224,6 +224,20 @@ class SlotPages:
             table.first_held[slot] = next((i for i, page in enumerate(ids) if page != GONE), len(ids))
         self.num_pages[slot] = len(pages[0])
 
+    def holds(self, slot: int, tokens: int) -> bool:
+        """Whether a slot has its pages from that of token ``tokens`` on in every group."""
+        return all(table.first_held[slot] <= tokens // self.page_size for table in self.tables)
+
+    def share_on(self, source: int, target: int, tokens: int) -> None:
+        """Let ``target`` go on from the pages that it has with those of ``source``, for the first ``tokens``: full
+        pages."""
+        first, last = int(self.num_pages[target]), tokens // self.page_size
+        for table in self.tables:
+            pages = table.pages[source][first:last]
+            table.allocator.share(pages)
+            table.set_pages(target, first, pages)
+        self.num_pages[target] = last
+
     def store_prefix(self, slot: int, tokens: np.ndarray, salt: object) -> None:
         """Keep the full pages of a slot that hold ``tokens`` for later sequences."""
         count = min(len(tokens) // self.page_size, int(self.num_pages[slot]))

@@ -50,7 +50,8 @@ class StepInputs:
         longest: tokens of the longest row.
         num_keys: tokens of all rows together.
         groups: per group of layers.
-        is_in_runs: rows may be of one sequence, and see keys that others of them write in this step.
+        is_in_runs: rows may see keys that others of them write in this step: runs of one sequence, prompts with the
+            same beginning.
         cpu_groups: rows that attend together on a CPU, by group of layers and window; filled by the layers.
     """
 
@@ -269,7 +270,7 @@ class SlotTables:
         cu_seqlens = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
         return StepInputs(
             slots, ids.view(1, -1), positions.view(1, -1), seq_lens, self._send(cu_seqlens), int(counts.max()),
-            longest, num_keys, groups,
+            longest, num_keys, groups, is_in_runs=len(rest) > 1,
         )  # fmt: skip
 
     def _groups(

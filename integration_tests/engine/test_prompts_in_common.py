@@ -1,0 +1,118 @@
+"""Prompts with the same beginning that run at the same time: it is computed once, by the first of them."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_paged
+
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
+from random_requests import tiny_model
+from test_decode_graphs import alone, config, prompt
+
+PAGE_SIZE = 8
+BEGINNING = prompt(37, 5)
+PROMPTS = [
+    BEGINNING + prompt(3, 1), BEGINNING + prompt(9, 2), BEGINNING[:20] + prompt(6, 3), prompt(30, 4), BEGINNING,
+    BEGINNING + prompt(9, 2), prompt(1, 6), BEGINNING[:17],
+]  # fmt: skip
+
+
+def make_engine(model, **options) -> hf_paged.Engine:
+    defaults = dict(num_pages=96, page_size=PAGE_SIZE, max_num_seqs=8, max_batch_tokens=512, self_check=False)
+    return hf_paged.Engine(model, hf_paged.EngineConfig(**(defaults | options)), background=False)
+
+
+def not_shared(prompts: list[list[int]]) -> int:
+    """Tokens that no prompt ahead has in the same full pages, but the last of each, whose logits are needed."""
+    count = 0
+    for i, ids in enumerate(prompts):
+        common = [0]
+        for other in prompts[:i]:
+            pairs = zip(ids[:-1], other)
+            common.append(next((n for n, (a, b) in enumerate(pairs) if a != b), min(len(ids) - 1, len(other))))
+        count += len(ids) - max(common) // PAGE_SIZE * PAGE_SIZE
+    return count
+
+
+def poison(engine: hf_paged.Engine) -> None:
+    """Make all pages NaN; nothing may hold one."""
+    for group in engine._core.pool.groups.values():
+        for pages in group.layers.values():
+            pages.k.fill_(torch.nan)
+            pages.v.fill_(torch.nan)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral", "gpt_oss", "deepseek_v3"])
+@pytest.mark.parametrize("budget", [512, 24])
+def test_a_beginning_is_computed_once(family, budget):
+    model = tiny_model(family)
+    expected = [alone(model, ids, config(10)) for ids in PROMPTS]
+    with make_engine(model, max_batch_tokens=budget) as engine:
+        engine.generate([prompt(5, 9)], generation_config=config(2))
+        engine.drop_prefixes()
+        poison(engine)
+        before = engine.stats().prompt_tokens
+        handles = [engine.submit(ids, generation_config=config(10)) for ids in PROMPTS]
+        engine.step()
+        engine.check()
+        in_one_step = engine.stats().prompt_tokens - before
+        assert [handle.result().token_ids for handle in handles] == expected
+        computed, total = engine.stats().prompt_tokens - before, sum(map(len, PROMPTS))
+        assert in_one_step == min(computed, budget)
+        if family in ("gemma3_text", "mistral", "gpt_oss"):
+            # What a window has passed cannot be shared any more.
+            assert not_shared(PROMPTS) <= computed < total - 32
+        else:
+            assert computed == not_shared(PROMPTS)
+        assert sum(handle.result().cached_tokens for handle in handles) == total - computed
+        engine.check()
+
+
+def test_salts_keep_them_apart():
+    model = tiny_model("llama")
+    expected = [alone(model, ids, config(10)) for ids in PROMPTS]
+    with make_engine(model) as engine:
+        handles = [engine.submit(ids, generation_config=config(10), cache_salt=i) for i, ids in enumerate(PROMPTS)]
+        assert [handle.result().token_ids for handle in handles] == expected
+        assert engine.stats().prompt_tokens == sum(map(len, PROMPTS))
+
+
+def test_samples_of_prompts_in_common_share_them_too():
+    model = tiny_model("llama")
+    with make_engine(model, max_num_seqs=16) as engine:
+        how = config(10, do_sample=True, num_return_sequences=4)
+        handles = [engine.submit(BEGINNING, generation_config=how, seed=seed) for seed in range(3)]
+        shared = [[one.token_ids for one in handle.result().sequences] for handle in handles]
+        engine.check()
+        assert engine.stats().prompt_tokens == len(BEGINNING) + 2 * (len(BEGINNING) - 32)
+    with make_engine(model, max_num_seqs=16, prefix_caching=False) as engine:
+        handles = [engine.submit(BEGINNING, generation_config=how, seed=seed) for seed in range(3)]
+        assert [[one.token_ids for one in handle.result().sequences] for handle in handles] == shared
+
+
+def test_who_shares_what_a_failed_step_was_to_compute_starts_again(monkeypatch):
+    model = tiny_model("llama")
+    with make_engine(model) as engine:
+        scheduler = engine._core.scheduler
+        plan_chunk, run = scheduler._plan_chunk, engine._core.runner.run
+        # The second one shares, and has no place in the step.
+        monkeypatch.setattr(
+            scheduler, "_plan_chunk", lambda row, budget: 0 if row in scheduler._followers else plan_chunk(row, budget)
+        )
+
+        def fail(*args):
+            raise RuntimeError("no memory today")
+
+        monkeypatch.setattr(engine._core.runner, "run", fail)
+        first, second = (engine.submit(ids, generation_config=config(10)) for ids in PROMPTS[:2])
+        engine.step()
+        engine.check()
+        monkeypatch.setattr(scheduler, "_plan_chunk", plan_chunk)
+        monkeypatch.setattr(engine._core.runner, "run", run)
+        assert second.result().token_ids == alone(model, PROMPTS[1], config(10))
+        assert first.result().finish_reason == "error"
+        assert second.result().cached_tokens == 0
+        engine.check()
