@@ -125,7 +125,7 @@ class EngineCore:
         self.slots = Slots(num_slots, capacity=min(1024, max_model_len + 1))
         width = -(-max_model_len // config.page_size)
         on_host = self.device.type == "cpu"
-        self.pages = SlotPages(self.pool, num_slots, width, self.cache.copy_page, track_changes=not on_host)
+        self.pages = SlotPages(self.pool, num_slots, width, self.cache.copy_pages, track_changes=not on_host)
         useful = [
             num_slots * self.pages.most_pages(table, max_model_len, config.max_batch_tokens) + 1
             for table in self.pages.tables

@@ -1,8 +1,10 @@
 """The transformers ``Cache`` that the engine hands to the model: pages of many sequences, states by slot."""
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from hf_paged_kernels.fused_ops import rotary_write_op
 from hf_paged_kernels.ops import copy_pages_op, paged_attention_op, write_pages_op
@@ -15,6 +17,7 @@ from ..paging import PageGroup, PagePool
 from ..step_states import StepStates
 from .cpu_attention import attend_groups, plan_groups
 from .step_inputs import StepInputs
+from .transfers import send
 
 
 class EngineLayer(CacheLayerMixin):
@@ -262,13 +265,16 @@ class EngineCache(Cache):
 
     # Pages
 
-    def copy_page(self, number: int, source: int, target: int) -> None:
-        """Copy a page in all layers of a group."""
+    def copy_pages(self, number: int, sources: Sequence[int], targets: Sequence[int]) -> None:
+        """Copy pages ``sources[i]`` to ``targets[i]`` in all layers of a group; no target is a source."""
+        ends: dict[torch.device, list[torch.Tensor]] = {}
         for pages in list(self.pool.groups.values())[number].layers.values():
-            ends = [torch.tensor([page], dtype=torch.int32, device=pages.k.device) for page in (source, target)]
-            copy_pages_op(pages.k, pages.v, *ends)
+            device = pages.k.device
+            if device not in ends:
+                ends[device] = [send(np.array(ids, dtype=np.int32), device) for ids in (sources, targets)]
+            copy_pages_op(pages.k, pages.v, *ends[device])
             if pages.k_scale is not None and pages.v_scale is not None:
-                copy_pages_op(pages.k_scale[..., None], pages.v_scale[..., None], *ends)
+                copy_pages_op(pages.k_scale[..., None], pages.v_scale[..., None], *ends[device])
 
     def page_bytes(self) -> int:
         """Bytes of a page of every layer, once all layers have seen a token."""

@@ -186,8 +186,6 @@ class Runner:
     def warm_up_prompts(self, num_tokens: int) -> None:
         """Run the model over ``num_tokens`` tokens of no request, as steps too large for a graph do: kernels that only
         these take are compiled, for short contexts and for long ones. So is the copy of a page."""
-        for number in range(len(self.tables.page_tables)):
-            self.cache.copy_page(number, 0, 0)
         if self.cache.has_states or self.needs_lengths:
             return
         device, page_size = self.tables.device, self.tables.pages.page_size
@@ -203,6 +201,8 @@ class Runner:
             self.forward(
                 StepInputs(np.empty(0, np.int64), ids, ids, no_keys, bounds, num_tokens, longest, longest, groups), last
             )
+        for number in range(len(self.tables.page_tables)):
+            self.cache.copy_pages(number, [0], [0])
 
     def drop_graphs(self) -> None:
         """Forget what was captured: pages or modules are about to change."""

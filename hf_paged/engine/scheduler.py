@@ -400,8 +400,7 @@ class Scheduler:
                 else:
                     for slot, end in zip(short.tolist(), ends[missing > 0].tolist()):
                         pages.extend(slot, end)
-                for slot in copies:
-                    pages.own_page(slot, int(slots.computed[slot]))
+                pages.own_pages(copies, slots.computed[copies].tolist())
                 break
             if not self._preempt_worst():
                 break
@@ -425,7 +424,7 @@ class Scheduler:
         if slots.shares[slot]:
             while pages.shares_page(slot, computed):
                 if pages.make_room(1):
-                    pages.own_page(slot, computed)
+                    pages.own_pages([slot], [computed])
                 elif not self._preempt_worst(better_than=row):
                     return 0
             slots.shares[slot] = False

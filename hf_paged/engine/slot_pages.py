@@ -86,7 +86,7 @@ class SlotPages:
 
     Attributes:
         num_pages: int64 ``[num_slots]``, logical pages taken by each slot.
-        copy: called with ``(table index, source page, target page)`` to copy a page in all layers of a group at once.
+        copy: called with ``(table index, source pages, target pages)`` to copy pages in all layers of a group at once.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class SlotPages:
         pool: PagePool,
         num_slots: int,
         width: int,
-        copy: Callable[[int, int, int], None],
+        copy: Callable[[int, Sequence[int], Sequence[int]], None],
         track_changes: bool = False,
     ) -> None:
         self.pool, self.page_size, self.copy = pool, pool.page_size, copy
@@ -201,18 +201,24 @@ class SlotPages:
             table.allocator.is_shared(table.pages[slot][index]) for table in self.tables
         )
 
-    def own_page(self, slot: int, token: int) -> None:
-        """Copy the shared page of a token that is about to be written; there must be room."""
-        index = token // self.page_size
+    def own_pages(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
+        """Copy shared pages, for each slot that of a token which is about to be written; there must be room."""
         for number, table in enumerate(self.tables):
-            source = table.pages[slot][index]
-            if table.allocator.is_shared(source):
-                (target,) = table.allocator.allocate(1)
-                self.copy(number, source, target)
-                table.allocator.free([source])
-                table.pages[slot][index] = target
-                table.rows[slot, index] = target
-                table.put(np.array([slot]), np.array([index]))
+            sources, targets = [], []
+            for slot, token in zip(slots, tokens):
+                index = token // self.page_size
+                source = table.pages[slot][index]
+                if table.allocator.is_shared(source):
+                    (target,) = table.allocator.allocate(1)
+                    # It has other owners, the last of which keeps it as it is.
+                    table.allocator.free([source])
+                    table.pages[slot][index] = target
+                    table.rows[slot, index] = target
+                    table.put(np.array([slot]), np.array([index]))
+                    sources.append(source)
+                    targets.append(target)
+            if sources:
+                self.copy(number, sources, targets)
 
     # Prefixes
 

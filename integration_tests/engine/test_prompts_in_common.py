@@ -93,6 +93,23 @@ def test_samples_of_prompts_in_common_share_them_too():
         assert [[one.token_ids for one in handle.result().sequences] for handle in handles] == shared
 
 
+def test_samples_copy_the_page_that_they_write_together():
+    """Each sample but one gets a page of its own behind the prompt, all of them in one call."""
+    model = tiny_model("llama")
+    with make_engine(model, max_num_seqs=16) as engine:
+        pages = engine._core.pages
+        copy, copied = pages.copy, []
+        pages.copy = lambda number, *ends: (copied.append(ends), copy(number, *ends))
+        how = config(10, do_sample=True, num_return_sequences=5)
+        assert len(engine.submit(BEGINNING, generation_config=how, seed=1).result().sequences) == 5
+        assert [len(sources) for sources, _ in copied] == [4]
+        ((sources, targets),) = copied
+        assert len(set(sources)) == 1
+        assert len(set(targets)) == 4
+        assert not set(sources) & set(targets)
+        engine.check()
+
+
 def test_who_shares_what_a_failed_step_was_to_compute_starts_again(monkeypatch):
     model = tiny_model("llama")
     with make_engine(model) as engine:
