@@ -288,7 +288,7 @@ def long_context(model: Any, sizes: Sizes, limit_s: float, options: dict[str, An
     engine = make_engine(model, sizes=sizes, num_seqs=max(sizes.long_running), max_len=room, **options)
     with engine:
         # What compiles kernels and captures graphs comes first; the prompt is none of those below.
-        engine.warm_up(sizes.long_running)
+        engine.warm_up()
         engine.submit(random_prompt(sizes.long_prompt, sizes, 99), generation_config=config(4))
         while engine.step() and not deadline.has_passed:
             pass
