@@ -797,8 +797,8 @@ class Engine:
         """Capture the decode steps of these batch sizes before they are needed.
 
         Args:
-            batch_sizes: None: all up to ``max_num_seqs``, and steps over chunks of prompts as well, and run one of
-                ``max_batch_tokens``, which graphs are not captured of.
+            batch_sizes: None: all up to ``max_num_seqs``, and steps over chunks of prompts as well. On a GPU a step of
+                ``max_batch_tokens`` is run too, so that its kernels are compiled.
             progress: show a progress bar.
 
         Returns:

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from ..fusion import FusedModel
 from .chunk_graphs import KNOWN, ChunkGraphs, Layout
 from .compiled import CompiledModules
-from .decode_graphs import DecodeGraphs, LiveModel
+from .decode_graphs import DecodeGraphs, LiveModel, is_short_of_memory
 from .engine_cache import EngineCache
 from .sampling import SlotSampling
 from .scheduler import StepWork
@@ -198,9 +198,18 @@ class Runner:
             table = torch.zeros(1, width, dtype=torch.int32, device=device)
             groups = [GroupInputs(table, torch.full_like(ids[0], -1)) for _ in self.tables.page_tables]
             longest = width * page_size
-            self.forward(
-                StepInputs(np.empty(0, np.int64), ids, ids, no_keys, bounds, num_tokens, longest, longest, groups), last
-            )
+            inputs = StepInputs(
+                np.empty(0, np.int64), ids, ids, no_keys, bounds, num_tokens, longest, longest, groups
+            )  # fmt: skip
+            try:
+                self.forward(inputs, last)
+            except Exception as error:
+                if not is_short_of_memory(error):
+                    raise
+                logger.warning(
+                    f"a step of {num_tokens} tokens (max_batch_tokens) finds no room in the device's memory, nor "
+                    "will prompts that make one: lower EngineConfig(max_batch_tokens=) or num_pages=."
+                )
         for number in range(len(self.tables.page_tables)):
             self.cache.copy_pages(number, [0], [0])
 

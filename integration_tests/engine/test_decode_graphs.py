@@ -1,5 +1,6 @@
 """Decode steps over static buffers, and steps launched ahead: on a CPU, with a replay that runs the step again."""
 
+import ctypes
 import sys
 import threading
 import warnings
@@ -16,6 +17,7 @@ from hf_paged.engine.decode_graphs import (
     DecodeGraphs,
     RefuseHostReads,
     bucket_sizes,
+    loads_in_captures,
     refuse_synchronisation,
 )
 
@@ -311,6 +313,40 @@ def test_a_step_of_no_request_changes_nothing(family):
         assert pages
         assert all(torch.equal(a, b) for a, b in zip(before, after))
         assert [handle.result().token_ids for handle in handles] == expected
+
+
+def test_a_step_too_large_for_the_memory_is_told_at_the_warm_up(model, monkeypatch, caplog):
+    with make_engine(model) as engine:
+        runner = engine._core.runner
+
+        def is_full(inputs, keep):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        monkeypatch.setattr(runner, "forward", is_full)
+        with caplog.at_level("WARNING"):
+            runner.warm_up_prompts(32)
+        assert "a step of 32 tokens (max_batch_tokens) finds no room" in caplog.text
+        monkeypatch.setattr(runner, "forward", lambda inputs, keep: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            runner.warm_up_prompts(32)
+
+
+@pytest.mark.parametrize(("version", "loads"), [(12020, False), (12030, True), (13000, True), (None, False)])
+def test_kernels_are_loaded_in_captures_from_cuda_12_3_on(monkeypatch, version, loads):
+    class Driver:
+        def __init__(self, name):
+            assert name == "libcuda.so.1"
+
+        def cuDriverGetVersion(self, place):
+            place._obj.value = version or 0
+            return 0 if version else 100
+
+    monkeypatch.setattr(ctypes, "CDLL", Driver)
+    loads_in_captures.cache_clear()
+    try:
+        assert loads_in_captures() is loads
+    finally:
+        loads_in_captures.cache_clear()
 
 
 def test_reading_from_the_host_is_only_refused_on_a_device():
