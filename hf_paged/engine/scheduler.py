@@ -520,11 +520,11 @@ class Scheduler:
             # Rows of other prompts differ in their first tokens, mostly.
             if end // page_size * page_size <= most or slots.history[other.slot, 0] != tokens[0]:
                 continue
-            if other.request.salt != row.request.salt or not self.pages.holds(other.slot, found):
+            if other.request.salt != row.request.salt:
                 continue
             differs = np.flatnonzero(slots.history[other.slot, :end] != tokens[:end])
             same = (int(differs[0]) if len(differs) else end) // page_size * page_size
-            if same > most:
+            if same > most and self.pages.can_share_on(other.slot, row.slot, same):
                 leader, most = other, same
         if leader is not None:
             self.pages.share_on(leader.slot, row.slot, most)

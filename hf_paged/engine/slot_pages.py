@@ -57,16 +57,17 @@ class SlotTable(SequenceTable):
         columns = np.arange(first, last)
         self.put(np.full(len(columns), slot), columns)
 
+    def first_seen(self, tokens: int) -> int:
+        """The first page that a query behind ``tokens`` sees."""
+        return 0 if self.window is None else max(0, tokens - self.window + 1) // self.page_size
+
     def pass_window(self, slot: int, computed: int) -> None:
         """Give back the pages that no query after ``computed`` tokens sees.
 
         A little more is kept: what a query sees at the last page boundary, so that the full pages can be stored as a
         prefix that somebody can go on from.
         """
-        if self.window is None:
-            return
-        first_token = computed // self.page_size * self.page_size - self.window + 1
-        first = min(first_token // self.page_size, len(self.pages[slot]))
+        first = min(self.first_seen(computed // self.page_size * self.page_size), len(self.pages[slot]))
         held = self.first_held[slot]
         if first > held:
             pages = self.pages[slot]
@@ -230,18 +231,24 @@ class SlotPages:
             table.first_held[slot] = next((i for i, page in enumerate(ids) if page != GONE), len(ids))
         self.num_pages[slot] = len(pages[0])
 
-    def holds(self, slot: int, tokens: int) -> bool:
-        """Whether a slot has its pages from that of token ``tokens`` on in every group."""
-        return all(table.first_held[slot] <= tokens // self.page_size for table in self.tables)
+    def can_share_on(self, source: int, target: int, tokens: int) -> bool:
+        """Whether ``source`` holds what ``target`` has not got of the first ``tokens``, full pages, and will need: not
+        what windows have passed by then."""
+        have = int(self.num_pages[target])
+        return all(table.first_held[source] <= max(have, table.first_seen(tokens)) for table in self.tables)
 
     def share_on(self, source: int, target: int, tokens: int) -> None:
-        """Let ``target`` go on from the pages that it has with those of ``source``, for the first ``tokens``: full
-        pages."""
-        first, last = int(self.num_pages[target]), tokens // self.page_size
+        """Let ``target`` go on behind the first ``tokens``, full pages, with its own pages and those of ``source``."""
+        last = tokens // self.page_size
         for table in self.tables:
-            pages = table.pages[source][first:last]
-            table.allocator.share(pages)
-            table.set_pages(target, first, pages)
+            have, held = int(self.num_pages[target]), table.first_held[source]
+            if held > have:
+                # Its own pages end before those that any query will see.
+                table.drop(target)
+                table.first_held[target], have = held, 0
+            pages = table.pages[source][have:last]
+            table.allocator.share(page for page in pages if page != GONE)
+            table.set_pages(target, have, pages)
         self.num_pages[target] = last
 
     def store_prefix(self, slot: int, tokens: np.ndarray, salt: object) -> None:
