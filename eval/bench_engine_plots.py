@@ -33,9 +33,10 @@ def draw(report: dict[str, Any], path: Path) -> None:
     num_rows = len(bars) + (1 if sweeps else 0)
     if not num_rows:
         return
-    figure = Figure(figsize=(11, 2.6 * num_rows + 0.6), dpi=100, layout="constrained")
+    heights = [1 + 0.28 * len(found) for found in bars.values()] + [2.8] * bool(sweeps)
+    figure = Figure(figsize=(11, sum(heights) + 0.6), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    grid = figure.add_gridspec(num_rows, 2)
+    grid = figure.add_gridspec(num_rows, 2, height_ratios=heights)
     for row, (name, found) in enumerate(bars.items()):
         _throughput(figure.add_subplot(grid[row, :]), name, found, models[name]["roofline"]["tokens_per_s"])
     if sweeps:
@@ -77,6 +78,7 @@ def _throughput(axes: Any, name: str, found: list[tuple[str, float, str]], roofl
     axes.bar_label(drawn, [f"{speed:,.0f}" for _, speed, _ in found], fontsize=8, padding=3)
     axes.set_yticks(places, [label for label, _, _ in found], fontsize=8)
     axes.axvline(roofline, color="#8d8d8d", linestyle="--", linewidth=1)
+    axes.set_ylim(-0.6, len(found) - 0.4)
     axes.annotate("roofline", (roofline, places[0]), fontsize=8, color="#8d8d8d", ha="right")
     axes.set_xlabel("new tokens a second")
     axes.set_title(name, fontsize=9)

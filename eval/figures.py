@@ -18,9 +18,9 @@ INPUTS = ("prefill_memory_h200.json", "cache_memory.json", "bench_engine_h200.js
 COLORS = {"paged_flash": "#2a6f97", "sdpa": "#c8553d", "eager": "#8d8d8d"}
 CACHES = {"PagedCache": "#2a6f97", "PagedCache int8": "#7fb0cc", "DynamicCache": "#c8553d"}
 CASES = {"a": "32 ragged\nprompts", "b": "8 beams,\n2k prompt", "c": "16 samples,\n4k prompt"}
-MODELS = ("#588157", "#7b5ea7", "#f2c14e")
 RUNNING = 256
 """Requests that run in the part `steady` of `eval.bench_engine --gpu`."""
+LOADS = {"1 request": "#7fb0cc", f"{RUNNING} running": "#2a6f97"}
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -90,22 +90,22 @@ def _caches(axes: Any, report: dict[str, Any]) -> None:
 
 
 def _engine(axes: Any, report: dict[str, Any]) -> None:
-    for index, (name, model) in enumerate(report["models"].items()):
-        parts = model.get("graphs", {})
-        if not {"latency", "steady"} <= parts.keys():
-            continue
-        speeds = [1000 / parts["latency"]["ms_per_token"], RUNNING * 1000 / parts["steady"]["step_ms"]]
-        axes.plot([1, RUNNING], speeds, "o-", color=MODELS[index % len(MODELS)], label=name)
-        for place, speed in zip((1, RUNNING), speeds):
-            axes.annotate(f"{speed:,.0f}", (place, speed), textcoords="offset points", xytext=(0, 7), fontsize=8,
-                          ha="left" if place == 1 else "right")  # fmt: skip
-    axes.set_xscale("log", base=2)
+    speeds = {
+        name: (1000 / parts["latency"]["ms_per_token"], RUNNING * 1000 / parts["steady"]["step_ms"])
+        for name, model in report["models"].items()
+        if {"latency", "steady"} <= (parts := model.get("graphs", {})).keys()
+    }
+    for index, (label, color) in enumerate(LOADS.items()):
+        values = [pair[index] for pair in speeds.values()]
+        bars = axes.bar([place + (index - 0.5) * 0.4 for place in range(len(speeds))], values, 0.4, color=color,
+                        label=label)  # fmt: skip
+        axes.bar_label(bars, [f"{value:,.0f}" for value in values], fontsize=8)
+    axes.set_xticks(range(len(speeds)), list(speeds), fontsize=8)
     axes.set_yscale("log")
-    axes.set_xlabel("requests running")
     axes.set_ylabel("tokens a second, decode")
     axes.set_title(f"Engine, {report['device']}, bfloat16", fontsize=10)
-    axes.margins(y=0.15)
-    axes.legend(frameon=False)
+    axes.margins(y=0.2)
+    axes.legend(frameon=False, fontsize=8)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
