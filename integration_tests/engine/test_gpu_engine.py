@@ -88,6 +88,23 @@ def test_captured_chunks_of_prompts_give_the_tokens_of_generate(family):
         assert all(graphs._replays[bucket] is made[bucket] for bucket in made), "a graph was captured again"
 
 
+@pytest.mark.parametrize("cuda_graphs", [None, False])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_prompts_of_a_step_share_their_beginning(family, cuda_graphs):
+    """Keys are read in the step, and by the launch of attention, that comes right behind their being written."""
+    model, beginning = tiny_model(family).cuda(), prompt(37, 5)
+    prompts = [beginning + prompt(n, n) for n in (3, 9, 1, 9, 20)] + [beginning, prompt(20)]
+    expected = [alone(model, ids, 12) for ids in prompts]
+    with make_engine(model, max_batch_tokens=256, cuda_graphs=cuda_graphs) as engine:
+        engine.warm_up()
+        for _ in range(3):
+            engine.drop_prefixes()
+            handles = [engine.submit(ids, generation_config=config(12)) for ids in prompts]
+            assert [handle.result().token_ids for handle in handles] == expected
+            assert sum(handle.result().cached_tokens for handle in handles) >= 5 * 32
+        engine.check()
+
+
 def test_what_a_decode_step_gave_is_whole_when_a_chunk_of_the_same_step_has_run(model):
     """Chunks are captured first, and leave memory that decode steps would take if it was theirs to take."""
     prompts = [prompt(n, n) for n in (20, 33, 7, 50, 15, 41, 28, 3, 60, 11, 36, 24)]
