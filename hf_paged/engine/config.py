@@ -29,7 +29,8 @@ class EngineConfig:
             says.
         max_num_seqs: sequences that run at a time (a request with 4 beams counts as 4).
         max_model_len: prompt and new tokens of a request; None: what the model's config says.
-        prefix_caching: keep full pages after use, and find them again for prompts that begin alike.
+        prefix_caching: keep full pages after use, and find them again for prompts that begin alike, also in the step
+            that computes them.
         kv_dtype: "auto": the model's; "fp8" or "int8": quantised pages.
         swap_space_gib: host memory for the pages of preempted requests; 0: they are computed again.
         seed: makes requests without a seed of their own repeatable, in the order in which they are submitted; None:

@@ -27,7 +27,7 @@ place, and with the last prompts everyone decodes::
 """
 
 import heapq
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,6 +37,8 @@ from .request import Key, Request, Row, State
 from .slot_pages import SlotPages
 from .slots import Slots
 
+MOST_LEADERS = 8
+"""Rows with the same first page that a row looks through for most tokens in common, the last ones."""
 MIXED_WORK = 300_000_000_000
 """Prompt tokens times parameters of a mixed step: at two operations for each, a millisecond of an H200."""
 MIXED_TOKENS = (192, 1024)
@@ -163,6 +165,8 @@ class Scheduler:
         self._chunks: dict[Row, int] = {}
         self._vacated: list[int] = []
         self._followers: dict[Row, None] = {}
+        # Rows whose prompts are being computed, by salt and the tokens of their first page; None: not looked at yet.
+        self._beginnings: dict[tuple[Hashable, bytes], list[Row]] | None = None
 
     # Requests come and go
 
@@ -226,6 +230,7 @@ class Scheduler:
         chunks.clear()
         self._vacated.clear()
         self._followers.clear()
+        self._beginnings = None
         is_paced = self._is_unhurried_job()
         if is_paced:
             decode, num_due, total = self._pace(decode)
@@ -514,22 +519,30 @@ class Scheduler:
         Returns:
             Tokens that need not be computed.
         """
-        leader, most, slots, page_size = None, found, self.slots, self.pages.page_size
-        for other in self.prefilling:
+        slots, page_size = self.slots, self.pages.page_size
+        if self._beginnings is None:
+            self._beginnings = {}
+            for other in self.prefilling:
+                self._beginnings.setdefault(self._beginning(other), []).append(other)
+        alike = self._beginnings.setdefault(self._beginning(row), [])
+        leader, most = None, found
+        # Samples of a prompt come one after the other.
+        for other in alike[: -MOST_LEADERS - 1 : -1]:
+            if other.slot < 0:
+                continue
             end = min(len(tokens), int(slots.computed[other.slot]) + self._chunks.get(other, 0))
-            # Rows of other prompts differ in their first tokens, mostly.
-            if end // page_size * page_size <= most or slots.history[other.slot, 0] != tokens[0]:
-                continue
-            if other.request.salt != row.request.salt:
-                continue
             differs = np.flatnonzero(slots.history[other.slot, :end] != tokens[:end])
             same = (int(differs[0]) if len(differs) else end) // page_size * page_size
             if same > most and self.pages.can_share_on(other.slot, row.slot, same):
                 leader, most = other, same
+        alike.append(row)
         if leader is not None:
             self.pages.share_on(leader.slot, row.slot, most)
             self._followers[row] = None
         return most
+
+    def _beginning(self, row: Row) -> tuple[Hashable, bytes]:
+        return row.request.salt, self.slots.history[row.slot, : self.pages.page_size].tobytes()
 
     def _can_start(self, request: Request) -> bool:
         """Whether there are slots, and pages for all tokens that the request has, beside what others still need."""

@@ -50,8 +50,8 @@ class StepInputs:
         longest: tokens of the longest row.
         num_keys: tokens of all rows together.
         groups: per group of layers.
-        is_in_runs: rows may see keys that others of them write in this step: runs of one sequence, prompts with the
-            same beginning.
+        shares_new_keys: rows may see keys that others of them write in this step: runs of one sequence, prompts that
+            begin alike.
         cpu_groups: rows that attend together on a CPU, by group of layers and window; filled by the layers.
     """
 
@@ -64,7 +64,7 @@ class StepInputs:
     longest: int
     num_keys: int
     groups: list[GroupInputs]
-    is_in_runs: bool = False
+    shares_new_keys: bool = False
     cpu_groups: dict[tuple[int, int | None], list[RowGroup]] = field(default_factory=dict)
     _copies: dict[torch.device, "StepInputs"] = field(default_factory=dict)
     _split_plans: SplitPlans = field(default_factory=SplitPlans)
@@ -78,7 +78,7 @@ class StepInputs:
                 self.slots, self.input_ids, self.position_ids, self.seq_lens.to(device), self.cu_seqlens_q.to(device),
                 self.max_query_len, self.longest, self.num_keys,
                 [GroupInputs(g.page_table.to(device), g.slot_mapping.to(device)) for g in self.groups],
-                self.is_in_runs,
+                self.shares_new_keys,
             )  # fmt: skip
         return self._copies[device]
 
@@ -91,7 +91,7 @@ class StepInputs:
             page_size: tokens of a page.
             left: keys that a query sees before its own, None: all.
         """
-        is_settled = (number, left) in self._split_plans and not self.is_in_runs
+        is_settled = (number, left) in self._split_plans and not self.shares_new_keys
         plan = self._split_plans.get(
             self.groups[number].page_table,
             self.seq_lens,
@@ -210,7 +210,7 @@ class SlotTables:
         return StepInputs(
             np.empty(0, dtype=np.int64), ids.view(1, -1), positions.view(1, -1), lengths.to(torch.int32),
             torch.nn.functional.pad(ends, (1, 0)).to(torch.int32), layout.row_tokens, longest,
-            len(slots) * longest, groups, is_in_runs=True,
+            len(slots) * longest, groups, shares_new_keys=True,
         )  # fmt: skip
 
     def decode_inputs(self, slots: np.ndarray, batched: bool = False) -> StepInputs:
@@ -270,7 +270,7 @@ class SlotTables:
         cu_seqlens = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
         return StepInputs(
             slots, ids.view(1, -1), positions.view(1, -1), seq_lens, self._send(cu_seqlens), int(counts.max()),
-            longest, num_keys, groups, is_in_runs=len(rest) > 1,
+            longest, num_keys, groups, shares_new_keys=len(rest) > 1,
         )  # fmt: skip
 
     def _groups(

@@ -368,11 +368,11 @@ def test_a_plan_is_settled_once_attention_was_asked_for_with_it(monkeypatch):
 
         monkeypatch.setattr(EngineLayer, "attend", attend)
         assert all(handle.result().error is None for handle in handles)
-    assert {step.is_in_runs for step, *_ in asked} == {False, True}
+    assert {step.shares_new_keys for step, *_ in asked} == {False, True}
     seen: dict[int, set[tuple]] = {}
     for step, plan, is_settled in asked:
         before = seen.setdefault(id(step), set())
-        assert is_settled == (plan in before and not step.is_in_runs)
+        assert is_settled == (plan in before and not step.shares_new_keys)
         before.add(plan)
     assert len(seen) > 2
     assert all(len(plans) == 2 for plans in seen.values())
