@@ -194,22 +194,21 @@ class Runner:
         last = torch.tensor([num_tokens - 1], device=device)
         bounds = torch.tensor([0, num_tokens], dtype=torch.int32, device=device)
         no_keys = torch.zeros(1, dtype=torch.int32, device=device)
-        for width in {min(widest, SHORT_CONTEXT // page_size), widest}:
-            table = torch.zeros(1, width, dtype=torch.int32, device=device)
-            groups = [GroupInputs(table, torch.full_like(ids[0], -1)) for _ in self.tables.page_tables]
-            longest = width * page_size
-            inputs = StepInputs(
-                np.empty(0, np.int64), ids, ids, no_keys, bounds, num_tokens, longest, longest, groups
-            )  # fmt: skip
-            try:
-                self.forward(inputs, last)
-            except Exception as error:
-                if not is_short_of_memory(error):
-                    raise
-                logger.warning(
-                    f"a step of {num_tokens} tokens (max_batch_tokens) finds no room in the device's memory, nor "
-                    "will prompts that make one: lower EngineConfig(max_batch_tokens=) or num_pages=."
-                )
+        try:
+            for width in {min(widest, SHORT_CONTEXT // page_size), widest}:
+                table = torch.zeros(1, width, dtype=torch.int32, device=device)
+                groups = [GroupInputs(table, torch.full_like(ids[0], -1)) for _ in self.tables.page_tables]
+                longest, no_slots = width * page_size, np.empty(0, np.int64)
+                self.forward(
+                    StepInputs(no_slots, ids, ids, no_keys, bounds, num_tokens, longest, longest, groups), last
+                )  # fmt: skip
+        except Exception as error:
+            if not is_short_of_memory(error):
+                raise
+            logger.warning(
+                f"a step of {num_tokens} tokens (max_batch_tokens) finds no room in the device's memory, nor will "
+                "prompts that make one: lower EngineConfig(max_batch_tokens=) or num_pages=."
+            )
         for number in range(len(self.tables.page_tables)):
             self.cache.copy_pages(number, [0], [0])
 

@@ -542,6 +542,7 @@ class Scheduler:
         return most
 
     def _beginning(self, row: Row) -> tuple[Hashable, bytes]:
+        """What rows have in common that may share pages."""
         return row.request.salt, self.slots.history[row.slot, : self.pages.page_size].tobytes()
 
     def _can_start(self, request: Request) -> bool:

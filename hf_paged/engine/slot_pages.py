@@ -203,7 +203,7 @@ class SlotPages:
         )
 
     def own_pages(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
-        """Copy shared pages, for each slot that of a token which is about to be written; there must be room."""
+        """Copy shared pages: of ``slots[i]`` that of ``tokens[i]``, about to be written; there must be room."""
         for number, table in enumerate(self.tables):
             sources, targets = [], []
             for slot, token in zip(slots, tokens):

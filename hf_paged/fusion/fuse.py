@@ -40,7 +40,7 @@ from .patterns import (
     norm_formula,
 )
 from .proofs import Proofs, prove_attention, prove_layer, prove_mlp, prove_simply
-from .recording import Recording, Step, record
+from .recording import Step, record
 from .rotary import FusedRotary, rotary_unit
 from .weights import HELD, PackedLinears
 
@@ -163,15 +163,15 @@ def fuse_model(
         num_positions: that a token can have; 0: not known.
     """
     with without_autograd():
-        return _Builder(model, cache, record(model, cache, steps, telling), num_positions).build()
+        return _Builder(model, cache, Proofs(record(model, cache, steps), telling), num_positions).build()
 
 
 class _Builder:
     """Goes from the parts to the whole: norms, MLPs and attention, layers."""
 
-    def __init__(self, model: nn.Module, cache: Any, recording: Recording, num_positions: int) -> None:
-        self.model, self.cache, self.recording, self.num_positions = model, cache, recording, num_positions
-        self.proofs = Proofs(recording)
+    def __init__(self, model: nn.Module, cache: Any, proofs: Proofs, num_positions: int) -> None:
+        self.model, self.cache, self.proofs, self.num_positions = model, cache, proofs, num_positions
+        self.recording = proofs.recording
         self.scope = Scope()
         self.units: dict[nn.Module, Unit] = {}
         self.refusals: dict[str, str] = {}

@@ -6,7 +6,7 @@ steps have positions far from the start, where a factor that grows with the posi
 """
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -42,10 +42,12 @@ class Proofs:
 
     Attributes:
         recording: of the model.
+        telling: numbers of steps that suffice for a unit like one that all steps have proven.
         proven: what units were like that all steps have proven.
     """
 
     recording: Recording
+    telling: Sequence[int]
     proven: list[tuple[Any, ...]] = field(default_factory=list)
 
 
@@ -132,7 +134,7 @@ def _prove(
     steps = recording.steps_of(unit.module) or []
     if likeness in proofs.proven:
         # Its weights are its own, the code is not.
-        steps, num_loud = [step for step in steps if step in recording.telling] or steps, min(num_loud, 1)
+        steps, num_loud = [step for step in steps if step in proofs.telling] or steps, min(num_loud, 1)
     try:
         for number, step in enumerate(steps):
             call = recording.call(unit.module, step)

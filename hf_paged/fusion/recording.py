@@ -60,13 +60,11 @@ class Recording:
 
     Attributes:
         steps: in the order in which they ran.
-        telling: numbers of steps that suffice to prove a unit like one that all steps have proven.
         calls: by module and number of the step, every call.
         attended: likewise, of the innermost module around it.
     """
 
     steps: Sequence[Step]
-    telling: Sequence[int] = ()
     calls: dict[nn.Module, dict[int, list[Call]]] = field(default_factory=dict)
     attended: dict[nn.Module, dict[int, list[Attended]]] = field(default_factory=dict)
 
@@ -81,9 +79,9 @@ class Recording:
         return sorted(by_step) if by_step and all(len(calls) == 1 for calls in by_step.values()) else None
 
 
-def record(model: nn.Module, cache: Any, steps: Sequence[Step], telling: Sequence[int]) -> Recording:
-    """Run the steps, and keep what the modules got and gave; see :class:`Recording`."""
-    recording = Recording(steps, telling)
+def record(model: nn.Module, cache: Any, steps: Sequence[Step]) -> Recording:
+    """Run the steps, and keep what the modules got and gave."""
+    recording = Recording(steps)
     stack: list[tuple[nn.Module, Call]] = []
     number = 0
 

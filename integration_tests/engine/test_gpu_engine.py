@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import hf_paged
 from hf_paged.engine.decode_graphs import CaptureError, CudaCapture
@@ -39,6 +39,18 @@ def graphs_of(engine):
     assert graphs is not None
     assert graphs.failure is None, graphs.failure
     return graphs
+
+
+def random_llama(dtype: torch.dtype, num_heads: int) -> LlamaForCausalLM:
+    shape = LlamaConfig(
+        vocab_size=500, hidden_size=512, intermediate_size=512, num_hidden_layers=3, num_attention_heads=num_heads,
+        num_key_value_heads=2, max_position_embeddings=4096,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = LlamaForCausalLM._from_config(shape, dtype=dtype).eval()
+    model.generation_config = GenerationConfig()
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -197,18 +209,9 @@ def test_what_a_module_keeps_of_a_captured_step_has_its_values():
 
 
 def test_nothing_is_compiled_after_the_warm_up():
-    from transformers import LlamaConfig, LlamaForCausalLM
     from triton import knobs
 
-    shape = LlamaConfig(
-        vocab_size=500, hidden_size=512, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=4096,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = LlamaForCausalLM._from_config(shape, dtype=torch.bfloat16).eval()
-    model.generation_config = GenerationConfig()
-    compiled = []
+    model, compiled = random_llama(torch.bfloat16, num_heads=4), []
     with make_engine(model, num_pages=4000, max_model_len=4096, max_batch_tokens=2048) as engine:
         assert engine.warm_up() > 0
         assert knobs.compilation.listener is None
@@ -226,16 +229,7 @@ def test_nothing_is_compiled_after_the_warm_up():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_logits_are_those_of_eager_steps(dtype):
     """Heads of 64 take the Hopper kernels where there are any, split plan and all."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    shape = LlamaConfig(
-        vocab_size=500, hidden_size=512, intermediate_size=512, num_hidden_layers=3, num_attention_heads=8,
-        num_key_value_heads=2, max_position_embeddings=4096,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = LlamaForCausalLM._from_config(shape, dtype=dtype).eval()
-    model.generation_config = GenerationConfig()
+    model = random_llama(dtype, num_heads=8)
     lengths = (1, 7, 300, 1500, 33)
     outputs = []
     for cuda_graphs in (True, False):

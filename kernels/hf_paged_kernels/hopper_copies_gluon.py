@@ -25,10 +25,11 @@ def _find_pages(table_row, key, start, stop, PAGE_SIZE: gl.constexpr, CHUNKS: gl
 
 @gluon.jit
 def _copy_tile(
-    desc, smem, key, pages, kv_head, count, full, empty,
+    desc, smem, table_row, key, start, stop, pages, kv_head, count, full, empty,
     PAGE_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """Ask for a tile of keys or values from ``pages`` once its place in shared memory is free."""
+    """Ask for the tile of keys or values at ``key`` from ``pages`` once its place in shared memory is free; returns
+    pages, key and count of the next one."""
     HALVES: gl.constexpr = HEAD_DIM // 64
     CHUNK: gl.constexpr = min(PAGE_SIZE, BLOCK_N)
     CHUNKS: gl.constexpr = BLOCK_N // CHUNK
@@ -37,6 +38,8 @@ def _copy_tile(
     )  # fmt: skip
     # A tile is several pages, or a part of one. Slots past the page's end read as zeros.
     first_slot = 0 if CHUNK == PAGE_SIZE else key % PAGE_SIZE
+    # Looked up before this tile's place is waited for.
+    next_pages = _find_pages(table_row, key + BLOCK_N, start, stop, PAGE_SIZE, CHUNKS, CHUNK)
     stage = count % STAGES
     mbarrier.wait(empty.index(stage), (count // STAGES & 1) ^ 1)
     mbarrier.expect(full.index(stage), BLOCK_N * HEAD_DIM * 2)
@@ -47,6 +50,7 @@ def _copy_tile(
                 desc, [pages[chunk], kv_head, slot, half * 64], full.index(stage),
                 pieces.index(stage * (HALVES * CHUNKS) + half * CHUNKS + chunk),
             )  # fmt: skip
+    return next_pages, key + BLOCK_N, count + 1
 
 
 @gluon.jit
@@ -92,13 +96,10 @@ def produce(tensors, OPERAND: gl.constexpr, OPTIONS: gl.constexpr):
                     # Of one query, all keys but the last are of earlier steps.
                     known = gl.where((is_settled != 0) & (query_len == 1), gl.minimum(stop, num_keys - 1), 0)
                     while (key + BLOCK_N <= known) & (count < STAGES):
-                        next_pages = _find_pages(table_row, key + BLOCK_N, start, stop, PAGE_SIZE, CHUNKS, CHUNK)
-                        _copy_tile(
-                            desc, smem, key, pages, kv_head, count, full, empty, PAGE_SIZE, HEAD_DIM, BLOCK_N, STAGES
-                        )
-                        pages = next_pages
-                        key += BLOCK_N
-                        count += 1
+                        pages, key, count = _copy_tile(
+                            desc, smem, table_row, key, start, stop, pages, kv_head, count, full, empty,
+                            PAGE_SIZE, HEAD_DIM, BLOCK_N, STAGES,
+                        )  # fmt: skip
                     gdc_wait()
             if OPERAND == 0:
                 first_head = head if PACK == 1 else head * GROUP
@@ -114,14 +115,10 @@ def produce(tensors, OPERAND: gl.constexpr, OPTIONS: gl.constexpr):
                 q_count += 1
             if PAGED:
                 while key < stop:
-                    # The next tile's pages are looked up before this one's are waited for.
-                    next_pages = _find_pages(table_row, key + BLOCK_N, start, stop, PAGE_SIZE, CHUNKS, CHUNK)
-                    _copy_tile(
-                        desc, smem, key, pages, kv_head, count, full, empty, PAGE_SIZE, HEAD_DIM, BLOCK_N, STAGES
-                    )
-                    pages = next_pages
-                    key += BLOCK_N
-                    count += 1
+                    pages, key, count = _copy_tile(
+                        desc, smem, table_row, key, start, stop, pages, kv_head, count, full, empty,
+                        PAGE_SIZE, HEAD_DIM, BLOCK_N, STAGES,
+                    )  # fmt: skip
             else:
                 for index in range(start // BLOCK_N, gl.cdiv(stop, BLOCK_N)):
                     stage = count % STAGES

@@ -116,11 +116,10 @@ def receive(turn, queue):
 
 
 @gluon.jit
-def _find_split(tile, item, work, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
-    """What tile ``tile`` is, a split for one head; see :func:`_find_block`."""
-    _num_tiles, _num_seqs, _seqlen_q, _seqlen_k, _num_blocks, num_heads, _section, window_left, window_right, _ = work
-    seq, split, place, num_parts, q_start, query_len, num_keys = item
-    none = tile * 0
+def split_bounds(
+    split, num_keys, query_len, window_left, window_right, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr
+):  # fmt: skip
+    """``(start, stop)``: the keys of one split that at least one of a sequence's queries sees."""
     start, stop = key_bounds(
         num_keys - query_len, num_keys - 1, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
     )  # fmt: skip
@@ -129,6 +128,16 @@ def _find_split(tile, item, work, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexp
     stop = gl.minimum(stop, (split + 1) * length)
     if query_len == 0:
         stop = start
+    return start, stop
+
+
+@gluon.jit
+def _find_split(tile, item, work, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
+    """What tile ``tile`` is, a split for one head; see :func:`_find_block`."""
+    _num_tiles, _num_seqs, _seqlen_q, _seqlen_k, _num_blocks, num_heads, _section, window_left, window_right, _ = work
+    seq, split, place, num_parts, q_start, query_len, num_keys = item
+    none = tile * 0
+    start, stop = split_bounds(split, num_keys, query_len, window_left, window_right, HAS_LEFT, HAS_RIGHT)
     return seq, tile % num_heads, none, query_len, q_start, num_keys, none, start, stop, place, num_parts
 
 

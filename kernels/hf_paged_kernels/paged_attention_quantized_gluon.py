@@ -20,15 +20,14 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from . import paged_attention_quantized_triton, split_plan_triton, tiles_triton
+from . import paged_attention_quantized_triton, split_plan_triton
 from .attention_hopper_gluon import ANY
 from .backend import QUANTIZED_ROWS, device_guard
+from .hopper_tiles_gluon import split_bounds
 from .names_gluon import barrier, load_async, view
 from .settings import LOG2_E, QuantizedHopperSettings, choose_quantized_hopper_settings, multiprocessors
 from .split_plan_triton import SplitPlan, empty_parts, make_split_plan_launch, merge_parts_launch
 
-key_bounds = gluon.jit(tiles_triton.key_bounds.fn)
-split_lengths = gluon.jit(split_plan_triton.split_lengths.fn)
 load_item = gluon.jit(split_plan_triton.load_item.fn)
 to_float16 = gluon.jit(paged_attention_quantized_triton.to_float16.fn)
 split_pairs = gluon.jit(paged_attention_quantized_triton.split_pairs.fn)
@@ -186,14 +185,7 @@ def _quantized_splits(
         head = work % num_heads
         seq, split, place, num_parts, q_start, query_len, num_keys = load_item(items, work // num_heads)
         context_len = num_keys - query_len
-        start, stop = key_bounds(
-            context_len, num_keys - 1, num_keys, window_left, window_right, HAS_LEFT, HAS_RIGHT
-        )  # fmt: skip
-        length = split_lengths(num_keys, query_len)
-        start = gl.maximum(start, split * length)
-        stop = gl.minimum(stop, (split + 1) * length)
-        if query_len == 0:
-            stop = start
+        start, stop = split_bounds(split, num_keys, query_len, window_left, window_right, HAS_LEFT, HAS_RIGHT)
         table_row = page_table + gl.cast(seq, gl.int64) * stride_table
         tensors = (k_desc, v_desc, k_pieces, v_pieces, full, table_row, head)
         scale_head = gl.cast(head, gl.int64) * stride_sh
