@@ -151,7 +151,7 @@ def _plan_splits(
     item = (seq, first + num_full, place + num_full * query_len, count, q_start, query_len, num_keys, none)
     _store_item(items, tl.where(is_long, _long_place(long_tail_offset, run), tail_offset), item, has_tail)
     # Without any item, program 0 looks at an empty one.
-    tl.store(items + seq, 0, mask=(seq < ITEM) & (num_items == 0))
+    tl.store(items + seq, 0, mask=seq < tl.where(num_items == 0, ITEM, 0))
     sequences = items + ITEM * max_items
     tl.store(sequences + 2 * seq, place, mask=held)
     tl.store(sequences + 2 * seq + 1, count, mask=held)
