@@ -17,13 +17,20 @@ from .errors import UnsupportedModelError
 from .layer_group import check_window
 from .paged_states import PagedStates
 from .step_states import StepStates
-from .transformers_internals import batching_update, is_causal_mask, is_plain_mask, packed_segments
+from .transformers_internals import (
+    CACHE_NAMES,
+    batching_update,
+    is_batching_cache,
+    is_causal_mask,
+    is_plain_mask,
+    packed_segments,
+)
 
 logger = logging.get_logger(__name__)
 
 NO_EFFECT = frozenset(
     {
-        "position_ids", "cache_position", "position_embeddings", "use_cache", "past_key_values", "return_dict",
+        "position_ids", "cache_position", "position_embeddings", "use_cache", *CACHE_NAMES, "return_dict",
         "output_hidden_states", "output_router_logits", "logits_to_keep", "num_items_in_batch", "num_logits_to_keep",
         "layer_idx", "input_ids", "inputs_embeds", "labels", "token_type_ids", "mm_token_type_ids",
         "logits_indices", "logits_processor_args", "per_layer_input", "per_layer_inputs", "shared_kv_states",
@@ -35,7 +42,11 @@ NO_EFFECT = frozenset(
 
 ``deterministic`` among them: gradients have the same bits every time anyway."""
 
-BATCHING = frozenset({"read_index", "write_index", "block_table", "max_seqlen_q", "max_seqlen_k"})
+BATCHING = frozenset(
+    {"read_index", "write_index", "block_table", "k_cache", "v_cache", "max_seqlen_q", "max_seqlen_k"}
+)
+"""Keyword arguments of transformers' own continuous batching."""
+
 UNSAID: Any = object()
 """The default of ``sliding_window``: the model says nothing, which is not the same as None, no window."""
 
@@ -88,7 +99,7 @@ def paged_flash_attention(
         softcap: logit softcap.
         is_causal: hide later keys.
         s_aux: ``[Hq]`` attention sinks.
-        cache: the cache of transformers' own continuous batching.
+        cache: the cache of transformers' own continuous batching before 5.24; a ``Cache`` has no effect.
         kwargs: packed lengths (``cu_seq_lens_q`` ...), and arguments without an effect on attention.
 
     Returns:
@@ -108,7 +119,7 @@ def paged_flash_attention(
     options = _Options(scale, sliding_window, softcap, causal, sinks)
     if isinstance(key, StepStates):
         return _over_step(query, key, value, attention_mask, options), None
-    if cache is not None:
+    if is_batching_cache(cache) or kwargs.get("write_index") is not None:
         return _batched(module, query, key, value, cache, options, kwargs), None
     if attention_mask is not None and attention_mask.ndim == 4:
         return _with_dense_mask(query, key, value, attention_mask, options), None
@@ -378,8 +389,8 @@ def _batched(
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
     """A step of transformers' continuous batching: one row ``[1, H, T, D]`` of packed sequences."""
-    new_key, new_value, tables = key, value, kwargs.get("block_table")
-    key, value = batching_update(cache, module, key, value, kwargs)
+    new_key, new_value = key, value
+    key, value = batching_update(cache if is_batching_cache(cache) else None, module, key, value, kwargs)
     if kwargs.get("block_table") is None:
         # Prefill and mixed steps: transformers has gathered the keys through its read_index. It is not read in place:
         # it names single tokens, not pages, the tensors it indexes are private in every version, and the slots of a
@@ -392,7 +403,9 @@ def _batched(
     check_pages(k_pages, v_pages)
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, new_key, new_value))
     table, page_size = kwargs["block_table"], k_pages.shape[2]
-    rows = decode_rows(cache, tables, module.layer_idx, table, kwargs["cu_seq_lens_k"], page_size, options.left)
+    rows = decode_rows(
+        kwargs["cu_seq_lens_q"], module.layer_idx, table, kwargs["cu_seq_lens_k"], page_size, options.left
+    )
     write_pages_op(k, v, k_pages, v_pages, rows.slots, None, None)
     out, _ = paged_attention_op(
         q, k_pages, v_pages, table, rows.seq_lens, rows.cu_seqlens_q, 1, options.left, options.right,

@@ -3,16 +3,15 @@
 From its lengths and block table come the slots that new tokens are written to, the lengths that attention reads and the
 split plan: a dozen small kernels, which would run again in every layer.
 
-A step is told by the tensor of its block tables, which transformers makes anew for each, and by layers that follow one
-another: one that does not come behind the last one seen starts again. A captured graph runs its step once before the
+A step is told by its ``cu_seq_lens_q``, which transformers makes anew for each and hands to every layer, and by layers
+that follow one another: one that does not come behind the last one seen starts again. A captured graph runs its step once before the
 capture, with the same tensors, so this is what puts the computation into the graph too.
 """
 
-import weakref
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .split_plans import SplitPlans
 
@@ -36,19 +35,18 @@ class DecodeRows:
 
 @dataclass(slots=True)
 class _Step:
-    """The step whose layers are running: its tables, the last layer, and its rows by group and window."""
+    """The step whose layers are running: the last layer, and its rows by group and window."""
 
-    tables: Any
     layer: int
     rows: dict[tuple[int, int | None], DecodeRows] = field(default_factory=dict)
 
 
-_steps: "weakref.WeakKeyDictionary[Any, _Step]" = weakref.WeakKeyDictionary()
+_steps: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""``_Step`` by the step's ``cu_seq_lens_q``: gone with the step."""
 
 
 def decode_rows(
-    cache: Any,
-    tables: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
     layer: int,
     table: torch.Tensor,
     cu_seqlens_k: torch.Tensor,
@@ -58,8 +56,7 @@ def decode_rows(
     """The rows of a decode step, computed once for the layers that share them.
 
     Args:
-        cache: of transformers' batching.
-        tables: the block tables of all groups, as the step handed them to every layer.
+        cu_seqlens_q: the step's, as it is handed to every layer.
         layer: number of this layer.
         table: int32 ``[num_seqs, max_pages]``, this layer's block table; -1 where there is no block.
         cu_seqlens_k: int32 ``[num_seqs + 1 or more]``.
@@ -68,9 +65,9 @@ def decode_rows(
     """
     if torch.compiler.is_compiling():
         return _make_rows(table, cu_seqlens_k, page_size, window_left)
-    step = _steps.get(cache)
-    if step is None or step.tables() is not tables or layer <= step.layer:
-        step = _steps[cache] = _Step(weakref.ref(tables), layer)
+    step = _steps.get(cu_seqlens_q)
+    if step is None or layer <= step.layer:
+        step = _steps[cu_seqlens_q] = _Step(layer)
     step.layer = layer
     key = table.storage_offset(), window_left
     if key not in step.rows:

@@ -33,7 +33,7 @@ from .engine.request import RequestOutput
 from .engine.token_rules import TokenRules, derived_seed, mode_of
 from .errors import OutOfPagesError, RequestError
 from .generate_reasons import LOOP_KEYWORDS, is_row_wise, reason_in_config
-from .transformers_internals import PreparedGeneration, own_decoding_loop, special_tokens
+from .transformers_internals import PreparedGeneration, given_cache, own_decoding_loop, special_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -147,9 +147,9 @@ def _reason_in_prepared(config: GenerationConfig, model_kwargs: dict[str, Any], 
     unserved = sorted(name for name, value in model_kwargs.items() if value is not None and name not in LOOP_KEYWORDS)
     if unserved:
         return f"{', '.join(unserved)} is given"
-    cache = model_kwargs.get("past_key_values")
+    name, cache = given_cache(model_kwargs)
     if cache is not None and cache.get_seq_length() > 0:
-        return "past_key_values is given"
+        return f"{name} is given"
     return reason_in_config(config, streamer is not None)
 
 
@@ -268,7 +268,7 @@ def _together(batch: Batch, outputs: list[RequestOutput]) -> Any:
 
 def _model_output(kind: type, **fields: Any) -> Any:
     logger.warning_once(
-        "generate() with return_dict_in_generate gives past_key_values=None when the engine of hf_paged runs it: keys "
+        "generate() with return_dict_in_generate gives no cache (past_key_values) when the engine of hf_paged runs it: keys "
         "and values stay in the engine's pages."
     )
     return kind(**fields)

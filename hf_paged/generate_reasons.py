@@ -15,12 +15,13 @@ from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from .engine.token_rules import unserved_reason
+from .transformers_internals import CACHE_NAMES
 
 SERVED_KEYWORDS = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "labels"}
 """What a text prompt brings. ``position_ids`` are compared with those of the attention mask; ``labels`` come from
 trainers, and ``generate()`` drops them as well."""
 
-LOOP_KEYWORDS = SERVED_KEYWORDS | {"past_key_values"}
+LOOP_KEYWORDS = SERVED_KEYWORDS | set(CACHE_NAMES)
 """What ``generate()`` adds before its loop."""
 
 NOT_ROW_WISE = (

@@ -1,7 +1,7 @@
 """Every place where the package touches what transformers does not promise to keep. Nothing else may.
 
 Each touch names the attribute it needs; when a transformers version has moved it, importing hf_paged fails with a
-message that names the version, and the test of that touch fails. Read in the sources of 5.17.0 and 5.23.0.
+message that names the version, and the test of that touch fails. Read in the sources of 5.17.0, 5.23.0 and 5.24.0.
 """
 
 import copy
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from transformers import (
     Cache,
     DynamicCache,
@@ -47,6 +48,12 @@ it is taken only for names that match ``.*flash.*[23]``."""
 PACKED_PREFIX = "paged|"
 """``generate_batch`` of transformers before 5.23 looks an attention function up under this prefix."""
 
+TESTED = ("5.17", "5.24")
+"""The oldest and the newest minor version of transformers that the test suite was run on."""
+
+CACHE_NAMES = ("cache", "past_key_values", "cache_params")
+"""What forwards and ``generate()`` call the cache: "cache" from transformers 5.24 on, where the others are deprecated."""
+
 
 def strip_prefix(name: object) -> str:
     """An implementation's name without the prefix of older continuous batching."""
@@ -66,8 +73,43 @@ def touch(owner: Any, name: str) -> Any:
         where = getattr(owner, "__name__", repr(owner))
         raise ImportError(
             f"hf_paged rests on {where}.{name}, which transformers {transformers.__version__} does not have. "
-            f"hf_paged supports transformers 5.17 to 5.23: install one of those, or a newer hf_paged."
+            f"hf_paged is tested with transformers {TESTED[0]} to {TESTED[1]}: install one of those, or a newer hf_paged."
         ) from None
+
+
+def is_tested_version(version: str = transformers.__version__) -> bool:
+    """Whether a transformers version is not newer than those that the test suite was run on."""
+    return Version(version).release[:2] <= Version(TESTED[1]).release
+
+
+def cache_name(forward: Callable) -> str:
+    """What a forward calls its cache argument; where its signature does not say, what ``generate()`` calls it."""
+    signatures = (inspect.signature(f).parameters for f in (forward, GenerationMixin.prepare_inputs_for_generation))
+    return next(name for parameters in signatures for name in CACHE_NAMES if name in parameters)
+
+
+def given_cache(kwargs: dict[str, Any]) -> tuple[str | None, Any]:
+    """The cache among keyword arguments, with its name; (None, None): there is none."""
+    return next(((name, kwargs[name]) for name in CACHE_NAMES if kwargs.get(name) is not None), (None, None))
+
+
+NEEDED: dict[Any, tuple[str, ...]] = {
+    modeling_flash_attention_utils: ("_lazy_imports", "lazy_import_flash_attention"),
+    masking_utils: (
+        "causal_mask_function", "bidirectional_mask_function", "sliding_window_overlay",
+        "sliding_window_bidirectional_overlay", "chunked_overlay",
+    ),
+    PreTrainedModel: ("_check_and_adjust_attn_implementation", "_can_set_attn_implementation", "_supports_flash_attn"),
+    EncoderDecoderCache: ("check_dynamic_cache",),
+    GenerationMixin: (
+        "_prepare_cache_for_generation", "_prepare_generation_config", "_validate_generation_mode",
+        "_prepare_special_tokens", "_prepare_generated_length", "_validate_generated_length", "_get_logits_processor",
+        "_get_stopping_criteria", "_sample", "_beam_search", "_assisted_decoding",
+    ),
+    torch.Tensor: ("_version",),
+    torch._C: ("_AutoDispatchBelowAutograd",),
+}  # fmt: skip
+"""Every name that is used somewhere below, looked up at import."""
 
 
 def install(
@@ -82,6 +124,14 @@ def install(
         make_cache: makes the default cache of ``generate()`` from a config, or returns None to keep transformers'.
         cache_class: what can stand for a DynamicCache inside an EncoderDecoderCache.
     """
+    for owner, names in NEEDED.items():
+        for name in names:
+            touch(owner, name)
+    if not is_tested_version():
+        logger.warning_once(
+            f"hf_paged is tested with transformers {TESTED[0]} to {TESTED[1]}, and this is {transformers.__version__}. "
+            f"It has every name that hf_paged needs, and an Engine compares its forward with the model's own at start."
+        )
     _wrap(modeling_flash_attention_utils, "_lazy_imports", functools.partial(_lazy_imports, flash_functions))
     _wrap(PreTrainedModel, "_check_and_adjust_attn_implementation", _check_and_adjust)
     _wrap(GenerationMixin, "_prepare_cache_for_generation", functools.partial(_prepare_cache, make_cache))
@@ -118,12 +168,12 @@ def _check_and_adjust(
     """
     if strip_prefix(attn_implementation) not in NAMES:
         return original(model, attn_implementation, *args, **kwargs)
-    if not touch(PreTrainedModel, "_can_set_attn_implementation").__get__(None, type(model))():
+    if not type(model)._can_set_attn_implementation():
         raise UnsupportedModelError(
             f"{type(model).__name__} computes attention in its own code, not through transformers' attention "
             f'interface, so "{attn_implementation}" cannot take its place: load it with attn_implementation="eager".'
         )
-    if not touch(type(model), "_supports_flash_attn"):
+    if not type(model)._supports_flash_attn:
         if model.main_input_name != "input_ids":
             logger.warning_once(
                 f"{type(model).__name__} takes {model.main_input_name}, not text, and does not support flash "
@@ -145,9 +195,9 @@ def _prepare_cache(
     *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
     """Put a PagedCache where ``generate()`` has just made a DynamicCache for a model on "paged_flash"."""
-    given = model_kwargs.get("past_key_values")
+    _, given = given_cache(model_kwargs)
     result = _prepared(make_cache, original, given, model, generation_config, model_kwargs, *args, **kwargs)
-    cache: Any = model_kwargs.get("past_key_values")
+    _, cache = given_cache(model_kwargs)
     cache = getattr(cache, "self_attention_cache", cache)
     if hasattr(cache, "expect_repeats"):
         # Beams and samples are repeated rows, which generate() makes before the first forward.
@@ -160,9 +210,9 @@ def _prepared(
     model_kwargs: dict[str, Any], *args: Any, **kwargs: Any,
 ) -> Any:  # fmt: skip
     result = original(model, generation_config, model_kwargs, *args, **kwargs)
-    made = model_kwargs.get("past_key_values")
+    name, made = given_cache(model_kwargs)
     decoder_config = model.config.get_text_config(decoder=True)
-    if made is None or made is given or not uses_paged_flash(decoder_config):
+    if name is None or made is given or not uses_paged_flash(decoder_config):
         return result
     is_pair = type(made) is EncoderDecoderCache
     if not _is_plain(made.self_attention_cache if is_pair else made):
@@ -175,7 +225,7 @@ def _prepared(
     if is_pair:
         made.self_attention_cache = paged
     else:
-        model_kwargs["past_key_values"] = paged
+        model_kwargs[name] = paged
     return result
 
 
@@ -206,11 +256,12 @@ def is_plain_mask(mask_function: Callable) -> bool:
     transformers composes masks from closures; the two plain parts are module functions, and a window is the closure
     that ``sliding_window_overlay`` makes.
     """
-    plain = (touch(masking_utils, "causal_mask_function"), touch(masking_utils, "bidirectional_mask_function"))
-    windows = {
-        touch(masking_utils, name).__name__ + ".<locals>.inner_mask"
-        for name in ("sliding_window_overlay", "sliding_window_bidirectional_overlay", "chunked_overlay")
-    }
+    plain = (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function)
+    overlays = (
+        masking_utils.sliding_window_overlay, masking_utils.sliding_window_bidirectional_overlay,
+        masking_utils.chunked_overlay,
+    )  # fmt: skip
+    windows = {overlay.__name__ + ".<locals>.inner_mask" for overlay in overlays}
     parts = _closure(mask_function).get("mask_functions")
     if mask_function in plain:
         return True
@@ -225,7 +276,7 @@ def is_plain_mask(mask_function: Callable) -> bool:
 def is_causal_mask(mask_function: Callable) -> bool:
     """Whether a plain mask (:func:`is_plain_mask`) is causal."""
     parts = _closure(mask_function).get("mask_functions", [mask_function])
-    return touch(masking_utils, "causal_mask_function") in parts
+    return masking_utils.causal_mask_function in parts
 
 
 def packed_segments(mask_function: Callable) -> torch.Tensor | None:
@@ -246,7 +297,13 @@ def _closure(function: Callable) -> dict[str, Any]:
     return {} if code is None or cells is None else {n: c.cell_contents for n, c in zip(code.co_freevars, cells)}
 
 
-# transformers' own continuous batching: its cache arrives as a keyword argument of the attention function.
+# transformers' own continuous batching: up to 5.23 its cache arrives as a keyword argument of the attention function,
+# which updates it; from 5.24 on the model's layers update it, and attention gets what that left in the keywords.
+
+
+def is_batching_cache(cache: Any) -> bool:
+    """Whether ``cache`` is that of transformers' continuous batching, which is no :class:`Cache`."""
+    return cache is not None and not isinstance(cache, Cache)
 
 
 def batching_update(
@@ -258,7 +315,12 @@ def batching_update(
     ``block_table`` ``[num_seqs, max_blocks]``, ``k_cache`` and ``v_cache`` ``[num_blocks, block_size, heads, dim]``,
     into which the caller writes the new keys and values itself. Otherwise the result is all keys and values, gathered
     by transformers, ``[1, H, T, D]``.
+
+    Args:
+        cache: None from transformers 5.24 on: the module has updated it.
     """
+    if cache is None:
+        return key, value
     if "kwargs" in inspect.signature(cache.update).parameters:
         return cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
     # 5.17: one argument per index, and no help with the block table.
@@ -330,7 +392,6 @@ def resolve_generation_config(
     Most requests have the same config but for ``max_new_tokens``, which is handed through where it is given: the rest
     is remembered.
     """
-    touch(GenerationMixin, "_prepare_generation_config")
     is_usual = type(model)._prepare_generation_config is GenerationMixin._prepare_generation_config
     given, own = generation_config, model.generation_config
     if given is None or given.max_new_tokens is None or kwargs or not is_usual:
@@ -383,12 +444,6 @@ def prepare_generation(
     Raises:
         ValueError: ``generate()`` would raise it for the same arguments.
     """
-    for name in (
-        "_validate_generation_mode", "_prepare_special_tokens", "_prepare_generated_length",
-        "_validate_generated_length", "_get_logits_processor", "_get_stopping_criteria",
-    ):  # fmt: skip
-        touch(GenerationMixin, name)
-
     def is_default(name: str) -> bool:
         given = None if generation_config is None else getattr(generation_config, name)
         return given is None and getattr(model.generation_config, name) is None
@@ -464,8 +519,7 @@ def processor_of_row(processor: Any, row: int, num_rows: int, padding: int, batc
 
 def uses_attention_interface(model: PreTrainedModel) -> bool:
     """Whether "paged_flash" would take the place of a model's attention; see :func:`_check_and_adjust`."""
-    can_set = touch(PreTrainedModel, "_can_set_attn_implementation").__get__(None, type(model))()
-    return bool(can_set and touch(type(model), "_supports_flash_attn"))
+    return bool(type(model)._can_set_attn_implementation() and type(model)._supports_flash_attn)
 
 
 def attention_of(config: Any) -> dict[str, Any] | str | None:
@@ -491,7 +545,6 @@ def own_decoding_loop(model: Any, config: GenerationConfig) -> Callable[..., Any
     mode = config.get_generation_mode()
     if mode not in loops:
         raise ValueError(f"transformers has no loop for {mode.value.replace('_', ' ')}: leave custom_generate out.")
-    touch(GenerationMixin, loops[mode])
     return getattr(type(model), loops[mode])
 
 

@@ -245,7 +245,8 @@ class EngineCache(Cache):
             names = ("is_conv_states_initialized", "is_recurrent_states_initialized", "has_previous_state")
             self._kinds = [
                 {name: dict(getattr(layer, name)) for name in (*names, "conv_kernel_size")}
-                | {"dtype": layer.dtype, "device": layer.device}
+                # transformers before 5.24 keeps the dtype too.
+                | {name: getattr(layer, name) for name in ("device", "dtype") if hasattr(layer, name)}
                 for layer in self._state_layers
             ]
         for number, layer in enumerate(self._state_layers):

@@ -11,6 +11,7 @@ from hf_paged_kernels.settings import SHORT_CONTEXT
 from transformers.utils import logging
 
 from ..fusion import FusedModel
+from ..transformers_internals import cache_name
 from .chunk_graphs import KNOWN, ChunkGraphs, Layout
 from .compiled import CompiledModules
 from .decode_graphs import DecodeGraphs, LiveModel, is_short_of_memory
@@ -93,6 +94,7 @@ class Runner:
     ) -> None:
         self.model, self.cache, self.slots, self.tables, self.sampling = model, cache, slots, tables, sampling
         self.takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters
+        self.cache_name = cache_name(model.forward)
         self.needs_lengths = False
         """Whether the model computes keys from what the cache returns, so attention needs packed lengths."""
         self._live = LiveModel(model, tables.device)
@@ -324,8 +326,8 @@ class Runner:
                 if modules is not None:
                     stack.enter_context(modules.active(self.cache))
             out = self.model(
-                input_ids=inputs.input_ids, position_ids=inputs.position_ids, past_key_values=self.cache,
-                use_cache=True, return_dict=True, **kwargs,
+                input_ids=inputs.input_ids, position_ids=inputs.position_ids, use_cache=True, return_dict=True,
+                **{self.cache_name: self.cache}, **kwargs,
             )  # fmt: skip
         logits = out.logits
         if keep is not None and not len(keep):

@@ -33,6 +33,7 @@ from hf_paged_kernels.fused_ops import gated_activation_op, rms_norm_op, rms_nor
 from hf_paged_kernels.small_linear import choose_small_linear, small_gated_linear_op, small_linear_op
 from torch import nn
 
+from ..transformers_internals import given_cache
 from .weights import PackedLinears
 
 SCALARS = (bool, int, float, str, type(None))
@@ -398,7 +399,7 @@ class FusedAttention(Unit):
 
     def can_run(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether these arguments are of the kind that was proven."""
-        if kwargs.get("past_key_values") is not self.scope.cache or kwargs.get("attention_mask") is not None:
+        if given_cache(kwargs)[1] is not self.scope.cache or kwargs.get("attention_mask") is not None:
             return False
         if hidden_states.dtype != self.qkv.weight.dtype or not kwargs.keys() <= self.allowed:
             return False

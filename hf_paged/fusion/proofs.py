@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..transformers_internals import given_cache
 from .forwards import FusedAttention, FusedLayer, FusedMlp, Scope, Unit
 from .recording import Attended, Call, Recording, watch_attention
 
@@ -163,7 +164,7 @@ def _own_forward(module: nn.Module) -> Callable[..., Any]:
 
 
 def _cache_of(call: Call) -> Any:
-    return call.kwargs.get("past_key_values")
+    return given_cache(call.kwargs)[1]
 
 
 def _louder(call: Call, factor: float) -> tuple[tuple[Any, ...], dict[str, Any]]:
