@@ -39,6 +39,7 @@ from transformers import (
 )
 
 import hf_paged
+from eval.loading import with_cache
 
 VOCAB_SIZE = 512
 DTYPE = torch.bfloat16
@@ -324,7 +325,7 @@ def ragged(model: LlamaForCausalLM, sizes: Sizes, kind: str) -> Row:
     tokens = int(lengths.sum()) * sizes.num_layers
 
     def fill(cache: Cache) -> None:
-        model(ids, attention_mask=mask.long(), past_key_values=cache, logits_to_keep=1)
+        model(ids, attention_mask=mask.long(), **with_cache(model, cache), logits_to_keep=1)
 
     return _measure("a", kind, model, width, sizes.page_size, tokens, len(lengths), fill)
 
@@ -344,17 +345,17 @@ def forked(model: LlamaForCausalLM, sizes: Sizes, kind: str, case: str) -> Row:
     def fill(cache: Cache) -> Cache:
         if kind == ONCE:
             # All but the last token: generate() needs one to go on from.
-            model(ids[:, :-1], past_key_values=cache, logits_to_keep=1)
+            model(ids[:, :-1], **with_cache(model, cache), logits_to_keep=1)
             cache.batch_repeat_interleave(num_seqs)
         elif kind == STORED:
             assert isinstance(cache, hf_paged.PagedCache)
-            model(ids, past_key_values=cache, logits_to_keep=1)
+            model(ids, **with_cache(model, cache), logits_to_keep=1)
             cache.store_prefix(ids)
             cache.reset()
             cache.match_prefix(ids.expand(num_seqs, -1))
         model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=new, min_new_tokens=new,
-            **options,
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
+            **with_cache(model, cache), **options,
         )  # fmt: skip
         return cache
 
@@ -371,7 +372,7 @@ def windowed(model: Gemma3ForCausalLM, sizes: Sizes, kind: str) -> Row:
     def fill(cache: Cache) -> None:
         last = ids[:, -1:]
         for chunk in [*ids.split(sizes.windowed_chunk, dim=1), *[last] * sizes.new_tokens]:
-            model(chunk, past_key_values=cache, logits_to_keep=1)
+            model(chunk, **with_cache(model, cache), logits_to_keep=1)
 
     # The next query sees itself and the window's other tokens.
     tokens = held + 5 * min(held, sizes.window - 1)
@@ -436,7 +437,7 @@ def _turn(model: LlamaForCausalLM, ids: torch.Tensor, cache: Cache, answer: int)
     """Tokens of the prefill of a ``generate()``, and prompt with answer."""
     with Watch().on(model) as watch:
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=answer,
+            ids, attention_mask=torch.ones_like(ids), **with_cache(model, cache), max_new_tokens=answer,
             min_new_tokens=answer, do_sample=False,
         )  # fmt: skip
     return sum(watch.calls) - (answer - 1), out

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import hf_paged
+from eval.loading import cache_name
 from eval.perplexity import perplexity
 
 ASSETS = Path(__file__).parent.parent / "integration_tests" / "assets"
@@ -37,7 +38,7 @@ def main() -> None:
         return_dict_in_generate=True,
     )  # fmt: skip
     print(tokenizer.decode(out.sequences[0], skip_special_tokens=True))
-    cache = out.past_key_values
+    cache = out[cache_name(model)]
     assert isinstance(cache, hf_paged.PagedCache)
     print(f"\n--- on {device}: {cache} ({cache.bytes_in_use / 1024:.0f} KiB)\n")
 

@@ -49,6 +49,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Cache, LlamaConfig, LlamaForCausalLM
 
+from eval.loading import with_cache
+
 HEAD_DIM, NUM_Q_HEADS, NUM_KV_HEADS = 128, 4, 2
 HALF_HEAD = HEAD_DIM // 2
 CODE_LEN, HALF_CODE = 64, 32
@@ -258,7 +260,7 @@ def copy_hits(
     string_len: int | None = None,
     depth: float = 0.0,
     attention_mask: Tensor | None = None,
-    past_key_values: Cache | None = None,
+    cache: Cache | None = None,
 ) -> Tensor:
     """Which tokens of the second string are predicted in one forward pass: bool `[batch_size, string_len - 1]`.
 
@@ -268,7 +270,7 @@ def copy_hits(
         model: of `induction_model`, or the same model after what is under test was done to it.
         length, seed, batch_size, string_len, depth: of the prompt, see `copy_prompt`.
         attention_mask: handed to the model; a mask of four dimensions replaces the causal one.
-        past_key_values: an empty cache to run through, or None for a pass without one.
+        cache: an empty cache to run through, or None for a pass without one.
 
     Raises:
         ValueError: an argument is out of range, see `copy_prompt`.
@@ -280,8 +282,8 @@ def copy_hits(
     output = model(
         prompt,
         attention_mask=attention_mask,
-        past_key_values=past_key_values,
-        use_cache=past_key_values is not None,
+        **with_cache(model, cache),
+        use_cache=cache is not None,
         logits_to_keep=string_len,
     )
     predicted = output.logits[:, :-1].argmax(dim=-1)  # [batch_size, string_len - 1]
@@ -297,7 +299,7 @@ def copy_accuracy(
     string_len: int | None = None,
     depth: float = 0.0,
     attention_mask: Tensor | None = None,
-    past_key_values: Cache | None = None,
+    cache: Cache | None = None,
 ) -> float:
     """Share of the second string that is predicted: 1.0 unless something is broken. Arguments, errors: `copy_hits`."""
     hits = copy_hits(
@@ -308,6 +310,6 @@ def copy_accuracy(
         string_len=string_len,
         depth=depth,
         attention_mask=attention_mask,
-        past_key_values=past_key_values,
+        cache=cache,
     )
     return hits.float().mean().item()

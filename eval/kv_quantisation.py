@@ -15,7 +15,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel,
 
 import hf_paged
 from eval.cache_memory import held_bytes
-from eval.loading import set_attention
+from eval.loading import set_attention, with_cache
 from eval.perplexity import perplexity
 from eval.quality import Settings
 
@@ -108,8 +108,8 @@ def _bits(
     cache = make(model.config, settings.page_size)
     rows = torch.tensor([list(ids)], device=model.device)
     for part in rows.split(settings.chunk, dim=1):
-        model(part, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(part, **with_cache(model, cache), use_cache=True, logits_to_keep=1)
     dense = DynamicCache(config=model.config)
-    model(rows, past_key_values=dense, use_cache=True, logits_to_keep=1)
+    model(rows, **with_cache(model, dense), use_cache=True, logits_to_keep=1)
     numbers = sum(layer.keys.numel() + layer.values.numel() for layer in dense.layers)
     return held_bytes(cache) * 8 / numbers

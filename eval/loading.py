@@ -1,6 +1,7 @@
 """Models and devices by their names, with errors that name the argument; what a report says of where it was made."""
 
 import importlib.metadata
+import inspect
 import json
 import platform
 from collections.abc import Sequence
@@ -25,6 +26,24 @@ def attention_implementation(model: PreTrainedModel) -> str:
     """Name of the attention implementation that the decoder of `model` runs with."""
     # Underscored, yet it is the name by which the attention interface is documented; there is no other way to ask.
     return str(model.config.get_text_config(decoder=True)._attn_implementation)
+
+
+def cache_name(model: PreTrainedModel) -> str | None:
+    """What the model calls its cache, "cache" from transformers 5.24 on; None: its forward takes none."""
+    parameters = inspect.signature(model.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in parameters), None)
+
+
+def with_cache(model: PreTrainedModel, cache: Any) -> dict[str, Any]:
+    """The keyword argument that hands `cache` to the model's forward or `generate()`.
+
+    Raises:
+        ValueError: the model takes none.
+    """
+    name = cache_name(model)
+    if name is None:
+        raise ValueError(f"{type(model).__name__}.forward takes no cache.")
+    return {name: cache}
 
 
 def check_window(config: PreTrainedConfig, window: int) -> None:

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_paged
+from eval.loading import with_cache
 
 FREE, CACHED, SHARED = -1, -2, -3
 """Owners that are not one sequence: nobody; the prefix cache alone; several sequences."""
@@ -116,8 +117,8 @@ def run(sizes: Sizes) -> Recording:
         recording.phases.append((len(recording.steps), name))
         cache.match_prefix(ids.expand(num_seqs, -1))
         return model.generate(
-            ids, attention_mask=torch.ones_like(ids), past_key_values=cache, max_new_tokens=new, min_new_tokens=new,
-            **options,
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new,
+            **with_cache(model, cache), **options,
         )  # fmt: skip
 
     def idle(name: str, steps: int = 4) -> None:

@@ -19,7 +19,6 @@ figure. Exit status 0, or 2 and an error that names the argument.
 
 import argparse
 import hashlib
-import inspect
 import json
 import sys
 import time
@@ -46,6 +45,7 @@ from eval.loading import (
     ACCEPTED_DEVICE_MAPS,
     DTYPES,
     attention_implementation,
+    cache_name,
     check_attention,
     check_window,
     checked_device,
@@ -141,8 +141,8 @@ def perplexity(
         raise ValueError(
             f"cache_factory is given, and path={path!r} uses {uses}; pass path='decode' or 'paged_prefill'"
         )
-    if path != "prefill" and "past_key_values" not in inspect.signature(model.forward).parameters:
-        raise ValueError(f"path={path!r}: {type(model).__name__}.forward takes no past_key_values; pass path='prefill'")
+    if path != "prefill" and cache_name(model) is None:
+        raise ValueError(f"path={path!r}: {type(model).__name__}.forward takes no cache; pass path='prefill'")
     processes = processes or Processes()
     if observe is not None and (path == "engine" or processes.count > 1 or partial is not None):
         raise ValueError(

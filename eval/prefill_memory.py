@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_paged
+from eval.loading import with_cache
 
 LENGTHS = (2048, 4096, 8192, 16384, 32768)
 
@@ -49,7 +50,7 @@ def measure(model: LlamaForCausalLM, length: int) -> dict[str, float]:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         started = time.perf_counter()
-        model(ids, past_key_values=cache, logits_to_keep=1)
+        model(ids, **with_cache(model, cache), logits_to_keep=1)
         torch.cuda.synchronize()
         times.append((time.perf_counter() - started) * 1e3)
         peak = float(torch.cuda.max_memory_allocated() - before)

@@ -41,6 +41,7 @@ from eval.loading import (
     max_positions,
     set_attention,
     versions,
+    with_cache,
 )
 from eval.perplexity import check_path, plan_runs
 from eval.quality import Reference, Settings, measure
@@ -177,7 +178,8 @@ def _memory(model: PreTrainedModel, ids: Sequence[int], settings: Settings) -> l
             if name == "DynamicCache"
             else hf_paged.PagedCache(model.config, page_size=settings.page_size, kv_dtype=kind)
         )
-        model(torch.tensor([list(ids)], device=model.device), past_key_values=cache, use_cache=True, logits_to_keep=1)
+        row = torch.tensor([list(ids)], device=model.device)
+        model(row, **with_cache(model, cache), use_cache=True, logits_to_keep=1)
         num_bytes = held_bytes(cache)
         found.append({"cache": name, "tokens": len(ids), "bytes": num_bytes, "bytes_per_token": num_bytes / len(ids)})
     return found

@@ -21,6 +21,7 @@ from torch.nn import functional
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
 import hf_paged
+from eval.loading import with_cache
 
 PATHS = ("prefill", "decode", "paged_prefill", "padded_prefill", "chunked_prefill", "engine")
 KV_DTYPES = ("auto", "fp8", "int8")
@@ -110,7 +111,7 @@ def _forward(
     kwargs: dict[str, Any] = {"use_cache": False, **inputs}
     if cache is not None:
         num_before = cache.get_seq_length()
-        kwargs |= {"use_cache": True, "past_key_values": cache}
+        kwargs |= {"use_cache": True, **with_cache(model, cache)}
     parameters = inspect.signature(model.forward).parameters
     if "logits_to_keep" in parameters:
         kwargs["logits_to_keep"] = num_logits
@@ -121,7 +122,7 @@ def _forward(
     if cache is not None and cache.get_seq_length() != num_before + rows.shape[1]:
         raise ValueError(
             f"the {type(cache).__name__} held {num_before} tokens, was given {rows.shape[1]} and reports "
-            f"{cache.get_seq_length()}: {type(model).__name__} does not use past_key_values; pass path='prefill'"
+            f"{cache.get_seq_length()}: {type(model).__name__} does not use its cache; pass path='prefill'"
         )
     return logits[:, -num_logits:]
 

@@ -4,8 +4,8 @@ From its lengths and block table come the slots that new tokens are written to, 
 split plan: a dozen small kernels, which would run again in every layer.
 
 A step is told by its ``cu_seq_lens_q``, which transformers makes anew for each and hands to every layer, and by layers
-that follow one another: one that does not come behind the last one seen starts again. A captured graph runs its step once before the
-capture, with the same tensors, so this is what puts the computation into the graph too.
+that follow one another: one that does not come behind the last one seen starts again. A captured graph runs its step
+once before the capture, with the same tensors, so this is what puts the computation into the graph too.
 """
 
 from dataclasses import dataclass, field

@@ -268,8 +268,8 @@ def _together(batch: Batch, outputs: list[RequestOutput]) -> Any:
 
 def _model_output(kind: type, **fields: Any) -> Any:
     logger.warning_once(
-        "generate() with return_dict_in_generate gives no cache (past_key_values) when the engine of hf_paged runs it: keys "
-        "and values stay in the engine's pages."
+        "generate() with return_dict_in_generate gives no cache (past_key_values) when the engine of hf_paged runs "
+        "it: keys and values stay in the engine's pages."
     )
     return kind(**fields)
 

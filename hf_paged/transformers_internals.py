@@ -52,7 +52,7 @@ TESTED = ("5.17", "5.24")
 """The oldest and the newest minor version of transformers that the test suite was run on."""
 
 CACHE_NAMES = ("cache", "past_key_values", "cache_params")
-"""What forwards and ``generate()`` call the cache: "cache" from transformers 5.24 on, where the others are deprecated."""
+"""What forwards and ``generate()`` call the cache: "cache" from transformers 5.24 on, which deprecates the others."""
 
 
 def strip_prefix(name: object) -> str:
@@ -73,13 +73,14 @@ def touch(owner: Any, name: str) -> Any:
         where = getattr(owner, "__name__", repr(owner))
         raise ImportError(
             f"hf_paged rests on {where}.{name}, which transformers {transformers.__version__} does not have. "
-            f"hf_paged is tested with transformers {TESTED[0]} to {TESTED[1]}: install one of those, or a newer hf_paged."
+            f"hf_paged is tested with transformers {TESTED[0]} to {TESTED[1]}: install one of these, or a newer "
+            f"hf_paged."
         ) from None
 
 
-def is_tested_version(version: str = transformers.__version__) -> bool:
-    """Whether a transformers version is not newer than those that the test suite was run on."""
-    return Version(version).release[:2] <= Version(TESTED[1]).release
+def is_tested_version() -> bool:
+    """Whether transformers is not newer than what the test suite was run on."""
+    return Version(transformers.__version__).release[:2] <= Version(TESTED[1]).release
 
 
 def cache_name(forward: Callable) -> str:

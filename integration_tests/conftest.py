@@ -1,10 +1,14 @@
 """Shared fixtures: Triton's interpreter without a GPU, NaN-poisoned allocations, a visible skip for GPU tests."""
 
 import os
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 HAS_GPU = torch.cuda.is_available()
 if "PYTEST_XDIST_WORKER" in os.environ:

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from host import cache_of, with_cache
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 import hf_paged
@@ -137,8 +138,8 @@ def plain(rows: slice, **options: Any) -> Mode:
     def run(model: PreTrainedModel, cache: Cache) -> Result:
         ids, mask = (x[rows] for x in batch())
         torch.manual_seed(3)
-        out = model.generate(ids, attention_mask=mask, past_key_values=cache, return_dict_in_generate=True, **options)
-        return [out.sequences], [out.past_key_values]
+        out = model.generate(ids, attention_mask=mask, **with_cache(cache), return_dict_in_generate=True, **options)
+        return [out.sequences], [cache_of(out)]
 
     return run
 
@@ -164,15 +165,15 @@ def chunked(model: PreTrainedModel, cache: Cache) -> Result:
 def continued(model: PreTrainedModel, cache: Cache) -> Result:
     """A second turn on the cache of the first."""
     ids, mask = batch()
-    first = model.generate(ids, attention_mask=mask, past_key_values=cache, return_dict_in_generate=True)
+    first = model.generate(ids, attention_mask=mask, **with_cache(cache), return_dict_in_generate=True)
     more = torch.randint(3, 90, (len(PADDING), MORE), generator=torch.Generator().manual_seed(2))
     longer = torch.cat([first.sequences, more], dim=1)
     if model.config.is_encoder_decoder:
         inputs = {"input_ids": ids, "attention_mask": mask, "decoder_input_ids": longer}
     else:
         inputs = {"input_ids": longer, "attention_mask": torch.cat([mask, mask.new_ones(3, NEW_TOKENS + MORE)], dim=1)}
-    second = model.generate(**inputs, past_key_values=first.past_key_values, return_dict_in_generate=True)
-    return [first.sequences, second.sequences], [second.past_key_values]
+    second = model.generate(**inputs, **with_cache(cache_of(first)), return_dict_in_generate=True)
+    return [first.sequences, second.sequences], [cache_of(second)]
 
 
 def reused(model: PreTrainedModel, cache: Cache) -> Result:
@@ -187,7 +188,7 @@ def reused(model: PreTrainedModel, cache: Cache) -> Result:
             # Positions as generate() counts them.
             positions = (mask.cumsum(1) - 1).clamp(min=0)
             prefill = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
-        cache = model(**prefill, past_key_values=cache, use_cache=True).past_key_values
+        cache = cache_of(model(**prefill, **with_cache(cache), use_cache=True))
     tokens, caches = [], [cache]
     for tail in more:
         twin = copy.deepcopy(cache)
@@ -195,9 +196,9 @@ def reused(model: PreTrainedModel, cache: Cache) -> Result:
         longer_mask = torch.cat([mask, mask.new_ones(tail.shape)], dim=1)
         inputs = {"input_ids": longer, "attention_mask": longer_mask}
         inputs = {**encoder, "decoder_input_ids": longer} if encoder else inputs
-        out = model.generate(**inputs, past_key_values=twin, return_dict_in_generate=True)
+        out = model.generate(**inputs, **with_cache(twin), return_dict_in_generate=True)
         tokens.append(out.sequences)
-        caches.append(out.past_key_values)
+        caches.append(cache_of(out))
     assert not torch.equal(*tokens)
     return tokens, caches
 
@@ -261,13 +262,13 @@ def test_a_reset_cache_takes_another_batch_size(family):
     _, model = models(family)
     ids, mask = batch()
     cache = hf_paged.PagedCache(model.config, page_size=8)
-    first = model.generate(ids[1:2], past_key_values=cache)
+    first = model.generate(ids[1:2], **with_cache(cache))
     cache.reset()
     with torch.inference_mode():
-        model(ids, attention_mask=mask, past_key_values=cache)
+        model(ids, attention_mask=mask, **with_cache(cache))
     cache.reset()
     assert cache.get_seq_length() == 0
-    assert torch.equal(model.generate(ids[1:2], past_key_values=cache), first)
+    assert torch.equal(model.generate(ids[1:2], **with_cache(cache)), first)
 
 
 @pytest.mark.parametrize("family", ["falcon_h1", "bamba"])
@@ -278,15 +279,15 @@ def test_rows_of_a_hybrid_are_selected_and_repeated(family):
     cache, dense = hf_paged.PagedCache(model.config, page_size=8), DynamicCache(config=model.config)
     with torch.no_grad():
         for used in (cache, dense):
-            model(ids[1:2, :9], past_key_values=used)
+            model(ids[1:2, :9], **with_cache(used))
         cache.batch_repeat_interleave(3)
         dense.reorder_cache(torch.tensor([0, 0, 0]))
-        logits = [model(ids[:, 8:10], past_key_values=used).logits for used in (cache, dense)]
+        logits = [model(ids[:, 8:10], **with_cache(used)).logits for used in (cache, dense)]
         assert torch.allclose(*logits, atol=1e-4)
         cache.batch_select_indices(torch.tensor([2, 0]))
         dense.reorder_cache(torch.tensor([2, 0]))
         cache.check()
-        logits = [model(ids[:2, 10:11], past_key_values=used).logits for used in (cache, dense)]
+        logits = [model(ids[:2, 10:11], **with_cache(used)).logits for used in (cache, dense)]
         assert torch.allclose(*logits, atol=1e-4)
         assert not torch.allclose(logits[0][0], logits[0][1], atol=1e-1)
 
@@ -299,7 +300,7 @@ def test_recurrent_states_are_not_rolled_back(family):
     cache, dense = hf_paged.PagedCache(model.config, page_size=8), DynamicCache(config=model.config)
     with torch.no_grad():
         for used in (cache, dense):
-            model(ids[1:2], past_key_values=used)
+            model(ids[1:2], **with_cache(used))
             assert not used.is_croppable
             with pytest.raises(RuntimeError, match="does not track past states"):
                 used.crop(-3)
@@ -316,7 +317,7 @@ def test_recording_keeps_no_more_than_a_rollback_needs():
     ids = torch.randint(3, 90, (1, 6))
     with torch.no_grad():
         for _ in range(12):
-            model(ids, past_key_values=cache)
+            model(ids, **with_cache(cache))
             cache.crop(-2)
             assert cache.pages_in_use <= 1 + -(-(WINDOW + 8) // 8)
             cache.check()
@@ -329,7 +330,7 @@ def test_an_encoder_decoder_is_paged_by_default():
     for rows, options in ((ALL, {}), (ALL, {"num_beams": 3}), (ONE, {"prompt_lookup_num_tokens": 3})):
         ids, mask = (x[rows] for x in batch())
         out = paged.generate(ids, attention_mask=mask, return_dict_in_generate=True, **options)
-        cache = out.past_key_values
+        cache = cache_of(out)
         assert type(cache.self_attention_cache) is hf_paged.PagedCache
         assert type(cache.cross_attention_cache) is DynamicCache
         assert torch.equal(out.sequences, eager.generate(ids, attention_mask=mask, **options))

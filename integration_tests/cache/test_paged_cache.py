@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from host import cache_of, with_cache
 from transformers import (
     DynamicCache,
     Gemma3ForCausalLM,
@@ -74,11 +75,11 @@ def test_every_mode_gives_eagers_tokens(poison, page_size, kind, mode):
         cache = hf_paged.PagedCache(m.config, page_size=page_size) if attn == "paged_flash" else None
         torch.manual_seed(3)
         out = m.generate(
-            ids, attention_mask=mask, max_new_tokens=24, past_key_values=cache, return_dict_in_generate=True, **mode
+            ids, attention_mask=mask, max_new_tokens=24, **with_cache(cache), return_dict_in_generate=True, **mode
         )
         tokens[attn] = out.sequences
         if cache is not None:
-            assert out.past_key_values is cache
+            assert cache_of(out) is cache
             cache.check()
     assert torch.equal(tokens["eager"], tokens["paged_flash"])
     assert len(tokens["eager"].unique()) > 10
@@ -90,7 +91,7 @@ def test_pages_by_the_token():
     ids, mask = padded_batch()
     cache = hf_paged.PagedCache(m.config, page_size=8)
     with torch.no_grad():
-        m(ids, attention_mask=mask, past_key_values=cache)
+        m(ids, attention_mask=mask, **with_cache(cache))
     lengths = mask.sum(1).tolist()
     assert cache.groups[None].table.lengths == lengths
     assert cache.pages_in_use == sum(-(-n // 8) for n in lengths)
@@ -101,7 +102,7 @@ def test_pages_by_the_token():
     assert cache.get_seq_length() == 0
     cache.check()
     with torch.no_grad():
-        m(ids[:1, 5:], past_key_values=cache)  # another batch size
+        m(ids[:1, 5:], **with_cache(cache))  # another batch size
     assert cache.num_seqs == 1
 
 
@@ -112,8 +113,8 @@ def test_gathered_states_equal_dynamic_cache(poison):
     dense, paged = DynamicCache(config=m.config), hf_paged.PagedCache(m.config, page_size=8)
     with torch.no_grad():
         for cache in (dense, paged):
-            m(ids[:, :15], attention_mask=mask[:, :15], past_key_values=cache)
-            m(ids[:, 15:], attention_mask=mask, past_key_values=cache)
+            m(ids[:, :15], attention_mask=mask[:, :15], **with_cache(cache))
+            m(ids[:, 15:], attention_mask=mask, **with_cache(cache))
     held = mask.bool()[:, None, :, None]
     for a, b in zip(dense.layers, paged.layers):
         for x, y in ((a.keys, b.keys), (a.values, b.values)):
@@ -129,7 +130,7 @@ def test_other_implementations_get_dense_states(poison, attn, kind):
     expected = m.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False)
     cache = hf_paged.PagedCache(m.config, page_size=8)
     assert torch.equal(
-        m.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, past_key_values=cache), expected
+        m.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False, **with_cache(cache)), expected
     )
     cache.check()
 
@@ -146,7 +147,7 @@ def test_operations_follow_dynamic_cache(poison):
     masks = mask
     with torch.no_grad():
         for cache in (dense, paged):
-            m(ids, attention_mask=mask, past_key_values=cache)
+            m(ids, attention_mask=mask, **with_cache(cache))
         for name, argument in operations:
             getattr(dense, name)(argument)
             getattr(paged, name)(argument)
@@ -162,7 +163,7 @@ def test_operations_follow_dynamic_cache(poison):
             masks = torch.cat([masks, torch.ones_like(new)], 1)
             positions = (masks.cumsum(1) - 1)[:, -2:]
             logits = [
-                m(new, attention_mask=masks, position_ids=positions, past_key_values=c).logits for c in (dense, paged)
+                m(new, attention_mask=masks, position_ids=positions, **with_cache(c)).logits for c in (dense, paged)
             ]
             assert torch.allclose(*logits, atol=1e-4)
             paged.check()
@@ -172,12 +173,12 @@ def test_forks_share_pages_until_they_write():
     m = model()
     cache = hf_paged.PagedCache(m.config, page_size=8)
     with torch.no_grad():
-        m(torch.randint(1, 97, (1, 20)), past_key_values=cache)
+        m(torch.randint(1, 97, (1, 20)), **with_cache(cache))
     assert cache.pages_in_use == 3
     cache.batch_repeat_interleave(5)
     assert cache.pages_in_use == 3
     with torch.no_grad():
-        m(torch.randint(1, 97, (5, 1)), past_key_values=cache)
+        m(torch.randint(1, 97, (5, 1)), **with_cache(cache))
     assert cache.pages_in_use == 2 + 5
     cache.check()
 
@@ -191,8 +192,8 @@ def test_padding_inside_a_conversation(poison):
     positions = (mask.cumsum(1) - 1).clamp(min=0)
     cache = hf_paged.PagedCache(m.config, page_size=8)
     with torch.no_grad():
-        m(first, attention_mask=mask[:, :5], position_ids=positions[:, :5], past_key_values=cache)
-        logits = m(second, attention_mask=mask, position_ids=positions[:, 5:], past_key_values=cache).logits
+        m(first, attention_mask=mask[:, :5], position_ids=positions[:, :5], **with_cache(cache))
+        logits = m(second, attention_mask=mask, position_ids=positions[:, 5:], **with_cache(cache)).logits
         cache.check()
         assert cache.groups[None].table.lengths == [5, 9]
         for row in range(2):
@@ -208,13 +209,13 @@ def test_out_of_pages_leaves_the_cache_usable():
     ids = torch.randint(1, 97, (1, 30))
     with torch.no_grad():
         expected = m(ids, use_cache=False).logits
-        m(ids[:, :20], past_key_values=cache)
+        m(ids[:, :20], **with_cache(cache))
         with pytest.raises(hf_paged.OutOfPagesError, match=r"needs 2 more pages, 1 of 4 are free") as caught:
-            m(torch.randint(1, 97, (1, 20)), past_key_values=cache)
+            m(torch.randint(1, 97, (1, 20)), **with_cache(cache))
         assert (caught.value.needed, caught.value.free, caught.value.total) == (2, 1, 4)
         cache.check()
         assert cache.get_seq_length() == 20
-        logits = m(ids[:, 20:], past_key_values=cache).logits
+        logits = m(ids[:, 20:], **with_cache(cache)).logits
     assert torch.allclose(logits, expected[:, 20:], atol=1e-4)
     cache.check()
 
@@ -224,11 +225,11 @@ def test_deep_copy_is_independent():
     ids = torch.randint(1, 97, (1, 20))
     cache = hf_paged.PagedCache(m.config)
     with torch.no_grad():
-        m(ids, past_key_values=cache)
+        m(ids, **with_cache(cache))
         twin = copy.deepcopy(cache)
         tail = torch.randint(1, 97, (1, 3))
-        a = m(tail, past_key_values=cache).logits
-        b = m(tail, past_key_values=twin).logits
+        a = m(tail, **with_cache(cache)).logits
+        b = m(tail, **with_cache(twin)).logits
     assert torch.equal(a, b)
     for c in (cache, twin):
         c.check()
@@ -240,23 +241,23 @@ def test_a_mask_that_hides_stored_tokens_is_refused():
     cache = hf_paged.PagedCache(m.config)
     mask = torch.ones(1, 7, dtype=torch.long)
     with torch.no_grad():
-        m(torch.randint(1, 97, (1, 6)), past_key_values=cache)
+        m(torch.randint(1, 97, (1, 6)), **with_cache(cache))
         mask[0, 1] = 0
         with pytest.raises(
             ValueError, match=r"hides column 1 of row 0, which the cache holds as a token.*every pad_token_id"
         ):
-            m(torch.randint(1, 97, (1, 1)), attention_mask=mask, past_key_values=cache)
+            m(torch.randint(1, 97, (1, 1)), attention_mask=mask, **with_cache(cache))
         with pytest.raises(ValueError, match=r"must cover the 6 columns in the cache and the 1 new ones, \[1, 7\]"):
-            m(torch.randint(1, 97, (1, 1)), attention_mask=torch.tensor([[0, 1, 1]]), past_key_values=cache)
+            m(torch.randint(1, 97, (1, 1)), attention_mask=torch.tensor([[0, 1, 1]]), **with_cache(cache))
 
 
 def test_another_batch_size_is_refused():
     m = model()
     cache = hf_paged.PagedCache(m.config)
     with torch.no_grad():
-        m(torch.randint(1, 97, (2, 6)), past_key_values=cache)
+        m(torch.randint(1, 97, (2, 6)), **with_cache(cache))
         with pytest.raises(ValueError, match=r"holds 2 sequences, the step brings 3: call reset\(\)"):
-            m(torch.randint(1, 97, (3, 1)), past_key_values=cache)
+            m(torch.randint(1, 97, (3, 1)), **with_cache(cache))
 
 
 @pytest.mark.parametrize(
@@ -287,7 +288,7 @@ def test_crop_refuses_positive_numbers():
 def test_gradients_are_refused_not_lost():
     m = model("eager")
     with pytest.raises(ValueError, match="without their gradients"):
-        m(torch.randint(1, 97, (1, 6)), past_key_values=hf_paged.PagedCache(m.config))
+        m(torch.randint(1, 97, (1, 6)), **with_cache(hf_paged.PagedCache(m.config)))
 
 
 def test_states_look_dense_to_other_code(poison):
@@ -313,9 +314,9 @@ def test_generation_in_inference_mode_then_outside():
     ids = torch.randint(1, 97, (1, 9))
     cache = hf_paged.PagedCache(m.config)
     with torch.inference_mode():
-        m(ids, past_key_values=cache)
+        m(ids, **with_cache(cache))
     with torch.no_grad():
-        logits = m(ids[:, :2], past_key_values=cache).logits
+        logits = m(ids[:, :2], **with_cache(cache)).logits
         expected = m(torch.cat([ids, ids[:, :2]], 1), use_cache=False).logits[:, -2:]
     assert torch.allclose(logits, expected, atol=1e-4)
 
@@ -339,7 +340,7 @@ def test_a_sliding_window_gives_pages_back():
     ids, mask = padded_batch()
     with torch.no_grad():
         for step in range(60):
-            m(ids if step == 0 else ids[:, :1], attention_mask=mask, past_key_values=cache)
+            m(ids if step == 0 else ids[:, :1], attention_mask=mask, **with_cache(cache))
             mask = torch.cat([mask, mask.new_ones(3, 1)], 1)
             for window, group in cache.groups.items():
                 for pages, length in zip(group.table.pages, group.table.lengths):
@@ -347,7 +348,7 @@ def test_a_sliding_window_gives_pages_back():
                     assert held == -(-length // 8) if window is None else held <= 20 // 8 + 2
             cache.check()
         mask = torch.cat([mask, mask.new_ones(3, 99)], 1)
-        m(torch.randint(1, 97, (3, 100)), attention_mask=mask, past_key_values=cache)
+        m(torch.randint(1, 97, (3, 100)), attention_mask=mask, **with_cache(cache))
     cache.check()
     assert all(sum(page != GONE for page in pages) <= 20 // 8 + 2 for pages in cache.groups[20].table.pages)
 
@@ -377,16 +378,16 @@ def test_rolling_back_over_a_window_needs_recording():
     with torch.no_grad():
         cache = hf_paged.PagedCache(m.config, page_size=8)
         for start in (0, 40):
-            m(ids[:, start : start + 40], past_key_values=cache)
+            m(ids[:, start : start + 40], **with_cache(cache))
         with pytest.raises(RuntimeError, match=r"given back token \d+, .* call activate_past_recording"):
             cache.crop(-20)
         cache.check()
         cache = hf_paged.PagedCache(m.config, page_size=8)
-        m(ids[:, :40], past_key_values=cache)
+        m(ids[:, :40], **with_cache(cache))
         cache.activate_past_recording()
-        m(torch.randint(1, 97, (1, 20)), past_key_values=cache)
+        m(torch.randint(1, 97, (1, 20)), **with_cache(cache))
         cache.crop(-20)
-        logits = m(ids[:, 40:], past_key_values=cache).logits
+        logits = m(ids[:, 40:], **with_cache(cache)).logits
         assert torch.allclose(logits, m(ids, use_cache=False).logits[:, 40:], atol=1e-4)
         cache.check()
 
@@ -404,16 +405,16 @@ def test_quantised_pages(poison, kv_dtype):
         for attn in ("paged_flash", "sdpa"):
             m.set_attn_implementation(attn)
             cache = hf_paged.PagedCache(m.config, page_size=8, kv_dtype=kv_dtype)
-            first = m(ids, attention_mask=mask, past_key_values=cache).logits
+            first = m(ids, attention_mask=mask, **with_cache(cache)).logits
             assert torch.allclose(first * mask[..., None], exact * mask[..., None], atol=1e-4)
             assert cache.pool.page_bytes == 2 * 2 * 2 * 8 * (16 + 4)  # layers, k and v, heads, slots, dim and scale
-            steps.append(m(new, attention_mask=longer, past_key_values=cache).logits[:, 0])
+            steps.append(m(new, attention_mask=longer, **with_cache(cache)).logits[:, 0])
             cache.batch_repeat_interleave(2)
             steps.append(
                 m(
                     torch.cat([new, new], 0),
                     attention_mask=torch.cat([longer, longer[:, -1:]], 1).repeat_interleave(2, 0),
-                    past_key_values=cache,
+                    **with_cache(cache),
                 ).logits[:, 0]
             )
             cache.check()
@@ -431,18 +432,18 @@ def test_caches_share_a_pool():
     with torch.no_grad():
         expected = m(ids, use_cache=False).logits[:, -1]
         for cache in (one, two):
-            m(ids[:, :29], past_key_values=cache)
+            m(ids[:, :29], **with_cache(cache))
         for cache in (one, two):
-            assert torch.allclose(m(ids[:, 29:], past_key_values=cache).logits[:, -1], expected, atol=1e-4)
+            assert torch.allclose(m(ids[:, 29:], **with_cache(cache)).logits[:, -1], expected, atol=1e-4)
         assert pool.pages_in_use == 8
         pool.check()
         with pytest.raises(hf_paged.OutOfPagesError):
-            m(torch.randint(1, 97, (1, 60)), past_key_values=two)
+            m(torch.randint(1, 97, (1, 60)), **with_cache(two))
         del one, cache
         gc.collect()
         assert pool.pages_in_use == 4
         pool.check()
-        m(torch.randint(1, 97, (1, 60)), past_key_values=two)
+        m(torch.randint(1, 97, (1, 60)), **with_cache(two))
     with pytest.raises(ValueError, match="those of the pool"):
         hf_paged.PagedCache(m.config, pool=pool, page_size=8)
     with pytest.raises(ValueError, match="a pool of its own"):
@@ -462,7 +463,7 @@ def test_a_chat_computes_only_the_new_turn(poison, kind, page_size):
         # The last sampled token of a turn was never computed.
         assert reused == (0 if turn == 0 else (before - 1) // page_size * page_size), turn
         options = {"attention_mask": torch.ones_like(history), "max_new_tokens": 9, "do_sample": False}
-        out = m.generate(history, past_key_values=cache, **options)
+        out = m.generate(history, **with_cache(cache), **options)
         assert torch.equal(out, eager.generate(history, **options)), turn
         cache.store_prefix(out)
         pool.check()
@@ -485,7 +486,7 @@ def test_prefixes_of_a_padded_batch(poison):
     pool = hf_paged.PagePool(8)
     ids, mask = padded_batch()
     cache = hf_paged.PagedCache(m.config, pool=pool)
-    out = m.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, past_key_values=cache)
+    out = m.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, **with_cache(cache))
     cache.store_prefix(out, mask)
     longer = torch.cat([mask, mask.new_ones(3, 20)], 1)
     again = hf_paged.PagedCache(m.config, pool=pool)
@@ -495,7 +496,7 @@ def test_prefixes_of_a_padded_batch(poison):
     assert reused == sum(again.columns - pad for pad in (5, 0, 19))
     pool.check()
     expected = m.generate(out, attention_mask=longer, max_new_tokens=12, do_sample=False)
-    got = m.generate(out, attention_mask=longer, max_new_tokens=12, do_sample=False, past_key_values=again)
+    got = m.generate(out, attention_mask=longer, max_new_tokens=12, do_sample=False, **with_cache(again))
     assert torch.equal(got, expected)
     pool.check()
 
@@ -506,11 +507,11 @@ def test_stored_prefixes_make_room_for_new_tokens():
     cache = hf_paged.PagedCache(m.config, pool=pool)
     ids = torch.randint(1, 97, (1, 33))
     with torch.no_grad():
-        m(ids, past_key_values=cache)
+        m(ids, **with_cache(cache))
         assert cache.store_prefix(ids) == 4
         cache.reset()
         assert [group.cached for group in cache.memory()] == [4]
-        m(torch.randint(1, 97, (1, 40)), past_key_values=cache)
+        m(torch.randint(1, 97, (1, 40)), **with_cache(cache))
     pool.check()
     assert pool.prefixes.stats.evictions >= 3
     memory = cache.memory()[0]
@@ -523,7 +524,7 @@ def test_memory_counts_shared_pages_once():
     m = model(kind="mistral")
     cache = hf_paged.PagedCache(m.config, page_size=8)
     with torch.no_grad():
-        m(torch.randint(1, 97, (1, 20)), past_key_values=cache)
+        m(torch.randint(1, 97, (1, 20)), **with_cache(cache))
     cache.batch_repeat_interleave(4)
     (memory,) = cache.memory()
     assert (memory.window, memory.num_layers) == (7, 2)
@@ -539,10 +540,10 @@ def test_swapping_a_sequence_out_and_in(poison, kind, device):
     new, longer = ids[:, -1:], torch.cat([mask, mask[:, -1:]], 1)
     with torch.no_grad():
         expected = hf_paged.PagedCache(m.config, page_size=8)
-        m(ids, attention_mask=mask, past_key_values=expected)
-        logits = m(new, attention_mask=longer, past_key_values=expected).logits
+        m(ids, attention_mask=mask, **with_cache(expected))
+        logits = m(new, attention_mask=longer, **with_cache(expected)).logits
         cache = hf_paged.PagedCache(m.config, page_size=8, num_pages=7)
-        m(ids, attention_mask=mask, past_key_values=cache)
+        m(ids, attention_mask=mask, **with_cache(cache))
         used = cache.pages_in_use
         out = [cache.swap_out(1), cache.swap_out(0)]
         cache.check()
@@ -555,13 +556,13 @@ def test_swapping_a_sequence_out_and_in(poison, kind, device):
             for layer in group.pages.layers.values():  # what was given back may be overwritten
                 layer.raw()[free] = 0xFF
         with pytest.raises(ValueError, match=r"rows \[0, 1\] are swapped out: swap_in"):
-            m(new, attention_mask=longer, past_key_values=cache)
+            m(new, attention_mask=longer, **with_cache(cache))
         with pytest.raises(ValueError, match="not swapped out yet, got 1"):
             cache.swap_out(1)
         for sequence in out:
             cache.swap_in(sequence)
         cache.check()
-        assert torch.equal(m(new, attention_mask=longer, past_key_values=cache).logits, logits)
+        assert torch.equal(m(new, attention_mask=longer, **with_cache(cache)).logits, logits)
         with pytest.raises(ValueError, match="not swapped out as this sequence"):
             cache.swap_in(out[0])
 
@@ -571,15 +572,15 @@ def test_swapping_in_without_room():
     pool = hf_paged.PagePool(8, 4)
     one, two = (hf_paged.PagedCache(m.config, pool=pool) for _ in range(2))
     with torch.no_grad():
-        m(torch.randint(1, 97, (1, 20)), past_key_values=one)
+        m(torch.randint(1, 97, (1, 20)), **with_cache(one))
         sequence = one.swap_out(0)
-        m(torch.randint(1, 97, (1, 20)), past_key_values=two)
+        m(torch.randint(1, 97, (1, 20)), **with_cache(two))
         with pytest.raises(hf_paged.OutOfPagesError):
             one.swap_in(sequence)
         pool.check()
         two.reset()
         one.swap_in(sequence)
-        m(torch.randint(1, 97, (1, 1)), past_key_values=one)
+        m(torch.randint(1, 97, (1, 1)), **with_cache(one))
     pool.check()
 
 
@@ -673,7 +674,7 @@ def test_beams_and_samples_share_the_prompt(poison, kind, mode):
         out = m.generate(ids, attention_mask=mask, max_new_tokens=2, return_dict_in_generate=True, **mode)
         tokens.append(out.sequences)
     assert torch.equal(*tokens)
-    cache = out.past_key_values
+    cache = cache_of(out)
     cache.check()
     if kind == "llama":
         # Prompts of 16, 21 and 2 tokens, and one new token in each of the 12 rows: only the last pages are their own.
@@ -688,22 +689,22 @@ def test_rows_that_differ_are_not_shared(poison):
     ids = torch.randint(1, 97, (4, 17))
     ids[1] = ids[0]
     with torch.no_grad():
-        m(ids, past_key_values=cache)
+        m(ids, **with_cache(cache))
         assert cache.pages_in_use == 4 * 3
         cache.reset()
         cache.expect_repeats(2)
         ids[3] = ids[2]
         mask = torch.ones_like(ids)
         mask[1, :9] = 0  # the same keys at layer 0, another number of tokens
-        m(ids, attention_mask=mask, position_ids=torch.arange(17).expand(4, -1), past_key_values=cache)
+        m(ids, attention_mask=mask, position_ids=torch.arange(17).expand(4, -1), **with_cache(cache))
         assert cache.pages_in_use == 3 + 1 + 2 * 3
         cache.crop(-17)
         cache.reset()
         cache.expect_repeats(2)
-        m(ids, past_key_values=cache)
+        m(ids, **with_cache(cache))
         assert cache.pages_in_use == 2 * 3
         new = torch.arange(1, 5)[:, None]
-        logits = m(new, past_key_values=cache).logits
+        logits = m(new, **with_cache(cache)).logits
         expected = m(torch.cat([ids, new], 1), use_cache=False).logits[:, -1:]
     assert cache.pages_in_use == 2 * 2 + 4
     assert torch.allclose(logits, expected, atol=1e-4)

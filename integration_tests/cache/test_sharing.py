@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from host import cache_of, with_cache
 
 import hf_paged
 
@@ -47,14 +48,14 @@ def test_every_chunk_of_repeated_prompts_is_shared(poison, kind, chunk):
     cache = hf_paged.PagedCache(m.config, page_size=PAGE)
     cache.expect_repeats(4)
     for part in ids.split(chunk, dim=1):
-        expected = logits_of(m, part, past_key_values=once).repeat_interleave(4, 0)
-        got = logits_of(m, part.repeat_interleave(4, 0), past_key_values=cache)
+        expected = logits_of(m, part, **with_cache(once)).repeat_interleave(4, 0)
+        got = logits_of(m, part.repeat_interleave(4, 0), **with_cache(cache))
         assert torch.allclose(got, expected, atol=1e-4)
         assert cache.pages_in_use == once.pages_in_use
         cache.check()
     before = {window: group.table.held() for window, group in once.groups.items()}
     new = torch.arange(3, 11)[:, None]
-    got = logits_of(m, new, past_key_values=cache)
+    got = logits_of(m, new, **with_cache(cache))
     expected = logits_of(m, torch.cat([ids.repeat_interleave(4, 0), new], 1), use_cache=False)
     assert torch.allclose(got, expected, atol=1e-4)
     cache.check()
@@ -71,15 +72,15 @@ def test_generate_shares_all_chunks_of_a_prompt(poison, kind, mode):
         torch.manual_seed(5)
         out = m.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=2, prefill_chunk_size=6,
-            return_dict_in_generate=True, past_key_values=hf_paged.PagedCache(m.config, page_size=PAGE), **mode,
+            return_dict_in_generate=True, **with_cache(hf_paged.PagedCache(m.config, page_size=PAGE)), **mode,
         )  # fmt: skip
         tokens.append(out.sequences)
-        out.past_key_values.check()
+        cache_of(out).check()
     assert torch.equal(*tokens)
     if kind == "llama":
         # 3 full pages of 29 tokens in each prompt; the fourth is each row's own, but for rows that a beam left.
-        own = {tuple(pages) for pages in out.past_key_values.groups[None].table.pages}
-        assert out.past_key_values.pages_in_use == 2 * 3 + len(own)
+        own = {tuple(pages) for pages in cache_of(out).groups[None].table.pages}
+        assert cache_of(out).pages_in_use == 2 * 3 + len(own)
         assert len(own) == 8 or "num_beams" in mode
 
 
@@ -88,7 +89,7 @@ def test_rows_that_go_on_from_one_matched_prefix_share_the_rest_of_the_prompt(po
     m, ids = model(kind), prompts(1, 45)
     pool = hf_paged.PagePool(PAGE)
     first = hf_paged.PagedCache(m.config, pool=pool)
-    logits_of(m, ids[:, :21], past_key_values=first)
+    logits_of(m, ids[:, :21], **with_cache(first))
     first.store_prefix(ids[:, :21])
     first.reset()
     stored = pool.pages_in_use
@@ -98,7 +99,7 @@ def test_rows_that_go_on_from_one_matched_prefix_share_the_rest_of_the_prompt(po
     assert pool.pages_in_use == stored
     torch.manual_seed(5)
     out = m.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=cache, num_return_sequences=4, do_sample=True,
+        ids, attention_mask=torch.ones_like(ids), **with_cache(cache), num_return_sequences=4, do_sample=True,
         max_new_tokens=2,
     )  # fmt: skip
     eager = model(kind, "eager")
@@ -114,7 +115,7 @@ def test_rows_that_go_on_from_one_matched_prefix_share_the_rest_of_the_prompt(po
     # What was stored is as it was.
     again = hf_paged.PagedCache(m.config, pool=pool)
     assert again.match_prefix(ids[:, :30]) == 16
-    got = logits_of(m, ids[:, 16:30], past_key_values=again)
+    got = logits_of(m, ids[:, 16:30], **with_cache(again))
     assert torch.allclose(got, logits_of(m, ids[:, :30], use_cache=False), atol=1e-4)
     del cache, again, first
     gc.collect()
@@ -127,7 +128,7 @@ def test_a_page_that_others_hold_is_copied_once_for_all_rows(poison):
     """4 rows the same write together into a page that a fifth has too: it keeps what it had."""
     m, ids = model(), prompts(1, 21)
     cache = hf_paged.PagedCache(m.config, page_size=PAGE)
-    logits_of(m, ids, past_key_values=cache)
+    logits_of(m, ids, **with_cache(cache))
     pool_pages = cache.pages_in_use
     twin = copy.copy(cache.groups[None].table)
     cache.groups[None].table.allocator.share(twin.held())  # another owner of all pages
@@ -135,7 +136,7 @@ def test_a_page_that_others_hold_is_copied_once_for_all_rows(poison):
     cache.batch_repeat_interleave(4)
     cache.expect_repeats(4)
     new = prompts(1, 2, seed=2).expand(4, -1)
-    got = logits_of(m, new, past_key_values=cache)
+    got = logits_of(m, new, **with_cache(cache))
     assert torch.allclose(got, logits_of(m, torch.cat([ids.expand(4, -1), new], 1), use_cache=False), atol=1e-4)
     assert cache.pages_in_use == pool_pages + 1
     pages = cache.layers[0].pages()
@@ -151,7 +152,7 @@ def test_tokens_in_other_columns_are_not_the_same(poison):
     ids = torch.full((2, 6), 7)
     mask = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 0, 0]])
     with torch.no_grad():
-        m(ids, attention_mask=mask, position_ids=torch.arange(6).expand(2, -1), past_key_values=cache)
+        m(ids, attention_mask=mask, position_ids=torch.arange(6).expand(2, -1), **with_cache(cache))
     assert cache.pages_in_use == 2
     cache.check()
 
@@ -179,9 +180,9 @@ def test_out_of_pages_in_one_group_of_layers_changes_no_other(poison):
     assert [group.num_layers for group in hf_paged.PagedCache(m.config).pool.groups.values()] == [2, 1]
     for count in range(60, 0, -1):
         cache = hf_paged.PagedCache(m.config, page_size=PAGE, num_pages=6)
-        logits_of(m, ids[:, :20], past_key_values=cache)
+        logits_of(m, ids[:, :20], **with_cache(cache))
         try:
-            logits_of(m, ids[:, 20 : 20 + count], past_key_values=cache)
+            logits_of(m, ids[:, 20 : 20 + count], **with_cache(cache))
         except hf_paged.OutOfPagesError:
             cache.check()
             assert {layer.columns for layer in cache.layers} == {cache.columns} == {20}
@@ -190,7 +191,7 @@ def test_out_of_pages_in_one_group_of_layers_changes_no_other(poison):
     assert 10 < count < 60, "neither nothing nor everything fits"
     # What one group took and gave back is there for the other: the full layer can have all but the windows' pages.
     for start in range(20, 60):
-        got = logits_of(m, ids[:, start : start + 1], past_key_values=cache) if start >= cache.columns else None
+        got = logits_of(m, ids[:, start : start + 1], **with_cache(cache)) if start >= cache.columns else None
     if got is not None:
         assert torch.allclose(got, logits_of(m, ids[:, :60], use_cache=False), atol=1e-4)
     cache.check()
@@ -216,8 +217,8 @@ def test_the_first_step_may_come_again_with_another_batch_size():
     m, ids = model(), prompts(4, 30)
     cache = hf_paged.PagedCache(m.config, page_size=PAGE, num_pages=4)
     with pytest.raises(hf_paged.OutOfPagesError):
-        logits_of(m, ids, past_key_values=cache)
-    got = logits_of(m, ids[:1], past_key_values=cache)
+        logits_of(m, ids, **with_cache(cache))
+    got = logits_of(m, ids[:1], **with_cache(cache))
     assert torch.allclose(got, logits_of(m, ids[:1], use_cache=False), atol=1e-4)
     cache.check()
 
@@ -225,10 +226,10 @@ def test_the_first_step_may_come_again_with_another_batch_size():
 def test_a_step_that_attention_refuses_leaves_nothing_behind():
     m, ids = model(), prompts(1, 12)
     cache = hf_paged.PagedCache(m.config, page_size=PAGE)
-    logits_of(m, ids[:, :4], past_key_values=cache)
+    logits_of(m, ids[:, :4], **with_cache(cache))
     with pytest.raises(ValueError, match="output_attentions"):
-        logits_of(m, ids[:, 4:], past_key_values=cache, output_attentions=True)
-    got = logits_of(m, ids[:, 4:], past_key_values=cache)
+        logits_of(m, ids[:, 4:], **with_cache(cache), output_attentions=True)
+    got = logits_of(m, ids[:, 4:], **with_cache(cache))
     assert cache.columns == 12
     assert torch.allclose(got, logits_of(m, ids, use_cache=False), atol=1e-4)
     cache.check()
@@ -238,19 +239,19 @@ def test_a_step_that_ended_half_way_is_not_gone_on_from(monkeypatch):
     """An error between two layers: the next step is refused, crop() takes the half step back."""
     m, ids = model(), prompts(1, 12)
     cache = hf_paged.PagedCache(m.config, page_size=PAGE)
-    logits_of(m, ids[:, :4], past_key_values=cache)
+    logits_of(m, ids[:, :4], **with_cache(cache))
 
     def fail(*_):
         raise RuntimeError("in the middle")
 
     handle = m.model.layers[1].register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="in the middle"):
-        logits_of(m, ids[:, 4:], past_key_values=cache)
+        logits_of(m, ids[:, 4:], **with_cache(cache))
     handle.remove()
     with pytest.raises(ValueError, match=r"take it back with crop\(\), or call reset\(\)"):
-        logits_of(m, ids[:, 4:], past_key_values=cache)
+        logits_of(m, ids[:, 4:], **with_cache(cache))
     cache.crop(4 - cache.columns)
-    got = logits_of(m, ids[:, 4:], past_key_values=cache)
+    got = logits_of(m, ids[:, 4:], **with_cache(cache))
     assert torch.allclose(got, logits_of(m, ids, use_cache=False), atol=1e-4)
     cache.check()
 
@@ -259,14 +260,14 @@ def test_recurrent_states_that_took_half_a_step_are_not_gone_on_from():
     """bamba's first layer has taken the tokens when the second is out of pages: once more would take them twice."""
     m, ids = model("bamba"), prompts(1, 40)
     cache = hf_paged.PagedCache(m.config, page_size=PAGE, num_pages=3)
-    logits_of(m, ids[:, :9], past_key_values=cache)
+    logits_of(m, ids[:, :9], **with_cache(cache))
     with pytest.raises(hf_paged.OutOfPagesError):
-        logits_of(m, ids[:, 9:], past_key_values=cache)
+        logits_of(m, ids[:, 9:], **with_cache(cache))
     cache.check()
     with pytest.raises(ValueError, match=r"recurrent states of bamba cannot be taken back: call reset\(\)"):
-        logits_of(m, ids[:, 9:12], past_key_values=cache)
+        logits_of(m, ids[:, 9:12], **with_cache(cache))
     cache.reset()
-    got = logits_of(m, ids[:, :9], past_key_values=cache)
+    got = logits_of(m, ids[:, :9], **with_cache(cache))
     assert torch.allclose(got, logits_of(m, ids[:, :9], use_cache=False), atol=1e-4)
     cache.check()
 
@@ -281,7 +282,7 @@ def test_memory_goes_back_to_the_device(device):
     for pool in (None, hf_paged.PagePool(PAGE)):
         options = {"page_size": PAGE} if pool is None else {"pool": pool}
         cache = hf_paged.PagedCache(m.config, **options)
-        logits_of(m, ids, past_key_values=cache)
+        logits_of(m, ids, **with_cache(cache))
         full = cache.pool.committed_bytes
         assert full >= 15 * cache.pool.page_bytes
         cache.crop(9 - 120)
@@ -292,14 +293,14 @@ def test_memory_goes_back_to_the_device(device):
         for pages in cache.groups[None].pages.layers.values():
             assert pages.arena.committed < 2 * pages.page_bytes + pages.arena.granularity
         cache.check()
-        got = logits_of(m, ids[:, 9:], past_key_values=cache)
+        got = logits_of(m, ids[:, 9:], **with_cache(cache))
         assert torch.allclose(got, logits_of(m, ids, use_cache=False), atol=1e-4)
         cache.check()
         cache.reset()
         cache.pool.trim()
         assert cache.pool.committed_bytes == 0
         # As little as a new cache takes, not as much as there was before.
-        logits_of(m, ids[:, :9], past_key_values=cache)
+        logits_of(m, ids[:, :9], **with_cache(cache))
         assert cache.pool.groups[None].allocator.num_pages == 16
 
 
@@ -307,7 +308,7 @@ def test_a_small_crop_gives_no_memory_back():
     """Rolling back a few tokens, as drafting does, must not take and give memory at every step."""
     m, ids = model(), prompts(1, 120)
     cache = hf_paged.PagedCache(m.config, page_size=PAGE)
-    logits_of(m, ids, past_key_values=cache)
+    logits_of(m, ids, **with_cache(cache))
     before = cache.pool.committed_bytes
     cache.crop(-60)
     assert cache.pool.committed_bytes == before
@@ -318,13 +319,13 @@ def test_a_small_crop_gives_no_memory_back():
 def test_stored_prefixes_keep_their_memory():
     m, ids = model(), prompts(1, 120)
     cache = hf_paged.PagedCache(m.config, page_size=PAGE)
-    logits_of(m, ids, past_key_values=cache)
+    logits_of(m, ids, **with_cache(cache))
     cache.store_prefix(ids[:, :24])
     cache.reset()
     assert cache.pool.groups[None].allocator.num_pages == 3
     cache.check()
     assert cache.match_prefix(ids) == 24
-    got = logits_of(m, ids[:, 24:], past_key_values=cache)
+    got = logits_of(m, ids[:, 24:], **with_cache(cache))
     assert torch.allclose(got, logits_of(m, ids, use_cache=False), atol=1e-4)
     cache.check()
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from host import cache_of, with_cache
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 import hf_paged
@@ -67,7 +68,7 @@ class Pair:
         out = []
         for model in self.models:
             torch.manual_seed(3)
-            out.append(model.generate(*inputs, **{"past_key_values": self.cache(model)} | options))
+            out.append(model.generate(*inputs, **with_cache(self.cache(model)) | options))
             self.check()
         return out
 
@@ -141,8 +142,8 @@ def assert_same_states(expected: Cache, got: hf_paged.PagedCache, atol: float = 
 def test_greedy_outputs(pair):
     expected, got = pair.generate(**prompt(), **ALL)
     assert_same(expected, got)
-    assert got.past_key_values is pair.caches[0]
-    assert got.past_key_values.get_seq_length() == PROMPT + NEW_TOKENS - 1
+    assert cache_of(got) is pair.caches[0]
+    assert cache_of(got).get_seq_length() == PROMPT + NEW_TOKENS - 1
     assert len(got.sequences[:, PROMPT:].unique()) > 4, "tokens that do not vary prove nothing"
 
 
@@ -150,7 +151,7 @@ def test_greedy_outputs(pair):
 def test_sample_outputs(pair):
     expected, got = pair.generate(**prompt(), **ALL, do_sample=True, num_return_sequences=2, top_p=0.9, temperature=1.5)
     assert_same(expected, got)
-    assert got.past_key_values.num_seqs == 4
+    assert cache_of(got).num_seqs == 4
 
 
 @families()
@@ -199,7 +200,7 @@ def test_assisted_decoding_is_greedy(pair, draft):
     helper = pair.paged if draft == "same" else Pair("llama", seed=9).paged
     helper.generation_config.update(num_assistant_tokens=3, num_assistant_tokens_schedule="constant")
     greedy = pair.eager.generate(**prompt(1), **ALL)
-    got = pair.paged.generate(**prompt(1), **ALL, past_key_values=pair.cache(pair.paged), assistant_model=helper)
+    got = pair.paged.generate(**prompt(1), **ALL, **with_cache(pair.cache(pair.paged)), assistant_model=helper)
     pair.check()
     assert torch.equal(greedy.sequences, got.sequences)
     for name in ("scores", "logits"):
@@ -215,7 +216,7 @@ def test_assisted_sampling(pair):
     for seed in range(4):
         torch.manual_seed(seed)
         out = model.generate(
-            **prompt(1), past_key_values=pair.cache(model), assistant_model=model, do_sample=True,
+            **prompt(1), **with_cache(pair.cache(model)), assistant_model=model, do_sample=True,
             return_dict_in_generate=True, output_logits=True,
         )  # fmt: skip
         pair.check()
@@ -257,9 +258,9 @@ def test_left_padding_changes_nothing(pair):
     positions = padded["attention_mask"].cumsum(1) - 1
     positions = positions.masked_fill(padded["attention_mask"] == 0, 1)
     caches = [pair.cache(pair.paged) for _ in range(2)]
-    plain = pair.paged(**inputs, past_key_values=caches[0]).logits[:, -1]
+    plain = pair.paged(**inputs, **with_cache(caches[0])).logits[:, -1]
     if pair.paged.config.model_type != "gpt2":  # which takes positions of padding as they come
-        shifted = pair.paged(**padded, position_ids=positions, past_key_values=caches[1]).logits[:, -1]
+        shifted = pair.paged(**padded, position_ids=positions, **with_cache(caches[1])).logits[:, -1]
         assert torch.allclose(plain, shifted, atol=1e-4)
         if pair.paged.config.model_type != "deepseek_v3":  # which computes on dense keys: no mask reaches its pages
             assert caches[0].pages_in_use == caches[1].pages_in_use
@@ -314,8 +315,8 @@ def test_logits_to_keep(pair):
     assert torch.equal(expected, every)
     assert torch.equal(every, pair.generate(**prompt())[1])
     caches = [pair.cache(pair.paged) for _ in range(2)]
-    every = pair.paged(**prompt(), past_key_values=caches[0]).logits
-    last = pair.paged(**prompt(), past_key_values=caches[1], logits_to_keep=2).logits
+    every = pair.paged(**prompt(), **with_cache(caches[0])).logits
+    last = pair.paged(**prompt(), **with_cache(caches[1]), logits_to_keep=2).logits
     assert torch.allclose(every[:, -2:], last, atol=1e-5)
 
 
@@ -331,8 +332,8 @@ def test_a_custom_4d_mask_on_a_cache(pair):
     logits = []
     for model in pair.models:
         cache = pair.cache(model)
-        model(prefix, past_key_values=cache)
-        logits.append(model(side_by_side, attention_mask=mask, position_ids=positions, past_key_values=cache).logits)
+        model(prefix, **with_cache(cache))
+        logits.append(model(side_by_side, attention_mask=mask, position_ids=positions, **with_cache(cache)).logits)
         pair.check()
     assert torch.allclose(*logits, atol=1e-3)
     alone = pair.eager(torch.cat([prefix.expand(3, -1), tails], 1)).logits[:, 9:]
@@ -364,12 +365,12 @@ def test_going_on_from_past_key_values(pair, padding):
     in_two = []
     for model in pair.models:
         first = model.generate(
-            **inputs, past_key_values=pair.cache(model), max_new_tokens=3, return_dict_in_generate=True
+            **inputs, **with_cache(pair.cache(model)), max_new_tokens=3, return_dict_in_generate=True
         )
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 3), value=1)
         in_two.append(
             model.generate(
-                first.sequences, attention_mask=mask, past_key_values=first.past_key_values, max_new_tokens=1,
+                first.sequences, attention_mask=mask, **with_cache(cache_of(first)), max_new_tokens=1,
                 return_dict_in_generate=True,
             )
         )  # fmt: skip
@@ -377,8 +378,8 @@ def test_going_on_from_past_key_values(pair, padding):
     for out in in_two:
         assert torch.equal(out.sequences, at_once[0].sequences)
     if not padding:  # where there is padding DynamicCache holds states, PagedCache zeros
-        assert_same_states(in_two[0].past_key_values, in_two[1].past_key_values)
-        assert_same_states(at_once[0].past_key_values, in_two[1].past_key_values)
+        assert_same_states(cache_of(in_two[0]), cache_of(in_two[1]))
+        assert_same_states(cache_of(at_once[0]), cache_of(in_two[1]))
 
 
 @families("llama", "mistral", "gemma3_text", "gpt2")
@@ -389,12 +390,12 @@ def test_going_on_from_inputs_embeds(pair):
     at_once, _ = pair.generate(inputs_embeds=embeds, attention_mask=mask, max_new_tokens=4)
     for model in pair.models:
         first = model.generate(
-            inputs_embeds=embeds, attention_mask=mask, past_key_values=pair.cache(model), max_new_tokens=3,
+            inputs_embeds=embeds, attention_mask=mask, **with_cache(pair.cache(model)), max_new_tokens=3,
             return_dict_in_generate=True,
         )  # fmt: skip
         second = model.generate(
             inputs_embeds=torch.cat([embeds, embed(first.sequences)], 1),
-            attention_mask=torch.nn.functional.pad(mask, (0, 3), value=1), past_key_values=first.past_key_values,
+            attention_mask=torch.nn.functional.pad(mask, (0, 3), value=1), **with_cache(cache_of(first)),
             max_new_tokens=1,
         )  # fmt: skip
         pair.check()
@@ -408,7 +409,7 @@ def test_a_conversation(pair):
     text = prompt(1)["input_ids"]
     for turn in range(5):
         answers = [
-            model.generate(text, attention_mask=torch.ones_like(text), past_key_values=cache, max_new_tokens=5)
+            model.generate(text, attention_mask=torch.ones_like(text), **with_cache(cache), max_new_tokens=5)
             for model, cache in zip(pair.models, caches)
         ]
         pair.check()
@@ -423,7 +424,7 @@ def test_a_cache_is_used_again_after_reset(pair):
     cache = pair.cache(pair.paged)
     results = []
     for rows in (2, 2, 1, 3):
-        got = pair.paged.generate(**prompt(rows), past_key_values=cache)
+        got = pair.paged.generate(**prompt(rows), **with_cache(cache))
         assert torch.equal(got, pair.generate(**prompt(rows))[0])
         results.append(got)
         cache.reset()
@@ -437,13 +438,13 @@ def test_a_generated_pad_token_is_a_token(pair):
     """It is one to a cache: a mask that transformers makes up later, which hides it, is refused and explained."""
     model, cache = pair.paged, pair.cache(pair.paged)
     ids = prompt(1)["input_ids"]
-    first = model.generate(ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
+    first = model.generate(ids, attention_mask=torch.ones_like(ids), **with_cache(cache))
     pad = int(first[0, PROMPT + 2])
     longer = torch.cat([first, prompt(1, 3, seed=5)["input_ids"]], 1)
     with pytest.raises(ValueError, match=r"hides every pad_token_id in input_ids, generated ones too"):
-        model.generate(longer, past_key_values=cache, pad_token_id=pad)
+        model.generate(longer, **with_cache(cache), pad_token_id=pad)
     pair.check()
-    got = model.generate(longer, attention_mask=torch.ones_like(longer), past_key_values=cache, pad_token_id=pad)
+    got = model.generate(longer, attention_mask=torch.ones_like(longer), **with_cache(cache), pad_token_id=pad)
     expected = pair.eager.generate(longer, attention_mask=torch.ones_like(longer), pad_token_id=pad)
     assert torch.equal(got, expected)
 
@@ -458,7 +459,7 @@ def test_states_after_a_forward(pair):
     assert not any(cache.is_initialized for cache in caches)
     for ids in (prompt()["input_ids"], prompt(2, 1, seed=2)["input_ids"], prompt(2, 5, seed=3)["input_ids"]):
         for model, cache in zip(pair.models, caches):
-            assert model(ids, past_key_values=cache).past_key_values is cache
+            assert cache_of(model(ids, **with_cache(cache))) is cache
         assert_same_states(*caches)
         pair.check()
     assert caches[0].is_initialized == caches[1].is_initialized
@@ -494,8 +495,8 @@ def test_crop(pair, remove):
     cache.activate_past_recording()
     ids = prompt(2, 24)["input_ids"]
     for part in ids.split(8, 1):
-        pair.paged(part, past_key_values=cache)
-        pair.eager(part, past_key_values=dense)
+        pair.paged(part, **with_cache(cache))
+        pair.eager(part, **with_cache(dense))
     cache.crop(-remove)
     pair.check()
     keep = max(0, 24 - remove)
@@ -504,7 +505,7 @@ def test_crop(pair, remove):
         dense.crop(-remove)
         assert_same_states(dense, cache)
     new = prompt(2, 4, seed=2)["input_ids"]
-    got = pair.paged(new, past_key_values=cache).logits
+    got = pair.paged(new, **with_cache(cache)).logits
     expected = pair.eager(torch.cat([ids[:, :keep], new], 1)).logits[:, -4:]
     assert torch.allclose(got, expected, atol=1e-3)
 
@@ -546,12 +547,12 @@ def test_encoder_decoder_outputs(poison, options):
         torch.manual_seed(3)
         outputs.append(
             model.generate(
-                **left_padded(prompt(), 2), **options, past_key_values=cache, max_new_tokens=NEW_TOKENS,
+                **left_padded(prompt(), 2), **options, **with_cache(cache), max_new_tokens=NEW_TOKENS,
                 max_length=None, return_dict_in_generate=True, output_scores=True,
             )
         )  # fmt: skip
     assert_same(*outputs)
-    expected, got = (out.past_key_values for out in outputs)
+    expected, got = (cache_of(out) for out in outputs)
     assert_same_states(expected.self_attention_cache, got.self_attention_cache)
     assert expected.get_seq_length() == got.get_seq_length() == NEW_TOKENS
     for a, b in zip(expected.cross_attention_cache.layers, got.cross_attention_cache.layers):

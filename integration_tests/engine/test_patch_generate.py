@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from host import CACHE, cache_of, with_cache
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -88,7 +89,7 @@ def assert_same(got, expected):
         assert got.device == expected.device
         assert got.tolist() == expected.tolist()
         return
-    missing = {"past_key_values"} if got.past_key_values is None else set()
+    missing = {CACHE} if cache_of(got) is None else set()
     assert set(got) | missing == set(expected)
     for name in got:
         if isinstance(got[name], torch.Tensor):
@@ -459,9 +460,9 @@ def test_inputs_of_other_kinds_go_to_transformers(model, reasons):
     assert "inputs_embeds is given" in reasons[0]
     hf_paged.patch_generate(model, CONFIG)
     cache = DynamicCache(config=model.config)
-    model.generate(ids, past_key_values=cache, max_new_tokens=4)
+    model.generate(ids, **with_cache(cache), max_new_tokens=4)
     assert cache.get_seq_length() == 8
-    assert "past_key_values is given" in reasons[1]
+    assert f"{CACHE} is given" in reasons[1]
     model.generate(ids, custom_generate=lambda model, input_ids, **kwargs: input_ids)
     assert "custom_generate is given" in reasons[2]
     with pytest.raises(ValueError, match="seed=3 is for calls that the engine runs"):

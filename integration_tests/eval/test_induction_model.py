@@ -68,7 +68,7 @@ def test_generates_the_known_answer_through_a_cache(model: LlamaForCausalLM) -> 
 
 def test_runs_through_a_given_cache(model: LlamaForCausalLM) -> None:
     cache = DynamicCache(config=model.config)
-    assert copy_accuracy(model, 126, seed=3, past_key_values=cache) == 1.0
+    assert copy_accuracy(model, 126, seed=3, cache=cache) == 1.0
     assert cache.get_seq_length() == 126
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from host import CACHE
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -261,7 +262,7 @@ def test_a_model_that_ignores_the_cache_is_refused(
     model: LlamaForCausalLM, token_ids: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     forward = model.model.forward
-    monkeypatch.setattr(model.model, "forward", lambda **kwargs: forward(**{**kwargs, "past_key_values": None}))
+    monkeypatch.setattr(model.model, "forward", lambda **kwargs: forward(**{**kwargs, CACHE: None}))
     with pytest.raises(ValueError, match="held 0 tokens, was given 1 and reports 0: LlamaForCausalLM does not use"):
         perplexity(model, token_ids, window=32, stride=16, path="decode")
 
@@ -312,7 +313,7 @@ def test_each_path_goes_through_its_cache(
     model.set_attn_implementation(attn)
     seen = []
     model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["past_key_values"]), with_kwargs=True
+        lambda module, args, kwargs: seen.append(kwargs[CACHE]), with_kwargs=True
     )
     perplexity(model, token_ids[:40], window=33, stride=7, path=path, page_size=8)
     assert {type(cache) for cache in seen} == {expected or type(None)}

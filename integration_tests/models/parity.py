@@ -16,10 +16,13 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)]
+sys.path[:0] = [
+    str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent), str(ROOT / "integration_tests" / "support"),
+]  # fmt: skip
 
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from host import cache_of, with_cache  # noqa: E402
 from tiny_models import WINDOW, WINDOW_OFF, build, copy_weights, families, randomise, tiny_config  # noqa: E402
 from transformers import AttentionInterface, GenerationConfig, PreTrainedModel  # noqa: E402
 
@@ -137,8 +140,8 @@ def generate_all(model: PreTrainedModel) -> dict[str, Any]:
     outputs["padded"] = model.generate(ids * mask, attention_mask=mask)
     longer = torch.cat([outputs["padded"].sequences, more], dim=1)
     longer_mask = torch.cat([mask, mask.new_ones(len(PADDING), NEW_TOKENS + MORE)], dim=1)
-    cache = outputs["padded"].past_key_values
-    outputs["continued"] = model.generate(longer, attention_mask=longer_mask, past_key_values=cache)
+    cache = cache_of(outputs["padded"])
+    outputs["continued"] = model.generate(longer, attention_mask=longer_mask, **with_cache(cache))
     return outputs
 
 
@@ -181,10 +184,10 @@ def check_calls(spy: Spy, forwards: int, num_layers: int) -> None:
 
 def cache_column(outputs: dict[str, Any], spy: Spy) -> str:
     """Yes, or the class of the cache that was used instead."""
-    cache = outputs["continued"].past_key_values
+    cache = cache_of(outputs["continued"])
     for call in CALLS:
-        if isinstance(outputs[call].past_key_values, hf_paged.PagedCache):
-            outputs[call].past_key_values.check()
+        if isinstance(cache_of(outputs[call]), hf_paged.PagedCache):
+            cache_of(outputs[call]).check()
     if isinstance(cache, hf_paged.PagedCache):
         return "yes"
     if type(cache) is transformers.DynamicCache and not any("DynamicCache" in text for text in spy.warnings):
@@ -237,7 +240,7 @@ def examine(family: str) -> Row:
     except Exception as error:
         return _refused(row, error)
     compare(expected, got)
-    layers = expected["single"].past_key_values.layers
+    layers = cache_of(expected["single"]).layers
     check_calls(spy, len(forwards), sum(getattr(layer, "keys", None) is not None for layer in layers))
     row.single = row.padded = row.continued = "same"
     row.cache = cache_column(got, spy)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from host import with_cache
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -150,14 +151,14 @@ def test_packed_sequences_cannot_go_into_a_paged_cache(llama):
     ids, positions = packed(prompts(3, 4))
     cache = hf_paged.PagedCache(llama.config)
     with pytest.raises(ValueError, match="cannot be added to a cache"):
-        llama(ids, position_ids=positions, past_key_values=cache, **varlen(prompts(3, 4)))
+        llama(ids, position_ids=positions, **with_cache(cache), **varlen(prompts(3, 4)))
 
 
 @pytest.mark.parametrize("cache", [None, hf_paged.PagedCache, DynamicCache], ids=str)
 def test_packed_positions_that_no_mask_tells_of_are_refused(llama, cache):
     """gpt_oss never shows them to its mask, and no model does beside a cache: eager then runs over the borders."""
     model = tiny_model("gpt_oss", "paged_flash") if cache is None else llama
-    options = {"use_cache": False} if cache is None else {"past_key_values": cache(config=model.config)}
+    options = {"use_cache": False} if cache is None else with_cache(cache(config=model.config))
     ids, positions = packed(prompts(3, 4))
     with pytest.raises(ValueError, match=r"position_ids restart, .*cu_seq_lens_q"):
         model(ids, position_ids=positions, **options)
@@ -199,7 +200,7 @@ def test_a_4d_mask(family, kind, cache):
     spelled_out = additive if kind == "float" else torch.where(mask, 0.0, -1e30)
     expected = eager(ids, attention_mask=spelled_out, use_cache=False)
     past = None if cache is None else cache(config=paged.config)
-    out = paged(ids, attention_mask=masks[kind], past_key_values=past, use_cache=cache is not None)
+    out = paged(ids, attention_mask=masks[kind], **with_cache(past), use_cache=cache is not None)
     close(out.logits, expected.logits)
 
 
@@ -339,8 +340,8 @@ def greedy(model: PreTrainedModel, **kwargs: Any) -> torch.Tensor:
 def test_a_paged_cache_under_another_implementation(family, name):
     model = tiny_model(family, name)
     cache = hf_paged.PagedCache(model.config)
-    expected = greedy(model, past_key_values=DynamicCache(config=model.config))
-    assert torch.equal(greedy(model, past_key_values=cache), expected)
+    expected = greedy(model, **with_cache(DynamicCache(config=model.config)))
+    assert torch.equal(greedy(model, **with_cache(cache)), expected)
     cache.check()
 
 
@@ -349,7 +350,7 @@ def test_a_dense_cache_under_paged_flash(models, kind):
     eager, paged = models
     make = {"static": lambda **kw: StaticCache(max_cache_len=60, **kw), "dynamic": DynamicCache}[kind]
     cache = make(config=paged.config)
-    assert torch.equal(greedy(paged, past_key_values=cache), greedy(eager))
+    assert torch.equal(greedy(paged, **with_cache(cache)), greedy(eager))
 
 
 @pytest.mark.parametrize("with_mask", [True, False])
@@ -366,7 +367,7 @@ def test_steps_without_generate(models, kind, with_mask):
     logits, start = [], 0
     for length in (5, 6, 1, 1, 7, 1):
         kwargs = {"attention_mask": torch.ones(2, start + length, dtype=torch.long)} if with_mask else {}
-        logits.append(paged(ids[:, start : start + length], past_key_values=cache, **kwargs).logits)
+        logits.append(paged(ids[:, start : start + length], **with_cache(cache), **kwargs).logits)
         start += length
     close(torch.cat(logits, dim=1), eager(ids, use_cache=False).logits)
 
@@ -381,11 +382,11 @@ def test_switching_the_implementation_in_mid_generation(family, dense, order):
     ids = torch.tensor(prompts(23, 23))
     expected = eager(ids, use_cache=False).logits
     cache = hf_paged.PagedCache(model.config)
-    parts = [model(ids[:, :15], past_key_values=cache).logits]
+    parts = [model(ids[:, :15], **with_cache(cache)).logits]
     model.set_attn_implementation(order[1])
-    parts += [model(ids[:, 15:19], past_key_values=cache).logits]
+    parts += [model(ids[:, 15:19], **with_cache(cache)).logits]
     model.set_attn_implementation(order[0])
-    parts += [model(ids[:, i : i + 1], past_key_values=cache).logits for i in range(19, 23)]
+    parts += [model(ids[:, i : i + 1], **with_cache(cache)).logits for i in range(19, 23)]
     close(torch.cat(parts, dim=1), expected)
     cache.check()
 
@@ -401,7 +402,7 @@ def test_switching_with_padding():
         for name, columns in ((first, slice(0, -1)), (second, slice(-1, None))):
             model.set_attn_implementation(name)
             seen = mask if name == second else mask[:, :-1]
-            out = model(ids[:, columns], attention_mask=seen, position_ids=positions[:, columns], past_key_values=cache)
+            out = model(ids[:, columns], attention_mask=seen, position_ids=positions[:, columns], **with_cache(cache))
         return out.logits[:, -1]
 
     close(two_steps("paged_flash", "sdpa"), expected)

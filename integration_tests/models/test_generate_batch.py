@@ -400,10 +400,10 @@ def test_layers_of_a_step_share_its_rows_and_a_step_starts_at_its_first_layer():
     """A graph is captured in a second pass over the same tensors: what layers share must be computed in it again."""
     tables = torch.tensor([[[3, 1], [2, -1], [-1, -1]], [[5, 4], [0, -1], [-1, -1]]], dtype=torch.int32)
     bounds = torch.tensor([0, 9, 13, 13], dtype=torch.int32)
-    cache = type("Cache", (), {})()
+    queries = torch.tensor([0, 1, 2, 2], dtype=torch.int32)
 
-    def rows(layer: int, group: int, tables=tables):
-        return batched_decode.decode_rows(cache, tables, layer, tables[group], bounds, 8, None)
+    def rows(layer: int, group: int, queries=queries):
+        return batched_decode.decode_rows(queries, layer, tables[group], bounds, 8, None)
 
     first = rows(0, 0)
     assert first.slots.tolist() == [1 * 8 + 0, 2 * 8 + 3, -1]
@@ -415,8 +415,12 @@ def test_layers_of_a_step_share_its_rows_and_a_step_starts_at_its_first_layer():
     again = rows(0, 0)
     assert again.seq_lens.tolist() == [10, 5, 0], "the second pass starts anew"
     assert rows(1, 0) is again
-    other = rows(2, 0, tables.clone())
-    assert other is not again, "another step has other tables"
+    other = queries.clone()
+    assert rows(2, 0, other) is not again, "another step has other lengths"
+    assert rows(2, 0) is again, "and may run between the layers of this one"
+    steps = len(batched_decode._steps)
+    del other
+    assert len(batched_decode._steps) == steps - 1, "what a step shares goes with it"
 
 
 @pytest.mark.usefixtures("block_tables_on_cpu")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from host import cache_of, with_cache
 from transformers import AutoConfig, AutoModelForCausalLM
 
 import hf_paged
@@ -42,12 +43,12 @@ def test_tokens_equal_eagers(family):
         model.set_attn_implementation(name)
         out = model.generate(ids, attention_mask=mask, max_new_tokens=30, do_sample=False, return_dict_in_generate=True)
         again = model.generate(
-            torch.cat([out.sequences, ids[:, :3]], 1), past_key_values=out.past_key_values, max_new_tokens=8,
+            torch.cat([out.sequences, ids[:, :3]], 1), **with_cache(cache_of(out)), max_new_tokens=8,
             attention_mask=torch.cat([mask, mask.new_ones(3, 33)], 1), do_sample=False,
         )  # fmt: skip
         tokens[name] = again
-    assert isinstance(out.past_key_values, hf_paged.PagedCache)
-    out.past_key_values.check()
+    assert isinstance(cache_of(out), hf_paged.PagedCache)
+    cache_of(out).check()
     assert torch.equal(tokens["eager"], tokens["paged_flash"])
 
 
@@ -101,6 +102,6 @@ def test_layers_on_two_devices(family, tmp_path):
             )
             tokens.append(out.sequences)
         assert torch.equal(*tokens)
-        cache = out.past_key_values
+        cache = cache_of(out)
         assert [layer.pages().k.device.index for layer in cache.layers] == [0, 0, 1, 1]
         cache.check()

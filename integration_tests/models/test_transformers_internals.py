@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from host import CACHE, cache_of, with_cache
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -47,12 +48,47 @@ WRAPPED = [
 # touch
 
 
-@pytest.mark.parametrize(("owner", "name"), WRAPPED, ids=lambda x: x if isinstance(x, str) else x.__name__)
-def test_a_missing_name_is_reported_with_the_version(owner, name, monkeypatch):
-    monkeypatch.delattr(owner, name)
+NEEDED = [(owner, name) for owner, names in internals.NEEDED.items() for name in names]
+
+
+@pytest.mark.parametrize(("owner", "name"), NEEDED, ids=lambda x: x if isinstance(x, str) else x.__name__)
+def test_a_missing_name_is_reported_at_import_with_the_version(owner, name, monkeypatch):
+    get = inspect.getattr_static
+
+    def without(asked: Any, wanted: str) -> Any:
+        if asked is owner and wanted == name:
+            raise AttributeError(name)
+        return get(asked, wanted)
+
+    monkeypatch.setattr(inspect, "getattr_static", without)
     monkeypatch.setattr(internals.transformers, "__version__", "9.9.9")
-    with pytest.raises(ImportError, match=rf"{name}.*transformers 9\.9\.9 does not have.*5\.17 to 5\.23"):
+    with pytest.raises(ImportError, match=rf"{name}.*transformers 9\.9\.9 does not have.*5\.17 to 5\.24"):
         registration.register()
+
+
+def test_every_private_name_that_is_read_is_looked_up_at_import():
+    """Names with an underscore that the module reads from a module or class, or calls on the model."""
+    tree = ast.parse(Path(internals.__file__).read_text(encoding="utf-8"))
+    owners = {"GenerationMixin", "PreTrainedModel", "masking_utils", "modeling_flash_attention_utils", "model"}
+    read = {
+        node.attr
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and node.attr.startswith("_") and ast.unparse(node.value) in owners
+    }
+    assert "_get_logits_processor" in read
+    assert read <= {name for _, name in NEEDED}
+
+
+@pytest.mark.parametrize(
+    ("version", "is_tested"), [("5.17.0", True), ("5.24.3", True), ("5.25.0", False), ("6.0.0.dev0", False)]
+)
+def test_a_version_newer_than_the_tested_ones_is_said(version, is_tested, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(internals.transformers, "__version__", version)
+    monkeypatch.setattr(internals.logger, "warning_once", said.append)
+    registration.register()
+    assert len(said) == (0 if is_tested else 1)
+    assert all("5.17 to 5.24" in line and version in line for line in said)
 
 
 def test_a_missing_attribute_of_the_batching_cache_is_reported():
@@ -133,7 +169,10 @@ def test_from_pretrained_takes_our_name_and_nothing_else_changes(tmp_path):
         torch.testing.assert_close(model(ids).logits, expected(ids).logits, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("family", ["bloom", "mpt", "gptj", "codegen"])
+OUTSIDE = ["bloom", "mpt"] + ([] if CACHE == "cache" else ["gptj", "codegen"])  # on the interface from 5.24 on
+
+
+@pytest.mark.parametrize("family", OUTSIDE)
 def test_models_outside_of_the_attention_interface_are_refused(family, tmp_path):
     config = CONFIG_MAPPING[family]()
     with torch.device("meta"):
@@ -173,7 +212,7 @@ def test_the_default_cache_follows_the_implementation(llama, expected_tokens):
     for name in ("paged_flash", "sdpa", "paged_flash_2"):
         llama.set_attn_implementation(name)
         out = generate(llama)
-        assert type(out.past_key_values) is (DynamicCache if name == "sdpa" else hf_paged.PagedCache)
+        assert type(cache_of(out)) is (DynamicCache if name == "sdpa" else hf_paged.PagedCache)
         assert torch.equal(out.sequences, expected_tokens)
     llama.set_attn_implementation("paged_flash")
 
@@ -181,33 +220,33 @@ def test_the_default_cache_follows_the_implementation(llama, expected_tokens):
 @pytest.mark.parametrize("make", [DynamicCache, hf_paged.PagedCache], ids=lambda make: make.__name__)
 def test_a_cache_from_the_caller_is_kept(llama, expected_tokens, make):
     cache = make(config=llama.config)
-    out = generate(llama, past_key_values=cache)
-    assert out.past_key_values is cache
+    out = generate(llama, **with_cache(cache))
+    assert cache_of(out) is cache
     assert cache.get_seq_length() == 9 + 6 - 1
     assert torch.equal(out.sequences, expected_tokens)
 
 
 def test_a_static_cache_is_respected(llama, expected_tokens):
     out = generate(llama, cache_implementation="static")
-    assert type(out.past_key_values) is StaticCache
+    assert type(cache_of(out)) is StaticCache
     assert torch.equal(out.sequences, expected_tokens)
 
 
 def test_an_offloaded_cache_is_respected(llama):
     def original(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *args: Any) -> None:
-        model_kwargs["past_key_values"] = cache
+        model_kwargs[CACHE] = cache
 
     for offloading, kind in ((True, DynamicCache), (False, hf_paged.PagedCache)):
         cache = DynamicCache(config=llama.config)
         cache.offloading = offloading
         kwargs: dict[str, Any] = {}
         internals._prepare_cache(registration.default_cache, original, llama, llama.generation_config, kwargs, None)
-        assert type(kwargs["past_key_values"]) is kind
+        assert type(kwargs[CACHE]) is kind
 
 
 def test_without_a_cache(llama, expected_tokens):
     out = generate(llama, use_cache=False)
-    assert out.past_key_values is None
+    assert cache_of(out) is None
     assert torch.equal(out.sequences, expected_tokens)
 
 
@@ -219,9 +258,9 @@ def test_an_encoder_decoder_gets_pages_for_its_self_attention():
     )  # fmt: skip
     model = with_drawn_weights(BartForConditionalGeneration._from_config(config, attn_implementation="paged_flash"))
     out = generate(model)
-    assert type(out.past_key_values) is EncoderDecoderCache
-    assert type(out.past_key_values.self_attention_cache) is hf_paged.PagedCache
-    assert type(out.past_key_values.cross_attention_cache) is DynamicCache
+    assert type(cache_of(out)) is EncoderDecoderCache
+    assert type(cache_of(out).self_attention_cache) is hf_paged.PagedCache
+    assert type(cache_of(out).cross_attention_cache) is DynamicCache
     model.set_attn_implementation("eager")
     assert torch.equal(generate(model).sequences, out.sequences)
 
@@ -231,7 +270,7 @@ def test_a_model_that_does_not_fit_into_pages_keeps_its_own_cache(monkeypatch, l
         raise hf_paged.UnsupportedModelError("no pages for this one")
 
     monkeypatch.setattr(registration, "PagedCache", refuse)
-    assert type(generate(llama).past_key_values) is DynamicCache
+    assert type(cache_of(generate(llama))) is DynamicCache
 
 
 # Masks: what transformers' own mask functions hand to ours
@@ -252,7 +291,7 @@ def mask_functions(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
 def ask(create: Any, config: Any, length: int = 6, **kwargs: Any) -> None:
     config._attn_implementation = "paged_flash"
-    kwargs = {"past_key_values": None} | kwargs
+    kwargs = with_cache(None) | kwargs
     create(config=config, inputs_embeds=torch.zeros(1, length, 8), attention_mask=None, **kwargs)
 
 
@@ -391,20 +430,6 @@ def test_nothing_is_recorded_without_autograd():
 
 
 # What generate() prepares
-
-
-PREPARED = [
-    "_prepare_generation_config", "_validate_generation_mode", "_prepare_special_tokens", "_prepare_generated_length",
-    "_validate_generated_length", "_get_logits_processor", "_get_stopping_criteria",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", PREPARED)
-def test_a_missing_step_of_generate_is_reported(name, monkeypatch):
-    model = tiny_model("llama", "eager", num_hidden_layers=1)
-    monkeypatch.delattr(GenerationMixin, name)
-    with pytest.raises(ImportError, match=rf"GenerationMixin\.{name}"):
-        internals.prepare_generation(model, None, torch.tensor([[5]]))
 
 
 PROMPT = torch.tensor([[5, 6, 7, 5]])
@@ -571,7 +596,7 @@ def test_a_processor_that_remembers_is_copied_for_each_row():
     ],
     ids=str,
 )
-def test_the_loop_that_generate_would_run(options, name, monkeypatch):
+def test_the_loop_that_generate_would_run(options, name):
     """What ``generate()`` gives with its own loop handed to it is what it gives without."""
     model = tiny_model("llama", "eager", num_hidden_layers=1)
     config = GenerationConfig(max_new_tokens=5, **options)
@@ -581,9 +606,6 @@ def test_the_loop_that_generate_would_run(options, name, monkeypatch):
     expected = model.generate(PROMPT, config)
     torch.manual_seed(0)
     assert torch.equal(model.generate(PROMPT, config, custom_generate=loop), expected)
-    monkeypatch.delattr(GenerationMixin, name)
-    with pytest.raises(ImportError, match=name):
-        internals.own_decoding_loop(model, internals.resolve_generation_config(model, config)[0])
 
 
 def test_a_mode_without_a_loop_is_refused():
