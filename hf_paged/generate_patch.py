@@ -96,8 +96,8 @@ class PatchedGenerate:
     def serving(self) -> Iterator[Engine]:
         """The engine, made by the first call that needs it; it sleeps between calls, or pauses if it is kept awake.
 
-        Calls from several threads share it. Once the last has ended, the model has its own attention implementation, so
-        that training and everything else find the model as it was. An engine that sleeps gives its pages back.
+        Calls from several threads share it. Training and everything else find the model as it was, also meanwhile. An
+        engine that sleeps gives its pages back.
 
         Raises:
             UnsupportedModelError: it cannot serve the model; every later call goes to transformers at once.
@@ -204,7 +204,7 @@ def patch_generate(model: Any, config: EngineConfig | None = None, *, keep_awake
 
 
 def unpatch_generate(model: Any) -> None:
-    """Undo :func:`patch_generate`: the original ``generate``, the original attention implementation, no pages held.
+    """Undo :func:`patch_generate`: the original ``generate``, no pages held.
 
     A model that is not patched stays as it is.
     """

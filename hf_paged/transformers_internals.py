@@ -4,11 +4,13 @@ Each touch names the attribute it needs; when a transformers version has moved i
 message that names the version, and the test of that touch fails. Read in the sources of 5.17.0, 5.23.0 and 5.24.0.
 """
 
+import contextlib
 import copy
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -22,6 +24,7 @@ from transformers import (
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
+    PreTrainedConfig,
     PreTrainedModel,
     StoppingCriteriaList,
     SynthIDTextWatermarkLogitsProcessor,
@@ -137,6 +140,7 @@ def install(
     _wrap(PreTrainedModel, "_check_and_adjust_attn_implementation", _check_and_adjust)
     _wrap(GenerationMixin, "_prepare_cache_for_generation", functools.partial(_prepare_cache, make_cache))
     _wrap(EncoderDecoderCache, "check_dynamic_cache", functools.partial(_check_dynamic_cache, cache_class))
+    _let_threads_choose(PreTrainedConfig)
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable) -> None:
@@ -523,11 +527,74 @@ def uses_attention_interface(model: PreTrainedModel) -> bool:
     return bool(type(model)._can_set_attn_implementation() and type(model)._supports_flash_attn)
 
 
-def attention_of(config: Any) -> dict[str, Any] | str | None:
-    """A config's attention implementation, with those of its sub-configs as ``set_attn_implementation`` takes them."""
-    own = getattr(config, "_attn_implementation", None)
-    nested = {name: attention_of(getattr(config, name)) for name in config.sub_configs if getattr(config, name, None)}
-    return {"": own, **nested} if nested else own
+class _Chosen(threading.local):
+    """Attention implementations of this thread, by the ids of configs; the others have what is written in them."""
+
+    names: dict[int, str] = {}  # noqa: RUF012 (never changed in place)
+
+
+_CHOSEN = _Chosen()
+
+
+class AttentionChoice:
+    """Lets one thread's forwards of a model run another attention implementation than its configs say.
+
+    Nothing is written: other threads, copies of the model and whoever sets an implementation see the configs as they
+    are.
+
+    Args:
+        model: a transformers model; those of its configs count that ``set_attn_implementation`` would write to.
+        name: of the implementation.
+
+    Raises:
+        UnsupportedModelError, ValueError: the model cannot run it.
+    """
+
+    def __init__(self, model: PreTrainedModel, name: str) -> None:
+        model._check_and_adjust_attn_implementation(name)
+        can_set = touch(PreTrainedModel, "_can_set_attn_implementation").__get__
+        configs = [model.config]
+        configs += [
+            module.config
+            for module in model.modules()
+            if isinstance(module, PreTrainedModel) and can_set(None, type(module))()
+        ]
+        for config in configs:  # grows meanwhile
+            configs += [part for key in config.sub_configs if (part := getattr(config, key, None)) is not None]
+        for config in configs:
+            owner = next(c for c in type(config).__mro__ if "_attn_implementation" in c.__dict__)
+            _let_threads_choose(owner)
+        # Kept, so that no other config gets one of the ids.
+        self._configs = configs
+        self._names = {id(config): name for config in configs}
+
+    @contextlib.contextmanager
+    def here(self) -> Iterator[None]:
+        """Choose it in this thread."""
+        before, _CHOSEN.names = _CHOSEN.names, self._names
+        try:
+            yield
+        finally:
+            _CHOSEN.names = before
+
+
+def _let_threads_choose(owner: type) -> None:
+    """Let a config class's ``_attn_implementation`` read what :class:`AttentionChoice` says first. Idempotent."""
+    own = touch(owner, "_attn_implementation")
+    if getattr(own.fget, "_hf_paged", False):
+        return
+    written = own.fget
+
+    def read(config: Any) -> Any:
+        # Compiled code is shared by all threads.
+        if not torch.compiler.is_dynamo_compiling():
+            name = _CHOSEN.names.get(id(config))
+            if name is not None:
+                return name
+        return written(config)
+
+    read._hf_paged = True  # type: ignore[attr-defined]
+    owner._attn_implementation = property(read, own.fset, own.fdel, own.__doc__)  # type: ignore[attr-defined]
 
 
 def own_decoding_loop(model: Any, config: GenerationConfig) -> Callable[..., Any]:

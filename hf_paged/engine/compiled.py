@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from ..fusion import runs_another_forward, standing_in
 from ..transformers_internals import any_hooks, hooks_of
 
 ONE_KERNEL = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Dropout, torch.nn.Identity)
@@ -26,7 +27,7 @@ class CompiledModules:
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
         self._hooks = hooks_of(model)
-        self._forwards: list[tuple[torch.nn.Module, Callable[..., Any]]] | None = None
+        self._forwards: dict[torch.nn.Module, Callable[..., Any]] | None = None
 
     def __len__(self) -> int:
         return len(self._forwards or ())
@@ -54,25 +55,20 @@ class CompiledModules:
             finally:
                 for handle in handles:
                     handle.remove()
-            self._forwards = [
-                (module, torch.compile(module.forward, dynamic=True)) for module in _apart(self._model, see_cache)
-            ]
+            self._forwards = {
+                module: torch.compile(type(module).forward.__get__(module), dynamic=True)
+                for module in _apart(self._model, see_cache)
+            }
         else:
-            for module, forward in self._forwards:
-                module.__dict__.setdefault("forward", forward)
-            try:
+            with standing_in(self._forwards):
                 yield
-            finally:
-                for module, forward in self._forwards:
-                    if module.__dict__.get("forward") is forward:
-                        del module.__dict__["forward"]
 
 
 def _apart(module: torch.nn.Module, see_cache: set[torch.nn.Module]) -> Iterator[torch.nn.Module]:
     """The largest modules inside ``module`` that do not contain one of ``see_cache``, and are worth compiling."""
     for child in module.children():
         inside = list(child.modules())
-        is_whole = not any(inner in see_cache or "forward" in inner.__dict__ for inner in inside)
+        is_whole = not any(inner in see_cache or runs_another_forward(inner) for inner in inside)
         if not is_whole or isinstance(child, (torch.nn.ModuleList, torch.nn.ModuleDict)):
             yield from _apart(child, see_cache)
         elif not isinstance(child, ONE_KERNEL):

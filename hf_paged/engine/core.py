@@ -96,7 +96,7 @@ class EngineCore:
     """The sequences of one model, and the steps over them.
 
     Args:
-        model: runs under "paged_flash" already.
+        model: a causal LM.
         config: options.
         num_pages: pages of every layer.
         max_model_len: tokens of a request at most.

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
+from ..fusion import has_own_forward
 from ..transformers_internals import any_hooks, hooks_of, is_moved_by_accelerate, without_autograd
 from .transfers import send
 
@@ -340,9 +341,13 @@ class LiveModel:
 
     def _read_modules(self) -> list[tuple[Any, ...]]:
         """Each module, with a forward of its own if it has one, and what tells PEFT which adapters it runs."""
-        names = ("forward", "_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
+        names = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
         return [
-            (id(module), *(str(module.__dict__[name]) for name in names if name in module.__dict__))
+            (
+                id(module),
+                str(module.__dict__["forward"]) if has_own_forward(module) else None,
+                *(str(module.__dict__[name]) for name in names if name in module.__dict__),
+            )
             for module in self._model.modules()
         ]
 

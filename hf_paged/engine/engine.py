@@ -26,7 +26,6 @@ from transformers.utils.logging import tqdm
 
 from ..errors import RequestError, UnsupportedModelError
 from ..fusion import FusedModel
-from ..transformers_internals import attention_of
 from .config import EngineConfig
 from .core import EngineCore, Launched
 from .decode_graphs import reason_against
@@ -108,8 +107,8 @@ class _Job:
 class Engine:
     """Continuous batching for one model: the same weights, the same module objects.
 
-    While the engine lives, the model's attention implementation is "paged_flash"; :meth:`close` and :meth:`pause` put
-    the one before back.
+    The engine's forwards run "paged_flash", whatever the model's attention implementation is: everybody else's run that
+    one, in other threads meanwhile too.
 
     Args:
         model: a causal LM of transformers.
@@ -138,8 +137,6 @@ class Engine:
                 f"the engine cannot serve this model: {'; '.join(reasons)}. Use the model's own generate()."
             )
         self.max_model_len = self.config.max_model_len or model_length(model.config)
-        self._attention = _AttentionSwitch(model)
-        weakref.finalize(self, self._attention.restore)
         self._core = self._start()
         self._drive = threading.RLock()
         self._changed = threading.Condition(threading.Lock())
@@ -168,7 +165,6 @@ class Engine:
         model, config = self.model, self.config
         with torch.no_grad():
             reference = run_reference(model) if config.self_check else None
-            self._attention.use_paged()
             try:
                 learned = probe(model, config, reference)
                 self.fused = self._fuse(learned.needs_lengths)
@@ -179,7 +175,7 @@ class Engine:
                     most = config.max_num_seqs * pages_of_one + 1
                     num_pages = choose_num_pages(learned.page_bytes, config.memory_fraction, most)
                 core = EngineCore(model, config, num_pages, self.max_model_len)
-                core.runner.needs_lengths = learned.needs_lengths
+                core.runner.needs_lengths = core.cache.may_gather = learned.needs_lengths
                 if self.fused is not None:
                     core.runner.use_fused(self.fused)
                 if config.cuda_graphs is not False:
@@ -190,7 +186,6 @@ class Engine:
                         logger.warning_once(f"decode steps run without CUDA graphs: {reason}.")
                 return core
             except BaseException:
-                self._attention.restore()
                 if self.fused is not None:
                     self.fused.restore()
                 raise
@@ -711,7 +706,6 @@ class Engine:
                 self._core.end(request, "error", error)
             if request.output is None:
                 self._core.abandon(request, error)
-        self._attention.restore()
         self._publish()
 
     def _broken_message(self) -> str:
@@ -720,7 +714,7 @@ class Engine:
     # Life
 
     def close(self, *, drain: bool = False) -> None:
-        """End the engine: what has not ended gets the result "cancelled", the model its attention back.
+        """End the engine: what has not ended gets the result "cancelled".
 
         Args:
             drain: let requests end first.
@@ -748,7 +742,6 @@ class Engine:
             self._core.end(request, reason)
         self._core.drop_prefixes()
         self._core.cache.drop()
-        self._attention.restore()
         if self.fused is not None:
             self.fused.restore()
         # Last: whoever gets a result may go on with the model at once.
@@ -763,7 +756,7 @@ class Engine:
         self.close()
 
     def pause(self, *, keep_graphs: bool = False) -> None:
-        """Stop once the running step has ended; requests keep their pages, the model gets its attention back.
+        """Stop once the running step has ended; requests keep their pages.
 
         Args:
             keep_graphs: captured decode steps are replayed again after :meth:`resume`, unless weights have moved,
@@ -777,7 +770,6 @@ class Engine:
             if not keep_graphs:
                 self._core.runner.drop_graphs()
             self._paused = True
-            self._attention.restore()
 
     def resume(self) -> None:
         """Go on after :meth:`pause`."""
@@ -786,7 +778,6 @@ class Engine:
             if self._asleep:
                 raise RequestError("the engine sleeps: call wake().")
             if self._paused:
-                self._attention.use_paged()
                 if self._core.runner.check_modules():
                     self._core.drop_prefixes()
                 self._paused = False
@@ -905,29 +896,6 @@ class Engine:
     def __repr__(self) -> str:
         state = "closed" if self._closed else "asleep" if self._asleep else "paused" if self._paused else "open"
         return f"Engine({type(self.model).__name__}, {state}, {len(self._unfinished)} requests)"
-
-
-class _AttentionSwitch:
-    """Puts a model on "paged_flash", and back on what it had."""
-
-    def __init__(self, model: Any) -> None:
-        self._model = weakref.ref(model)
-        self._before: Any = None
-        self._is_paged = False
-
-    def use_paged(self) -> None:
-        model = self._model()
-        if model is not None and not self._is_paged:
-            # Read each time: its owner may set another while the engine is paused.
-            self._before = attention_of(model.config)
-            model.set_attn_implementation("paged_flash")
-            self._is_paged = True
-
-    def restore(self) -> None:
-        model = self._model()
-        if model is not None and self._is_paged:
-            self._is_paged = False
-            model.set_attn_implementation(self._before)
 
 
 def _run_loop(reference: "weakref.ref[Engine]") -> None:

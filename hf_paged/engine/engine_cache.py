@@ -13,6 +13,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from ..cache import HYBRID, layer_window
+from ..errors import UnsupportedModelError
 from ..paging import PageGroup, PagePool
 from ..step_states import StepStates
 from .cpu_attention import attend_groups, plan_groups
@@ -111,6 +112,11 @@ class EngineLayer(CacheLayerMixin):
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values of all sequences of the step, one after the other, ``[1, H, total keys, D]``."""
+        if not self.cache.may_gather:
+            raise UnsupportedModelError(
+                f"layer {self.index} asks for all keys and values of a step, which it did not do when the engine was "
+                f"started: its attention has been exchanged. Close this engine and make another."
+            )
         pages = self.group.layers[self.index]
         step = self.cache.step.on(pages.k.device)
         self.cache.num_gathers += 1
@@ -175,6 +181,7 @@ class EngineCache(Cache):
     Attributes:
         step: inputs of the running step.
         num_gathers: how often a model asked for dense keys or values instead of reading pages in place.
+        may_gather: whether it may: what does not know the step's sequences would mix them.
         has_states: whether layers keep recurrent states beside pages.
 
     Raises:
@@ -202,7 +209,7 @@ class EngineCache(Cache):
                 layers.append(EngineHybridLayer(self, pool.groups[window], numbers[window], index, states))
             else:
                 layers.append(EngineLayer(self, pool.groups[window], numbers[window], index))
-        self.num_gathers = 0
+        self.num_gathers, self.may_gather = 0, True
         self._state_layers = [layer for layer in layers if isinstance(layer, LinearAttentionLayer)]
         self.has_states = bool(self._state_layers)
         # Per layer and state: tensors [num_slots, ...], made by the first prompt.

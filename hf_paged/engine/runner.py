@@ -11,7 +11,7 @@ from hf_paged_kernels.settings import SHORT_CONTEXT
 from transformers.utils import logging
 
 from ..fusion import FusedModel
-from ..transformers_internals import cache_name
+from ..transformers_internals import AttentionChoice, cache_name
 from .chunk_graphs import KNOWN, ChunkGraphs, Layout
 from .compiled import CompiledModules
 from .decode_graphs import DecodeGraphs, LiveModel, is_short_of_memory
@@ -72,7 +72,7 @@ class Runner:
     """Forward passes of one model over packed rows.
 
     Args:
-        model: a causal LM whose attention is "paged_flash" while it runs.
+        model: a causal LM; its attention is "paged_flash" in the forwards that are run here.
         cache: where its keys, values and states live.
         slots: sequences, on the host.
         tables: the same on the device.
@@ -97,6 +97,7 @@ class Runner:
         self.cache_name = cache_name(model.forward)
         self.needs_lengths = False
         """Whether the model computes keys from what the cache returns, so attention needs packed lengths."""
+        self.attention = AttentionChoice(model, "paged_flash")
         self._live = LiveModel(model, tables.device)
 
     def run(self, work: StepWork, num_logits: np.ndarray) -> StepLogits:
@@ -322,6 +323,7 @@ class Runner:
             kwargs["logits_to_keep"] = keep if len(keep) else 1
         self.cache.step = inputs
         with ExitStack() as stack:
+            stack.enter_context(self.attention.here())
             for modules in (self.fused, self.compiled):
                 if modules is not None:
                     stack.enter_context(modules.active(self.cache))

@@ -1,6 +1,7 @@
 """Before serving: a few short prompts, packed over pages, against the model's own forward one prompt at a time."""
 
 import dataclasses
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -69,8 +70,6 @@ def make_prompts(model: Any) -> list[torch.Tensor]:
 
 def probe(model: Any, config: EngineConfig, reference: Reference | None) -> Probe:
     """Run the prompts through the engine's own forward, and hold them against ``reference`` (None: only look).
-
-    The model must be on "paged_flash".
 
     Raises:
         UnsupportedModelError: the logits differ; the message names the first layer that does, if one can be named.
@@ -195,11 +194,12 @@ def _layers(model: Any) -> dict[str, torch.nn.Module]:
 def _outputs(model: Any) -> Iterator[dict[str, torch.Tensor]]:
     """Collect what the decoder layers return, as ``[tokens, hidden]``, by their names."""
     seen: dict[str, torch.Tensor] = {}
+    thread = threading.get_ident()  # Others may run the model meanwhile.
 
     def keep(name: str) -> Callable[..., None]:
         def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output
-            if isinstance(states, torch.Tensor):
+            if isinstance(states, torch.Tensor) and threading.get_ident() == thread:
                 seen[name] = states.reshape(-1, states.shape[-1])
 
         return hook

@@ -1,9 +1,11 @@
 """Fused forwards for live modules: found by pattern, proven against the modules' own, in place while an engine runs.
 
 Read in this order: :mod:`fuse` (the whole), :mod:`weights` (views of one storage), :mod:`forwards` (what runs),
-:mod:`recording`, :mod:`patterns` and :mod:`proofs` (how it is found, and shown to be the same).
+:mod:`stand_ins` (in which thread), :mod:`recording`, :mod:`patterns` and :mod:`proofs` (how it is found, and shown to
+be the same).
 """
 
 from .fuse import FusedModel, fuse_model
+from .stand_ins import has_own_forward, runs_another_forward, standing_in
 
-__all__ = ["FusedModel", "fuse_model"]
+__all__ = ["FusedModel", "fuse_model", "has_own_forward", "runs_another_forward", "standing_in"]

@@ -8,13 +8,11 @@ A decoder layer, with up to four norms (each may be missing)::
     more tokens:  a sum and the norm behind it are one kernel; the last one of a layer computes the norm of the next
                   where a matmul leaves its result in parts, that kernel adds them up
 
-A forward that is called in another way than it was proven for, or by another thread than the engine's, calls the
-module's own.
+A forward that is called in another way than it was proven for calls the module's own.
 """
 
 import dataclasses
 import operator
-import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,6 +32,7 @@ from hf_paged_kernels.small_linear import choose_small_linear, small_gated_linea
 from torch import nn
 
 from ..transformers_internals import given_cache
+from .stand_ins import has_own_forward
 from .weights import PackedLinears
 
 SCALARS = (bool, int, float, str, type(None))
@@ -42,24 +41,19 @@ UNWATCHED = frozenset({"training", "gradient_checkpointing"})
 
 
 class Scope:
-    """Where fused forwards count: a thread that runs the engine's forward, and the cache of that forward."""
+    """What the fused modules of one forward have in common: its cache, and what they hand to one another."""
 
     def __init__(self) -> None:
         self.cache: Any = None
-        self._thread: int | None = None
         self._normed: tuple[FusedNorm, torch.Tensor, torch.Tensor] | None = None
 
     def enter(self, cache: Any) -> None:
-        """Fused forwards count in this thread from now on."""
-        self.cache, self._thread, self._normed = cache, threading.get_ident(), None
+        """A forward over ``cache`` begins."""
+        self.cache, self._normed = cache, None
 
     def leave(self) -> None:
-        """They do not any more."""
-        self.cache = self._thread = self._normed = None
-
-    def is_here(self) -> bool:
-        """Whether the calling thread runs the engine's forward."""
-        return self._thread == threading.get_ident()
+        """It has ended."""
+        self.cache = self._normed = None
 
     def hand_over(self, norm: "FusedNorm", x: torch.Tensor, normed: torch.Tensor) -> None:
         """Keep ``normed``, the norm of x, for the module that will ask for it."""
@@ -75,9 +69,10 @@ class Scope:
 
 def look_at(module: nn.Module) -> tuple[Any, ...]:
     """What tells that a module still computes what it did: its class, a forward of its own, plain attributes."""
-    attributes = module.__dict__
-    plain = tuple((name, x) for name, x in attributes.items() if isinstance(x, SCALARS) and name not in UNWATCHED)
-    return type(module), "forward" in attributes, plain
+    # Another thread's engine may add a stand-in meanwhile.
+    attributes = list(module.__dict__.items())
+    plain = tuple((name, x) for name, x in attributes if isinstance(x, SCALARS) and name not in UNWATCHED)
+    return type(module), has_own_forward(module), plain
 
 
 class _Seen:
@@ -90,13 +85,13 @@ class _Seen:
 
     def is_same(self) -> bool:
         """Whether it still computes what it did; usually a comparison of addresses, for every forward asks."""
-        values = self._module.__dict__.values()
+        values = tuple(self._module.__dict__.values())
         is_alike = len(values) == len(self._values) and type(self._module) is self._known[0]
         if is_alike and all(map(operator.is_, values, self._values)):
             return True
         if look_at(self._module) != self._known:
             return False
-        self._values = tuple(values)
+        self._values = values
         return True
 
 
@@ -143,11 +138,8 @@ class Unit:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Stands for ``module.forward``."""
-        if self.scope.is_here():
-            out = self.forward(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
-        return type(self.module).forward(self.module, *args, **kwargs)
+        out = self.forward(*args, **kwargs)
+        return type(self.module).forward(self.module, *args, **kwargs) if out is NotImplemented else out
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The fused forward; NotImplemented: not for these arguments, nothing was done."""

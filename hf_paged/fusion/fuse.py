@@ -1,7 +1,8 @@
 """A model whose modules run fused while an engine runs its forward, and are themselves at any other time.
 
 What stays as it is: module objects, their classes and attributes, Parameter objects, the state dict, hooks. Fused
-forwards stand in the modules' ``__dict__`` for as long as :meth:`FusedModel.active` lasts, nothing else is patched.
+forwards stand in for the modules' own in one thread for as long as :meth:`FusedModel.active` lasts, see
+:mod:`stand_ins`; nothing else is patched.
 What changes: the weights of matmuls that became one are views of one storage, see :mod:`weights`;
 :meth:`FusedModel.restore` gives each one of its own again. Where nobody calls it, they stay views and work as before.
 """
@@ -42,6 +43,7 @@ from .patterns import (
 from .proofs import Proofs, prove_attention, prove_layer, prove_mlp, prove_simply
 from .recording import Step, record
 from .rotary import FusedRotary, rotary_unit
+from .stand_ins import has_own_forward, standing_in
 from .weights import HELD, PackedLinears
 
 logger = logging.get_logger(__name__)
@@ -97,19 +99,12 @@ class FusedModel:
             yield
             return
         self.refresh()
-        installed = []
         self._scope.enter(cache)
         try:
-            for module, unit in self._units.items():
-                if unit in self._in_use:
-                    module.__dict__["forward"] = unit
-                    installed.append((module, unit))
-            yield
+            with standing_in({module: unit for module, unit in self._units.items() if unit in self._in_use}):
+                yield
         finally:
             self._scope.leave()
-            for module, unit in installed:
-                if module.__dict__.get("forward") is unit:
-                    del module.__dict__["forward"]
 
     def refresh(self) -> None:
         """See which units can be used now; weights that were moved are packed again."""
@@ -313,7 +308,7 @@ class _Builder:
     def _head(self) -> None:
         """The logits' matmul has a kernel for few tokens on some GPUs only."""
         head = self.model.get_output_embeddings() if hasattr(self.model, "get_output_embeddings") else None
-        if not isinstance(head, nn.Linear) or type(head) is not nn.Linear or "forward" in head.__dict__:
+        if not isinstance(head, nn.Linear) or type(head) is not nn.Linear or has_own_forward(head):
             return
         if self.recording.steps_of(head) is None:
             return

@@ -18,6 +18,7 @@ from torch import nn
 
 from .forwards import AttentionOptions, FusedNorm, LayerParts
 from .recording import Attended, Call, Recording
+from .stand_ins import has_own_forward
 
 
 class NotThisKind(Exception):
@@ -43,7 +44,7 @@ def norm_formula(module: nn.Module) -> tuple[float, float, bool]:
     if weight is None or len(list(module.parameters())) != 1 or any(True for _ in module.buffers()) or weight.ndim != 1:
         raise NotThisKind("it has not one weight [N] alone")
     given = [module.__dict__[name] for name in EPS_NAMES if name in module.__dict__]
-    if len(given) != 1 or "forward" in module.__dict__ or type(weight) is not nn.Parameter:
+    if len(given) != 1 or has_own_forward(module) or type(weight) is not nn.Parameter:
         raise NotThisKind("it has no eps, or a forward of its own")
     eps = torch.finfo(weight.dtype).eps if given[0] is None else given[0]
     if not isinstance(eps, float):
@@ -329,11 +330,11 @@ def _by_name(module: nn.Module, call: Call) -> dict[str, Any]:
 def _linears_of(module: nn.Module) -> tuple[list[nn.Linear], list[nn.Module]]:
     """Plain linear layers among the children, and the other children, which must not have any."""
     children = list(module.children())
-    linears = [child for child in children if type(child) is nn.Linear and "forward" not in child.__dict__]
+    linears = [child for child in children if type(child) is nn.Linear and not has_own_forward(child)]
     others = [child for child in children if child not in linears]
     if any(isinstance(inner, nn.Linear) for other in others for inner in other.modules()):
         raise NotThisKind("it has linear layers that are not plain, or deeper inside")
-    if "forward" in module.__dict__:
+    if has_own_forward(module):
         raise NotThisKind("it has a forward of its own")
     return linears, others
 

@@ -15,6 +15,7 @@ from ..transformers_internals import tensor_version
 from .forwards import Scope, Unit
 from .patterns import NotThisKind
 from .recording import Call, Recording
+from .stand_ins import has_own_forward
 
 CHUNK = 8192
 """Positions that are computed at once."""
@@ -76,7 +77,7 @@ def rotary_unit(scope: Scope, module: nn.Module, recording: Recording, num_posit
     given = [pair for call in calls if (pair := arguments_of(call.args, call.kwargs)) and _gives_tables(call, pair[1])]
     if not calls or len(given) < len(calls):
         raise NotThisKind("it does not give cosines and sines of positions")
-    if any(True for _ in module.parameters()) or "forward" in module.__dict__:
+    if any(True for _ in module.parameters()) or has_own_forward(module):
         raise NotThisKind("it has parameters, or a forward of its own")
     x, positions = given[0]
     first = calls[0].output[0]

@@ -1,9 +1,11 @@
 """One test per private touch of ``hf_paged/transformers_internals.py``: each fails where transformers has moved it."""
 
 import ast
+import copy
 import functools
 import inspect
 import sys
+import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -626,16 +628,57 @@ def test_the_attention_interface_is_known_by_the_class(family, expected):
     assert internals.uses_attention_interface(model) is expected
 
 
-def test_an_implementation_read_can_be_set_again():
+def test_a_thread_chooses_an_implementation_for_itself():
     model = tiny_model("llama", "sdpa")
-    before = internals.attention_of(model.config)
-    assert before == "sdpa"
-    model.set_attn_implementation("paged_flash")
-    assert internals.attention_of(model.config) == "paged_flash"
-    model.set_attn_implementation(before)
-    assert internals.attention_of(model.config) == "sdpa"
-    config = transformers.Gemma3Config()
-    config.text_config._attn_implementation = "sdpa"
-    config.vision_config._attn_implementation = "eager"
-    read = internals.attention_of(config)
-    assert (read["text_config"], read["vision_config"]) == ("sdpa", "eager")
+    other = tiny_model("llama", "eager")
+    choice = internals.AttentionChoice(model, "paged_flash")
+    assert model.config._attn_implementation == "sdpa"
+    read = []
+    with choice.here(), internals.AttentionChoice(other, "sdpa").here(), choice.here():
+        assert model.config._attn_implementation == "paged_flash"
+        assert copy.deepcopy(model).config._attn_implementation == "sdpa"
+        thread = threading.Thread(target=lambda: read.append(model.config._attn_implementation))
+        thread.start()
+        thread.join()
+        model.set_attn_implementation("eager")
+    assert read == ["sdpa"]
+    assert (model.config._attn_implementation, other.config._attn_implementation) == ("eager", "eager")
+
+
+def test_the_choice_counts_for_the_configs_of_all_parts():
+    small = dict(hidden_size=24, num_attention_heads=2, num_hidden_layers=1)
+    outer = transformers.Gemma3Config(text_config=small, vision_config=small)
+    with torch.device("meta"):
+        model = transformers.Gemma3ForConditionalGeneration(outer)
+    parts = (model.config, model.config.text_config, model.config.vision_config)
+    before = [part._attn_implementation for part in parts]
+    with internals.AttentionChoice(model, "paged_flash").here():
+        assert [part._attn_implementation for part in parts] == ["paged_flash"] * 3
+    assert [part._attn_implementation for part in parts] == before
+
+
+def test_a_config_class_with_a_property_of_its_own_is_reached():
+    class Own(transformers.LlamaConfig):
+        @property
+        def _attn_implementation(self):
+            return self._attn_implementation_internal
+
+        @_attn_implementation.setter
+        def _attn_implementation(self, value):
+            self._attn_implementation_internal = value
+
+    model = tiny_model("llama", "sdpa")
+    model.config.__class__ = Own
+    with internals.AttentionChoice(model, "paged_flash").here():
+        assert model.config._attn_implementation == "paged_flash"
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_compiled_code_has_the_implementation_that_is_written():
+    model = tiny_model("llama", "sdpa")
+    compiled = torch.compile(lambda x: x + len(model.config._attn_implementation), backend="eager", fullgraph=True)
+    assert int(compiled(torch.zeros(1))) == 4
+    with internals.AttentionChoice(model, "paged_flash").here():
+        assert int(compiled(torch.zeros(1))) == 4
+    model.set_attn_implementation("eager")
+    assert int(compiled(torch.zeros(1))) == 5

@@ -1,0 +1,202 @@
+"""One model for several at once: engines, a patched generate(), plain forwards, whoever sets an implementation."""
+
+import copy
+import io
+import random
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import hf_paged
+from hf_paged import UnsupportedModelError
+
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
+from random_requests import tiny_model
+from test_decode_graphs import alone, config, make_engine, prompt
+from test_fusion import engine_of
+
+LENGTHS = (3, 9, 17)
+
+
+@pytest.fixture
+def often(monkeypatch):
+    """Threads take turns a hundred times as often."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(5e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def expected_of(model) -> list[list[int]]:
+    model.set_attn_implementation("eager")
+    tokens = [alone(model, prompt(n, n), config(6)) for n in LENGTHS]
+    model.set_attn_implementation("sdpa")
+    return tokens
+
+
+def tokens_of(engine) -> list[list[int]]:
+    outputs = engine.generate([prompt(n, n) for n in LENGTHS], generation_config=config(6))
+    assert [output.error for output in outputs] == [None] * len(LENGTHS)
+    return [output.token_ids for output in outputs]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_engines_come_and_go_in_any_order(seed):
+    draw = random.Random(seed)
+    model = tiny_model("llama")
+    expected = expected_of(model)
+    engines: list[hf_paged.Engine] = []
+    for _ in range(10):
+        what = draw.choice(["open", "close", "drop", "set", "pause", "generate", "generate"])
+        if what == "open" and len(engines) < 3:
+            make = draw.choice([make_engine, lambda model: engine_of(model, fuse=draw.choice([True, False]))])
+            engines.append(make(model))
+        elif what == "close" and engines:
+            engines.pop(draw.randrange(len(engines))).close()
+        elif what == "drop" and engines:
+            del engines[draw.randrange(len(engines))]
+        elif what == "set":
+            name = draw.choice(["sdpa", "eager", "paged_flash"])
+            model.set_attn_implementation(name)
+        elif what == "pause" and engines:
+            engine = draw.choice(engines)
+            engine.pause(keep_graphs=draw.choice([True, False]))
+            engine.resume()
+        elif engines:
+            before = model.config._attn_implementation
+            assert tokens_of(draw.choice(engines)) == expected
+            assert model.config._attn_implementation == before
+        assert not any("forward" in module.__dict__ for module in model.modules())
+    for engine in engines:
+        engine.close()
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["as it is", "fused"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_plain_forwards_beside_a_patched_generate(attention, fuse, often):
+    model = tiny_model("llama")
+    model.set_attn_implementation(attention)
+    ids = torch.tensor([prompt(9), prompt(9, 1)])
+    with torch.no_grad():
+        logits = model(ids).logits
+    tokens = model.generate(ids, max_new_tokens=4, do_sample=False)
+    options = dict(page_size=8, max_num_seqs=4, max_batch_tokens=32, num_pages=32, fuse=fuse)
+    hf_paged.patch_generate(model, hf_paged.EngineConfig(**options))
+    wrong, num_forwards, stop = [], [], threading.Event()
+
+    def score():
+        while not stop.is_set():
+            with torch.no_grad():
+                try:
+                    got = model(ids).logits
+                    if not torch.allclose(got, logits, atol=1e-4):
+                        wrong.append(float((got - logits).abs().max()))
+                except Exception as error:
+                    wrong.append(error)
+            num_forwards.append(1)
+
+    thread = threading.Thread(target=score)
+    thread.start()
+    try:
+        for _ in range(4):
+            assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), tokens)
+    finally:
+        stop.set()
+        thread.join()
+    assert not wrong
+    assert num_forwards
+
+
+def test_engines_step_at_the_same_time(often):
+    """And modules run fused for both, in their threads."""
+    model = tiny_model("llama")
+    expected = expected_of(model)
+    engines = [engine_of(model), engine_of(model), engine_of(model, fuse=False)]
+    got: list[list[list[list[int]]]] = [[], [], []]
+
+    def run(number):
+        for _ in range(2):
+            got[number].append(tokens_of(engines[number]))
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    while any(thread.is_alive() for thread in threads):
+        model.set_attn_implementation(random.choice(["eager", "sdpa"]))
+    for thread in threads:
+        thread.join()
+    assert got == [[expected] * 2] * 3
+    assert all(len(engine.fused._in_use) == len(engine.fused) for engine in engines[:2])
+    for engine in engines:
+        engine.close()
+    assert not any("forward" in module.__dict__ for module in model.modules())
+
+
+def test_both_engines_fused_forwards_run_in_the_middle_of_each_others_steps():
+    model = tiny_model("llama")
+    expected = expected_of(model)
+    first, second = engine_of(model), engine_of(model)
+    unit = next(unit for unit in first.fused._units.values() if unit.kind == "mlp")
+    forward, inner = unit.forward, []
+
+    def look(*args):
+        if not inner:
+            inner.append(None)
+            thread = threading.Thread(target=lambda: inner.append((tokens_of(second), len(second.fused._in_use))))
+            thread.start()
+            thread.join()
+        return forward(*args)
+
+    unit.forward = look
+    layer = next(unit for unit in first.fused._units.values() if unit.kind == "layer")
+    layer.parts.fused_mlp = None  # It calls the module, whose stand-in calls the unit.
+    assert tokens_of(first) == expected
+    assert inner[1] == (expected, len(second.fused))
+    assert len(first.fused._in_use) == len(first.fused)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_copies_made_in_the_middle_of_a_step_are_plain_models(how):
+    model = tiny_model("llama")
+    ids = torch.tensor([prompt(9)])
+    with torch.no_grad():
+        expected = model(ids).logits
+    copies = []
+    with engine_of(model) as engine:
+        unit = next(unit for unit in engine.fused._units.values() if unit.kind == "rotary")
+        forward = unit.forward
+
+        def look(*args, **kwargs):
+            if not copies and how == "deepcopy":
+                copies.append(copy.deepcopy(model))
+            elif not copies:
+                file = io.BytesIO()
+                torch.save(model, file)
+                file.seek(0)
+                copies.append(torch.load(file, weights_only=False))
+            return forward(*args, **kwargs)
+
+        unit.forward = look
+        engine.generate([prompt(5)], generation_config=config(1))
+        assert "forward" not in model.model.rotary_emb.__dict__
+        (copied,) = copies
+        assert copied.config._attn_implementation == "sdpa"
+        with torch.no_grad():
+            copied.lm_head.weight.neg_()
+            assert torch.allclose(copied(ids).logits, -expected, atol=1e-5)
+            assert torch.allclose(model(ids).logits, expected, atol=1e-5)
+    assert tokens_of(engine_of(copied)) == expected_of(copied)
+
+
+def test_keys_are_gathered_only_by_models_that_did_so_at_the_start():
+    model = tiny_model("llama")
+    attention = model.model.layers[1].self_attn
+    with make_engine(model) as engine:
+        attention.config = copy.copy(attention.config)  # Not the model's any more: its attention stays "sdpa".
+        (output,) = engine.generate([prompt(9)], generation_config=config(3))
+        assert output.finish_reason == "error"
+        with pytest.raises(UnsupportedModelError, match="layer 1 asks for all keys and values"):
+            raise output.error
