@@ -47,9 +47,10 @@ class EngineConfig:
             makes the first steps slow and serves every length.
         fuse: modules of usual kinds (norms, gated MLPs, attention, decoder layers) run fused while the engine computes:
             fewer kernels and larger matmuls. Each is compared with its own forward first. Weights of matmuls that
-            become one are moved into one storage, of which the model's parameters are views (whoever keeps addresses of
-            weights, as a CUDA graph does, must take them later); :meth:`Engine.close` moves them out again. None: on a
-            GPU; True: on a CPU as well, and an engine in which nothing can be is refused; False: never.
+            become one are moved next to one another: whoever keeps addresses of weights, as a CUDA graph does, must
+            take them later, and handles of CUDA memory for other processes cannot be had of them.
+            :meth:`Engine.close` moves them apart again. None: on a GPU; True: on a CPU as well, and an engine in which
+            nothing can be is refused; False: never.
         batch_invariant: not available yet; must be False.
 
     Raises:

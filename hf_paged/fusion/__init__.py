@@ -1,6 +1,6 @@
 """Fused forwards for live modules: found by pattern, proven against the modules' own, in place while an engine runs.
 
-Read in this order: :mod:`fuse` (the whole), :mod:`weights` (views of one storage), :mod:`forwards` (what runs),
+Read in this order: :mod:`fuse` (the whole), :mod:`weights` (several as one matrix), :mod:`forwards` (what runs),
 :mod:`stand_ins` (in which thread), :mod:`recording`, :mod:`patterns` and :mod:`proofs` (how it is found, and shown to
 be the same).
 """

@@ -2,22 +2,47 @@
 
 ::
 
-    storage     | q_proj.weight | k_proj.weight | v_proj.weight |      [Nq + Nk + Nv, K]
-                  Parameter.data   Parameter.data  Parameter.data      views: the Parameter objects stay
+    memory      | q_proj.weight | k_proj.weight | v_proj.weight |      [Nq + Nk + Nv, K]
+                  storage         storage         storage              of Parameter.data: the Parameter objects stay
 
-``optimizer.step()``, ``load_state_dict()`` and whatever else writes in place writes into the matrix. What gives a
-parameter other memory (``model.to()``, ``.data =``) is seen by :meth:`PackedLinears.is_current`.
+Each parameter has a storage of its own over its part of the matrix: whoever saves a model, or looks for shared tensors,
+finds none. ``optimizer.step()``, ``load_state_dict()`` and whatever else writes in place writes into the matrix. What
+gives a parameter other memory (``model.to()``, ``.data =``) is seen by :meth:`PackedLinears.is_current`.
 """
 
-import itertools
+import weakref
 from collections.abc import Sequence
 
 import torch
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils.dlpack import from_dlpack, to_dlpack
 
 HELD = "somebody else holds a weight's memory: a state dict, another model, or a graph that waits for backward()"
 """The objection that whoever starts the engine may want to do something about."""
+
+
+class Matrix:
+    """Parameters one behind the other in one memory; engines of one model share it.
+
+    Args:
+        parameters: of the same width; they move there.
+
+    Attributes:
+        values: ``[sum of their lengths, ...]``.
+        num_users: :class:`PackedLinears` that hold it.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.values, self.num_users = torch.cat([parameter.data for parameter in parameters]), 0
+        for parameter, part in zip(parameters, self.values.split([len(p) for p in parameters])):
+            # A tensor over the same memory that knows of no other; it keeps the memory alive.
+            parameter.data = from_dlpack(to_dlpack(part))
+        _MATRICES[self.values.data_ptr()] = self
+
+
+_MATRICES: weakref.WeakValueDictionary[int, Matrix] = weakref.WeakValueDictionary()
+"""By address."""
 
 
 class PackedLinears:
@@ -39,7 +64,7 @@ class PackedLinears:
         self.weight: torch.Tensor = torch.empty(0)
         self.bias: torch.Tensor | None = None
         self._addresses: list[int] = []
-        self._own_storages: set[int] = set()
+        self._matrices: list[Matrix] = []
 
     def objection(self) -> str | None:
         """Why they cannot be packed now; None: they can."""
@@ -51,10 +76,10 @@ class PackedLinears:
                     return reason
             if linear.in_features != first.in_features or (linear.bias is None) != (first.bias is None):
                 return "the layers are not alike: some have a bias, or another input"
-        if len(self.linears) > 1 and not self._are_neighbours():
-            for parameter in self._parameters():
-                if parameter.untyped_storage().data_ptr() in self._own_storages:
-                    continue
+        for parameters in self._groups():
+            if _as_one(parameters) is not None:
+                continue
+            for parameter in parameters:
                 if parameter.untyped_storage().nbytes() != parameter.numel() * parameter.itemsize:
                     return "a weight is a view of a larger storage, which somebody else may use"
                 if _num_holders(parameter) > 1:
@@ -62,24 +87,23 @@ class PackedLinears:
         return None
 
     def pack(self) -> None:
-        """Make the weights views of one storage, unless they are already; only where there is no :meth:`objection`."""
+        """Let the weights lie one behind the other, unless they do; only where there is no :meth:`objection`."""
+        before, self._matrices = self._matrices, []
+        values = []
         # A tensor born in inference mode could not be trained later.
         with torch.inference_mode(False), torch.no_grad():
-            if len(self.linears) > 1 and not self._are_neighbours():
-                self._own_storages = set()
-                for parameters in self._groups():
-                    packed = torch.cat([parameter.data for parameter in parameters])
-                    self._own_storages.add(packed.untyped_storage().data_ptr())
-                    for parameter, part in zip(parameters, packed.split([len(p) for p in parameters])):
-                        parameter.data = part
-            views = []
             for parameters in self._groups():
-                first = parameters[0]
-                shape = (sum(len(parameter) for parameter in parameters), *first.shape[1:])
-                # No view in torch's sense: it would keep a tensor more on this storage.
-                view = torch.empty(0, dtype=first.dtype, device=first.device)
-                views.append(view.set_(first.untyped_storage(), first.storage_offset(), shape, first.stride()))
-        self.weight, self.bias = views[0], views[1] if len(views) > 1 else None
+                one = _as_one(parameters)
+                if one is None:
+                    one = Matrix(parameters)
+                if isinstance(one, Matrix):
+                    one.num_users += 1
+                    self._matrices.append(one)
+                    one = one.values
+                values.append(one)
+        for matrix in before:
+            matrix.num_users -= 1
+        self.weight, self.bias = values[0], values[1] if len(values) > 1 else None
         self._addresses = self._read_addresses()
 
     def is_current(self) -> bool:
@@ -87,18 +111,20 @@ class PackedLinears:
         return self._read_addresses() == self._addresses
 
     def unpack(self) -> None:
-        """Give each parameter that :meth:`pack` moved, and that is still there, a storage of its own.
+        """Give each parameter that is still in a matrix memory of its own, if no other engine uses the matrix.
 
-        Where somebody else holds that memory by now, they stay views of it: they go on seeing the same values.
+        Where somebody else holds a parameter's memory by now, it stays there: they go on seeing the same values.
         """
         with torch.inference_mode(False), torch.no_grad():
-            for group, view in zip(self._groups(), (self.weight, self.bias)):
-                moved = [p for p in group if p.untyped_storage().data_ptr() in self._own_storages]
-                # Theirs, and the matrix.
-                if moved and (view is None or _num_holders(view) == len(moved) + 1):
-                    for parameter in moved:
+            for matrix in self._matrices:
+                matrix.num_users -= 1
+                start = matrix.values.data_ptr()
+                places = range(start, start + matrix.values.numel() * matrix.values.itemsize)
+                for parameter in self._parameters() if not matrix.num_users else ():
+                    if parameter.data_ptr() in places and _num_holders(parameter) == 1:
                         parameter.data = parameter.data.clone()
-        self._addresses, self._own_storages = [], set()
+        self._addresses, self._matrices = [], []
+        self.weight, self.bias = torch.empty(0), None
 
     def _groups(self) -> list[list[nn.Parameter]]:
         """The weights, and the biases if there are any."""
@@ -113,15 +139,23 @@ class PackedLinears:
     def _read_addresses(self) -> list[int]:
         return [parameter.data_ptr() for parameter in self._parameters()]
 
-    def _are_neighbours(self) -> bool:
-        """Whether the weights lie one behind the other in one storage, as :meth:`pack` leaves them."""
-        for group in self._groups():
-            if len({parameter.data.untyped_storage().data_ptr() for parameter in group}) > 1:
-                return False
-            for before, after in itertools.pairwise(group):
-                if before.data_ptr() + before.numel() * before.itemsize != after.data_ptr():
-                    return False
-        return True
+
+def _as_one(parameters: Sequence[nn.Parameter]) -> torch.Tensor | Matrix | None:
+    """Parameters that lie one behind the other in one storage or one matrix, as that; None: they do not."""
+    first = parameters[0]
+    start = end = first.data_ptr()
+    for parameter in parameters:
+        if parameter.data_ptr() != end:
+            return None
+        end += parameter.numel() * parameter.itemsize
+    if len({parameter.data.untyped_storage().data_ptr() for parameter in parameters}) == 1:
+        shape = (sum(len(parameter) for parameter in parameters), *first.shape[1:])
+        # No view in torch's sense: it would keep a tensor more on this storage.
+        view = torch.empty(0, dtype=first.dtype, device=first.device)
+        return view.set_(first.untyped_storage(), first.storage_offset(), shape, first.stride())
+    matrix = _MATRICES.get(start)
+    is_there = matrix is not None and start + matrix.values.numel() * matrix.values.itemsize == end
+    return matrix if is_there and matrix.values.dtype == first.dtype else None  # type: ignore[union-attr]
 
 
 def _objection_to(parameter: nn.Parameter, like: nn.Parameter) -> str | None:

@@ -1,12 +1,17 @@
 """``EngineConfig(fuse=True)``: the same tokens as without, a model that stays its owner's, and look-alikes refused."""
 
+import copy
+import itertools
 import sys
 import threading
 import types
 from pathlib import Path
 
+import huggingface_hub
 import pytest
+import safetensors.torch
 import torch
+import torch.distributed.checkpoint as dcp
 from host import CACHE
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
@@ -190,18 +195,43 @@ def test_modules_and_parameters_are_as_they_were():
         assert all(torch.equal(x, values[name]) for name, x in model.state_dict().items())
 
 
-def test_weights_share_a_storage_until_the_engine_is_closed():
+def test_weights_lie_in_one_memory_until_the_engine_is_closed():
+    """And each has a storage of its own, of its own size, all the time."""
     model = tiny_model("llama")
     attention = model.model.layers[0].self_attn
+    parts = [part.weight for part in (attention.q_proj, attention.k_proj, attention.v_proj)]
 
-    def num_storages() -> int:
-        parts = (attention.q_proj, attention.k_proj, attention.v_proj)
-        return len({part.weight.untyped_storage().data_ptr() for part in parts})
+    def are_neighbours() -> bool:
+        for p in model.parameters():
+            assert p.untyped_storage().nbytes() == p.numel() * p.itemsize
+            assert p.untyped_storage().data_ptr() == p.data_ptr()
+        return all(a.data_ptr() + a.numel() * a.itemsize == b.data_ptr() for a, b in itertools.pairwise(parts))
 
-    with engine_of(model):
-        assert num_storages() == 1
-    assert num_storages() == 3
-    assert all(p.untyped_storage().nbytes() == p.numel() * p.itemsize for p in model.parameters())
+    assert not are_neighbours()
+    with engine_of(model) as first:
+        with engine_of(model) as second:
+            assert are_neighbours()
+            packs = [
+                [pack.weight.data_ptr() for unit in engine.fused._units.values() for pack in unit.packs]
+                for engine in (first, second)
+            ]
+            assert packs[0] == packs[1]
+        assert are_neighbours()
+    assert not are_neighbours()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_a_parameter_knows_nothing_of_its_neighbours(dtype):
+    model = tiny_model("llama").to(dtype)
+    weight = model.model.layers[0].self_attn.k_proj.weight
+    before = weight.detach().clone()
+    with engine_of(model) as engine:
+        assert engine.fused.counts == WHOLE
+        copied = copy.deepcopy(model).model.layers[0].self_attn.k_proj.weight
+        assert torch.equal(weight, before)
+        assert torch.equal(copied, before)
+        assert (weight.is_contiguous(), weight.storage_offset()) == (True, 0)
+    assert torch.equal(weight, before)
 
 
 def test_unpatching_restores_everything():
@@ -232,13 +262,92 @@ def test_state_dicts_are_saved_and_loaded_as_always(tmp_path):
     assert all(torch.equal(loaded[name], x) for name, x in values.items())
 
 
-def test_safetensors_takes_the_state_dict(tmp_path):
-    safetensors = pytest.importorskip("safetensors.torch")
-    model = tiny_model("llama")
-    with engine_of(model):
-        safetensors.save_file(model.state_dict(), tmp_path / "state.safetensors")
-    loaded = safetensors.load_file(tmp_path / "state.safetensors")
-    assert all(torch.equal(loaded[name], x) for name, x in model.state_dict().items())
+def save_with_safetensors_model(model, folder):
+    safetensors.torch.save_model(model, str(folder / "model.safetensors"))
+
+
+def save_with_safetensors_file(model, folder):
+    safetensors.torch.save_file(model.state_dict(), folder / "model.safetensors")
+
+
+def save_with_the_hub(model, folder):
+    huggingface_hub.save_torch_model(model, folder)
+
+
+def save_with_accelerate(model, folder):
+    pytest.importorskip("accelerate").Accelerator(cpu=True).save_model(model, folder)
+
+
+def save_the_state_with_accelerate(model, folder):
+    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True)
+    accelerator.prepare(model)
+    accelerator.save_state(folder)
+
+
+def save_with_torch(model, folder):
+    torch.save(model.state_dict(), folder / "model.pt")
+
+
+def save_the_module_with_torch(model, folder):
+    torch.save(model, folder / "module.pt")
+
+
+def save_distributed(model, folder):
+    dcp.save({"model": model.state_dict()}, checkpoint_id=folder / "dcp", no_dist=True)
+
+
+def save_pretrained(model, folder):
+    model.save_pretrained(folder)
+
+
+def load(folder, like) -> dict[str, torch.Tensor]:
+    """Whatever a folder has."""
+    loaded: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors"):
+        loaded |= safetensors.torch.load_file(file)
+    if (folder / "model.pt").exists():
+        loaded = torch.load(folder / "model.pt")
+    if (folder / "module.pt").exists():
+        loaded = torch.load(folder / "module.pt", weights_only=False).state_dict()
+    if (folder / "dcp").exists():
+        loaded = {name: torch.empty_like(x) for name, x in like.items()}
+        dcp.load({"model": loaded}, checkpoint_id=folder / "dcp", no_dist=True)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    "save",
+    [
+        save_pretrained, save_with_safetensors_model, save_with_safetensors_file, save_with_the_hub,
+        save_with_accelerate, save_the_state_with_accelerate, save_with_torch, save_the_module_with_torch,
+        save_distributed,
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_checkpoints_have_every_weight_at_any_time(save, family, tmp_path):
+    """And each once: files are no larger than they are without an engine."""
+    model = tiny_model(family)
+    values = {name: x.clone() for name, x in model.state_dict().items()}
+
+    def check(name: str) -> int:
+        folder = tmp_path / name
+        folder.mkdir()
+        save(model, folder)
+        loaded = load(folder, values)
+        assert loaded.keys() == values.keys()
+        assert all(torch.equal(loaded[name], x) for name, x in values.items())
+        files = [*folder.glob("**/*.safetensors"), *folder.glob("**/*.pt"), *folder.glob("**/*.distcp")]
+        return sum(file.stat().st_size for file in files)
+
+    size = check("before")
+    with engine_of(model) as engine:
+        assert engine.fused.counts["attention"] == 3
+        assert check("new") <= size * 1.05
+        tokens_of(engine)
+        assert check("idle") <= size * 1.05
+        engine.pause()
+        assert check("paused") <= size * 1.05
+    assert check("closed") <= size * 1.05
 
 
 def test_training_beside_the_engine():
@@ -278,9 +387,8 @@ def test_weights_that_move_are_packed_again(change):
         engine.refresh_weights()
         assert tokens_of(engine) == expected
         if change != "module":
-            assert attention.q_proj.weight.untyped_storage().data_ptr() == (
-                attention.k_proj.weight.untyped_storage().data_ptr()
-            )
+            q, k = attention.q_proj.weight, attention.k_proj.weight
+            assert q.data_ptr() + q.numel() * q.itemsize == k.data_ptr()
 
 
 def test_hooks_added_later_are_called():
