@@ -104,6 +104,7 @@ NEEDED: dict[Any, tuple[str, ...]] = {
         "sliding_window_bidirectional_overlay", "chunked_overlay",
     ),
     PreTrainedModel: ("_check_and_adjust_attn_implementation", "_can_set_attn_implementation", "_supports_flash_attn"),
+    PreTrainedConfig: ("_attn_implementation",),
     EncoderDecoderCache: ("check_dynamic_cache",),
     GenerationMixin: (
         "_prepare_cache_for_generation", "_prepare_generation_config", "_validate_generation_mode",

@@ -647,9 +647,11 @@ def test_a_thread_chooses_an_implementation_for_itself():
 
 def test_the_choice_counts_for_the_configs_of_all_parts():
     small = dict(hidden_size=24, num_attention_heads=2, num_hidden_layers=1)
-    outer = transformers.Gemma3Config(text_config=small, vision_config=small)
+    outer = transformers.LlavaConfig(
+        text_config=dict(model_type="llama", **small), vision_config=dict(model_type="clip_vision_model", **small)
+    )
     with torch.device("meta"):
-        model = transformers.Gemma3ForConditionalGeneration(outer)
+        model = transformers.LlavaForConditionalGeneration(outer)
     parts = (model.config, model.config.text_config, model.config.vision_config)
     before = [part._attn_implementation for part in parts]
     with internals.AttentionChoice(model, "paged_flash").here():
