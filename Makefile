@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: help demo test lint perplexity report support small-model clean
+.PHONY: help demo test versions lint perplexity report support small-model clean
 
 help:            ## list the tasks
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -18,6 +18,9 @@ demo: $(BIN)/activate        ## generate with paged_flash and compare perplexity
 
 test: $(BIN)/activate        ## the whole test suite
 	$(BIN)/python -m pytest -n 2
+
+versions: $(BIN)/activate    ## the host-facing tests on every minor version of transformers
+	$(BIN)/python integration_tests/support/versions.py
 
 lint: $(BIN)/activate        ## ruff and mypy
 	$(BIN)/ruff check .

@@ -179,7 +179,7 @@ def _check_and_adjust(
             f"{type(model).__name__} computes attention in its own code, not through transformers' attention "
             f'interface, so "{attn_implementation}" cannot take its place: load it with attn_implementation="eager".'
         )
-    if not type(model)._supports_flash_attn:
+    if not supports_flash(type(model)):
         if model.main_input_name != "input_ids":
             logger.warning_once(
                 f"{type(model).__name__} takes {model.main_input_name}, not text, and does not support flash "
@@ -525,7 +525,19 @@ def processor_of_row(processor: Any, row: int, num_rows: int, padding: int, batc
 
 def uses_attention_interface(model: PreTrainedModel) -> bool:
     """Whether "paged_flash" would take the place of a model's attention; see :func:`_check_and_adjust`."""
-    return bool(type(model)._can_set_attn_implementation() and type(model)._supports_flash_attn)
+    return bool(type(model)._can_set_attn_implementation() and supports_flash(type(model)))
+
+
+def supports_flash(model_class: type[PreTrainedModel]) -> bool:
+    """Whether a model computes the same under "paged_flash".
+
+    From 5.24 on, models for text and images say that they do not support flash attention, since it drops their
+    bidirectional masks over images; the base class, for which text models count, says that it does. "paged_flash" gets
+    these masks from its mask function.
+    """
+    if model_class._supports_flash_attn or model_class.main_input_name != "input_ids":
+        return bool(model_class._supports_flash_attn)
+    return any(vars(base).get("_supports_flash_attn", False) for base in model_class.__mro__)
 
 
 class _Chosen(threading.local):

@@ -26,6 +26,7 @@ from transformers.utils.logging import tqdm
 
 from ..errors import RequestError, UnsupportedModelError
 from ..fusion import FusedModel
+from ..transformers_internals import is_tested_version
 from .config import EngineConfig
 from .core import EngineCore, Launched
 from .decode_graphs import reason_against
@@ -201,7 +202,9 @@ class Engine:
         if wanted is False or (wanted is None and reason_against(self.model, device) is not None):
             return None
         fused = fuse(self.model, self.config, needs_lengths, self.max_model_len)
-        logger.info(f"{type(self.model).__name__} in the engine: {fused}")
+        # On a transformers that nobody has tried, what no longer matches a pattern is said aloud.
+        say = logger.info if is_tested_version() or not fused.refusals else logger.warning_once
+        say(f"{type(self.model).__name__} in the engine: {fused}")
         if not len(fused) and wanted:
             raise ValueError(f"fuse=True cannot be: {fused}. Leave it None.")
         return fused if len(fused) else None
