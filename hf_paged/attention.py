@@ -1,6 +1,9 @@
 """The attention and mask functions that transformers calls for ``attn_implementation="paged_flash"``."""
 
+import ast
 import functools
+import inspect
+import textwrap
 from collections.abc import Callable
 from typing import Any
 
@@ -8,18 +11,19 @@ import torch
 from hf_paged_kernels import flash_attention
 from hf_paged_kernels.checks import check_pages, check_softcap, resolve_scale, resolve_window
 from hf_paged_kernels.ops import flash_attention_op, paged_attention_op, write_pages_op
-from hf_paged_kernels.reference import attend_rows
+from hf_paged_kernels.reference import attend_rows, flash_attention_reference
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.utils import logging
 
 from .batched_decode import decode_rows
 from .errors import UnsupportedModelError
 from .layer_group import check_window
+from .mixed_precision import in_one_dtype, without_autocast
 from .paged_states import PagedStates
 from .step_states import StepStates
 from .transformers_internals import (
-    CACHE_NAMES,
     batching_update,
+    collects_attentions,
     is_batching_cache,
     is_causal_mask,
     is_plain_mask,
@@ -28,19 +32,15 @@ from .transformers_internals import (
 
 logger = logging.get_logger(__name__)
 
-NO_EFFECT = frozenset(
-    {
-        "position_ids", "cache_position", "position_embeddings", "use_cache", *CACHE_NAMES, "return_dict",
-        "output_hidden_states", "output_router_logits", "logits_to_keep", "num_items_in_batch", "num_logits_to_keep",
-        "layer_idx", "input_ids", "inputs_embeds", "labels", "token_type_ids", "mm_token_type_ids",
-        "logits_indices", "logits_processor_args", "per_layer_input", "per_layer_inputs", "shared_kv_states",
-        "or_mask_function", "padding_mask", "target_dtype", "is_first_iteration", "conv_mask", "seq_idx",
-        "deterministic",
-    }
-)  # fmt: skip
-"""Keyword arguments that travel through a model to the attention function and do not change attention.
+NO_EFFECT = frozenset({"position_ids", "deterministic"})
+"""Keyword arguments that attention layers write into their call and that do not change attention.
 
 ``deterministic`` among them: gradients have the same bits every time anyway."""
+
+UNSUPPORTED = frozenset({"position_bias", "indices", "block_indices", "sinks"})
+"""Those that do change it, in ways that the kernels do not know: biases, sparse attention, other kinds of sinks.
+
+``test_keywords.py`` reads the sources of transformers and fails when a layer writes one that is in no list here."""
 
 BATCHING = frozenset(
     {"read_index", "write_index", "block_table", "k_cache", "v_cache", "max_seqlen_q", "max_seqlen_k"}
@@ -109,6 +109,9 @@ def paged_flash_attention(
         ValueError: an argument that the kernels cannot express; it is never ignored.
     """
     _refuse_unsupported(module, dropout, kwargs)
+    query, key, value = in_one_dtype(query, key, value)
+    if not query.dtype == key.dtype == value.dtype:
+        raise TypeError(f"q, k and v must have the same dtype, got {query.dtype}, {key.dtype} and {value.dtype}.")
     if sliding_window is UNSAID:
         if attention_mask is None or attention_mask.ndim != 4:
             _refuse_hidden_window(module, key.layer.longest if isinstance(key, StepStates) else key.shape[2])
@@ -117,29 +120,44 @@ def paged_flash_attention(
     sinks = None if s_aux is None else s_aux.reshape(-1)
     scale, softcap = resolve_scale(scaling, query.shape[-1]), check_softcap(softcap)
     options = _Options(scale, sliding_window, softcap, causal, sinks)
+    with without_autocast(query.device):
+        return _attend(module, query, key, value, attention_mask, options, cache, kwargs), None
+
+
+def _attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    options: "_Options",
+    cache: Any,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """Attention by the path for what was given: ``[B, L, Hq, Dv]``."""
     if isinstance(key, StepStates):
-        return _over_step(query, key, value, attention_mask, options), None
+        return _over_step(query, key, value, attention_mask, options)
     if is_batching_cache(cache) or kwargs.get("write_index") is not None:
-        return _batched(module, query, key, value, cache, options, kwargs), None
+        return _batched(module, query, key, value, cache, options, kwargs)
     if attention_mask is not None and attention_mask.ndim == 4:
-        return _with_dense_mask(query, key, value, attention_mask, options), None
+        return _with_dense_mask(query, key, value, attention_mask, options)
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(f"attention_mask must be 2D or 4D, got the shape {list(attention_mask.shape)}.")
-    _refuse_two_packings(query, key, attention_mask, causal, module, kwargs)
+    _refuse_two_packings(query, key, attention_mask, options.causal, module, kwargs)
     # A model that changes one of them after the cache (latent attention, repeated heads) has gathered it: all is dense.
     if isinstance(key, PagedStates) and isinstance(value, PagedStates):
         if kwargs.get("cu_seq_lens_q") is not None:
             raise ValueError("packed sequences (cu_seq_lens_q) cannot be added to a cache: pass use_cache=False.")
-        return _over_pages(query, key, value, attention_mask, options), None
+        return _over_pages(query, key, value, attention_mask, options)
     if kwargs.get("cu_seq_lens_q") is not None:
         missing = [name for name in VARLEN if kwargs.get(name) is None]
         if missing:
             raise ValueError(f"packed sequences need {', '.join(VARLEN)}; {', '.join(missing)} is missing.")
-        return _packed(query, key, value, kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], options), None
+        return _packed(query, key, value, kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], options)
     if attention_mask is not None:
-        return _with_padding(query, key, value, attention_mask, options), None
+        return _with_padding(query, key, value, attention_mask, options)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-    return options.flash(q, k, v), None
+    return options.flash(q, k, v)
 
 
 class _Options:
@@ -155,6 +173,12 @@ class _Options:
 
     def flash(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **lengths: Any) -> torch.Tensor:
         """Dense ``[B, L, H, D]`` or packed ``[T, H, D]``."""
+        if q.dtype == torch.float64:
+            # No kernel computes in it: plain PyTorch, with PyTorch's backward pass.
+            return flash_attention_reference(
+                q, k, v, lengths.get("cu_seqlens_q"), lengths.get("cu_seqlens_k"), q.shape[1], self.left, self.right,
+                self.softcap, self.sinks, self.scale,
+            )[0]  # fmt: skip
         out = flash_attention(
             q, k, v, causal=self.causal, window=self.window, softcap=self.softcap, sinks=self.sinks, scale=self.scale,
             **lengths,
@@ -169,20 +193,49 @@ def _refuse_unsupported(module: torch.nn.Module, dropout: float, kwargs: dict[st
             f"dropout must be 0 in paged_flash, got {dropout}: call model.eval(), or set attention_dropout to 0 in the "
             f'config; for training with attention dropout use attn_implementation="sdpa".'
         )
-    if kwargs.get("output_attentions"):
+    if kwargs.get("output_attentions") or collects_attentions():
         raise ValueError(
             "output_attentions=True is not supported: paged_flash has no attention matrix. "
             'Use attn_implementation="eager".'
         )
     for name, argument in kwargs.items():
-        if argument is None or name in NO_EFFECT or name in BATCHING or name in VARLEN or name == "output_attentions":
+        if argument is None or argument is False or name in NO_EFFECT or name in BATCHING or name in VARLEN:
             continue
-        if argument is False:
+        if name in UNSUPPORTED or is_written_by(type(module), name):
+            raise ValueError(
+                f"{type(module).__name__} passes {name} to attention, which paged_flash does not support: load the "
+                f'model with attn_implementation="eager" or "sdpa".'
+            )
+
+
+@torch.compiler.assume_constant_result
+def is_written_by(layer: type, name: str) -> bool:
+    """Whether an attention layer itself names a keyword in a call that hands its ``**kwargs`` on.
+
+    What it does not name came through ``**kwargs`` from the caller of the model (``labels``, an option of a loss), and
+    is nothing to attention: eager, sdpa and flash attention ignore it too.
+    """
+    known = _written_keywords(layer)
+    return known is None or name in known
+
+
+@functools.cache
+def _written_keywords(layer: type) -> frozenset[str] | None:
+    """What :func:`is_written_by` asks for; None: the layer has no source to read."""
+    names: set[str] = set()
+    for base in layer.__mro__:
+        if base.__module__.split(".")[0] in ("torch", "builtins"):
             continue
-        raise ValueError(
-            f"{type(module).__name__} passes {name} to attention, which paged_flash does not support: load the model "
-            f'with attn_implementation="eager" or "sdpa".'
-        )
+        try:
+            tree = ast.parse(textwrap.dedent(inspect.getsource(base)))
+        except (OSError, TypeError, SyntaxError):
+            return None
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and any(keyword.arg is None for keyword in node.keywords):
+                names.update(keyword.arg for keyword in node.keywords if keyword.arg is not None)
+            elif isinstance(node, ast.Subscript) and isinstance(node.slice, ast.Constant):
+                names.add(str(node.slice.value))
+    return frozenset(names)
 
 
 def _refuse_hidden_window(module: torch.nn.Module, num_keys: int) -> None:
@@ -371,12 +424,15 @@ def _with_dense_mask(
     mask = mask[..., :num_keys].expand(query.shape[0], -1, num_queries, num_keys)
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill(~mask, float("-inf"))
+    # A query without keys (padding) gives zeros; the gradient of its softmax would be NaN.
+    is_empty = mask.isneginf().all(-1, keepdim=True)
+    mask = mask.masked_fill(is_empty, 0.0)
     rows = [
         attend_rows(q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1), None, options.softcap, options.sinks,
                     options.scale, bias=b)[0]
         for q, k, v, b in zip(query, key, value, mask)
     ]  # fmt: skip
-    return torch.stack(rows)
+    return torch.stack(rows).masked_fill(is_empty.transpose(1, 2), 0.0)
 
 
 def _batched(
@@ -389,19 +445,21 @@ def _batched(
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
     """A step of transformers' continuous batching: one row ``[1, H, T, D]`` of packed sequences."""
-    new_key, new_value = key, value
+    dtype, new_key, new_value = query.dtype, key, value
+    if is_batching_cache(cache):
+        # It has the dtype of the weights, whatever autocast says.
+        query, key, value = (x.to(cache.dtype) for x in (query, key, value))
     key, value = batching_update(cache if is_batching_cache(cache) else None, module, key, value, kwargs)
     if kwargs.get("block_table") is None:
         # Prefill and mixed steps: transformers has gathered the keys through its read_index. It is not read in place:
         # it names single tokens, not pages, the tensors it indexes are private in every version, and the slots of a
         # window layer may be overwritten by this step's own tokens.
-        return _packed(
-            query, key, value, kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"], options, kwargs.get("max_length_q")
-        )
+        lengths = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
+        return _packed(query, key, value, *lengths, options, kwargs.get("max_length_q")).to(dtype)
     # Decode: one new token a sequence, written and read in place through the block table.
     k_pages, v_pages = (kwargs[name].transpose(1, 2) for name in ("k_cache", "v_cache"))
     check_pages(k_pages, v_pages)
-    q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, new_key, new_value))
+    q, k, v = (x.squeeze(0).transpose(0, 1).to(k_pages.dtype) for x in (query, new_key, new_value))
     table, page_size = kwargs["block_table"], k_pages.shape[2]
     rows = decode_rows(
         kwargs["cu_seq_lens_q"], module.layer_idx, table, kwargs["cu_seq_lens_k"], page_size, options.left
@@ -411,7 +469,7 @@ def _batched(
         q, k_pages, v_pages, table, rows.seq_lens, rows.cu_seqlens_q, 1, options.left, options.right,
         options.softcap, options.sinks, options.scale, None, None, rows.plan,
     )  # fmt: skip
-    return out.unsqueeze(0)
+    return out.unsqueeze(0).to(dtype)
 
 
 def paged_flash_mask(

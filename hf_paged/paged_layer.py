@@ -7,6 +7,7 @@ from hf_paged_kernels.ops import write_pages_op
 from hf_paged_kernels.reference import dequantize
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
+from .mixed_precision import in_one_dtype
 from .paged_states import LayerUpdate, PagedStates
 from .step_plan import StepPlan
 from .transformers_internals import uses_paged_flash
@@ -76,6 +77,7 @@ class PagedLayer(CacheLayerMixin):
         """Take new keys ``[B, H, L, D]`` and values ``[B, H, L, Dv]``; returns all of them, lazily or gathered."""
         self.flush()
         self.cache.check_new_states(key_states, value_states)
+        key_states, value_states = in_one_dtype(key_states, value_states)
         update = LayerUpdate(self, self.columns, key_states, value_states)
         self.columns += key_states.shape[2]
         self.pending = update

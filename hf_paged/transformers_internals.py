@@ -38,7 +38,7 @@ from transformers.generation import (
 )
 
 from transformers import cache_utils, masking_utils, modeling_flash_attention_utils  # isort: skip
-from transformers.utils import logging
+from transformers.utils import logging, output_capturing
 
 from .errors import UnsupportedModelError
 
@@ -111,6 +111,7 @@ NEEDED: dict[Any, tuple[str, ...]] = {
         "_prepare_special_tokens", "_prepare_generated_length", "_validate_generated_length", "_get_logits_processor",
         "_get_stopping_criteria", "_sample", "_beam_search", "_assisted_decoding",
     ),
+    output_capturing: ("_active_collector",),
     torch.Tensor: ("_version",),
     torch._C: ("_AutoDispatchBelowAutograd",),
 }  # fmt: skip
@@ -301,6 +302,20 @@ def packed_segments(mask_function: Callable) -> torch.Tensor | None:
 def _closure(function: Callable) -> dict[str, Any]:
     code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
     return {} if code is None or cells is None else {n: c.cell_contents for n, c in zip(code.co_freevars, cells)}
+
+
+# What a model's caller asked for
+
+
+def collects_attentions() -> bool:
+    """Whether the model that runs collects attention matrices for its output (``output_attentions``).
+
+    Some layers keep the argument to themselves, so attention does not see it.
+    """
+    collector = touch(output_capturing, "_active_collector")
+    if torch.compiler.is_compiling() and not collector.compiling:
+        return False  # The context variable of a caller that is not compiled itself cannot be traced.
+    return any(name.endswith("attentions") for name in collector.get() or ())
 
 
 # transformers' own continuous batching: up to 5.23 its cache arrives as a keyword argument of the attention function,

@@ -44,6 +44,11 @@ class EngineLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new keys and values ``[B, H, L, D]``, packed over B and L in the step's order."""
+        if key_states.dtype != value_states.dtype:
+            raise UnsupportedModelError(
+                f"layer {self.index} brings keys in {key_states.dtype} and values in {value_states.dtype}, as under "
+                f"autocast, and the engine's pages have one dtype: cast the model to it, or use its generate()."
+            )
         step = self.cache.step.on(key_states.device)
         pages = self.group.layer(self.index, key_states, value_states)
         pages.check_like(key_states, value_states)

@@ -46,6 +46,8 @@ LEAST_TOKENS = 3
 MAX_DIFFERENCE = 2e-4
 """Between the logits, in standard deviations. Rounding is below 3e-5."""
 SEEDS = 20
+LEAST_AUTOCAST_ERROR = 0.01
+"""Of bfloat16 logits, by token and relative: an error of this size is never too much."""
 
 
 class Mismatch(AssertionError):
@@ -174,6 +176,45 @@ def compare(expected: dict[str, Any], got: dict[str, Any]) -> None:
             raise Mismatch(f"{call}: eager's tokens, but logits that differ by {difference:.1e} standard deviations")
 
 
+def check_autocast(eager: PreTrainedModel, paged: PreTrainedModel) -> None:
+    """Under bfloat16 autocast: a training step, and greedy tokens over a cache, as near to float32 as eager's.
+
+    Errors are medians over tokens: a close choice of a router may be another one, for eager too.
+    """
+    generator = torch.Generator().manual_seed(2)
+    ids = torch.randint(3, 90, (2, PROMPT), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+
+    def train(model: PreTrainedModel, autocast: bool) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model(input_ids=ids, attention_mask=mask, labels=ids, use_cache=False)
+        if autocast and model is paged:
+            out.loss.backward()
+            gradients = [x.grad for x in model.parameters() if x.grad is not None]
+            model.zero_grad()
+            if not gradients or not all(bool(x.isfinite().all()) for x in gradients):
+                raise Mismatch("training under autocast: no gradients, or not finite ones")
+        return out.logits.detach()[mask.bool()]
+
+    def decode(model: PreTrainedModel, autocast: bool) -> torch.Tensor:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = model.generate(ids, attention_mask=mask, max_new_tokens=2, min_new_tokens=2)
+        return torch.cat(out.logits).float()
+
+    for name, run in (("training", train), ("generation", decode)):
+        exact = run(eager, False)
+        try:
+            rounded = run(eager, True)
+        except RuntimeError:
+            continue  # The family's own code does not run under autocast.
+        errors = [
+            float(((x - exact).norm(dim=-1) / exact.norm(dim=-1)).median()) for x in (rounded, run(paged, True))
+        ]
+        if not errors[1] <= 2 * errors[0] + LEAST_AUTOCAST_ERROR:
+            raise Mismatch(f"{name} under autocast: an error of {errors[1]:.1e}, eager's is {errors[0]:.1e}")
+
+
 def check_calls(spy: Spy, forwards: int, num_layers: int) -> None:
     """Every caller must have called in every forward, and for as many layers as eager's cache has keys in."""
     if not num_layers or not spy.calls or sum(spy.calls.values()) < forwards * num_layers:
@@ -245,6 +286,7 @@ def examine(family: str) -> Row:
     row.single = row.padded = row.continued = "same"
     row.cache = cache_column(got, spy)
     row.notes = _notes(row, spy)
+    check_autocast(eager, paged)
     return row
 
 

@@ -236,11 +236,6 @@ def test_an_attention_matrix_is_refused(llama):
         llama(torch.tensor(prompts(5)), output_attentions=True)
 
 
-def test_unknown_keyword_arguments_are_named(llama):
-    with pytest.raises(ValueError, match="LlamaAttention passes attention_sinks_of_mine to attention"):
-        llama(torch.tensor(prompts(5)), attention_sinks_of_mine=3)
-
-
 def test_deterministic_is_accepted(llama):
     """Gradients are deterministic with or without it."""
     ids = torch.tensor(prompts(5))

@@ -76,3 +76,20 @@ def test_a_few_steps_lower_the_loss_like_eager():
             losses[implementation].append(loss.item())
     assert losses["paged_flash"][-1] < losses["paged_flash"][0]
     assert losses["paged_flash"] == pytest.approx(losses["eager"], rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["bool", "float"])
+def test_a_4d_mask_in_which_padding_sees_nothing(kind):
+    """A query without keys is no token: zeros, and no gradient, where a softmax of nothing would give NaN."""
+    eager, paged = (tiny_model("llama", name) for name in ("eager", "paged_flash"))
+    ids = torch.tensor(prompts(9, 9))
+    seen = torch.ones(2, 1, 9, 9, dtype=torch.bool).tril()
+    seen[0, :, :, :3] = False
+    mask = seen if kind == "bool" else torch.zeros(seen.shape).masked_fill(~seen, float("-inf"))
+    positions = torch.stack([torch.arange(9).sub(3).clamp(min=0), torch.arange(9)])
+    labels = ids.clone()
+    labels[0, :4] = -100
+    inputs = dict(input_ids=ids, position_ids=positions, labels=labels)
+    # Eager attention gives such a query the mean of all values, which no other token sees.
+    finite = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
+    assert_same(gradients(paged, attention_mask=mask, **inputs), gradients(eager, attention_mask=finite, **inputs))
