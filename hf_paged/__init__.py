@@ -17,6 +17,7 @@ from .engine import (
 )
 from .errors import OutOfPagesError, RequestError, UnsupportedModelError
 from .generate_patch import generate, patch_generate, unpatch_generate
+from .hooks import row_wise
 from .paging import PagePool
 from .registration import register
 
@@ -38,6 +39,7 @@ __all__ = [
     "generate",
     "is_supported",
     "patch_generate",
+    "row_wise",
     "unpatch_generate",
 ]
 

@@ -109,6 +109,11 @@ class PagedCache(Cache):
     # Introspection
 
     @property
+    def max_cache_len(self) -> int:
+        """-1, no limit: PEFT's prefix tuning asks every cache for it that is no DynamicCache."""
+        return -1
+
+    @property
     def num_seqs(self) -> int:
         """Sequences (batch rows) held."""
         return max((len(group.table) for group in self.groups.values()), default=0)

@@ -5,7 +5,6 @@ import copy
 import functools
 import inspect
 import threading
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,7 +16,8 @@ from .engine import Engine, EngineConfig, is_supported
 from .errors import RequestError, UnsupportedModelError
 from .generate_loop import log_original, run_loop
 from .generate_reasons import reason_in_arguments, reason_in_config, reason_in_model
-from .transformers_internals import resolve_generation_config
+from .hooks import active_hooks, foreign_forwards
+from .transformers_internals import hooks_of, resolve_generation_config
 
 logger = logging.get_logger(__name__)
 
@@ -27,33 +27,32 @@ SIGNATURE = inspect.signature(GenerationMixin.generate)
 class PatchedGenerate:
     """What stands in the place of ``model.generate``: transformers' preparation around the engine's loop.
 
-    Kept in the model's ``__dict__``, from where :func:`unpatch_generate` takes it away again. Copies and pickles of the
-    model have the original ``generate``.
+    Kept in the model's ``__dict__``, from where :func:`unpatch_generate` takes it away again. As a bound method does,
+    it keeps the model alive. Copies and pickles of the model have the original ``generate``.
     """
 
     def __init__(self, model: PreTrainedModel, config: EngineConfig, keep_awake: bool) -> None:
-        self._model = weakref.ref(model)
+        self._model = model
         self.config, self.keep_awake = config, keep_awake
         self.engine: Engine | None = None
-        self._refusal: str | None = None
+        self._seen: _Seen | None = None
         self._is_checked = False
-        self._num_calls = 0
+        self._refusal: tuple[_Seen, list[int], str] | None = None
+        self._calls: list[int] = []
+        self._is_closed = False
         self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
         functools.update_wrapper(self, type(model).generate, updated=())
         self.__signature__ = inspect.signature(self.original)
 
     @property
     def original(self) -> Any:
         """The model's own ``generate``, as it was before."""
-        model = self._model()
-        if model is None:
-            raise ReferenceError("the patched model is gone.")
-        return type(model).generate.__get__(model)
+        return type(self._model).generate.__get__(self._model)
 
     def __call__(self, *args: Any, seed: int | None = None, **kwargs: Any) -> Any:
         """``GenerationMixin.generate``, and ``seed``: of the sampled tokens, 0 <= seed < 2**64."""
-        original = self.original
-        model = original.__self__
+        original, model = self.original, self._model
         arguments = SIGNATURE.bind(model, *args, **kwargs).arguments
         if arguments.get("custom_generate") is generate:
             # That is what a patched model does anyway.
@@ -65,8 +64,8 @@ class PatchedGenerate:
         streamer = arguments.get("streamer")
         config, rest = resolve_generation_config(model, arguments.get("generation_config"), **config_keywords)
         reason = (
-            self._why_unsupported(model)
-            or reason_in_arguments(model, arguments, rest)
+            reason_in_arguments(model, arguments, rest)
+            or self._why_unsupported()
             or reason_in_config(config, streamer is not None)
         )
         if reason is not None:
@@ -85,12 +84,22 @@ class PatchedGenerate:
         kwargs["custom_generate"] = functools.partial(run_loop, self.serving, seed=seed, streamer=streamer)
         return original(arguments.get("inputs"), **kwargs)
 
-    def _why_unsupported(self, model: Any) -> str | None:
-        """Told once from the model's class and config, and by the engine that refused it."""
+    def _why_unsupported(self) -> str | None:
+        """Told once from the model's class and config, and by an engine that refused the model as it is now."""
+        if self._is_closed:
+            return "generate() is not patched any more"
         if not self._is_checked:
             self._is_checked = True
-            self._refusal = "; ".join(is_supported(model)) or None
-        return self._refusal
+            self._refuse("; ".join(is_supported(self._model)))
+        if self._refusal is not None:
+            seen, hooks, reason = self._refusal
+            if (seen, hooks) == (_seen(self._model), active_hooks(hooks_of(self._model))):
+                return reason
+        return None
+
+    def _refuse(self, reason: str) -> None:
+        if reason:
+            self._refusal = _seen(self._model), active_hooks(hooks_of(self._model)), reason
 
     @contextlib.contextmanager
     def serving(self) -> Iterator[Engine]:
@@ -100,26 +109,43 @@ class PatchedGenerate:
         engine that sleeps gives its pages back.
 
         Raises:
-            UnsupportedModelError: it cannot serve the model; every later call goes to transformers at once.
+            UnsupportedModelError: it cannot serve the model; later calls go to transformers at once.
+            RequestError: :meth:`close` was called.
         """
         with self._lock:
+            if self._is_closed:
+                raise RequestError("generate() is not patched any more")
             engine = self._awake_engine()
-            self._num_calls += 1
+            self._calls.append(threading.get_ident())
         try:
             yield engine
         finally:
             with self._lock:
-                self._num_calls -= 1
-                if self._num_calls == 0 and engine is self.engine:
-                    with contextlib.suppress(RequestError):  # it was closed meanwhile, or has broken
-                        if self.keep_awake:
-                            # Weights may be others in the next call: no key or value of today's is used then.
-                            engine.drop_prefixes()
-                            engine.pause(keep_graphs=True)
-                        else:
-                            engine.sleep()
+                self._calls.remove(threading.get_ident())
+                if not self._calls:
+                    self._rest()
+                    self._changed.notify_all()
+
+    def _rest(self) -> None:
+        """No call is left."""
+        if self._is_closed:
+            self._end()
+        elif self.engine is not None:
+            with contextlib.suppress(RequestError):  # it was closed meanwhile, or has broken
+                if self.keep_awake:
+                    # Weights may be others in the next call: no key or value of today's is used then.
+                    self.engine.drop_prefixes()
+                    self.engine.pause(keep_graphs=True)
+                else:
+                    self.engine.sleep()
 
     def _awake_engine(self) -> Engine:
+        if self.engine is not None and self._calls:
+            return self.engine
+        seen = _seen(self._model)
+        if self._seen != seen:
+            # Pages have the dtype and the device of the weights, and forwards that are new have not been compared.
+            self._end()
         if self.engine is not None:
             try:
                 self.engine.wake()  # after a pause as well
@@ -128,26 +154,44 @@ class PatchedGenerate:
                 logger.warning(f"generate() starts a new engine: {error}")
         try:
             # Steps run in the calling threads: hooks, contexts and thread-local settings are those of the call.
-            self.engine = Engine(self._model(), self.config, background=False)
+            self.engine = Engine(self._model, self.config, background=False)
         except UnsupportedModelError as error:
-            self._refusal = str(error).rstrip(".")
+            self._refuse(str(error).rstrip("."))
             raise
+        self._seen = seen
         return self.engine
 
+    def _end(self) -> None:
+        engine, self.engine = self.engine, None
+        if engine is not None:
+            engine.close()
+
     def close(self) -> None:
-        """End the engine; a call that is in flight in another thread ends with what it has."""
+        """End the engine once the calls that are in flight have ended; later ones go to transformers.
+
+        Waits for calls of other threads. From inside a call (a streamer, a processor) it returns at once.
+        """
         with self._lock:
-            if self.engine is not None:
-                self.engine.close()
-                self.engine = None
+            self._is_closed = True
+            if threading.get_ident() not in self._calls:
+                self._changed.wait_for(lambda: not self._calls)
+                self._end()
 
     def __reduce__(self) -> Any:
         # Unpickled before the model has its state: what is found then is the method of its class.
-        return getattr, (self._model(), "generate")
+        return getattr, (self._model, "generate")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self._model()))
+        copied = memo.get(id(self._model))
         return self if copied is None else type(copied).generate.__get__(copied)
+
+
+_Seen = tuple[frozenset[Any], frozenset[Any]]
+
+
+def _seen(model: PreTrainedModel) -> _Seen:
+    """What an engine sees of a model when it starts, and takes for granted: dtypes and devices, code of its own."""
+    return frozenset((weight.dtype, weight.device) for weight in model.parameters()), foreign_forwards(model)
 
 
 def _stop_strings_as_criterion(

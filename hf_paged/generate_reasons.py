@@ -14,6 +14,7 @@ from transformers import (
 from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 from transformers.integrations.fsdp import is_fsdp_managed_module
 
+from .engine.support import reasons_in_state
 from .engine.token_rules import unserved_reason
 from .transformers_internals import CACHE_NAMES
 
@@ -59,6 +60,8 @@ def reason_in_arguments(model: Any, arguments: dict[str, Any], keywords: dict[st
 
 def reason_in_model(model: Any) -> str | None:
     """Why a call stays with transformers, told from the state that the model is in."""
+    for reason in reasons_in_state(model):
+        return reason
     if torch.is_autocast_enabled(model.device.type):
         return "autocast is enabled, and the engine's pages have the dtype of the weights"
     if _enables_autocast(model):

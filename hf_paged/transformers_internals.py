@@ -645,8 +645,11 @@ def own_decoding_loop(model: Any, config: GenerationConfig) -> Callable[..., Any
 
 
 def hooks_of(model: torch.nn.Module) -> list[dict[int, Any]]:
-    """The forward hooks and pre-hooks of every module, as torch keeps them: what is added later shows up in them."""
-    return [hooks for module in model.modules() for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+    """The forward hooks and pre-hooks of every module, and those of all modules at once, as torch keeps them: what is
+    added later shows up in them."""
+    module = torch.nn.modules.module
+    everywhere = [touch_attr(module, "_global_forward_hooks"), touch_attr(module, "_global_forward_pre_hooks")]
+    return everywhere + [h for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
 
 
 def any_hooks(hooks: list[dict[int, Any]]) -> bool:
@@ -659,6 +662,72 @@ def any_hooks(hooks: list[dict[int, Any]]) -> bool:
         for some in hooks
         for hook in some.values()
     )
+
+
+HARMLESS_HOOKS = (
+    "torch.", "transformers.utils.output_capturing.", "transformers.modeling_utils.", "peft.mixed_model.",
+    "peft.peft_model.", "peft.utils.other.", "hf_paged.",
+)  # fmt: skip
+"""Whose hooks do the same to packed rows: torch's (of weights and shards), those of ``output_hidden_states``, those
+that make the embeddings require a gradient, and this package's."""
+
+
+def is_harmless_hook(hook: Callable) -> bool:
+    """Whether a forward hook is known to do the same to packed rows ``[1, T, ...]`` as to the rows of a batch."""
+    return origin_of(hook).startswith(HARMLESS_HOOKS)
+
+
+def origin_of(function: Callable) -> str:
+    """The module and name of the code that a callable runs: not what :func:`functools.wraps` has copied."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    function = getattr(function, "__func__", function)
+    code = getattr(function, "__code__", None)
+    if code is not None:
+        return f"{function.__globals__.get('__name__')}.{getattr(code, 'co_qualname', code.co_name)}"
+    kind = function if isinstance(function, type) else type(function)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+# What generate() calls at each step
+
+STEP_METHODS = (
+    "prepare_inputs_for_generation", "_update_model_kwargs_for_generation", "_prepare_position_ids_for_generation",
+    "_prefill", "_sample", "_beam_search", "_assisted_decoding", "_get_candidate_generator",
+    "_has_unfinished_sequences", "_beam_search_has_unfinished_sequences", "_check_early_stop_heuristic",
+    "_get_top_k_continuations", "_get_running_beams_for_next_iteration", "_update_finished_beams",
+)  # fmt: skip
+"""Methods of GenerationMixin that decide what a step computes or which token follows; the engine calls none of them."""
+
+HARMLESS_PREPARATION = frozenset(
+    {
+        "BambaForCausalLM", "CTRLLMHeadModel", "Ernie4_5_VLMoeForConditionalGeneration", "FalconH1ForCausalLM",
+        "Gemma3ForConditionalGeneration", "Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration",
+        "InklingForConditionalGeneration", "MiniCPMOcrForConditionalGeneration", "MiniCPMV4_6ForConditionalGeneration",
+        "MiniCPMV4_7ForConditionalGeneration", "Molmo2ForConditionalGeneration", "NemotronHForCausalLM",
+        "Phi3ForCausalLM", "Phi4MultimodalForCausalLM", "PhimoeForCausalLM", "RoCBertForCausalLM", "Zamba2ForCausalLM",
+        "ZambaForCausalLM",
+    }
+)  # fmt: skip
+"""Classes of transformers whose own ``prepare_inputs_for_generation`` gives for text what GenerationMixin's gives, but
+for the number of logits."""
+
+
+def overridden_step_method(model: Any) -> str | None:
+    """The first of :data:`STEP_METHODS` that a model has of its own, and what it is; None: it has none that matters."""
+    for name in STEP_METHODS:
+        own = getattr(GenerationMixin, name, None)  # versions differ in the helpers of their loops
+        found: Any = getattr(model, name, None)
+        function: Any = getattr(found, "__func__", found)
+        if own is None or function is own:
+            continue
+        if name not in vars(model) and getattr(function, "__module__", "").startswith("transformers.models."):
+            is_harmless = function.__qualname__.split(".")[0] in HARMLESS_PREPARATION
+            # Positions of images; those of text are the usual ones, which is looked at for each call.
+            if name == "_prepare_position_ids_for_generation" or (name == STEP_METHODS[0] and is_harmless):
+                continue
+        return f"{name}() is {origin_of(function)}"
+    return None
 
 
 def is_moved_by_accelerate(model: torch.nn.Module) -> bool:

@@ -331,7 +331,7 @@ class LiveModel:
     def __init__(self, model: Any, device: torch.device) -> None:
         self._model, self._device = model, device
         self._is_training = model.training
-        self._hooks = hooks_of(model)
+        self.hooks = hooks_of(model)
         self._weights = [*model.parameters(), *model.buffers()]
         self._places = self._read_places()
         self._modules = self._read_modules()
@@ -357,7 +357,7 @@ class LiveModel:
 
     def objection(self) -> str | None:
         """Why the model's forward must be run at present, and not a replay of it; None: it need not."""
-        if any_hooks(self._hooks):
+        if any_hooks(self.hooks):
             return "a module of the model has forward hooks, which a graph would not call"
         if torch.is_autocast_enabled(self._device.type):
             return "autocast is on, which keeps copies of weights that a graph would outlive"

@@ -10,7 +10,9 @@ import torch
 from hf_paged_kernels.settings import SHORT_CONTEXT
 from transformers.utils import logging
 
+from ..errors import UnsupportedModelError
 from ..fusion import FusedModel
+from ..hooks import active_hooks, reason_in_hooks
 from ..transformers_internals import AttentionChoice, cache_name
 from .chunk_graphs import KNOWN, ChunkGraphs, Layout
 from .compiled import CompiledModules
@@ -99,6 +101,7 @@ class Runner:
         """Whether the model computes keys from what the cache returns, so attention needs packed lengths."""
         self.attention = AttentionChoice(model, "paged_flash")
         self._live = LiveModel(model, tables.device)
+        self._active_hooks = active_hooks(self._live.hooks)
 
     def run(self, work: StepWork, num_logits: np.ndarray) -> StepLogits:
         """One step.
@@ -106,7 +109,13 @@ class Runner:
         Args:
             work: its rows.
             num_logits: int ``[num_rows]``: logits of this many last tokens of each row are needed.
+
+        Raises:
+            UnsupportedModelError: a module has a hook that may not see packed rows.
         """
+        reason = reason_in_hooks(self._live.hooks)
+        if reason is not None:
+            raise UnsupportedModelError(f"the engine cannot run a step: {reason}, or remove it.")
         self.tables.sync()
         self.sampling.sync()
         ends = num_logits.cumsum()
@@ -233,11 +242,12 @@ class Runner:
             self.drop_graphs()
 
     def check_modules(self) -> bool:
-        """Forget what was captured if weights, modules or adapters have changed since; returns whether they have."""
+        """Forget what was captured if weights, modules, adapters or hooks have changed since; returns whether so."""
         is_other = self._has_changed() or self._live.has_other_modules()
         if is_other:
             self.drop_graphs()
-        return is_other
+        before, self._active_hooks = self._active_hooks, active_hooks(self._live.hooks)
+        return is_other or before != self._active_hooks
 
     def _has_changed(self) -> bool:
         """Whether weights are elsewhere, or frequencies of rotary embeddings are others, than they were."""

@@ -5,15 +5,17 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ..errors import UnsupportedModelError
+from ..hooks import reason_in_hooks, reason_in_modules
 from ..paging import PagePool
-from ..transformers_internals import uses_attention_interface
+from ..transformers_internals import hooks_of, overridden_step_method, uses_attention_interface
 from .engine_cache import EngineCache
 
 
 def is_supported(model: Any) -> list[str]:
     """Why the engine cannot serve a model: reasons, an empty list where it can.
 
-    Told from the model's class and config; the engine's self-check, which runs the model, may refuse more.
+    Told from the model's class and config, and from the hooks and methods that were put onto it; the engine's
+    self-check, which runs the model, may refuse more.
     """
     if not isinstance(model, PreTrainedModel):
         return [f"it is a {type(model).__name__}, not a transformers PreTrainedModel"]
@@ -39,7 +41,18 @@ def is_supported(model: Any) -> list[str]:
             EngineCache(config, PagePool(), num_slots=1)
         except UnsupportedModelError as error:
             reasons.append(str(error))
-    return reasons
+    return reasons + reasons_in_state(model)
+
+
+def reasons_in_state(model: PreTrainedModel) -> list[str]:
+    """What keeps the engine from giving what ``generate()`` gives at present: methods, hooks and modules."""
+    method = overridden_step_method(model)
+    found = (
+        method and f"{method}, which generate() calls at each step and the engine does not",
+        reason_in_hooks(hooks_of(model)),
+        reason_in_modules(model),
+    )
+    return [reason for reason in found if reason]
 
 
 def _rope_reasons(config: Any) -> list[str]:

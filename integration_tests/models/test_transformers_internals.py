@@ -14,6 +14,7 @@ import pytest
 import torch
 import transformers
 from host import CACHE, cache_of, with_cache
+from torch.nn.utils import prune
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -370,6 +371,98 @@ def test_hooks_are_seen_when_they_come():
     for handle in added:
         handle.remove()
     assert not any(hooks)
+
+
+def test_hooks_of_all_modules_at_once_are_seen():
+    hooks = internals.hooks_of(torch.nn.Linear(2, 2))
+    for register in ("register_module_forward_hook", "register_module_forward_pre_hook"):
+        handle = getattr(torch.nn.modules.module, register)(lambda *_: None)
+        try:
+            assert internals.any_hooks(hooks)
+        finally:
+            handle.remove()
+        assert not internals.any_hooks(hooks)
+
+
+def found_hooks(model: torch.nn.Module) -> list[Any]:
+    return [hook for some in internals.hooks_of(model) for hook in some.values()]
+
+
+def test_hooks_of_libraries_that_do_nothing_to_rows_are_known():
+    model = tiny_model("llama", "eager")
+    model(torch.tensor([[5, 6]]), output_hidden_states=True)
+    model.enable_input_require_grads()
+    prune.l1_unstructured(model.lm_head, "weight", amount=0.1)
+    torch.nn.utils.spectral_norm(model.model.layers[0].mlp.up_proj)
+    assert len(found_hooks(model)) >= 4
+    assert all(map(internals.is_harmless_hook, found_hooks(model)))
+
+
+def test_the_hook_of_peft_that_makes_embeddings_require_gradients_is_known(monkeypatch):
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama", "eager")
+    # PEFT has a hook of its own for models without the method.
+    name = "enable_input_require_grads"
+    for owner in [kind for kind in type(model).__mro__ if name in vars(kind)]:
+        monkeypatch.delattr(owner, name)
+    model.is_loaded_in_8bit = True
+    peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
+    assert any("peft" in internals.origin_of(hook) for hook in found_hooks(model))
+    assert all(map(internals.is_harmless_hook, found_hooks(model)))
+
+
+@pytest.mark.parametrize("copies_names", [False, True])
+def test_other_hooks_are_not_known_by_a_copied_name(copies_names):
+    def hook(module, args, output):
+        return output[:, -1:]
+
+    if copies_names:
+        functools.update_wrapper(hook, torch.nn.Module.forward)
+    for one in (hook, functools.partial(hook), types.MethodType(hook, object())):
+        assert not internals.is_harmless_hook(one)
+        assert internals.origin_of(one).startswith(f"{__name__}.")
+
+
+# What generate() calls at each step
+
+
+def test_step_methods_are_methods_of_the_mixin():
+    """Helpers of the loops differ from version to version; these are in all."""
+    assert internals.overridden_step_method(tiny_model("llama", "eager")) is None
+    for name in (*internals.STEP_METHODS[:3], "_prefill", "_sample", "_beam_search", "_assisted_decoding"):
+        assert name in internals.STEP_METHODS
+        internals.touch(GenerationMixin, name)
+
+
+def step_inputs(model: Any, prepare: Any, is_first: bool) -> dict[str, Any]:
+    """What the model is given in a step over text, without what says how many logits."""
+    ids, mask = torch.tensor([[5, 6, 7], [8, 9, 10]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+    cache = DynamicCache()
+    if not is_first:
+        cache.update(torch.zeros(2, 1, 2, 4), torch.zeros(2, 1, 2, 4), 0)
+    given = prepare(
+        model, ids, past_key_values=cache, attention_mask=mask, use_cache=True, is_first_iteration=is_first,
+        position_ids=(mask.cumsum(-1) - 1).clamp(min=0), next_sequence_length=None if is_first else 1,
+    )  # fmt: skip
+    return {
+        name: value.tolist() if isinstance(value, torch.Tensor) else value
+        for name, value in given.items()
+        if value is not None and name not in ("logits_to_keep", "past_key_values", "cache")
+    }
+
+
+@pytest.mark.parametrize("name", sorted(internals.HARMLESS_PREPARATION))
+def test_harmless_preparation_gives_what_the_mixin_gives_for_text(name):
+    kind = getattr(transformers, name, None)
+    if kind is None:
+        pytest.skip(f"transformers {transformers.__version__} has no {name}")
+    model = kind.__new__(kind)
+    torch.nn.Module.__init__(model)
+    model.config, model.weight = kind.config_class(), torch.nn.Parameter(torch.zeros(1))
+    for is_first in (True, False):
+        expected = step_inputs(model, GenerationMixin.prepare_inputs_for_generation, is_first)
+        assert step_inputs(model, kind.prepare_inputs_for_generation, is_first) == expected
+    assert expected["input_ids"] == [[7], [10]]
 
 
 def test_a_module_that_accelerate_moves_is_seen():
