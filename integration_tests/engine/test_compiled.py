@@ -67,7 +67,9 @@ def test_hooks_added_later_are_called(compiled_forwards):
     with engine_of(model) as engine:
         engine.generate([ids], generation_config=config(4))
         called = []
-        handle = model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: called.append(1))
+        handle = model.model.layers[0].mlp.up_proj.register_forward_hook(
+            hf_paged.row_wise(lambda *_: called.append(1))
+        )
         engine.generate([ids], generation_config=config(4))
         handle.remove()
     assert called

@@ -180,7 +180,7 @@ def test_hooks_take_their_steps_without_graphs():
     model = tiny_model("llama")
     calls = []
     with make_engine(model) as engine:
-        hook = model.model.layers[0].register_forward_hook(lambda *args: calls.append(1))
+        hook = model.model.layers[0].register_forward_hook(hf_paged.row_wise(lambda *args: calls.append(1)))
         engine.generate([prompt(5)], generation_config=config(6))
         assert len(calls) == 6
         assert len(engine._core.runner.graphs) == 0

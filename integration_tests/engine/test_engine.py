@@ -307,7 +307,7 @@ def test_the_self_check_refuses_a_model_that_differs(model):
         # A layer that mixes neighbouring tokens by itself mixes the sequences of a packed batch.
         return output + 0.5 * output.roll(1, dims=1).cumsum(1) if isinstance(output, torch.Tensor) else output
 
-    hook = model.model.layers[1].register_forward_hook(leak, with_kwargs=True)
+    hook = model.model.layers[1].register_forward_hook(hf_paged.row_wise(leak), with_kwargs=True)
     with pytest.raises(hf_paged.UnsupportedModelError, match=r"logits of short prompts differ .* mix the sequences"):
         hf_paged.Engine(model, hf_paged.EngineConfig(num_pages=8))
     hook.remove()
@@ -316,7 +316,7 @@ def test_the_self_check_refuses_a_model_that_differs(model):
     def scale(module, args, output):
         return (output[0] * 1.5, *output[1:]) if model.config._attn_implementation == "paged_flash" else output
 
-    model.model.layers[2].self_attn.register_forward_hook(scale)
+    model.model.layers[2].self_attn.register_forward_hook(hf_paged.row_wise(scale))
     with pytest.raises(hf_paged.UnsupportedModelError, match=r"first layer that differs is model\.layers\.2"):
         hf_paged.Engine(model, hf_paged.EngineConfig(num_pages=8))
 

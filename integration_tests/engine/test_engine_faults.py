@@ -195,7 +195,7 @@ def test_nan_logits_end_the_request(model, engine, expected):
     def poison(module: Any, args: Any, output: Any) -> Any:
         return output * float("nan")
 
-    hook = model.lm_head.register_forward_hook(poison)
+    hook = model.lm_head.register_forward_hook(hf_paged.row_wise(poison))
     try:
         output = engine.submit(PROMPT, generation_config=config()).result(timeout_s=30)
     finally:
@@ -215,7 +215,7 @@ def test_a_forward_that_raises_fails_its_step(model, engine, expected, k):
         if calls == k + 1:
             raise torch.OutOfMemoryError("no memory in this forward")
 
-    hook = model.model.layers[1].register_forward_hook(fail)
+    hook = model.model.layers[1].register_forward_hook(hf_paged.row_wise(fail))
     try:
         outputs = [
             h.result(timeout_s=30) for h in [engine.submit(PROMPT, generation_config=config()) for _ in range(3)]

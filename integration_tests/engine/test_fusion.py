@@ -397,7 +397,8 @@ def test_hooks_added_later_are_called():
     with engine_of(model) as engine:
         engine.generate([ids], generation_config=config(4))
         called = []
-        handle = model.model.layers[0].mlp.up_proj.register_forward_hook(lambda module, args, out: called.append(1))
+        hook = hf_paged.row_wise(lambda module, args, out: called.append(1))
+        handle = model.model.layers[0].mlp.up_proj.register_forward_hook(hook)
         engine.generate([ids], generation_config=config(4))
         handle.remove()
     assert called
@@ -421,7 +422,8 @@ def test_a_hook_that_changes_values_counts():
     model = tiny_model("llama")
     with engine_of(model) as engine:
         before = tokens_of(engine)
-        handle = model.model.layers[0].self_attn.k_proj.register_forward_hook(lambda module, args, out: -2 * out)
+        hook = hf_paged.row_wise(lambda module, args, out: -2 * out)
+        handle = model.model.layers[0].self_attn.k_proj.register_forward_hook(hook)
         engine.drop_prefixes()
         expected = tokens_alone(model)
         assert tokens_of(engine) == expected
