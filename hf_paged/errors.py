@@ -24,3 +24,7 @@ class OutOfPagesError(RuntimeError):
 
 class RequestError(ValueError):
     """A request that the engine cannot take, or had to end; the message names what was asked and what is possible."""
+
+
+class InvalidScoresError(ValueError):
+    """No token can be chosen: scores have NaN, or leave no token with a probability."""

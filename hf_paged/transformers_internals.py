@@ -505,6 +505,29 @@ def special_tokens(config: GenerationConfig) -> tuple[tuple[int, ...], int | Non
     return () if eos is None else tuple(eos.tolist()), None if pad is None else int(pad)
 
 
+class _PrefixOfRow(PrefixConstrainedLogitsProcessor):
+    """Checks the tokens that a caller's function allows before they index scores: on a GPU an index outside of them
+    ends every later call of the process."""
+
+    def __init__(self, allowed: Callable[[int, torch.Tensor], list[int]], num_beams: int) -> None:
+        super().__init__(self._checked, num_beams)
+        self._allowed, self._vocab_size = allowed, 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self._vocab_size = scores.shape[-1]
+        return super().__call__(input_ids, scores)
+
+    def _checked(self, batch_index: int, ids: torch.Tensor) -> list[int]:
+        allowed = self._allowed(batch_index, ids)
+        tokens = torch.as_tensor(allowed)
+        outside = tokens[(tokens < 0) | (tokens >= self._vocab_size)]
+        if tokens.dtype != torch.bool and outside.numel():
+            raise ValueError(
+                f"prefix_allowed_tokens_fn gave token {int(outside[0])}: 0 to {self._vocab_size - 1} are accepted."
+            )
+        return allowed
+
+
 def processor_of_row(processor: Any, row: int, num_rows: int, padding: int, batch_index: int) -> Any:
     """A processor made for a batch, as one for a row of it, ``[1, L]``, or for the row's beams, ``[num_beams, L]``.
 
@@ -523,7 +546,7 @@ def processor_of_row(processor: Any, row: int, num_rows: int, padding: int, batc
     elif type(processor) is PrefixConstrainedLogitsProcessor:
         allowed = touch_attr(processor, "_prefix_allowed_tokens_fn")
         num_beams = touch_attr(processor, "_num_beams")
-        return PrefixConstrainedLogitsProcessor(lambda _, ids: allowed(batch_index, ids), num_beams)
+        return _PrefixOfRow(lambda _, ids: allowed(batch_index, ids), num_beams)
     elif type(processor) is EncoderRepetitionPenaltyLogitsProcessor and num_rows > 1:
         clone = copy.copy(processor)
         clone.encoder_input_ids = touch_attr(processor, "encoder_input_ids")[row : row + 1]

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 import torch
 from hf_paged_kernels.sampling_reference import gumbel_noise
 
+from ..errors import InvalidScoresError
 from .token_rules import TokenRules
 
 NEVER = -1.0e9
@@ -94,7 +95,7 @@ class BeamSearch:
             logits: ``[num_beams, vocab]`` of the rows in order, any float dtype; ``[1, vocab]`` at the first step.
 
         Raises:
-            ValueError: the scores have NaN.
+            InvalidScoresError: the scores have NaN.
             Exception: what a processor or criterion raised.
         """
         scores, tokens, parents = self._candidates(logits.expand(self.num_beams, -1))
@@ -120,7 +121,7 @@ class BeamSearch:
     def _candidates(self, logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Scores, tokens and parent rows of the candidates, ``[num_candidates]`` each, on the host."""
         log_probs = logits.float().log_softmax(dim=-1)
-        log_probs = self.rules.processors_of_row(0)(self.histories.to(logits.device), log_probs)
+        log_probs = self.rules.processed(0, self.histories.to(logits.device), log_probs)
         vocab_size = log_probs.shape[-1]
         log_probs = (log_probs + self.scores.to(log_probs.device)[:, None]).flatten()  # [num_beams * vocab]
         if self.rules.do_sample:
@@ -129,7 +130,7 @@ class BeamSearch:
             scores, flat = log_probs.topk(min(self.num_candidates, len(log_probs)))
         scores, flat = scores.cpu(), flat.cpu()
         if scores.isnan().any():
-            raise ValueError("no beam can be continued: the model's logits, or a logits processor, gave NaN.")
+            raise InvalidScoresError("no beam can be continued: the model's logits, or a logits processor, gave NaN.")
         return scores, flat % vocab_size, flat // vocab_size
 
     def _drawn(self, log_probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

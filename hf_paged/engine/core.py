@@ -19,6 +19,7 @@ import torch
 from hf_paged_kernels.settings import longest_short_query
 
 from ..cache import KV_DTYPES
+from ..errors import InvalidScoresError
 from ..paging import GONE, PagePool
 from .beam_search import BeamSearch
 from .chunk_graphs import ChunkGraphs, chunk_sizes
@@ -388,7 +389,7 @@ class EngineCore:
         for request in launched.firsts:
             request.first_token = now if request.first_token is None else request.first_token
         for row, start, logits in launched.prompts:
-            self._take_prompt_logprobs(row, start, logits)
+            self._guarded(row.request, self._take_prompt_logprobs, row, start, logits)
         dropped = 0
         if tokens is not None and launched.selection is not None:
             slots = launched.slots
@@ -408,12 +409,12 @@ class EngineCore:
         """Whatever a request's own code raises ends that request alone."""
         try:
             function(*args)
-        except Exception as error:
+        except BaseException as error:
             self.end(request, "error", error)
 
     def _take_tokens(self, slots: np.ndarray, ids: np.ndarray, selection: Selection) -> None:
         """One token for each of ``slots``."""
-        errors: dict[int, Exception] = dict(selection.errors)
+        errors: dict[int, BaseException] = dict(selection.errors)
         for slot in slots[ids < 0].tolist():
             errors.setdefault(slot, invalid_scores_error(slot))
         if errors:
@@ -445,14 +446,26 @@ class EngineCore:
                 if ended_row is not None:
                     self._finish_row(ended_row, "stop" if is_stop else "length")
 
-    def _end_failed(self, errors: dict[int, Exception]) -> None:
+    def _end_failed(self, errors: dict[int, BaseException]) -> None:
         for slot, error in errors.items():
             row = self.slots.rows[slot]
-            if row is not None:
+            if row is not None and not (isinstance(error, InvalidScoresError) and self._begins_again(row)):
                 self.end(row.request, "error", error)
 
+    def _begins_again(self, row: Row) -> bool:
+        """Let a row whose scores are invalid compute what others computed for it, once: NaN may have come from their
+        pages. Returns whether it does."""
+        request = row.request
+        if not (request.uses_prefixes and request.cached_tokens and request.rules.is_plain and len(request.rows) == 1):
+            return False
+        self.pages.forget_prefix(row.slot)
+        request.uses_prefixes, request.cached_tokens = False, 0
+        self.slots.computed[row.slot] = 0  # Nothing of it is stored.
+        self.scheduler.preempt(request, allow_swap=False)
+        return True
+
     def _drop_failed(
-        self, slots: np.ndarray, ids: np.ndarray, errors: dict[int, Exception]
+        self, slots: np.ndarray, ids: np.ndarray, errors: dict[int, BaseException]
     ) -> tuple[np.ndarray, np.ndarray]:
         """End the requests of failed rows; returns the slots that still run, and their tokens."""
         self._end_failed(errors)
@@ -552,6 +565,9 @@ class EngineCore:
         for row in request.live:
             row.finish_reason = reason
             self._drop_swapped(row)
+        for row in request.rows:
+            if row.slot >= 0 and isinstance(error, InvalidScoresError):
+                self.pages.forget_prefix(row.slot)
         self.scheduler.remove(request)
         request.error = error
         self._finalize(request)
@@ -574,7 +590,7 @@ class EngineCore:
         first = sequences[0]
         reason = first.finish_reason
         for row in request.rows:
-            if row.finish_reason in ("error", "cancelled"):
+            if row.finish_reason in ("error", "cancelled", "deadline"):
                 reason = row.finish_reason
         request.output = RequestOutput(
             request_id=request.request_id,

@@ -1,19 +1,29 @@
 """The engine: requests in from any thread, tokens out, one loop over steps.
 
 Two locks. ``_drive`` is held by whoever runs a step, or changes what steps run on; everything below it
-(:class:`EngineCore`) is touched under it only. ``_changed`` guards the small state that other threads see: new and
-cancelled requests, streams, outputs. Nobody waits for ``_drive`` while holding ``_changed``.
+(:class:`EngineCore`) is touched under it only. Who waits for it has it after the running step, in the order of asking.
+``_changed`` guards the small state that other threads see: new and cancelled requests, streams, outputs. Nobody waits
+for ``_drive`` while holding ``_changed``.
+
+A request's own code (processors, criteria) may raise anything, SystemExit and KeyboardInterrupt too: it ends that
+request. Ctrl-C in the main thread is another matter: it waits for the end of the step, so that no books are left half
+written, and then reaches the caller. A second one does not wait.
 """
 
 import asyncio
+import atexit
 import contextlib
 import heapq
 import itertools
+import math
+import os
+import signal
 import threading
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -38,12 +48,21 @@ from .self_check import probe, run_reference
 from .support import is_supported
 from .token_rules import TokenRules
 from .trace import RequestRecord, StepRecord, Trace
+from .turn_lock import TurnLock
 
 logger = logging.get_logger(__name__)
 
 SEEDS = 1 << 62
+FORKED = (
+    "the process was forked while the engine had requests, and they run in the parent alone: make an engine of the "
+    "child's own there."
+)
 PROGRESS_S = 0.5
 """A bar is drawn again after so many seconds."""
+MOST_ENDED = 16
+"""Ended requests among those with a deadline, beyond as many as have not ended, before they are taken out."""
+
+_engines: "weakref.WeakSet[Engine]" = weakref.WeakSet()
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +149,7 @@ class Engine:
     def __init__(self, model: Any, config: EngineConfig | None = None, *, background: bool = True) -> None:
         if config is not None and not isinstance(config, EngineConfig):
             raise TypeError(f"config must be an EngineConfig or None, got {type(config).__name__}.")
+        _wait_if_exiting()
         self.config = EngineConfig() if config is None else config
         self.model, self.background = model, bool(background)
         reasons = is_supported(model)
@@ -139,23 +159,28 @@ class Engine:
             )
         self.max_model_len = self.config.max_model_len or model_length(model.config)
         self._core = self._start()
-        self._drive = threading.RLock()
+        self._drive = TurnLock()
         self._changed = threading.Condition(threading.Lock())
         self._incoming: list[Request] = []
         self._cancels: list[Request] = []
+        self._abandoned: deque[Request] = deque()
         self._unfinished: dict[str, Request] = {}
         self._streams: dict[Request, None] = {}
         self._sleepers: list[tuple[asyncio.AbstractEventLoop, asyncio.Future]] = []
         self._deadlines: list[tuple[float, int, Request]] = []
+        self._num_deadlines = 0
         self._numbers, self._thread = itertools.count(), None
         self._stop: str | None = None
         self._closed = self._in_step = self._paused = self._asleep = False
         self._broken: BaseException | None = None
+        self._to_raise: BaseException | None = None
         self._pending: Launched | None = None
         self._steps = self._new_tokens = self._prompt_tokens = 0
         self._busy_s = 0.0
         self._finished: dict[str, int] = {}
         self._trace = Trace(self.config.trace_steps, self._core.clock())
+        self._seen = self._stats()
+        _engines.add(self)
 
     _thread: threading.Thread | None
     fused: FusedModel | None = None
@@ -237,7 +262,8 @@ class Engine:
             generation_config: as for ``generate()``; None: the model's own.
             request_id: a name, unique among the requests that have not ended; None: one is made.
             priority: larger goes first; see :class:`EngineConfig` for ageing.
-            deadline_s: seconds from now after which the request ends with what it has.
+            deadline_s: seconds from now after which the request ends with what it has, and ``finish_reason`` is
+                "deadline".
             logits_processor, stopping_criteria, prefix_allowed_tokens_fn: as for ``generate()``, called with the full
                 history of one row.
             seed: of the sampled tokens.
@@ -251,12 +277,16 @@ class Engine:
                 or the engine is closed.
             ValueError, TypeError: an argument is not valid.
         """
+        _wait_if_exiting()
         self._check_open()
         prompt = self._checked_prompt(prompt_ids)
         if not isinstance(priority, Real):
             raise TypeError(f"priority must be a number, got {priority!r}.")
-        if deadline_s is not None and (not isinstance(deadline_s, Real) or deadline_s < 0):
-            raise ValueError(f"deadline_s must be None or at least 0, got {deadline_s!r}.")
+        if not math.isfinite(priority):
+            raise ValueError(f"priority must be a finite number, got {priority!r}.")
+        # NaN is not at least 0 either.
+        if deadline_s is not None and not (isinstance(deadline_s, Real) and deadline_s >= 0):
+            raise ValueError(f"deadline_s must be None or a number of seconds of at least 0, got {deadline_s!r}.")
         hash(cache_salt)
         number = next(self._numbers)
         if rules is None:
@@ -274,6 +304,7 @@ class Engine:
         request = Request(
             number=number,
             request_id=f"request-{number}" if request_id is None else str(request_id),
+            has_made_id=request_id is None,
             prompt=prompt,
             rules=rules,
             priority=float(priority),
@@ -300,6 +331,8 @@ class Engine:
             named: dict[str, Request] = {}
             for request in requests:
                 name = request.request_id
+                while request.has_made_id and name in self._unfinished:  # A caller has given that to another.
+                    name = request.request_id = f"request-{next(self._numbers)}"
                 if name in self._unfinished or name in named:
                     raise RequestError(
                         f"request_id {name!r} is that of a request that has not ended: give another, or None."
@@ -389,9 +422,13 @@ class Engine:
 
     def cancel(self, request_id: str) -> bool:
         """End a request with what it has; returns whether it had not ended yet."""
+        request = self._unfinished.get(request_id)
+        return request is not None and self.cancel_request(request)
+
+    def cancel_request(self, request: Request) -> bool:
+        """As :meth:`cancel`, of this request: another one may have its id by now."""
         with self._changed:
-            request = self._unfinished.get(request_id)
-            if request is None:
+            if self._unfinished.get(request.request_id) is not request:
                 return False
             self._cancels.append(request)
             self._wake_loop()
@@ -404,8 +441,27 @@ class Engine:
                 self._drive.release()
         return True
 
+    def abandon(self, request: Request) -> None:
+        """Nobody will ask for the rest of a request: it is cancelled with the next step.
+
+        Takes no lock: it is called by the garbage collector, from any thread, whatever that holds.
+        """
+        self._abandoned.append(request)
+
     def _checked_prompt(self, prompt_ids: Any) -> np.ndarray:
         """int64 ``[L]``."""
+        if isinstance(prompt_ids, (str, bytes)) or (
+            isinstance(prompt_ids, (list, tuple)) and any(isinstance(item, str) for item in prompt_ids)
+        ):
+            raise TypeError(
+                f"prompt_ids must be token ids, got the text {prompt_ids!r:.60}: tokenise it first, with "
+                f"tokenizer(text).input_ids."
+            )
+        if isinstance(prompt_ids, Mapping):
+            raise TypeError(
+                f"prompt_ids must be token ids, got a {type(prompt_ids).__name__} with {list(prompt_ids)}: give its "
+                f'"input_ids".'
+            )
         if isinstance(prompt_ids, torch.Tensor):
             prompt_ids = prompt_ids.detach().cpu().numpy()
         prompt = np.asarray(prompt_ids)
@@ -428,6 +484,8 @@ class Engine:
     def _checked_pages(self, prompt: np.ndarray, rules: TokenRules) -> list[int]:
         """Pages of each group of layers that a request holds at most; what can never be served is refused."""
         core = self._core
+        if rules.num_rows < 1:
+            raise ValueError(f"a request runs at least one sequence, the rules given have num_rows={rules.num_rows!r}.")
         if rules.max_length > self.max_model_len:
             raise RequestError(
                 f"the prompt of {len(prompt)} tokens and its new ones come to {rules.max_length} tokens, the engine "
@@ -543,21 +601,39 @@ class Engine:
 
     def step(self) -> bool:
         """Run one step, if there is anything to compute; returns whether there was."""
+        if threading.current_thread() is not self._thread:
+            _wait_if_exiting()
         with self._drive:
             if self._in_step:
                 raise RequestError("a step cannot run inside another: do not wait for results in a logits processor.")
             self._in_step = True
             try:
-                with torch.no_grad(), self._core.on_device():
-                    return self._step()
-            except Exception as error:
-                # Not a request's fault: the books cannot be trusted any more. Nobody shall wait forever.
-                self._break(error)
-                return True
+                with _held_interrupts(), torch.no_grad(), self._core.on_device():
+                    moved = self._guarded_step()
             finally:
                 self._in_step = False
                 if self._stop is not None and not self._closed:
                     self._shut(self._stop)
+            error, self._to_raise = self._to_raise, None
+            if error is not None and not self.background:
+                raise error
+            return moved
+
+    def _guarded_step(self) -> bool:
+        try:
+            moved = self._step()
+        except BaseException as error:
+            # Not a request's fault: the books cannot be trusted any more. Nobody shall wait forever.
+            self._break(error)
+            self._note(error)
+            moved = True
+        return moved
+
+    def _note(self, error: BaseException) -> None:
+        """What is no Exception is meant for the thread that runs the step, once that has ended; a thread of the
+        engine's own goes on."""
+        if not isinstance(error, Exception):
+            self._to_raise = error
 
     def _step(self) -> bool:
         core, clock = self._core, self._core.clock
@@ -584,14 +660,10 @@ class Engine:
             self._pending = launched
             if not core.can_wait(launched):
                 self._collect_pending()
-        except Exception as error:
-            self._collect_pending()
-            core.fail(work, error)
         except BaseException as error:
             self._collect_pending()
             core.fail(work, error)
-            self._publish()
-            raise
+            self._note(error)
         self._steps += 1
         self._prompt_tokens += num_tokens - work.num_decode
         duration = clock() - start
@@ -607,12 +679,9 @@ class Engine:
             return False
         try:
             self._new_tokens -= self._core.collect(launched)
-        except Exception as error:
-            self._core.fail(launched.work, error)
         except BaseException as error:
             self._core.fail(launched.work, error)
-            self._publish()
-            raise
+            self._note(error)
         return True
 
     def _record(self, work: Any, start: float, duration: float, forward_s: float, num_tokens: int) -> None:
@@ -638,6 +707,8 @@ class Engine:
         with self._changed:
             incoming, self._incoming = self._incoming, []
             cancels, self._cancels = self._cancels, []
+        while self._abandoned:
+            cancels.append(self._abandoned.popleft())
         if incoming and self._core.scheduler.running:
             self._core.runner.check_weights()
         elif incoming and self._core.runner.check_modules():
@@ -647,6 +718,7 @@ class Engine:
             self._core.scheduler.add(request)
             if request.deadline is not None:
                 heapq.heappush(self._deadlines, (request.deadline, request.number, request))
+                self._num_deadlines += 1
         for request in cancels:
             self._core.end(request, "cancelled")
 
@@ -655,22 +727,31 @@ class Engine:
             _, _, request = heapq.heappop(self._deadlines)
             assert request.deadline is not None
             seconds = request.deadline - request.submitted
-            self._core.end(request, "cancelled", RequestError(f"the deadline of {seconds:.3g} seconds has passed."))
+            self._core.end(request, "deadline", RequestError(f"the deadline of {seconds:.3g} seconds has passed."))
 
     def _publish(self) -> None:
         """Let other threads see what has happened."""
         core = self._core
         if not core.finished and not self._streams and not self._sleepers:
+            self._seen = self._stats()
             return
         with self._changed:
             for request in core.finished:
                 self._unfinished.pop(request.request_id, None)
                 self._streams.pop(request, None)
+                self._num_deadlines -= request.deadline is not None
                 output = request.output
                 assert output is not None
                 self._finished[output.finish_reason] = self._finished.get(output.finish_reason, 0) + 1
                 self._record_request(request, output)
+            self._seen = self._stats()
+            # Last: whoever gets a result may look at the statistics at once.
+            for request in core.finished:
+                request.is_public = True
             core.finished.clear()
+            if len(self._deadlines) > 2 * self._num_deadlines + MOST_ENDED:
+                self._deadlines = [entry for entry in self._deadlines if entry[2].output is None]
+                heapq.heapify(self._deadlines)
             for request in self._streams:
                 row = request.rows[0]
                 tokens = core.slots.tokens(row.slot) if row.slot >= 0 else row.tokens
@@ -711,8 +792,18 @@ class Engine:
                 self._core.abandon(request, error)
         self._publish()
 
-    def _broken_message(self) -> str:
-        return f"the engine has stopped with an error of its own: {self._broken!r}."
+    def _after_fork(self) -> None:
+        """In a forked child: the threads that hold the locks and run the loop are not there."""
+        is_busy = bool(self._unfinished) or (self._drive.is_held and not self._in_step)
+        self._drive, self._changed = TurnLock(), threading.Condition(threading.Lock())
+        self._thread, self._in_step = None, False
+        if not is_busy or self._closed:
+            return
+        self._broken, self._closed = RequestError(FORKED), True
+        for request in list(self._unfinished.values()):
+            if request.output is None:
+                self._core.abandon(request, self._broken)
+        self._publish()
 
     # Life
 
@@ -728,7 +819,8 @@ class Engine:
             if self._in_step:
                 self._stop = "cancelled"  # Called from a request's own code: at the end of the step.
                 return
-            self._shut("cancelled")
+            with _held_interrupts():
+                self._shut("cancelled")
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
@@ -753,10 +845,17 @@ class Engine:
             self._changed.notify_all()
 
     def __enter__(self) -> "Engine":
+        self._check_open()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "an Engine cannot be pickled or copied, it has a thread, locks and pages of this process: send the model "
+            "and engine.config to the worker, and make one there, hf_paged.Engine(model, config)."
+        )
 
     def pause(self, *, keep_graphs: bool = False) -> None:
         """Stop once the running step has ended; requests keep their pages.
@@ -767,8 +866,7 @@ class Engine:
                 changes to what the model computes (an attribute of a module, say) are not seen. False: decode steps are
                 captured again.
         """
-        with self._drive:
-            self._check_open()
+        with self._between_steps("pause"):
             self._collect_pending()
             if not keep_graphs:
                 self._core.runner.drop_graphs()
@@ -802,8 +900,7 @@ class Engine:
         for size in sizes or ():
             if not 1 <= size <= self.config.max_num_seqs:
                 raise ValueError(f"batch_sizes must be 1 to {self.config.max_num_seqs} (max_num_seqs), got {size!r}.")
-        with self._drive, torch.no_grad(), self._core.on_device():
-            self._check_open()
+        with self._between_steps("warm_up"), torch.no_grad(), self._core.on_device():
             if self._paused:
                 raise RequestError("the engine is paused: call resume().")
             runner = self._core.runner
@@ -819,8 +916,7 @@ class Engine:
 
     def refresh_weights(self) -> None:
         """Say that the weights have changed: prefixes are dropped, running requests compute their tokens again."""
-        with self._drive:
-            self._check_open()
+        with self._between_steps("refresh_weights"):
             self._collect_pending()
             self._core.runner.drop_graphs()
             self._core.preempt_all(allow_swap=False)
@@ -828,8 +924,7 @@ class Engine:
 
     def drop_prefixes(self) -> None:
         """Forget every cached prefix; running requests keep their pages."""
-        with self._drive:
-            self._check_open()
+        with self._between_steps("drop_prefixes"):
             self._core.drop_prefixes()
 
     def sleep(self) -> None:
@@ -837,7 +932,7 @@ class Engine:
 
         Requests wait, and compute their tokens again after :meth:`wake`.
         """
-        with self._drive:
+        with self._between_steps("sleep"):
             self.refresh_weights()
             self.pause()
             self._core.cache.drop()
@@ -850,41 +945,67 @@ class Engine:
             self._asleep = False
             self.resume()
 
+    @contextlib.contextmanager
+    def _between_steps(self, name: str) -> Iterator[None]:
+        """No step runs meanwhile.
+
+        Raises:
+            RequestError: the engine is closed, or a request's own code asks.
+        """
+        _wait_if_exiting()
+        with self._drive:
+            if self._in_step:
+                raise RequestError(
+                    f"{name}() was called inside a step, by a request's own code (a logits processor or a criterion): "
+                    f"call it from outside."
+                )
+            self._check_open()
+            yield
+            self._seen = self._stats()
+
     def _check_open(self) -> None:
+        if isinstance(self._broken, RequestError):
+            raise RequestError(str(self._broken))
         if self._broken is not None:
-            raise RequestError(self._broken_message()) from self._broken
+            raise RequestError(f"the engine has stopped with an error of its own: {self._broken!r}.") from self._broken
         if self._closed:
-            raise RequestError("the engine is closed.")
+            raise RequestError("the engine is closed: make another, hf_paged.Engine(model).")
 
     # Looking in
 
     def stats(self) -> EngineStats:
-        """What the engine holds and has done."""
-        with self._drive:
-            core, counts = self._core, self._core.scheduler.counts
-            groups = list(core.pool.groups.values())
-            total, used = (sum(getattr(g.allocator, name) for g in groups) for name in ("num_pages", "num_used"))
-            held = sum(len(set(group.held())) for group in groups)
-            with self._changed:
-                waiting = len(core.scheduler.waiting) + len(self._incoming)
-            return EngineStats(
-                running=len(core.scheduler.running),
-                waiting=waiting,
-                rows=core.slots.num_used,
-                pages_total=total,
-                pages_used=used,
-                pages_cached=used - held,
-                pages_free=total - used,
-                steps=self._steps,
-                prompt_tokens=self._prompt_tokens,
-                new_tokens=self._new_tokens,
-                tokens_per_s=self._new_tokens / self._busy_s if self._busy_s else 0.0,
-                prefix_hit_rate=counts.prefix_tokens / counts.prompt_tokens if counts.prompt_tokens else 0.0,
-                preemptions=counts.recomputed + counts.swapped,
-                recomputed=counts.recomputed,
-                swapped=counts.swapped,
-                finished=dict(self._finished),
-            )
+        """What the engine holds and has done. Waits for nothing: while a step runs, as of the end of the one before."""
+        if self._drive.acquire(blocking=False):
+            try:
+                return self._stats()
+            finally:
+                self._drive.release()
+        with self._changed:
+            return replace(self._seen, waiting=max(0, len(self._unfinished) - self._seen.running))
+
+    def _stats(self) -> EngineStats:
+        """Of now; nothing in it takes longer with more sequences."""
+        core, counts = self._core, self._core.scheduler.counts
+        allocators = [group.allocator for group in core.pool.groups.values()]
+        total, used = sum(a.num_pages for a in allocators), sum(a.num_used for a in allocators)
+        return EngineStats(
+            running=len(core.scheduler.running),
+            waiting=len(core.scheduler.waiting) + len(self._incoming),
+            rows=core.slots.num_used,
+            pages_total=total,
+            pages_used=used,
+            pages_cached=sum(a.num_kept_alone for a in allocators),
+            pages_free=total - used,
+            steps=self._steps,
+            prompt_tokens=self._prompt_tokens,
+            new_tokens=self._new_tokens,
+            tokens_per_s=self._new_tokens / self._busy_s if self._busy_s else 0.0,
+            prefix_hit_rate=counts.prefix_tokens / counts.prompt_tokens if counts.prompt_tokens else 0.0,
+            preemptions=counts.recomputed + counts.swapped,
+            recomputed=counts.recomputed,
+            swapped=counts.swapped,
+            finished=dict(self._finished),
+        )
 
     def trace(self, path: str | Path) -> Path:
         """Write what the engine did: ``.json`` (Chrome trace), ``.csv`` (steps), or ``.png`` (matplotlib)."""
@@ -908,6 +1029,59 @@ def _run_loop(reference: "weakref.ref[Engine]") -> None:
         if engine is None or not engine.turn():
             return
         del engine
+
+
+@contextlib.contextmanager
+def _held_interrupts() -> Iterator[None]:
+    """Ctrl-C in the main thread is raised at the end of the block; a second one at once."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    num_came = 0
+
+    def note(number: int, frame: Any) -> None:
+        nonlocal num_came
+        num_came += 1
+        if num_came > 1:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if num_came:
+        raise KeyboardInterrupt
+
+
+_is_exiting = threading.Event()
+
+
+def _wait_if_exiting() -> None:
+    """A daemon thread goes no further once the interpreter ends: stopped inside PyTorch it would abort the process."""
+    if _is_exiting.is_set() and threading.current_thread().daemon:
+        threading.Event().wait()
+
+
+def _close_all() -> None:
+    """Before the interpreter goes: no step runs from here on."""
+    _is_exiting.set()
+    for engine in list(_engines):
+        if engine._thread is not None or engine._drive.is_held:
+            with contextlib.suppress(Exception):
+                engine.close()
+
+
+def _after_fork() -> None:
+    _is_exiting.clear()
+    for engine in list(_engines):
+        engine._after_fork()
+
+
+atexit.register(_close_all)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def _wake(future: "asyncio.Future") -> None:

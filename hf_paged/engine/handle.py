@@ -15,11 +15,13 @@ class RequestHandle:
     """A submitted request. Any thread may iterate over it, wait for its result, or cancel it.
 
     Iteration gives new tokens as they come, from the first on, each time it is started; it raises what ended the
-    request with an error. It is for requests of one sequence; others give theirs with :meth:`result`.
+    request with an error. It is for requests of one sequence; others give theirs with :meth:`result`. A request that
+    was iterated over is cancelled once nobody holds its handle or an iterator any more.
     """
 
     def __init__(self, engine: "Engine", request: Request) -> None:
         self._engine, self._request = engine, request
+        self._is_streamed = False
 
     @property
     def request_id(self) -> str:
@@ -29,7 +31,7 @@ class RequestHandle:
     @property
     def is_done(self) -> bool:
         """Whether the result is there."""
-        return self._request.output is not None
+        return self._request.is_public
 
     def result(self, timeout_s: float | None = None) -> RequestOutput:
         """Wait for the end of the request; an error is in ``output.error``, not raised.
@@ -37,13 +39,13 @@ class RequestHandle:
         Raises:
             TimeoutError: ``timeout_s`` seconds passed; the request goes on.
         """
-        self._engine.wait_for(lambda: self._request.output is not None, timeout_s, self.request_id)
+        self._engine.wait_for(lambda: self._request.is_public, timeout_s, self.request_id)
         assert self._request.output is not None
         return self._request.output
 
     def cancel(self) -> None:
         """End the request; its result comes with the tokens so far and ``finish_reason`` "cancelled"."""
-        self._engine.cancel(self.request_id)
+        self._engine.cancel_request(self._request)
 
     def __iter__(self) -> Iterator[int]:
         self._check_streamable()
@@ -53,7 +55,7 @@ class RequestHandle:
             tokens = self._engine.new_tokens(self._request, given)
             yield from tokens
             given += len(tokens)
-            if not tokens and self._request.output is not None:
+            if not tokens and self._request.is_public:
                 break
         self._raise_error()
 
@@ -66,21 +68,22 @@ class RequestHandle:
             for token in tokens:
                 yield token
             given += len(tokens)
-            if not tokens and self._request.output is not None:
+            if not tokens and self._request.is_public:
                 break
         self._raise_error()
 
     async def result_async(self) -> RequestOutput:
         """As :meth:`result`, without blocking the event loop."""
-        await self._engine.wait_async(lambda: self._request.output is not None)
+        await self._engine.wait_async(lambda: self._request.is_public)
         assert self._request.output is not None
         return self._request.output
 
     def _has_more(self, given: int) -> bool:
         request = self._request
-        return request.output is not None or self._engine.num_new_tokens(request) > given
+        return request.is_public or self._engine.num_new_tokens(request) > given
 
     def _check_streamable(self) -> None:
+        self._is_streamed = True
         rules = self._request.rules
         if rules.mode == "beams" or rules.num_rows > 1:
             raise RequestError(
@@ -94,6 +97,12 @@ class RequestHandle:
         if output.finish_reason == "error" and output.error is not None:
             raise output.error
 
+    def __del__(self) -> None:
+        # An iterator holds its handle, so nobody can ask for another token. Who never asked for one may want no more
+        # than that the request runs.
+        if self._is_streamed and self._request.output is None:
+            self._engine.abandon(self._request)
+
     def __repr__(self) -> str:
-        state = self._request.state if self._request.output is None else State.FINISHED
+        state = self._request.state if not self._request.is_public else State.FINISHED
         return f"RequestHandle({self.request_id!r}, {state.value})"

@@ -45,7 +45,7 @@ class SequenceOutput:
 
     Attributes:
         token_ids: new tokens, the eos included.
-        finish_reason: "stop" (eos, a stop string or criterion), "length", "cancelled" or "error".
+        finish_reason: "stop" (eos, a stop string or criterion), "length", "cancelled", "deadline" or "error".
         logprobs: per new token, where asked for.
         score: of a beam.
         beam_indices: of a beam: for each new token, the beam it came from.
@@ -66,8 +66,9 @@ class RequestOutput:
         request_id: as given to submit, or made there.
         prompt_ids: the prompt.
         token_ids: new tokens of the first sequence.
-        finish_reason: "stop" (eos, a stop string or criterion), "length", "cancelled" (also by its deadline), "error".
-        error: what ended it, for "error" and for a deadline that passed.
+        finish_reason: "stop" (eos, a stop string or criterion), "length", "cancelled", "deadline" (it has passed) or
+            "error".
+        error: what ended it, for "error" and "deadline".
         logprobs: of the first sequence, one entry for each new token, where asked for.
         prompt_logprobs: of the prompt's tokens, None for the first one, where asked for.
         cached_tokens: tokens of the prompt that were found in the prefix cache.
@@ -122,6 +123,7 @@ class Request:
     Attributes:
         number: order of submission.
         key: order of service: the smallest goes first; see :class:`EngineConfig.ageing_s`.
+        has_made_id: its id was not given, and may be exchanged while nobody has seen it.
         is_job: nobody waits for its first token, only for the end of all requests of the same call, and it ends with
             its last token that is allowed.
         rows: its sequences.
@@ -129,6 +131,7 @@ class Request:
         beams: the search over its rows, for beam requests.
         is_watched: stopping criteria beyond eos and length.
         stream: new tokens, for whoever iterates over the handle.
+        output: what it gave, once it has ended; ``is_public``: whether its caller may know.
         uses_prefixes: whether cached prefixes may stand for the beginning of its prompt.
         most_pages: of each group of layers, what it holds at most.
     """
@@ -141,6 +144,7 @@ class Request:
     salt: Any
     submitted: float
     key: Key
+    has_made_id: bool = False
     deadline: float | None = None
     is_watched: bool = False
     is_job: bool = False
@@ -152,6 +156,7 @@ class Request:
     rows: list[Row] = field(default_factory=list)
     error: BaseException | None = None
     output: RequestOutput | None = None
+    is_public: bool = False
     cached_tokens: int = 0
     preemptions: int = 0
     started: float | None = None

@@ -470,14 +470,19 @@ class Scheduler:
         request.started = self.clock() if request.started is None else request.started
         self.running[request] = None
         rows = request.live
-        # States cannot go on from a prompt that is computed again: each row computes all that it has.
-        has_more = max(len(row.tokens) for row in rows) > len(request.prompt)
-        request.forked = len(rows) == 1 or (self.whole_prompts and has_more)
-        for row in rows:
-            self.slots.admit(row)
-            self.on_admit(row)
-        # Otherwise the others share the prompt that the first one computes.
-        return [row for row in (rows if request.forked else rows[:1]) if self._begin(row)]
+        try:
+            # States cannot go on from a prompt that is computed again: each row computes all that it has.
+            has_more = max(len(row.tokens) for row in rows) > len(request.prompt)
+            request.forked = len(rows) == 1 or (self.whole_prompts and has_more)
+            for row in rows:
+                self.slots.admit(row)
+                self.on_admit(row)
+            # Otherwise the others share the prompt that the first one computes.
+            return [row for row in (rows if request.forked else rows[:1]) if self._begin(row)]
+        except Exception as error:
+            # What no check at submit foresaw is that request's own fault.
+            self._reject(request, error)
+            return []
 
     def _begin(self, row: Row) -> bool:
         """Give a row that just got its slot what is known of its beginning.
@@ -601,9 +606,14 @@ class Scheduler:
         """Admission checks promise that a request alone always fits: a broken promise ends it, not the loop."""
         free = self.pages.num_free()
         error = OutOfPagesError(free + 1, free, sum(table.allocator.num_pages for table in self.pages.tables))
+        self._reject(request, error)
+
+    def _reject(self, request: Request, error: Exception) -> None:
+        """Let a running request take no further part; the caller of :meth:`schedule` ends it."""
         self.impossible.append((request, error))
         for row in request.live:
-            self.slots.decoding[row.slot] = False
+            if row.slot >= 0:
+                self.slots.decoding[row.slot] = False
             if row in self.prefilling:
                 self.prefilling.remove(row)
         self.running.pop(request)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from hf_paged_kernels.sampling_reference import INVALID_TOKEN, choose_tokens
 
+from ..errors import InvalidScoresError
 from . import prompt_lookup
 from .logprobs import ComingLogprobs, TokenLogprobs
 from .sampling import SlotSampling
@@ -30,7 +31,7 @@ class Selection:
 
     token_ids: torch.Tensor
     coming_logprobs: list[tuple[list[int], ComingLogprobs]] = dataclasses.field(default_factory=list)
-    errors: dict[int, Exception] = dataclasses.field(default_factory=dict)
+    errors: dict[int, BaseException] = dataclasses.field(default_factory=dict)
 
     @property
     def logprobs(self) -> dict[int, TokenLogprobs]:
@@ -47,9 +48,9 @@ def merged(selections: list[Selection], order: torch.Tensor) -> Selection:
     )
 
 
-def invalid_scores_error(slot: int) -> ValueError:
+def invalid_scores_error(slot: int) -> InvalidScoresError:
     """The error of a row for which :data:`INVALID_TOKEN` was chosen."""
-    return ValueError(
+    return InvalidScoresError(
         f"no token can be chosen: the scores of the row in slot {slot} have NaN, or leave no token with a probability. "
         f"The model's logits, or a logits processor of the request, made them so."
     )
@@ -99,7 +100,7 @@ class TokenSelector:
 
     def release(self, slot: int) -> None:
         """Take a slot back; its parameters stay until the next admission."""
-        del self._rows[slot]
+        self._rows.pop(slot, None)
         self._verified.pop(slot, None)
         self.sampling.on_device[slot] = self.has_logprobs[slot] = False
 
@@ -116,7 +117,7 @@ class TokenSelector:
         slots = np.asarray(slots)
         positions = lengths[slots].astype(np.int64, copy=False)
         is_plain = self.sampling.on_device[slots]
-        errors: dict[int, Exception] = {}
+        errors: dict[int, BaseException] = {}
         if is_plain.all():
             token_ids = self.sampling.choose(logits, slots, positions)
         else:
@@ -129,7 +130,7 @@ class TokenSelector:
                 slot = int(slots[i])
                 try:
                     token_ids[i : i + 1] = self._choose_alone(slot, logits[i : i + 1], history[slot, : positions[i]])
-                except Exception as error:  # whatever a request's own code raises ends that request alone
+                except BaseException as error:  # whatever a request's own code raises ends that request alone
                     errors[slot] = error
         return Selection(token_ids, self._logprobs(slots, token_ids, None, lambda rows: _taken(logits, rows)), errors)
 
@@ -156,7 +157,7 @@ class TokenSelector:
 
     def stopped(
         self, slots: np.ndarray, history: np.ndarray, lengths: np.ndarray
-    ) -> tuple[set[int], dict[int, Exception]]:
+    ) -> tuple[set[int], dict[int, BaseException]]:
         """Which of these rows their own stopping criteria end, called once after each token of a row.
 
         Args:
@@ -168,7 +169,7 @@ class TokenSelector:
             The slots that stop, and what a criterion raised, by slot.
         """
         stopped: set[int] = set()
-        errors: dict[int, Exception] = {}
+        errors: dict[int, BaseException] = {}
         for slot in np.asarray(slots).tolist():
             try:
                 if slot in self._verified:
@@ -176,7 +177,7 @@ class TokenSelector:
                     stopped.update({slot} if is_last else ())
                 elif is_stopped(self._rows[slot].rules, history[slot, : lengths[slot]], self.device):
                     stopped.add(slot)
-            except Exception as error:
+            except BaseException as error:
                 errors[slot] = error
         return stopped, errors
 
@@ -207,7 +208,7 @@ class TokenSelector:
 
         Raises:
             Exception: what a processor raised.
-            ValueError: no token can be chosen.
+            InvalidScoresError: no token can be chosen.
         """
         rules = self._rows[slot].rules
         tokens = np.concatenate([history[slot, :length], candidates])
@@ -239,7 +240,7 @@ class TokenSelector:
         """The token ``[1]`` of a row with processors of its own, from logits ``[1, vocab]``."""
         rules, row = self._rows[slot].rules, self._rows[slot].row
         ids = history_tensor(rules, tokens, logits.device)
-        scores = rules.processors_of_row(row)(ids, logits.to(torch.float32, copy=True))
+        scores = rules.processed(row, ids, logits.to(torch.float32, copy=True))
         noise = None
         if rules.do_sample:
             noise = self.sampling.noise(np.array([slot]), np.array([len(tokens)], np.int64), scores.shape[-1])

@@ -258,6 +258,13 @@ class SlotPages:
             pages = [[None if p == GONE else p for p in table.pages[slot][:count]] for table in self.tables]
             self.pool.prefixes.insert(tokens[: count * self.page_size].tolist(), pages, salt)  # type: ignore[arg-type]
 
+    def forget_prefix(self, slot: int) -> None:
+        """Take the pages of a slot out of the prefix cache, with all that continues them: they hold something else than
+        it says."""
+        for index, table in enumerate(self.tables):
+            if self.pool.prefixes is not None:
+                self.pool.prefixes.forget(index, table.pages[slot][table.first_held[slot] :])
+
     def check(self) -> None:
         """Prove the books (AssertionError if wrong)."""
         self.pool.check()

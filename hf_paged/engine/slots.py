@@ -51,6 +51,8 @@ class Slots:
     def admit(self, row: Row) -> int:
         """Give a row a slot and put its tokens there; returns the slot."""
         slot = self._free.pop()
+        self.length[slot] = 0
+        self.rows[slot], row.slot = row, slot  # First: whatever fails from here on, release() gives it back.
         request = row.request
         tokens = row.tokens
         self.reserve(len(tokens) + 1)
@@ -69,8 +71,7 @@ class Slots:
             self.eos = wider
         self.eos[slot] = NO_EOS
         self.eos[slot, : len(eos)] = eos
-        self.rows[slot] = row
-        row.slot, row.saved = slot, None
+        row.saved = None
         return slot
 
     def release(self, row: Row) -> None:

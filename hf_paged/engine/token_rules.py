@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, Literal
 
 import numpy as np
@@ -204,6 +205,10 @@ class TokenRules:
             ValueError: as :meth:`make`.
         """
         config = prepared.config
+        for name in ("num_beams", "num_return_sequences"):
+            _check_at_least_one(name, getattr(config, name))
+        if config.prompt_lookup_num_tokens is not None:
+            _check_at_least_one("prompt_lookup_num_tokens", config.prompt_lookup_num_tokens)
         reason = unserved_reason(config)
         if reason is not None:
             raise ValueError(f"generation_config: {reason}")
@@ -287,6 +292,22 @@ class TokenRules:
                 for p in self.processors
             )
         return self._row_processors[row]
+
+    def processed(self, row: int, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        """``scores`` ``[n, vocab]`` as the processors of a row (see :meth:`processors_of_row`) change them.
+
+        Raises:
+            ValueError: they gave back another shape: an index into it may be no token at all.
+        """
+        shape = list(scores.shape)
+        changed = self.processors_of_row(row)(ids, scores)
+        got = list(changed.shape) if isinstance(changed, torch.Tensor) else changed
+        if got != shape:
+            raise ValueError(
+                f"logits processors gave scores of shape {got}, those of the model's {shape[-1]} logits are accepted, "
+                f"{shape}: a processor that pads or cuts the vocabulary must give back as many as it was given."
+            )
+        return changed
 
 
 MODES: dict[GenerationMode, Mode] = {
@@ -442,6 +463,12 @@ def _checked_seed(seed: int | None, do_sample: bool) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < SEED_LIMIT:
         raise ValueError(f"seed is {seed!r}: an integer from 0 to 2**64 - 1, or None, is accepted.")
     return seed
+
+
+def _check_at_least_one(name: str, count: Any) -> None:
+    """Raises ValueError: not a number of at least 1."""
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < 1:
+        raise ValueError(f"generation_config: {name} is {count!r}: an integer of at least 1 is accepted.")
 
 
 def _checked_count(name: str, count: int | None) -> int | None:

@@ -17,6 +17,8 @@ class PageAllocator:
         self.num_pages = 0
         self._free: list[int] = []
         self._owners: list[int] = []
+        self._kept: set[int] = set()
+        self._num_kept_alone = 0
         self.grow(num_pages)
 
     @property
@@ -28,6 +30,11 @@ class PageAllocator:
     def num_used(self) -> int:
         """Pages with at least one owner."""
         return self.num_pages - len(self._free)
+
+    @property
+    def num_kept_alone(self) -> int:
+        """Pages whose only owner is the one that :meth:`keep` made."""
+        return self._num_kept_alone
 
     def grow(self, num_pages: int) -> None:
         """Add ids up to a total of ``num_pages``."""
@@ -52,6 +59,8 @@ class PageAllocator:
         for page in pages:
             if self._owners[page] < 1:
                 raise ValueError(f"page {page} is free and cannot be shared.")
+            if self._owners[page] == 1 and page in self._kept:
+                self._num_kept_alone -= 1
             self._owners[page] += 1
 
     def free(self, pages: Iterable[int]) -> None:
@@ -62,6 +71,19 @@ class PageAllocator:
             self._owners[page] -= 1
             if self._owners[page] == 0:
                 self._free.append(page)
+            elif self._owners[page] == 1 and page in self._kept:
+                self._num_kept_alone += 1
+
+    def keep(self, page: int) -> None:
+        """Add an owner that keeps a page after use (the prefix cache); there is one of these at most."""
+        self.share([page])
+        self._kept.add(page)
+
+    def drop(self, page: int) -> None:
+        """Remove the owner that :meth:`keep` has added."""
+        self._kept.remove(page)
+        self._num_kept_alone -= self._owners[page] == 1
+        self.free([page])
 
     @property
     def end(self) -> int:
@@ -107,4 +129,6 @@ class PageAllocator:
             assert owners == expected[page], f"page {page} counts {owners} owners, {expected[page]} hold it"
         assert len(set(self._free)) == len(self._free), "a page is on the free list twice"
         assert all(self._owners[page] == 0 for page in self._free), "an owned page is on the free list"
+        alone = sum(self._owners[page] == 1 for page in self._kept)
+        assert self._num_kept_alone == alone, f"{alone} pages are kept alone, {self._num_kept_alone} were counted"
         assert len(self._free) + sum(owners > 0 for owners in self._owners) == self.num_pages, "a page is lost"

@@ -288,11 +288,11 @@ class PrefixCache:
         try:
             for allocator, new_pages in zip(self.allocators, gaps):
                 for page in new_pages.values():
-                    allocator.share([page])
+                    allocator.keep(page)
                     taken.append((allocator, page))
         except ValueError:
             for allocator, page in taken:
-                allocator.free([page])
+                allocator.drop(page)
             raise
 
     def _add_node(self, parent: _Node | None, tokens: tuple[int, ...], salt: Hashable) -> _Node:
@@ -359,10 +359,19 @@ class PrefixCache:
         self._evictions += pages_before - sum(self.num_pages)
         return freed
 
+    def forget(self, group: int, pages: Iterable[int]) -> None:
+        """Give up those of ``pages`` of a group that are cached, with the pages of other groups for the same tokens and
+        all that continues them."""
+        for page in pages:
+            node = self._holders[group].get(page)
+            if node is not None:
+                self._drop_with_descendants(node)
+
     def clear(self) -> None:
         """Give up every page, for example because the weights changed."""
         for allocator, holders in zip(self.allocators, self._holders):
-            allocator.free(holders)
+            for page in holders:
+                allocator.drop(page)
             holders.clear()
         self._nodes.clear()
         self._order.clear()
@@ -388,7 +397,7 @@ class PrefixCache:
         while last is not None:
             for allocator, holders, page in zip(self.allocators, self._holders, last.pages):
                 if page is not None:
-                    allocator.free([page])
+                    allocator.drop(page)
                     del holders[page]
             self._order.pop(last, None)
             same_key = self._nodes[last.key]

@@ -1,7 +1,11 @@
 """What goes wrong ends the request that it belongs to, with its cause: never another one, never the loop."""
 
 import asyncio
+import copy
+import dataclasses
 import gc
+import pickle
+import re
 import sys
 import threading
 import time
@@ -14,6 +18,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 import hf_paged
+from hf_paged.engine.token_rules import Sampling, TokenRules
 
 sys.path.insert(0, str(Path(__file__).parent))
 from random_requests import tiny_model
@@ -22,7 +27,7 @@ PROMPT = [5, 6, 7, 8, 9]
 
 
 def config(new: int = 8, **options: Any) -> GenerationConfig:
-    return GenerationConfig(max_new_tokens=new, do_sample=False, pad_token_id=0, **options)
+    return GenerationConfig(max_new_tokens=new, pad_token_id=0, **({"do_sample": False} | options))
 
 
 @pytest.fixture(scope="module")
@@ -167,11 +172,54 @@ def test_what_can_never_be_served_is_refused_at_submit(engine, expected, prompt,
 
 @pytest.mark.parametrize(
     ("argument", "error"),
-    [({"priority": "high"}, TypeError), ({"deadline_s": -1}, ValueError), ({"generation_config": 3}, TypeError)],
+    [
+        ({"priority": "high"}, TypeError),
+        ({"priority": float("nan")}, ValueError),
+        ({"deadline_s": -1}, ValueError),
+        ({"deadline_s": float("nan")}, ValueError),
+        ({"deadline_s": "soon"}, ValueError),
+        ({"generation_config": 3}, TypeError),
+    ],
 )
 def test_bad_arguments_of_submit(engine, argument, error):
-    with pytest.raises(error):
+    with pytest.raises(error, match=next(iter(argument))):
         engine.submit(PROMPT, **argument)
+
+
+@pytest.mark.parametrize("prompt", ["a text", ["two", "words"], {"input_ids": PROMPT}], ids=["str", "list", "mapping"])
+def test_text_is_not_a_prompt(engine, prompt):
+    with pytest.raises(TypeError, match=r"tokenise it first|give its \"input_ids\""):
+        engine.submit(prompt)
+
+
+@pytest.mark.parametrize("name", ["num_beams", "num_return_sequences", "prompt_lookup_num_tokens"])
+@pytest.mark.parametrize("value", [0, -1, 1.5, True])
+def test_counts_below_one_are_refused_at_submit(engine, expected, name, value):
+    running = engine.submit(PROMPT, generation_config=config())
+    options = config()
+    setattr(options, name, value)
+    if (name, value) != ("num_beams", True):  # To transformers that is 1.
+        with pytest.raises(ValueError, match=f"{name}.*{value!r}"):
+            engine.submit(PROMPT, generation_config=options)
+    assert running.result(timeout_s=30).token_ids == expected
+
+
+@pytest.mark.parametrize("name", ["temperature", "eos_token_ids", "num_rows"])
+def test_what_no_check_foresaw_ends_its_request_alone(model, engine, expected, name):
+    """Rules with a value that nobody can use, found out where a request gets its slot."""
+    rules = TokenRules.make(model, config(do_sample=True), prompt_ids=PROMPT)
+    broken = {"temperature": {"plain": Sampling(True, temperature="hot")}, "eos_token_ids": {"eos_token_ids": ("x",)}}
+    rules = dataclasses.replace(rules, **broken.get(name, {"num_rows": 0}))
+    running = engine.submit(PROMPT, generation_config=config())
+    if name == "num_rows":
+        with pytest.raises(ValueError, match="num_rows=0"):
+            engine.submit(PROMPT, rules=rules)
+    else:
+        output = engine.submit(PROMPT, rules=rules).result(timeout_s=30)
+        assert output.finish_reason == "error"
+        assert isinstance(output.error, (TypeError, ValueError))
+    assert running.result(timeout_s=30).token_ids == expected
+    assert_serves(engine, expected)
 
 
 def test_a_request_id_may_be_used_again_once_its_request_has_ended(engine, expected):
@@ -180,7 +228,18 @@ def test_a_request_id_may_be_used_again_once_its_request_has_ended(engine, expec
         engine.submit(PROMPT, generation_config=config(), request_id="a")
     first.cancel()
     assert first.result(timeout_s=30).finish_reason == "cancelled"
-    assert engine.submit(PROMPT, generation_config=config(), request_id="a").result(timeout_s=30).token_ids == expected
+    second = engine.submit(PROMPT, generation_config=config(), request_id="a")
+    first.cancel()  # Another request has its id by now.
+    assert second.result(timeout_s=30).token_ids == expected
+
+
+def test_made_ids_keep_away_from_given_ones(engine, expected):
+    given = [engine.submit(PROMPT, generation_config=config(60), request_id=f"request-{n}") for n in range(2, 6)]
+    made = [engine.submit(PROMPT, generation_config=config()) for _ in range(6)]
+    assert [handle.result(timeout_s=30).token_ids for handle in made] == [expected] * 6
+    assert len({handle.request_id for handle in [*given, *made]}) == 10
+    for handle in given:
+        handle.cancel()
 
 
 def test_nan_logits_end_the_request(model, engine, expected):
@@ -203,6 +262,103 @@ def test_nan_logits_end_the_request(model, engine, expected):
     assert output.finish_reason == "error"
     assert "NaN" in str(output.error)
     assert_serves(engine, expected)
+
+
+@pytest.fixture
+def fault(model):
+    """A fault that comes and goes: while it has an entry, keys and values of the later layers are NaN."""
+    entries: list[Any] = []
+    hook = model.model.layers[0].mlp.register_forward_hook(
+        lambda module, args, output: output * float("nan") if entries else None
+    )
+    yield entries
+    hook.remove()
+
+
+def test_nan_of_a_step_is_not_found_again(model, fault, engine):
+    system = [*range(10, 34)]
+    want = model.generate(torch.tensor([[*system, 5]]), generation_config=config())[0, 25:].tolist()
+    good = engine.submit([7, *system], generation_config=config()).result(timeout_s=30)
+    fault.append("now")
+    outputs = [
+        engine.submit([*system, 4], generation_config=options).result(timeout_s=30)
+        for options in (config(), config(num_beams=2))
+    ]
+    fault.clear()
+    assert [output.finish_reason for output in outputs] == ["error", "error"]
+    assert all("NaN" in str(output.error) for output in outputs)
+    output = engine.submit([*system, 5], generation_config=config()).result(timeout_s=30)
+    assert (output.token_ids, output.cached_tokens) == (want, 0)
+    again = engine.submit([*system, 5], generation_config=config()).result(timeout_s=30)
+    assert (again.token_ids, again.cached_tokens) == (want, 24)
+    other = engine.submit([7, *system], generation_config=config()).result(timeout_s=30)
+    assert (other.token_ids, other.cached_tokens) == (good.token_ids, 24), "other prefixes stay"
+
+
+def test_nan_of_another_request_is_computed_again(model, engine):
+    """What was spoilt in the cache by somebody who did not find out: whoever finds it computes it for himself."""
+    system = [*range(10, 34)]
+    want = model.generate(torch.tensor([[*system, 5]]), generation_config=config())[0, 25:].tolist()
+    engine.submit([*system, 4], generation_config=config()).result(timeout_s=30)
+    for group in engine._core.pool.groups.values():
+        for pages in group.layers.values():
+            pages.v.fill_(float("nan"))
+    output = engine.submit([*system, 5], generation_config=config()).result(timeout_s=30)
+    assert (output.token_ids, output.finish_reason, output.cached_tokens) == (want, "length", 0)
+    assert output.timing.preemptions == 1
+    again = engine.submit([*system, 5], generation_config=config()).result(timeout_s=30)
+    assert (again.token_ids, again.cached_tokens) == (want, 24)
+
+
+class Reshapes(LogitsProcessor):
+    """A grammar's padded vocabulary, the best score behind the model's own; or one cut short; or no scores at all."""
+
+    def __init__(self, change: int | None) -> None:
+        self.change = change
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
+        if self.change is None:
+            return None
+        more = scores.new_full((len(scores), max(self.change, 0)), float(scores.max()) + 1)
+        return torch.cat([scores[:, : scores.shape[1] + min(self.change, 0)], more], dim=1)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 2}, {"do_sample": True}, {"prompt_lookup_num_tokens": 2}], ids=str
+)
+@pytest.mark.parametrize("change", [64, -5, None])
+def test_scores_of_another_width_end_their_request_alone(engine, expected, options, change):
+    others = [engine.submit(PROMPT, generation_config=config()) for _ in range(3)]
+    settings = GenerationConfig(max_new_tokens=8, pad_token_id=0, **options)
+    output = engine.submit(PROMPT, generation_config=settings, logits_processor=[Reshapes(change)]).result(timeout_s=30)
+    assert output.finish_reason == "error"
+    if change is not None:
+        assert re.search(r"scores of shape \[.*\], those of the model's 99 logits", str(output.error))
+    assert [other.result(timeout_s=30).token_ids for other in others] == [expected] * 3
+
+
+def test_allowed_tokens_beyond_the_vocabulary_are_refused_before_they_index(engine, expected):
+    other = engine.submit(PROMPT, generation_config=config())
+    output = engine.submit(PROMPT, generation_config=config(), prefix_allowed_tokens_fn=lambda row, ids: [5, 99])
+    assert "prefix_allowed_tokens_fn gave token 99: 0 to 98" in str(output.result(timeout_s=30).error)
+    assert other.result(timeout_s=30).token_ids == expected
+
+
+@pytest.mark.parametrize("name", ["refresh_weights", "sleep", "pause", "drop_prefixes", "warm_up"])
+def test_what_changes_the_engine_is_refused_inside_a_step(engine, expected, name):
+    class Calls(LogitsProcessor):
+        def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+            if input_ids.shape[1] == len(PROMPT) + 2:
+                getattr(engine, name)()
+            return scores
+
+    other = engine.submit(PROMPT, generation_config=config())
+    output = engine.submit(PROMPT, generation_config=config(), logits_processor=[Calls()]).result(timeout_s=30)
+    assert isinstance(output.error, hf_paged.RequestError)
+    assert f"{name}() was called inside a step" in str(output.error)
+    assert other.result(timeout_s=30).token_ids == expected
+    engine.drop_prefixes()
+    assert engine.stats().pages_used == 0
 
 
 @pytest.mark.parametrize("k", [0, 1, 3])
@@ -247,11 +403,47 @@ def test_cancel_delivers_what_there_is(engine, expected):
 def test_a_deadline_delivers_what_there_is(engine, expected):
     handle = engine.submit(PROMPT, generation_config=config(100), logits_processor=[Slow()], deadline_s=0.1)
     output = handle.result(timeout_s=30)
-    assert output.finish_reason == "cancelled"
+    assert output.finish_reason == output.sequences[0].finish_reason == "deadline"
     assert "deadline" in str(output.error)
     assert 0 < len(output.token_ids) < 100
     assert engine.submit(PROMPT, generation_config=config(), deadline_s=0).result(timeout_s=30).token_ids == []
+    assert engine.stats().finished["deadline"] == 2
     assert_serves(engine, expected)
+
+
+def test_requests_that_have_ended_are_not_kept_for_their_deadlines(engine):
+    first = engine.submit(PROMPT, generation_config=config(100), deadline_s=80)
+    for _ in range(25):
+        engine.submit(PROMPT, generation_config=config(1), deadline_s=86400).result(timeout_s=30)
+    assert len(engine._deadlines) < 20
+    first.cancel()
+    late = engine.submit(PROMPT, generation_config=config(100), logits_processor=[Slow()], deadline_s=0.1)
+    assert late.result(timeout_s=30).finish_reason == "deadline"
+
+
+def test_a_stream_that_nobody_can_read_on_is_cancelled(engine, expected):
+    for count, _ in enumerate(engine.submit(PROMPT, generation_config=config(100), request_id="stream")):
+        if count == 2:
+            break
+    kept = engine.submit(PROMPT, generation_config=config())
+    for _ in kept:
+        break
+    engine.submit(PROMPT, generation_config=config(3), request_id="unasked")
+    gc.collect()
+    assert kept.result(timeout_s=30).token_ids == expected
+    assert_serves(engine, expected)
+    assert engine.stats().finished == {"cancelled": 1, "length": 3}
+
+
+def test_an_async_stream_that_nobody_can_read_on_is_cancelled(engine):
+    async def read() -> None:
+        async for _ in engine.submit(PROMPT, generation_config=config(100)):
+            return
+
+    asyncio.run(read())
+    gc.collect()
+    assert engine.submit(PROMPT, generation_config=config()).result(timeout_s=30).finish_reason == "length"
+    assert engine.stats().finished == {"cancelled": 1, "length": 1}
 
 
 def test_a_consumer_that_dies_holds_nobody_up(engine, expected):
@@ -278,7 +470,15 @@ def test_close_in_mid_flight_ends_every_request(model):
     assert model.config._attn_implementation == "sdpa"
     with pytest.raises(hf_paged.RequestError, match="closed"):
         engine.submit(PROMPT)
+    with pytest.raises(hf_paged.RequestError, match="closed"), engine:
+        pass
     engine.close()
+
+
+@pytest.mark.parametrize("copies", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_an_engine_cannot_be_pickled_or_copied(engine, copies):
+    with pytest.raises(TypeError, match=r"make one there, hf_paged\.Engine\(model, config\)"):
+        copies(engine)
 
 
 def test_close_can_wait_for_requests(engine, expected):
