@@ -446,7 +446,7 @@ def _batched(
 ) -> torch.Tensor:
     """A step of transformers' continuous batching: one row ``[1, H, T, D]`` of packed sequences."""
     dtype, new_key, new_value = query.dtype, key, value
-    if is_batching_cache(cache):
+    if is_batching_cache(cache) and kwargs.get("block_table") is None:
         # It has the dtype of the weights, whatever autocast says.
         query, key, value = (x.to(cache.dtype) for x in (query, key, value))
     key, value = batching_update(cache if is_batching_cache(cache) else None, module, key, value, kwargs)
