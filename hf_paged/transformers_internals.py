@@ -141,6 +141,8 @@ def install(
     _wrap(modeling_flash_attention_utils, "_lazy_imports", functools.partial(_lazy_imports, flash_functions))
     _wrap(PreTrainedModel, "_check_and_adjust_attn_implementation", _check_and_adjust)
     _wrap(GenerationMixin, "_prepare_cache_for_generation", functools.partial(_prepare_cache, make_cache))
+    for loop in ("_sample", "_beam_search", "_assisted_decoding"):
+        _wrap(GenerationMixin, loop, _decode)
     _wrap(EncoderDecoderCache, "check_dynamic_cache", functools.partial(_check_dynamic_cache, cache_class))
     _let_threads_choose(PreTrainedConfig)
 
@@ -234,6 +236,25 @@ def _prepared(
     else:
         model_kwargs[name] = paged
     return result
+
+
+def _decode(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
+    """A decoding loop of transformers: it takes the first token from the last column, which must not be padding.
+
+    Padding takes no part in our attention, where sdpa lets padding behind tokens look at them: neither is the prompt's
+    own continuation.
+    """
+    mask = kwargs.get("attention_mask")
+    is_decoder = not model.config.is_encoder_decoder
+    if is_decoder and uses_paged_flash(model.config.get_text_config(decoder=True)) and getattr(mask, "ndim", 0) == 2:
+        num_padded = int((mask[:, -1] == 0).sum())
+        if num_padded:
+            raise ValueError(
+                f"attention_mask hides the last column of {num_padded} of {len(mask)} rows, and generate() would take their "
+                f"next token from there: pad on the left (tokenizer.padding_side = 'left'). If you passed no mask, generate() made one "
+                f"that hides every pad_token_id in input_ids: pass attention_mask=torch.ones_like(input_ids)."
+            )
+    return original(model, *args, **kwargs)
 
 
 def _check_dynamic_cache(cache_class: type[Cache], original: Callable, cache: EncoderDecoderCache, method: str) -> None:

@@ -92,6 +92,27 @@ def test_padding_takes_no_part(models, side):
         close(logits[row][mask[row].bool()], alone(eager, sequence))
 
 
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"use_cache": False}], ids=str)
+def test_generate_refuses_a_batch_padded_on_the_right(llama, eager_llama, options):
+    """The logits of the last column are padding's, eager's as well: not those of the prompt."""
+    sequences = prompts(*LENGTHS)
+    ids, mask = padded(sequences, "right")
+    with pytest.raises(ValueError, match=r"hides the last column of \d of \d rows, .*padding_side = 'left'"):
+        llama.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, **options)
+    # A prompt that ends with the pad token, for which generate() makes the mask.
+    ends = torch.tensor([[5, 6, 7, llama.config.pad_token_id]])
+    with pytest.raises(ValueError, match=r"last column of .*attention_mask=torch.ones_like"):
+        llama.generate(ends, max_new_tokens=2, do_sample=False, **options)
+    # Forwards go on as before, and so does a patched model, with each prompt's own continuation.
+    llama(ids, attention_mask=mask)
+    patched = tiny_model("llama", "paged_flash")
+    hf_paged.patch_generate(patched)
+    tokens = patched.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)[:, ids.shape[1] :]
+    for row, sequence in zip(tokens, sequences):
+        own = eager_llama.generate(torch.tensor([sequence]), max_new_tokens=4, do_sample=False)
+        assert torch.equal(row, own[0, len(sequence) :])
+
+
 def packed(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.tensor([[token for sequence in sequences for token in sequence]])
     return ids, torch.cat([torch.arange(len(sequence)) for sequence in sequences])[None]
