@@ -250,9 +250,10 @@ def _decode(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
         num_padded = int((mask[:, -1] == 0).sum())
         if num_padded:
             raise ValueError(
-                f"attention_mask hides the last column of {num_padded} of {len(mask)} rows, and generate() would take their "
-                f"next token from there: pad on the left (tokenizer.padding_side = 'left'). If you passed no mask, generate() made one "
-                f"that hides every pad_token_id in input_ids: pass attention_mask=torch.ones_like(input_ids)."
+                f"attention_mask hides the last column of {num_padded} of {len(mask)} rows, and generate() would take "
+                f"their next token from there: pad on the left (tokenizer.padding_side = 'left'). If you passed no "
+                f"mask, generate() made one that hides every pad_token_id in input_ids: pass "
+                f"attention_mask=torch.ones_like(input_ids)."
             )
     return original(model, *args, **kwargs)
 

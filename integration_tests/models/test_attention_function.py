@@ -92,7 +92,9 @@ def test_padding_takes_no_part(models, side):
         close(logits[row][mask[row].bool()], alone(eager, sequence))
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"use_cache": False}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"use_cache": False}], ids=str
+)
 def test_generate_refuses_a_batch_padded_on_the_right(llama, eager_llama, options):
     """The logits of the last column are padding's, eager's as well: not those of the prompt."""
     sequences = prompts(*LENGTHS)
