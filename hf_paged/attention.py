@@ -143,7 +143,7 @@ def _attend(
         return _with_dense_mask(query, key, value, attention_mask, options)
     if attention_mask is not None and attention_mask.ndim != 2:
         raise ValueError(f"attention_mask must be 2D or 4D, got the shape {list(attention_mask.shape)}.")
-    _refuse_two_packings(query, key, attention_mask, options.causal, module, kwargs)
+    _refuse_two_packings(query, key, attention_mask, module, kwargs)
     # A model that changes one of them after the cache (latent attention, repeated heads) has gathered it: all is dense.
     if isinstance(key, PagedStates) and isinstance(value, PagedStates):
         if kwargs.get("cu_seq_lens_q") is not None:
@@ -261,14 +261,13 @@ def _refuse_two_packings(
     query: torch.Tensor,
     key: torch.Tensor,
     mask: torch.Tensor | None,
-    causal: bool,
     module: torch.nn.Module,
     kwargs: dict[str, Any],
 ) -> None:
     """Refuse a padding mask beside packed lengths, and packed positions of which no mask or length tells.
 
-    transformers tells packed sequences from ``position_ids`` only for models that hand them to their mask (gpt_oss does
-    not), and never beside a cache. Looked at in the first layer: the others get the same.
+    transformers tells packed sequences from ``position_ids`` only for models that hand them to their mask (gpt_oss and
+    encoders do not), and never beside a cache. Looked at in the first layer: the others get the same.
     """
     if kwargs.get("cu_seq_lens_q") is not None:
         # An int32 mask has the same sequences, told from position_ids.
@@ -279,7 +278,7 @@ def _refuse_two_packings(
             )
         return
     positions, length = kwargs.get("position_ids"), query.shape[2]
-    if mask is not None or not causal or positions is None or getattr(module, "layer_idx", None) != 0:
+    if mask is not None or positions is None or getattr(module, "layer_idx", None) not in (0, None):
         return
     if positions.ndim != 2 or positions.shape[1] != length or key.shape[2] != length or length == 1:
         return
@@ -288,7 +287,8 @@ def _refuse_two_packings(
     if bool((positions.diff() <= 0).any()):
         raise ValueError(
             f"position_ids restart, as for packed sequences, but {type(module).__name__} gets no mask that separates "
-            f"them: pass {', '.join(VARLEN)} and use_cache=False, or one sequence a row with its attention_mask."
+            f"them: pass {', '.join(VARLEN)} and use_cache=False, or one sequence a row with its attention_mask. If they "
+            f'are one sequence, load the model with attn_implementation="sdpa".'
         )
 
 

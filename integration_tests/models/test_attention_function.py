@@ -21,6 +21,7 @@ from transformers import (
     Gemma3TextConfig,
     ModernBertConfig,
     PreTrainedModel,
+    RobertaConfig,
     StaticCache,
     T5Config,
     T5ForConditionalGeneration,
@@ -297,6 +298,32 @@ def test_bidirectional_models(which, side):
     for batch in (dict(input_ids=ids[2:3]), dict(input_ids=ids, attention_mask=mask)):
         held = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
         close(paged(**batch).last_hidden_state[held], eager(**batch).last_hidden_state[held])
+
+
+@pytest.mark.parametrize("which", ["bert", "roberta", "modernbert"])
+def test_packed_sequences_of_encoders(which):
+    """By prefix sums; their masks do not separate what position_ids alone call packed, so that is refused."""
+    shape = {k: v for k, v in BASE.items() if k not in ("head_dim", "num_key_value_heads")}
+    config = {
+        "bert": lambda: BertConfig(**shape, attention_probs_dropout_prob=0.0),
+        "roberta": lambda: RobertaConfig(**shape, attention_probs_dropout_prob=0.0),
+        "modernbert": lambda: ModernBertConfig(**shape, local_attention=6, global_attn_every_n_layers=2),
+    }[which]
+    eager, paged = both(lambda name: AutoModel.from_config(config(), attn_implementation=name))
+    sequences = prompts(*LENGTHS)
+    ids, positions = packed(sequences)
+    out = paged(ids, position_ids=positions, **varlen(sequences)).last_hidden_state[0]
+    for part, sequence in zip(out.split([len(s) for s in sequences]), sequences):
+        own = torch.arange(len(sequence))[None]
+        close(part, eager(torch.tensor([sequence]), position_ids=own).last_hidden_state[0])
+    if which == "modernbert":
+        return  # It does not show position_ids to attention, whatever the implementation.
+    with pytest.raises(ValueError, match=r"position_ids restart, .*cu_seq_lens_q.*sdpa"):
+        paged(ids, position_ids=positions)
+    # One sequence, wherever it starts, and rows with padding.
+    paged(ids, position_ids=torch.arange(ids.shape[1])[None] + 2)
+    ids, mask = padded(sequences, "right")
+    paged(ids, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0))
 
 
 def test_causal_attention_is_not_bidirectional(eager_llama):
