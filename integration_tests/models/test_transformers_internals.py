@@ -398,17 +398,23 @@ def test_hooks_of_libraries_that_do_nothing_to_rows_are_known():
     assert all(map(internals.is_harmless_hook, found_hooks(model)))
 
 
-def test_the_hook_of_peft_that_makes_embeddings_require_gradients_is_known(monkeypatch):
+def test_the_hook_of_peft_that_makes_embeddings_require_gradients_is_known():
     peft = pytest.importorskip("peft")
-    model = tiny_model("llama", "eager")
-    # PEFT has a hook of its own for models without the method.
-    name = "enable_input_require_grads"
-    for owner in [kind for kind in type(model).__mro__ if name in vars(kind)]:
-        monkeypatch.delattr(owner, name)
-    model.is_loaded_in_8bit = True
-    peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=True)
-    assert any("peft" in internals.origin_of(hook) for hook in found_hooks(model))
-    assert all(map(internals.is_harmless_hook, found_hooks(model)))
+
+    class WithoutTheMethod(torch.nn.Embedding):
+        """PEFT has a hook of its own for models that cannot make their inputs require gradients."""
+
+        is_loaded_in_8bit = True
+
+        def get_input_embeddings(self):
+            return self
+
+        def gradient_checkpointing_enable(self):
+            pass
+
+    (hook,) = found_hooks(peft.prepare_model_for_kbit_training(WithoutTheMethod(2, 2)))
+    assert internals.origin_of(hook).startswith("peft.")
+    assert internals.is_harmless_hook(hook)
 
 
 @pytest.mark.parametrize("copies_names", [False, True])
@@ -441,7 +447,7 @@ def step_inputs(model: Any, prepare: Any, is_first: bool) -> dict[str, Any]:
     if not is_first:
         cache.update(torch.zeros(2, 1, 2, 4), torch.zeros(2, 1, 2, 4), 0)
     given = prepare(
-        model, ids, past_key_values=cache, attention_mask=mask, use_cache=True, is_first_iteration=is_first,
+        model, ids, **with_cache(cache), attention_mask=mask, use_cache=True, is_first_iteration=is_first,
         position_ids=(mask.cumsum(-1) - 1).clamp(min=0), next_sequence_length=None if is_first else 1,
     )  # fmt: skip
     return {
