@@ -30,7 +30,7 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecod
 from transformers.utils import logging
 
 from .engine.request import RequestOutput
-from .engine.token_rules import TokenRules, derived_seed, mode_of
+from .engine.token_rules import TokenRules, checked_seed, derived_seed, mode_of
 from .errors import OutOfPagesError, RequestError
 from .generate_reasons import LOOP_KEYWORDS, is_row_wise, reason_in_config
 from .transformers_internals import PreparedGeneration, given_cache, own_decoding_loop, special_tokens
@@ -38,6 +38,15 @@ from .transformers_internals import PreparedGeneration, given_cache, own_decodin
 logger = logging.get_logger(__name__)
 
 _salts = itertools.count()
+
+
+def refuse_seed(seed: int | None, reason: str) -> None:
+    """Raises ValueError: a call has a ``seed`` and does not run in the engine; transformers would ignore it."""
+    if seed is not None:
+        raise ValueError(
+            f"seed={seed!r} is for calls that the engine runs, and this one it does not: {reason}. Use "
+            f"torch.manual_seed."
+        )
 
 
 def log_original(reason: str) -> None:
@@ -103,12 +112,19 @@ def run_loop(
 
     Returns:
         ``[num_sequences, L + new]`` int64 or a ``ModelOutput``, as ``generate()`` returns.
+
+    Raises:
+        ValueError: ``seed`` is no seed, or the engine cannot run the call that has it.
     """
     options = dict(
         logits_processor=logits_processor, stopping_criteria=stopping_criteria, generation_config=generation_config
     )
 
+    if seed is not None:
+        seed = checked_seed(seed)
+
     def run_original(reason: str) -> Any:
+        refuse_seed(seed, reason)
         log_original(reason)
         loop = own_decoding_loop(model, generation_config)
         extra = {} if streamer is None else {"streamer": streamer}

@@ -13,8 +13,9 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Sto
 from transformers.utils import logging
 
 from .engine import Engine, EngineConfig, is_supported
+from .engine.token_rules import checked_seed
 from .errors import RequestError, UnsupportedModelError
-from .generate_loop import log_original, run_loop
+from .generate_loop import log_original, refuse_seed, run_loop
 from .generate_reasons import reason_in_arguments, reason_in_config, reason_in_model
 from .hooks import active_hooks, foreign_forwards
 from .transformers_internals import hooks_of, resolve_generation_config
@@ -53,6 +54,8 @@ class PatchedGenerate:
     def __call__(self, *args: Any, seed: int | None = None, **kwargs: Any) -> Any:
         """``GenerationMixin.generate``, and ``seed``: of the sampled tokens, 0 <= seed < 2**64."""
         original, model = self.original, self._model
+        if seed is not None:
+            seed = checked_seed(seed)
         arguments = SIGNATURE.bind(model, *args, **kwargs).arguments
         if arguments.get("custom_generate") is generate:
             # That is what a patched model does anyway.
@@ -69,11 +72,7 @@ class PatchedGenerate:
             or reason_in_config(config, streamer is not None)
         )
         if reason is not None:
-            if seed is not None:
-                raise ValueError(
-                    f"seed={seed!r} is for calls that the engine runs, and this one it does not: {reason}. Use "
-                    f"torch.manual_seed."
-                )
+            refuse_seed(seed, reason)
             log_original(reason)
             return original(*args, **kwargs)
         if config.stop_strings is not None and tokenizer is not None:

@@ -76,9 +76,9 @@ class BeamSearch:
         self.histories = torch.tensor([[*rules.padding_ids, *prompt_ids]] * self.num_beams, dtype=torch.int64)
         self.beam_indices = torch.empty(self.num_beams, 0, dtype=torch.int64)
         # Only the first beam counts at the first step, where all rows are equal.
-        self.scores = torch.tensor([0.0] + [NEVER] * (self.num_beams - 1))
+        self.scores = torch.tensor([0.0] + [NEVER] * (self.num_beams - 1), dtype=torch.float32)
         # The finished list, best first, filled up with entries that any finished sequence replaces.
-        self.finished_scores = torch.full((self.num_beams,), NEVER)
+        self.finished_scores = torch.full((self.num_beams,), NEVER, dtype=torch.float32)
         self.is_finished = torch.zeros(self.num_beams, dtype=torch.bool)
         self.finished: list[BeamSequence] = [BeamSequence([], NEVER, [])] * self.num_beams
         self.can_improve = True
@@ -188,5 +188,5 @@ class BeamSearch:
         if self.early_stopping == "never" and self.length_penalty > 0.0:
             best_length = self.max_length - self.prompt_length
         best = self.scores[0] / best_length**self.length_penalty
-        worst = torch.where(self.is_finished, self.finished_scores.min(), torch.tensor(NEVER))
+        worst = torch.where(self.is_finished, self.finished_scores.min(), torch.tensor(NEVER, dtype=torch.float32))
         return bool((best > worst).any())

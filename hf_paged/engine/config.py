@@ -1,7 +1,7 @@
 """The engine's options, each checked when it is given."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -77,6 +77,7 @@ class EngineConfig:
     batch_invariant: bool = False
 
     def __post_init__(self) -> None:
+        _check_int("page_size", self.page_size, 1)
         if self.page_size not in PAGE_SIZES:
             raise ValueError(f"page_size must be one of {PAGE_SIZES}, got {self.page_size!r}.")
         if self.kv_dtype not in KV_DTYPES:
@@ -111,6 +112,10 @@ class EngineConfig:
                 raise TypeError(f"{name} must be None, True or False, got {getattr(self, name)!r}.")
         if self.batch_invariant:
             raise ValueError("batch_invariant=True is not available yet: leave it False.")
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Integral) and not isinstance(value, bool):
+                object.__setattr__(self, field.name, int(value))  # NumPy's integers are none of Python's.
 
 
 def _check_int(name: str, value: Any, least: int, also: str = "") -> None:

@@ -51,8 +51,16 @@ def reasons_in_state(model: PreTrainedModel) -> list[str]:
         method and f"{method}, which generate() calls at each step and the engine does not",
         reason_in_hooks(hooks_of(model)),
         reason_in_modules(model),
+        _reason_in_weights(model),
     )
     return [reason for reason in found if reason]
+
+
+def _reason_in_weights(model: PreTrainedModel) -> str | None:
+    for name, weight in model.named_parameters():
+        if weight.is_meta:
+            return f"{name} is on the meta device (accelerate has offloaded it), and the engine needs it in place"
+    return None
 
 
 def _rope_reasons(config: Any) -> list[str]:

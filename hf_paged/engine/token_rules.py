@@ -238,7 +238,7 @@ class TokenRules:
                 c for c in prepared.criteria if type(c) not in (EosTokenCriteria, MaxLengthCriteria)
             ),
             all_criteria=prepared.criteria,
-            seed=_checked_seed(seed, do_sample),
+            seed=_seed_of(seed, do_sample),
             num_logprobs=_checked_count("logprobs", logprobs),
             num_prompt_logprobs=_checked_count("prompt_logprobs", prompt_logprobs),
             padding_ids=tuple(padding_ids),
@@ -455,14 +455,18 @@ def _checked_callables(name: str, objects: Sequence[Any] | None) -> list[Any]:
     return list(objects)
 
 
-def _checked_seed(seed: int | None, do_sample: bool) -> int:
-    """Raises ValueError: not an integer from 0 to 2**64 - 1."""
+def _seed_of(seed: int | None, do_sample: bool) -> int:
     if seed is None:
         # Drawn only where it is used: a greedy request leaves torch's global generator alone.
         return int(torch.randint(0, 2**63 - 1, ())) if do_sample else 0
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < SEED_LIMIT:
+    return checked_seed(seed)
+
+
+def checked_seed(seed: Any) -> int:
+    """Raises ValueError: not an integer from 0 to 2**64 - 1."""
+    if isinstance(seed, bool) or not isinstance(seed, Integral) or not 0 <= int(seed) < SEED_LIMIT:
         raise ValueError(f"seed is {seed!r}: an integer from 0 to 2**64 - 1, or None, is accepted.")
-    return seed
+    return int(seed)
 
 
 def _check_at_least_one(name: str, count: Any) -> None:
@@ -473,6 +477,8 @@ def _check_at_least_one(name: str, count: Any) -> None:
 
 def _checked_count(name: str, count: int | None) -> int | None:
     """Raises ValueError: not a count."""
-    if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 0):
+    if count is None:
+        return None
+    if isinstance(count, bool) or not isinstance(count, Integral) or count < 0:
         raise ValueError(f"{name} is {count!r}: a number of tokens from 0, or None, is accepted.")
-    return count
+    return int(count)

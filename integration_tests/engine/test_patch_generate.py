@@ -4,14 +4,17 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import gc
 import inspect
 import io
 import pickle
 import sys
 import threading
 import types
+import weakref
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from host import CACHE, cache_of, with_cache
@@ -181,6 +184,65 @@ def test_errors_are_those_of_generate(model):
         model.generate(**batch(3, 5), stopping_criteria=[fail], max_new_tokens=3)
     assert model.generate(ids, max_new_tokens=3).shape == (1, 8)
     model.generate.engine.check()
+
+
+# Numbers
+
+
+def test_numbers_of_numpy(model, reasons):
+    for options in (
+        dict(max_new_tokens=np.int64(7)),
+        dict(max_length=np.int32(17)),
+        dict(max_new_tokens=7, num_beams=np.int64(3), num_return_sequences=np.int16(2)),
+        dict(max_new_tokens=9, min_new_tokens=4, eos_token_id=np.array(EOS), pad_token_id=np.int64(0)),
+        dict(max_new_tokens=7, repetition_penalty=np.float64(1.3), no_repeat_ngram_size=np.int64(2)),
+    ):
+        got, expected = both(model, **batch(4, 9), do_sample=False, **options)
+        assert_same(got, expected)
+    config = EngineConfig(page_size=np.int64(8), max_num_seqs=np.int32(8), max_batch_tokens=np.int64(32))
+    assert [type(value) for value in (config.page_size, config.max_num_seqs, config.max_batch_tokens)] == [int] * 3
+    hf_paged.patch_generate(model, config)
+    sampled = [model.generate(**batch(4, 9), do_sample=True, max_new_tokens=5, seed=seed) for seed in (5, np.int64(5))]
+    assert torch.equal(*sampled)
+    hf_paged.unpatch_generate(model)
+    with hf_paged.Engine(model, config) as engine:
+        for given in (dict(seed=3, logprobs=2), dict(seed=np.int64(3), logprobs=np.int64(2))):
+            settings = GenerationConfig(do_sample=True, max_new_tokens=5)
+            sampled.append(engine.submit([5, 6, 7], generation_config=settings, **given).result())
+    assert sampled[2].token_ids == sampled[3].token_ids
+    assert len(sampled[3].logprobs[0].top_ids) == 2
+    assert reasons == []
+
+
+@pytest.mark.parametrize("how", ["patched", "custom_generate"])
+@pytest.mark.parametrize("seed", [-1, 2**64, True, 1.0, "x"])
+def test_a_seed_that_is_none_is_refused(model, reasons, seed, how):
+    options = dict(do_sample=True, max_new_tokens=3, seed=seed)
+    if how == "patched":
+        hf_paged.patch_generate(model, CONFIG)
+    else:
+        options["custom_generate"] = hf_paged.generate
+    with pytest.raises(ValueError, match=r"seed is .* an integer from 0"):
+        model.generate(**batch(4), **options)
+    assert reasons == []
+
+
+def test_a_seed_is_not_ignored_where_the_engine_refuses_later(model, reasons):
+    hf_paged.patch_generate(model, dataclasses.replace(CONFIG, max_model_len=16))
+    with pytest.raises(ValueError, match=r"seed=3 is for calls that the engine runs.*the engine serves 16"):
+        model.generate(**batch(4), do_sample=True, max_new_tokens=30, seed=3)
+    assert reasons == []
+
+
+def test_beams_with_another_default_dtype(reasons):
+    model = tiny_model("llama", "sdpa", num_hidden_layers=2).half()
+    torch.set_default_dtype(torch.float16)
+    try:
+        got, expected = both(model, **batch(5), num_beams=3, max_new_tokens=9, eos_token_id=EOS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert_same(got, expected)
+    assert reasons == []
 
 
 # Sampling
@@ -811,6 +873,99 @@ def test_keep_awake_is_a_bool(model):
         hf_paged.patch_generate(model, keep_awake=1)
 
 
+@pytest.mark.parametrize("keep_awake", [False, True])
+def test_a_model_in_another_dtype_gets_other_pages(model, reasons, keep_awake):
+    changed = copy.deepcopy(model)
+    options = batch(4, 9) | dict(max_new_tokens=4, do_sample=False)
+    hf_paged.patch_generate(changed, CONFIG, keep_awake=keep_awake)
+    expected = changed.generate(**options)
+    for dtype in (torch.bfloat16, torch.float64, torch.float32):
+        got = changed.to(dtype).generate(**options)
+        pages = changed.generate.engine._core.pool.groups.values()
+        assert {page.k.dtype for group in pages for page in group.layers.values()} <= {dtype}
+        if dtype != torch.bfloat16:
+            # float32 that was bfloat16 once is not what it was.
+            hf_paged.unpatch_generate(changed)
+            assert_same(got, changed.generate(**options))
+            hf_paged.patch_generate(changed, CONFIG, keep_awake=keep_awake)
+    assert got.shape == expected.shape
+    assert reasons == []
+
+
+@pytest.mark.parametrize("run_before", [False, True])
+def test_generate_outlives_the_name_of_its_model(run_before, reasons):
+    ids = batch(5)["input_ids"]
+    model = tiny_model("llama", "sdpa", num_hidden_layers=1)
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+    hf_paged.patch_generate(model, CONFIG)
+    if run_before:
+        model.generate(ids, max_new_tokens=2)
+    generate, gone = model.generate, weakref.ref(model)
+    del model
+    assert torch.equal(generate(ids, max_new_tokens=4, do_sample=False), expected)
+    assert reasons == []
+    del generate
+    gc.collect()
+    assert gone() is None, "a patched model that nobody has is freed"
+
+
+def test_unpatching_waits_for_calls_of_other_threads(model, reasons):
+    options = batch(4, 9) | dict(max_new_tokens=30, do_sample=False)
+    expected = model.generate(**options)
+    hf_paged.patch_generate(model, CONFIG)
+    has_begun, may_go_on, results = threading.Event(), threading.Event(), []
+
+    class Waits(Recorder):
+        def put(self, value):
+            super().put(value)
+            if len(self.got) == 2:  # the prompts come first, before the engine
+                has_begun.set()
+                assert may_go_on.wait(30)
+
+    def run():
+        results.append(model.generate(**options, streamer=Waits()))
+
+    caller = threading.Thread(target=run)
+    caller.start()
+    assert has_begun.wait(30)
+    generate = model.generate
+    unpatcher = threading.Thread(target=hf_paged.unpatch_generate, args=(model,))
+    unpatcher.start()
+    unpatcher.join(0.2)
+    assert unpatcher.is_alive()
+    assert "generate" not in model.__dict__
+    # A call that comes meanwhile is transformers'.
+    assert torch.equal(generate(**options), expected)
+    assert "not patched any more" in reasons.pop()
+    may_go_on.set()
+    caller.join(30)
+    unpatcher.join(30)
+    assert torch.equal(results[0], expected)
+    assert generate.engine is None
+    assert reasons == []
+
+
+@pytest.mark.parametrize("again", [False, True])
+def test_unpatching_from_inside_a_call(model, reasons, again):
+    options = batch(4, 9) | dict(max_new_tokens=12, do_sample=False)
+    expected = model.generate(**options)
+    hf_paged.patch_generate(model, CONFIG)
+    patched = model.generate
+
+    class Unpatches(Recorder):
+        def put(self, value):
+            super().put(value)
+            if len(self.got) == 2:
+                hf_paged.unpatch_generate(model)
+            if len(self.got) == 2 and again:
+                hf_paged.patch_generate(model, CONFIG)
+
+    assert torch.equal(model.generate(**options, streamer=Unpatches()), expected)
+    assert patched.engine is None
+    assert torch.equal(model.generate(**options), expected)
+    assert reasons == []
+
+
 def test_patching_again_takes_the_new_options(model):
     hf_paged.patch_generate(model, CONFIG)
     model.generate(batch(5)["input_ids"], max_new_tokens=4)
@@ -830,7 +985,7 @@ def test_copies_and_files_are_not_patched(tmp_path):
     hf_paged.patch_generate(model, CONFIG)
     ids = batch(5)["input_ids"]
     expected = model.generate(ids, max_new_tokens=4)
-    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.deepcopy([model, model.generate])[0]]
     file = io.BytesIO()
     torch.save(model, file)
     file.seek(0)
@@ -891,6 +1046,50 @@ def test_threads_share_the_engine(model, reasons):
         assert_same(mine, theirs)
     assert reasons == []
     model.generate.engine.check()
+
+
+def test_an_error_of_one_thread_is_that_threads_alone(model, reasons):
+    options = batch(4, 9) | dict(max_new_tokens=12, do_sample=False)
+    expected = model.generate(**options)
+    hf_paged.patch_generate(model, CONFIG)
+    together, outcomes = threading.Barrier(3), []
+
+    def fail(input_ids, scores):
+        if input_ids.shape[1] > 12:
+            raise ZeroDivisionError("of this call")
+        return scores
+
+    fail.row_wise = True
+
+    def run(processors):
+        together.wait(30)
+        try:
+            outcomes.append(model.generate(**options, logits_processor=processors).tolist())
+        except ZeroDivisionError as error:
+            outcomes.append(str(error))
+
+    threads = [threading.Thread(target=run, args=(processors,)) for processors in ([], [fail], [])]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert sorted(map(str, outcomes)) == sorted(map(str, [expected.tolist()] * 2 + ["of this call"]))
+    assert torch.equal(model.generate(**options), expected)
+    assert reasons == []
+    model.generate.engine.check()
+
+
+def test_offloaded_weights_go_to_transformers(reasons):
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_model("llama", "sdpa", num_hidden_layers=2)
+    options = batch(4, 9) | dict(max_new_tokens=6, do_sample=False)
+    expected = model.generate(**options)
+    hf_paged.patch_generate(model, CONFIG)
+    accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
+    assert torch.equal(model.generate(**options), expected)
+    assert "is on the meta device" in reasons.pop()
+    with pytest.raises(UnsupportedModelError, match="is on the meta device"):
+        hf_paged.Engine(model, CONFIG)
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "gemma2", "mistral"])
