@@ -3,6 +3,7 @@
 import dataclasses
 
 import torch
+from hf_paged_kernels.sampling_reference import log_sum_exp
 
 from .transfers import Arrival
 
@@ -31,20 +32,20 @@ class ComingLogprobs:
         logits: ``[num_rows, vocab]``, any float dtype, not read later.
         token_ids: ``[num_rows]`` int64; a negative id has log-probability NaN.
         counts: for each row, how many of the best to report, at most the vocabulary.
-        lse: ``[num_rows]`` float32, log-sum-exp of the logits; None: not known.
+        lse: ``[num_rows]`` float64, log-sum-exp of the logits; None: not known.
     """
 
     def __init__(
         self, logits: torch.Tensor, token_ids: torch.Tensor, counts: list[int], lse: torch.Tensor | None = None
     ) -> None:
         if lse is None:
-            lse = logits.float().logsumexp(dim=-1)
-        chosen = logits.gather(1, token_ids.clamp(min=0)[:, None])[:, 0].float() - lse
+            lse = log_sum_exp(logits)
+        chosen = (logits.gather(1, token_ids.clamp(min=0)[:, None])[:, 0].double() - lse).float()
         top = logits.topk(min(max(counts, default=0), logits.shape[-1]), dim=-1)
         self._counts = counts
         self._chosen = Arrival(chosen.masked_fill(token_ids < 0, torch.nan))
         self._tokens, self._top_ids = Arrival(token_ids), Arrival(top.indices)
-        self._top = Arrival(top.values.float() - lse[:, None])
+        self._top = Arrival((top.values.double() - lse[:, None]).float())
 
     def wait(self) -> list[TokenLogprobs]:
         """Those of each row; blocks until they have been computed, and no longer."""

@@ -38,7 +38,7 @@ class StepLogits:
         places: int64 ``[num_rows]`` on the host: where a row's token is in ``tokens``, -1: it is not chosen yet.
         tokens: int64 ``[num_chosen]``, chosen by the parameters of each row's slot, -1 where none can be; they are
             noted as the rows' last tokens already. None: there are none.
-        lse: float32 ``[num_chosen]`` with ``tokens``: the log-sum-exp of rows that report log-probabilities.
+        lse: float64 ``[num_chosen]`` with ``tokens``: the log-sum-exp of rows that report log-probabilities.
     """
 
     parts: list[torch.Tensor]

@@ -125,7 +125,7 @@ class SlotSampling:
         With ``last_token``, int64 by slot, tokens are noted there and ``positions`` are by slot too.
 
         Returns:
-            The tokens, and float32 ``[num_rows]``: the log-sum-exp of the logits of rows that report log-probabilities.
+            The tokens, and float64 ``[num_rows]``: the log-sum-exp of the logits of rows that report log-probabilities.
         """
         self._make_room(logits.shape[-1])
         tables = (

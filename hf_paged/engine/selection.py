@@ -146,7 +146,7 @@ class TokenSelector:
         Args:
             slots: ``[num_rows]`` int.
             token_ids: ``[num_rows]`` int64.
-            lse: ``[num_rows]`` float32, see :meth:`SlotSampling.choose_static`.
+            lse: ``[num_rows]`` float64, see :meth:`SlotSampling.choose_static`.
             logits_of: gives the logits ``[n, vocab]`` of rows ``[n]``.
         """
         return Selection(token_ids, self._logprobs(slots, token_ids, lse, logits_of))

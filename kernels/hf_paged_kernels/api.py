@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from . import checks, ops, shared_prefix
+from .backend import MAX_GRID
 from .checks import check_tensor, require
 from .settings import split_plan_size
 from .shared_prefix import SharedPrefix
@@ -41,7 +42,7 @@ def flash_attention(
         v: values ``[B, Lk, Hk, Dv]`` or ``[Tk, Hk, Dv]``; Dv may differ from D. Head dims 1 to 512.
         cu_seqlens_q: int32 ``[num_seqs + 1]``, prefix sums of the query lengths.
         cu_seqlens_k: the same of the key lengths; default ``cu_seqlens_q``.
-        max_seqlen_q: an upper bound of the query lengths; default the number of packed tokens.
+        max_seqlen_q: an upper bound of the query lengths; default the number of packed tokens. Dense: not needed.
         max_seqlen_k: accepted for symmetry; the kernels need no bound of the key lengths.
         causal: hide the keys to the right of each query.
         window: tokens that a query sees to each side, itself counted (``window=1``: itself only), or a pair
@@ -52,11 +53,13 @@ def flash_attention(
         return_lse: also return the log-sum-exp of the scaled scores, sinks included; it is differentiable too.
 
     Returns:
-        Attention ``[B, Lq, Hq, Dv]`` or ``[Tq, Hq, Dv]`` in q's dtype; a query without keys gives zeros. With
-        ``return_lse`` also float32 ``[B, Hq, Lq]`` or ``[Hq, Tq]`` (natural logarithm, -inf without keys).
+        Attention ``[B, Lq, Hq, Dv]`` or ``[Tq, Hq, Dv]`` in q's dtype. With ``return_lse`` also float32 ``[B, Hq, Lq]``
+        or ``[Hq, Tq]``, natural logarithm. A query without keys gives zeros, and its sink as lse; -inf without a sink,
+        and with a sink of -inf. A NaN that a query sees gives NaN, as in plain PyTorch.
 
     Raises:
-        ValueError: shapes, devices, lengths or options that do not fit; TypeError: dtypes that are not supported.
+        ValueError: shapes, devices, lengths or options that do not fit; TypeError: dtypes that are not supported;
+            NotImplementedError: tensors with forward-mode derivatives.
 
     Source: Dao, "FlashAttention-2" (2023), algorithms 1 and 2.
     """
@@ -82,14 +85,21 @@ def flash_attention(
         require(cu_seqlens_k is None, "cu_seqlens_k needs cu_seqlens_q: packed queries [Tq, Hq, D].")
         require(q.shape[0] == k.shape[0], f"q and k must have the same batch size, got {q.shape[0]}, {k.shape[0]}.")
     checks.check_same_device(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, sinks=sinks)
+    checks.refuse_tangents(q=q, k=k, v=v, sinks=sinks)
+    longest = q.shape[0 if varlen else 1]
+    if max_seqlen_q is not None:
+        max_seqlen_q = checks.count("max_seqlen_q", max_seqlen_q, 0)
+        longest = max_seqlen_q if varlen else longest
+    if max_seqlen_k is not None:
+        checks.count("max_seqlen_k", max_seqlen_k, 0)
     if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        max_seqlen_q = q.shape[0] if max_seqlen_q is None else int(max_seqlen_q)
-        if checks.may_read_values(q) and q.device.type == "cpu":
-            checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_seqlen_q)
+        reads = q.device.type == "cpu" and checks.may_read_values(q, cu_seqlens_q, cu_seqlens_k)
+        if reads:
+            checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q.shape[0], longest)
             checks.check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, k.shape[0], None)
     out, lse = ops.flash_attention_op(
         _unit_stride(q), _unit_stride(k), _unit_stride(v), cu_seqlens_q, cu_seqlens_k,
-        max_seqlen_q if max_seqlen_q is not None else q.shape[1], window_left, window_right,
+        longest, window_left, window_right,
         checks.check_softcap(softcap), sinks, checks.resolve_scale(scale, q.shape[-1]),
     )  # fmt: skip
     return (out, lse) if return_lse else out
@@ -129,7 +139,7 @@ def paged_attention(
             dtype, or float8_e4m3fn or int8 with scales.
         v_pages: values ``[num_pages, Hk, page_size, Dv]``.
         page_table: int32 ``[num_seqs, max_pages_per_seq]``, logical page -> physical page. Entries past a sequence's
-            end, or wholly left of its window, are not read.
+            end, or wholly left of its window, are not read. Any strides; columns that are apart cost a copy.
         seq_lens: int32 ``[num_seqs]``, tokens of each sequence in the cache, the new ones counted.
         cu_seqlens_q: int32 ``[num_seqs + 1]``, prefix sums of the query lengths; a sequence may have none.
         max_query_len: an upper bound of the query lengths; it chooses the kernel, never the result's meaning.
@@ -155,8 +165,10 @@ def paged_attention(
     Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention" (2023).
     """
     _check_paged(
-        q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, max_query_len, sinks, k_scale, v_scale
+        q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, sinks, k_scale, v_scale
     )  # fmt: skip
+    max_query_len = checks.count("max_query_len", max_query_len)
+    checks.refuse_tangents(q=q, k_pages=k_pages, v_pages=v_pages, sinks=sinks)
     size = split_plan_size(page_table.shape[0], page_table.shape[1] * k_pages.shape[2])
     require(
         plan is None or (plan.dtype == torch.int32 and plan.shape == (size,) and plan.device == q.device),
@@ -164,7 +176,7 @@ def paged_attention(
         f"got {None if plan is None else (plan.dtype, list(plan.shape), plan.device)}.",
     )
     window_left, window_right = checks.resolve_window(window, causal)
-    if checks.may_read_values(q):
+    if checks.may_read_values(q, page_table, seq_lens, cu_seqlens_q):
         checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_query_len)
         checks.check_page_table_values(
             page_table, seq_lens, cu_seqlens_q, k_pages.shape[0], k_pages.shape[2], window_left
@@ -209,7 +221,7 @@ def make_split_plan(
     """
     _check_same_sequences(page_table, seq_lens, cu_seqlens_q)
     checks.check_same_device(seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q, page_table=page_table)
-    require(page_size in checks.PAGE_SIZES, f"page_size must be one of {checks.PAGE_SIZES}, got {page_size!r}.")
+    page_size = checks.check_page_size(page_size)
     window_left, _ = checks.resolve_window(window, causal)
     return ops.split_plan_op(seq_lens, cu_seqlens_q, page_table.shape[1] * page_size, window_left)
 
@@ -258,21 +270,23 @@ def make_shared_prefix(
     checks.check_same_device(page_table=page_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
     num_seqs, max_pages = page_table.shape
     require(num_seqs > 0 and max_pages > 0, f"page_table must not be empty, got {list(page_table.shape)}.")
-    require(page_size in checks.PAGE_SIZES, f"page_size must be one of {checks.PAGE_SIZES}, got {page_size!r}.")
-    for name, count in (("num_q_heads", num_q_heads), ("num_kv_heads", num_kv_heads), ("max_query_len", max_query_len)):
-        _check_count(name, count)
+    page_size = checks.check_page_size(page_size)
+    num_q_heads = checks.count("num_q_heads", num_q_heads)
+    num_kv_heads = checks.count("num_kv_heads", num_kv_heads)
+    max_query_len = checks.count("max_query_len", max_query_len)
     require(
         num_q_heads % num_kv_heads == 0,
         f"num_q_heads must be a multiple of num_kv_heads, got {num_q_heads} and {num_kv_heads}.",
     )
-    for name, bound in (
-        ("max_runs", max_runs),
-        ("max_prefix_pages", max_prefix_pages),
-        ("max_suffix_pages", max_suffix_pages),
-    ):
-        if bound is not None:
-            _check_count(name, bound)
-    checks.check_groups(groups, num_seqs, max_pages)
+    max_runs, max_prefix_pages, max_suffix_pages = (
+        None if bound is None else checks.count(name, bound)
+        for name, bound in (
+            ("max_runs", max_runs),
+            ("max_prefix_pages", max_prefix_pages),
+            ("max_suffix_pages", max_suffix_pages),
+        )
+    )
+    groups = checks.check_groups(groups, num_seqs, max_pages)
     require(
         page_table.device.type != "cuda" or not torch.cuda.is_current_stream_capturing(),
         "make_shared_prefix copies groups from the host, which a graph cannot capture: call it before, and "
@@ -282,7 +296,7 @@ def make_shared_prefix(
         page_table, seq_lens, cu_seqlens_q, groups, page_size, num_q_heads // num_kv_heads, max_query_len, max_runs,
         max_prefix_pages, max_suffix_pages,
     )  # fmt: skip
-    if checks.may_read_values(page_table):
+    if checks.may_read_values(page_table, seq_lens, cu_seqlens_q):
         checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, int(cu_seqlens_q[-1]), max_query_len)
         prefix.check_values(page_table, seq_lens, cu_seqlens_q)
     return prefix
@@ -346,8 +360,10 @@ def shared_prefix_attention(
     if not isinstance(prefix, SharedPrefix):
         raise TypeError(f"prefix must be what make_shared_prefix() gave, got {type(prefix).__name__}.")
     _check_paged(
-        q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, max_query_len, sinks, k_scale, v_scale
+        q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, sinks, k_scale, v_scale
     )  # fmt: skip
+    max_query_len = checks.count("max_query_len", max_query_len)
+    checks.refuse_tangents(q=q, k_pages=k_pages, v_pages=v_pages, sinks=sinks)
     num_seqs, page_size = page_table.shape[0], k_pages.shape[2]
     require(
         prefix.suffix_lens.shape[0] == num_seqs and prefix.page_size == page_size,
@@ -355,7 +371,7 @@ def shared_prefix_attention(
         f"{prefix.page_size} tokens for {num_seqs} sequences and pages of {page_size}.",
     )
     checks.check_same_device(q=q, prefix=prefix.page_table)
-    if checks.may_read_values(q):
+    if checks.may_read_values(q, page_table, seq_lens, cu_seqlens_q):
         checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_query_len)
         checks.check_page_table_values(page_table, seq_lens, cu_seqlens_q, k_pages.shape[0], page_size, None)
         prefix.check_values(page_table, seq_lens, cu_seqlens_q)
@@ -385,7 +401,7 @@ def write_pages(
         v_pages: ``[num_pages, Hk, page_size, Dv]``; written in place.
         slot_mapping: int64 ``[T]``, ``page * page_size + offset`` of each token; -1: do not write. No slot twice.
         k_scale: float32 ``[num_pages, Hk, page_size]`` for float8_e4m3fn and int8 pages, written in place: one scale
-            per token and head, its largest magnitude over 448 or 127.
+            per token and head, its largest magnitude over 448 or 127; NaN where that holds a NaN or an infinity.
         v_scale: the same for values.
 
     Raises:
@@ -411,8 +427,9 @@ def write_pages(
     checks.check_same_device(
         k=k, v=v, k_pages=k_pages, v_pages=v_pages, slot_mapping=slot_mapping, k_scale=k_scale, v_scale=v_scale
     )
+    checks.refuse_tangents(k=k, v=v, k_pages=k_pages, v_pages=v_pages)
     num_slots = k_pages.shape[0] * k_pages.shape[2]
-    if checks.may_read_values(k) and slot_mapping.numel():
+    if checks.may_read_values(k, slot_mapping) and slot_mapping.numel():
         low, high = (int(x) for x in slot_mapping.aminmax())
         require(
             low >= -1 and high < num_slots,
@@ -439,7 +456,8 @@ def copy_pages(k_pages: torch.Tensor, v_pages: torch.Tensor, source: torch.Tenso
         check_tensor(name, pages, "[n]", (torch.int32, torch.int64))
     require(source.shape == target.shape, f"source and target must pair up, got {len(source)} and {len(target)} pages.")
     checks.check_same_device(k_pages=k_pages, v_pages=v_pages, source=source, target=target)
-    if checks.may_read_values(source) and source.numel():
+    checks.refuse_tangents(k_pages=k_pages, v_pages=v_pages)
+    if checks.may_read_values(source, target) and source.numel():
         num_pages = k_pages.shape[0]
         sources, targets = source.tolist(), target.tolist()
         for name, values in (("source", sources), ("target", targets)):
@@ -458,7 +476,7 @@ def merge_attention_states(
 
     Args:
         out_a: ``[T, H, Dv]`` over the first set.
-        lse_a: float32 ``[H, T]``, its log-sum-exp; -inf where it holds no key (its ``out`` is then not read).
+        lse_a: float32 ``[H, T]``, its log-sum-exp; -inf where it holds no key (its ``out`` may then hold anything).
         out_b: ``[T, H, Dv]`` over the second set, same dtype.
         lse_b: float32 ``[H, T]``. With sinks, at most one of the two sides may include them.
 
@@ -481,7 +499,11 @@ def merge_attention_states(
         f"out_a and out_b must agree in shape and dtype, got {list(out_a.shape)} {out_a.dtype}, "
         f"{list(out_b.shape)} {out_b.dtype}.",
     )
+    require(
+        out_a.shape[1] <= MAX_GRID, f"out_a must have at most {MAX_GRID} heads, got {out_a.shape[1]}."
+    )
     checks.check_same_device(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
+    checks.refuse_tangents(out_a=out_a, lse_a=lse_a, out_b=out_b, lse_b=lse_b)
     return ops.merge_attention_states_op(_unit_stride(out_a), lse_a, _unit_stride(out_b), lse_b)
 
 
@@ -492,7 +514,6 @@ def _check_paged(
     page_table: torch.Tensor,
     seq_lens: torch.Tensor,
     cu_seqlens_q: torch.Tensor,
-    max_query_len: int,
     sinks: torch.Tensor | None,
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
@@ -503,8 +524,6 @@ def _check_paged(
     checks.check_heads(q, k_pages, v_pages, k_pages.shape[1], v_pages.shape[1])
     checks.check_sinks(sinks, q.shape[1])
     _check_same_sequences(page_table, seq_lens, cu_seqlens_q)
-    require(page_table.stride(-1) == 1, f"rows of page_table must be contiguous, got strides {page_table.stride()}.")
-    _check_count("max_query_len", max_query_len)
     checks.check_same_device(
         q=q, k_pages=k_pages, v_pages=v_pages, page_table=page_table, seq_lens=seq_lens,
         cu_seqlens_q=cu_seqlens_q, sinks=sinks,
@@ -521,10 +540,6 @@ def _check_same_sequences(page_table: torch.Tensor, seq_lens: torch.Tensor, cu_s
         f"page_table, seq_lens and cu_seqlens_q must speak of the same sequences, got {page_table.shape[0]} rows, "
         f"{seq_lens.shape[0]} lengths and {cu_seqlens_q.shape[0]} prefix sums (one more than sequences).",
     )
-
-
-def _check_count(name: str, count: object) -> None:
-    require(isinstance(count, int) and count >= 1, f"{name} must be a positive int, got {count!r}.")
 
 
 def _unit_stride(tensor: torch.Tensor) -> torch.Tensor:

@@ -32,7 +32,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from .backend import device_guard
+from .backend import contiguous, contiguous_rows, device_guard
 from .dependent_launch_triton import has_dependent_launch
 from .hopper_arithmetic_gluon import consume
 from .hopper_copies_gluon import produce
@@ -245,6 +245,7 @@ def hopper_flash_launch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dense ``[B, L, H, D]`` or packed ``[T, H, D]``; arguments and result as of ``flash_attention_launch``."""
     head_dim = q.shape[-1]
+    cu_seqlens_q, cu_seqlens_k, sinks = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k), contiguous(sinks)
     s = settings or hopper_settings(head_dim, max_seqlen_q)
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     group = q.shape[-2] // k.shape[-2]
@@ -261,7 +262,10 @@ def hopper_flash_launch(
     if out.numel() == 0:
         return out, lse
     if k.numel() == 0:
-        return out.zero_(), lse.fill_(float("-inf"))
+        lse.fill_(float("-inf"))
+        if sinks is not None:
+            lse.copy_(sinks[:, None])
+        return out.zero_(), lse
     _launch(
         tensors[0], tensors[1:3], tensors[3], lse, mode, (cu_seqlens_q, cu_seqlens_k, None, None),
         window_left, window_right, softcap, sinks, scale, s, group, 1, num_blocks, kv_tokens,
@@ -295,6 +299,10 @@ def hopper_paged_launch(
     lse = q.new_empty(num_q_heads, num_tokens, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
+    seq_lens, cu_seqlens_q, sinks = seq_lens.contiguous(), cu_seqlens_q.contiguous(), contiguous(sinks)
+    # A copy is made now: what it holds is not settled.
+    is_settled = is_settled and plan is not None and plan.is_contiguous() and page_table.stride(-1) == 1
+    page_table = contiguous_rows(page_table)
     split = max_query_len * pack <= TILE_ROWS and max_query_len <= SHORT_QUERY
     s = settings or hopper_settings(head_dim, max_query_len, split, page_table.shape[1] * page_size)
     split_plan = None
@@ -306,6 +314,6 @@ def hopper_paged_launch(
     _launch(
         q[None], (k_pages, v_pages), out[None], lse, "split" if split else "paged",
         (cu_seqlens_q, None, seq_lens, page_table), window_left, window_right, softcap, sinks, scale, s, group, pack,
-        num_blocks, page_table.shape[1] * page_size, split_plan, is_settled and plan is not None,
+        num_blocks, page_table.shape[1] * page_size, split_plan, is_settled,
     )  # fmt: skip
     return out, lse

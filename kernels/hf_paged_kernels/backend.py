@@ -33,6 +33,31 @@ def device_guard(tensor: torch.Tensor) -> AbstractContextManager:
     return torch.get_device_module(tensor.device).device(tensor.device)
 
 
+MAX_GRID = 65535
+"""The most programs along the second and along the third axis of a CUDA grid."""
+
+
+def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """An optional tensor that a kernel reads one element after the other; itself where it lies so."""
+    return None if tensor is None else tensor.contiguous()
+
+
+def contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor whose rows (last dimension) a kernel reads one element after the other; itself where they lie so."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def scale_strides(k_scale: torch.Tensor | None, v_scale: torch.Tensor | None) -> tuple[int, ...]:
+    """The strides of a pair of scales, which kernels take once; zeros without scales."""
+    if k_scale is None or v_scale is None:
+        return 0, 0, 0
+    if k_scale.stride() != v_scale.stride():
+        raise ValueError(
+            f"k_scale and v_scale must have the same strides, got {k_scale.stride()} and {v_scale.stride()}."
+        )
+    return k_scale.stride()
+
+
 @lru_cache
 def has_gluon(device: torch.device) -> bool:
     """Whether the Gluon kernels run on ``device``: Hopper and a Triton that has Gluon, not switched off."""

@@ -29,7 +29,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .backend import device_guard
+from .backend import contiguous, device_guard
 from .batch_linear import BatchLinearSettings
 from .dependent_launch_triton import has_dependent_launch
 from .names_gluon import barrier, load_async
@@ -209,7 +209,7 @@ def _launch(
     more_desc = _descriptor(x, s.more_tokens, s.block_k) if s.more_tokens else x_desc
     with device_guard(x):
         _batch_linear[grid](
-            x_desc, more_desc, _descriptor(weight, s.features, s.block_k), bias, out,
+            x_desc, more_desc, _descriptor(weight, s.features, s.block_k), contiguous(bias), out,
             num_tokens, num_features, triton.cdiv(x.shape[1], s.block_k), s.num_parts,
             TOKENS=s.tokens, MORE=s.more_tokens, BLOCK_K=s.block_k, STAGES=s.stages, GATED=gated,
             num_warps=4, launch_pdl=has_dependent_launch(x.device),

@@ -1,16 +1,52 @@
 """Argument checks: every error names the argument, what it holds, and what is accepted."""
 
 import math
+import operator
 from itertools import pairwise
 
 import torch
+from torch.autograd import forward_ad
 
-from .backend import TRITON_DEVICES
+from .backend import MAX_GRID, TRITON_DEVICES, scale_strides
 from .settings import LARGEST
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 MAX_HEAD_DIM = 512
 PAGE_SIZES = (8, 16, 32, 64, 128, 256)
+
+
+def integer(name: str, value: object) -> int:
+    """``value`` as an int: an int, or what Python takes for an index, such as NumPy's integers."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        return value
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        raise TypeError(f"{name} must be an integer, got {value!r} ({type(value).__name__}).") from None
+
+
+def number(name: str, value: object) -> float:
+    """``value`` as a finite float: a number of Python or NumPy, or a tensor of one without a gradient."""
+    if not isinstance(value, float):
+        has_gradient = isinstance(value, torch.Tensor) and (value.numel() != 1 or value.requires_grad)
+        if isinstance(value, str | bool) or has_gradient or not hasattr(value, "__float__"):
+            raise TypeError(f"{name} must be a number, got {value!r} ({type(value).__name__}).")
+        value = float(value)
+    # Not math.isfinite: while a program is traced, numbers are symbols.
+    if not -math.inf < value < math.inf:
+        raise ValueError(f"{name} must be a finite number, got {value!r}.")
+    return value
+
+
+def count(name: str, value: object, least: int = 1) -> int:
+    """``value`` as an int that is at least ``least``."""
+    value = integer(name, value)
+    if value < least:
+        accepted = "a positive int" if least == 1 else f"an int, {least} or more"
+        raise ValueError(f"{name} must be {accepted}, got {value!r}.")
+    return value
 
 
 def require(condition: bool, message: str, error: type[Exception] = ValueError) -> None:
@@ -64,11 +100,7 @@ def check_scales(k_pages: torch.Tensor, k_scale: torch.Tensor | None, v_scale: t
             scales.shape == k_pages.shape[:3],
             f"{name} must be {list(k_pages.shape[:3])}, one scale per slot and head, got {list(scales.shape)}.",
         )
-    if k_scale is not None and v_scale is not None:
-        require(
-            k_scale.stride() == v_scale.stride(),
-            f"k_scale and v_scale must have the same strides, got {k_scale.stride()} and {v_scale.stride()}.",
-        )
+    scale_strides(k_scale, v_scale)
     if k_pages.dtype == torch.float8_e4m3fn and k_pages.device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(k_pages.device)
         require(
@@ -87,6 +119,9 @@ def check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_kv_heads:
     require(
         num_kv_heads > 0 and num_q_heads % num_kv_heads == 0,
         f"the number of query heads must be a multiple of the key/value heads, got {num_q_heads} and {num_kv_heads}.",
+    )
+    require(
+        num_q_heads <= MAX_GRID, f"the number of query heads must be at most {MAX_GRID}, got {num_q_heads}."
     )
     require(k.shape[-1] == head_dim, f"q and k must have the same head dim, got {head_dim} and {k.shape[-1]}.")
     for name, dim in (("q and k", head_dim), ("v", v_dim)):
@@ -137,35 +172,39 @@ def resolve_window(window: object, causal: bool) -> tuple[int | None, int | None
     right: int | None
     if window is None:
         left = right = None
-    elif isinstance(window, tuple) and len(window) == 2:
-        left, right = (None if x is None or x < 0 else int(x) for x in window)
-    elif isinstance(window, int) and not isinstance(window, bool) and window >= 1:
-        left = right = window - 1
+    elif isinstance(window, tuple | list) and len(window) == 2:
+        left, right = (_neighbours(x) for x in window)
     else:
-        raise ValueError(
-            f"window must be None, a number of tokens (1 or more, the query itself counted) or a pair "
-            f"(left, right) of neighbours seen, got {window!r}."
-        )
+        tokens = -1 if isinstance(window, tuple | list | str) else integer("window", window)
+        if tokens < 1:
+            raise ValueError(
+                f"window must be None, a number of tokens (1 or more, the query itself counted) or a pair "
+                f"(left, right) of neighbours seen, got {window!r}."
+            )
+        left = right = tokens - 1
     if causal:
         right = 0
     return left, right
 
 
+def _neighbours(tokens: object) -> int | None:
+    tokens = None if tokens is None else integer("window", tokens)
+    return None if tokens is None or tokens < 0 else tokens
+
+
 def check_softcap(softcap: float | None) -> float | None:
     """A softcap is a positive number, or None."""
-    require(
-        softcap is None or (math.isfinite(softcap) and softcap > 0),
-        f"softcap must be None or a positive number, got {softcap!r}.",
-    )
-    return softcap
+    if softcap is None:
+        return None
+    value = number("softcap", softcap)
+    if value <= 0:
+        raise ValueError(f"softcap must be None or a positive number, got {softcap!r}.")
+    return value
 
 
 def resolve_scale(scale: float | None, head_dim: int) -> float:
     """The factor on q @ k: ``head_dim ** -0.5`` unless given."""
-    if scale is None:
-        return head_dim**-0.5
-    require(math.isfinite(scale), f"scale must be a finite number, got {scale!r}.")
-    return float(scale)
+    return head_dim**-0.5 if scale is None else number("scale", scale)
 
 
 def check_pages(k_pages: torch.Tensor, v_pages: torch.Tensor) -> None:
@@ -181,8 +220,17 @@ def check_pages(k_pages: torch.Tensor, v_pages: torch.Tensor) -> None:
         f"k_pages and v_pages must agree in pages, heads and page size, got {list(k_pages.shape)} and "
         f"{list(v_pages.shape)}.",
     )
-    page_size = k_pages.shape[2]
-    require(page_size in PAGE_SIZES, f"page_size must be one of {PAGE_SIZES}, got {page_size}.")
+    num_heads = k_pages.shape[1]
+    require(num_heads <= MAX_GRID, f"the number of key/value heads must be at most {MAX_GRID}, got {num_heads}.")
+    check_page_size(k_pages.shape[2])
+
+
+def check_page_size(page_size: object) -> int:
+    """Page sizes are a few powers of two."""
+    page_size = integer("page_size", page_size)
+    if page_size not in PAGE_SIZES:
+        raise ValueError(f"page_size must be one of {PAGE_SIZES}, got {page_size!r}.")
+    return page_size
 
 
 def check_page_table_values(
@@ -218,37 +266,53 @@ def check_page_table_values(
         )
 
 
-def check_groups(groups: object, num_seqs: int, max_pages: int) -> None:
+def check_groups(groups: object, num_seqs: int, max_pages: int) -> list[tuple[int, int, int]]:
     """Groups of neighbours: ``(first_sequence, num_sequences, prefix_pages)`` of ints, disjoint, inside the step."""
     what = "groups must be a list of (first_sequence, num_sequences, prefix_pages)"
     if not isinstance(groups, list | tuple):
         raise TypeError(f"{what}, got {type(groups).__name__}.")
+    checked = []
     for one in groups:
+        require(isinstance(one, list | tuple) and len(one) == 3, f"{what}, all ints; it holds {one!r}.")
+        first, members, pages = (integer(f"every number of groups (it holds {one!r})", x) for x in one)
         require(
-            isinstance(one, list | tuple) and len(one) == 3 and all(isinstance(x, int) for x in one),
-            f"{what}, all ints; it holds {one!r}.",
-        )
-        first, count, pages = one
-        require(
-            first >= 0 and count >= 1 and first + count <= num_seqs,
-            f"groups holds {one!r}: sequences {first} to {first + count - 1} of a step that has 0 to {num_seqs - 1}.",
+            first >= 0 and members >= 1 and first + members <= num_seqs,
+            f"groups holds {one!r}: sequences {first} to {first + members - 1} of a step that has 0 to {num_seqs - 1}.",
         )
         require(
             0 <= pages < max_pages,
             f"groups holds {one!r}: prefix_pages must be 0 to {max_pages - 1}, one less than page_table has columns, "
             f"since new tokens lie in private pages.",
         )
-    for before, after in pairwise(sorted(tuple(one) for one in groups)):
+        checked.append((first, members, pages))
+    for before, after in pairwise(sorted(checked)):
         require(before[0] + before[1] <= after[0], f"groups must be disjoint, got {before!r} and {after!r}.")
+    return checked
 
 
-def may_read_values(tensor: torch.Tensor) -> bool:
-    """Whether a check may look at device values: not while a graph is captured or a program is traced."""
-    if torch.compiler.is_compiling() or tensor.device.type == "meta":
+def refuse_tangents(**tensors: torch.Tensor | None) -> None:
+    """Refuse tensors with forward-mode derivatives, which no kernel carries on: results would silently have none."""
+    if torch.compiler.is_compiling():
+        return
+    for name, tensor in tensors.items():
+        if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{name} has a forward-mode derivative (torch.func.jvp, torch.autograd.forward_ad), and the attention "
+                f"kernels compute none: use reverse mode (backward()), or load the model with "
+                f'attn_implementation="eager".'
+            )
+
+
+def may_read_values(*tensors: torch.Tensor) -> bool:
+    """Whether a check may look at values.
+
+    Not while a graph is captured, nor while a program is traced: a tensor is then a fake, or another wrapper.
+    """
+    if torch.compiler.is_compiling():
         return False
-    if tensor.device.type == "cuda":
-        return not torch.cuda.is_current_stream_capturing()
-    return True
+    if any(type(x) not in (torch.Tensor, torch.nn.Parameter) or x.device.type == "meta" for x in tensors):
+        return False
+    return tensors[0].device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
 
 
 def _short(values: list[int]) -> str:

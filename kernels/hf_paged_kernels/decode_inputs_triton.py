@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import device_guard
+from .backend import contiguous_rows, device_guard
 from .dependent_launch_triton import dependent_launch, start_next, wait_for_previous
 
 ROWS = 128
@@ -40,17 +40,19 @@ def decode_inputs_launch(
     slots: torch.Tensor, computed: torch.Tensor, last_token: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Launch on checked arguments; see :func:`hf_paged_kernels.fused_ops.decode_inputs_op`."""
-    num_rows = len(slots)
+    num_rows, slots, counts = len(slots), slots.contiguous(), computed.contiguous()
     input_ids, positions = torch.empty_like(slots), torch.empty_like(slots)
     seq_lens = torch.empty(num_rows, dtype=torch.int32, device=slots.device)
     if num_rows:
         with device_guard(slots):
             _decode_inputs[(triton.cdiv(num_rows, ROWS),)](
-                slots, computed, last_token, input_ids, positions, seq_lens, num_rows,
+                slots, counts, last_token.contiguous(), input_ids, positions, seq_lens, num_rows,
                 ROWS=ROWS,
                 num_warps=4,
                 **dependent_launch(slots.device),
             )  # fmt: skip
+    if counts is not computed:
+        computed.copy_(counts)
     return input_ids, positions, seq_lens
 
 
@@ -87,13 +89,13 @@ def decode_rows_launch(
     slots: torch.Tensor, seq_lens: torch.Tensor, page_table: torch.Tensor, page_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch on checked arguments; see :func:`hf_paged_kernels.fused_ops.decode_rows_op`."""
-    num_rows = len(slots)
+    num_rows, table = len(slots), contiguous_rows(page_table)
     rows = torch.empty(num_rows, page_table.shape[1], dtype=page_table.dtype, device=page_table.device)
     slot_mapping = torch.empty(num_rows, dtype=torch.int64, device=slots.device)
     if num_rows:
         with device_guard(slots):
             _decode_rows[(num_rows,)](
-                slots, seq_lens, page_table, rows, slot_mapping, page_table.stride(0), rows.stride(0),
+                slots.contiguous(), seq_lens.contiguous(), table, rows, slot_mapping, table.stride(0), rows.stride(0),
                 PAGE_SIZE=page_size,
                 PAGES=PAGES,
                 num_warps=4,

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from .backend import device_guard
+from .backend import MAX_GRID, contiguous, contiguous_rows, device_guard
 from .flash_backward_parts_triton import (
     find_block,
     find_stats,
@@ -41,7 +41,7 @@ from .flash_backward_parts_triton import (
 from .settings import LOG2_E, AttentionSettings, BackwardSettings, flash_backward_settings
 from .tiles_triton import key_bounds, scale_scores, unmasked_bounds, visible_mask
 
-LENGTHS = ["num_seqs", "seqlen_q", "seqlen_k", "window_left", "window_right"]
+LENGTHS = ["num_seqs", "seqlen_q", "seqlen_k", "first_batch", "window_left", "window_right"]
 """Numbers that change from call to call: one compilation serves them all."""
 
 
@@ -64,6 +64,7 @@ def _flash_backward_keys(
     num_seqs,
     seqlen_q,
     seqlen_k,
+    first_batch,
     q_strides,
     k_strides,
     v_strides,
@@ -92,7 +93,7 @@ def _flash_backward_keys(
 ):
     """dk and dv of BLOCK_N keys, queries in the runs above. Strides: batch, token, head."""
     # Longest first: under a causal mask the first key blocks are seen by the most queries.
-    sequence, batch_index, block, _ = find_block(cu_seqlens_k, num_seqs, BLOCK_N, VARLEN)
+    sequence, batch_index, block, _ = find_block(cu_seqlens_k, num_seqs, first_batch, BLOCK_N, VARLEN)
     q_start, num_queries = find_tokens(cu_seqlens_q, seqlen_q, sequence, VARLEN)
     k_start, num_keys = find_tokens(cu_seqlens_k, seqlen_k, sequence, VARLEN)
     first_key = block * BLOCK_N
@@ -103,6 +104,7 @@ def _flash_backward_keys(
     kv_head_index = tl.program_id(1)
     kv_head, batch = tl.cast(kv_head_index, tl.int64), tl.cast(batch_index, tl.int64)
     offs_m = tl.arange(0, BLOCK_M)
+    row_offsets = tl.cast(offs_m, tl.int64)[:, None]
     offs_n = first_key + tl.arange(0, BLOCK_N)
     held_keys = offs_n < num_keys
     tokens = (k_start + offs_n).to(tl.int64)[:, None]
@@ -148,8 +150,8 @@ def _flash_backward_keys(
                     row_lse = lse_desc.load([desc_row, first_slot + row]).reshape(BLOCK_M)
                     row_delta = delta_desc.load([desc_row, first_slot + row]).reshape(BLOCK_M)
                 else:
-                    q_tile = q_head + row_offset * q_strides[1] + offs_m[:, None] * q_strides[1]
-                    dout_tile = dout_head + row_offset * dout_strides[1] + offs_m[:, None] * dout_strides[1]
+                    q_tile = q_head + row_offset * q_strides[1] + row_offsets * q_strides[1]
+                    dout_tile = dout_head + row_offset * dout_strides[1] + row_offsets * dout_strides[1]
                     query = load_tile(q_tile, rows, num_queries, HEAD_DIM, BLOCK_D, run != 1)
                     grad = load_tile(dout_tile, rows, num_queries, V_DIM, BLOCK_DV, run != 1)
                     held = rows < num_queries
@@ -184,6 +186,7 @@ def _flash_backward_queries(
     dq,
     lse_log2,
     delta,
+    sums,
     k_desc,
     v_desc,
     cu_seqlens_q,
@@ -191,6 +194,7 @@ def _flash_backward_queries(
     num_seqs,
     seqlen_q,
     seqlen_k,
+    first_batch,
     q_strides,
     k_strides,
     v_strides,
@@ -216,9 +220,13 @@ def _flash_backward_queries(
     DESCRIPTORS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dq of BLOCK_M queries of one head, keys in the forward's runs. Strides: batch, token, head."""
+    """dq of BLOCK_M queries of one head, keys in the forward's runs. Strides: batch, token, head.
+
+    ``sums``, with sinks, get delta once more, as ``rowsum(P * dP)``: the forward pass has rounded ``out``, and a sink's
+    gradient is a sum over all rows of nothing but deltas.
+    """
     # Longest first: under a causal mask the last queries have the most keys.
-    sequence, batch_index, block, blocks = find_block(cu_seqlens_q, num_seqs, BLOCK_M, VARLEN)
+    sequence, batch_index, block, blocks = find_block(cu_seqlens_q, num_seqs, first_batch, BLOCK_M, VARLEN)
     q_start, num_queries = find_tokens(cu_seqlens_q, seqlen_q, sequence, VARLEN)
     k_start, num_keys = find_tokens(cu_seqlens_k, seqlen_k, sequence, VARLEN)
     first_row = (blocks - 1 - block) * BLOCK_M
@@ -231,6 +239,7 @@ def _flash_backward_queries(
     batch = tl.cast(batch_index, tl.int64)
     offs_m = first_row + tl.arange(0, BLOCK_M)
     offs_n = tl.arange(0, BLOCK_N)
+    column_offsets = tl.cast(offs_n, tl.int64)[:, None]
     held = offs_m < num_queries
     tokens = (q_start + offs_m).to(tl.int64)
     # [BLOCK_M, BLOCK_D], [BLOCK_M, BLOCK_DV], [BLOCK_M], [BLOCK_M]
@@ -243,6 +252,8 @@ def _flash_backward_queries(
     row_lse = tl.load(lse_log2 + slots, mask=held, other=float("inf"))
     row_delta = tl.load(delta + slots, mask=held, other=0.0)
     dq_acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    if sums is not None:
+        exact_delta = tl.load(sums + slots, mask=held, other=0.0)
 
     offset = num_keys - num_queries
     first_position = first_row + offset
@@ -263,8 +274,8 @@ def _flash_backward_queries(
                 key = k_desc.load([batch_index, k_start + column, kv_head_index, 0]).reshape(BLOCK_N, BLOCK_D)
                 value = v_desc.load([batch_index, k_start + column, kv_head_index, 0]).reshape(BLOCK_N, BLOCK_DV)
             else:
-                k_tile = k_head + column_offset * k_strides[1] + offs_n[:, None] * k_strides[1]
-                v_tile = v_head + column_offset * v_strides[1] + offs_n[:, None] * v_strides[1]
+                k_tile = k_head + column_offset * k_strides[1] + column_offsets * k_strides[1]
+                v_tile = v_head + column_offset * v_strides[1] + column_offsets * v_strides[1]
                 key = load_tile(k_tile, keys, stop, HEAD_DIM, BLOCK_D, run != 1)
                 value = load_tile(v_tile, keys, stop, V_DIM, BLOCK_DV, run != 1)
             # [BLOCK_M, BLOCK_N]
@@ -274,13 +285,18 @@ def _flash_backward_queries(
             if run != 1:
                 mask = visible_mask(offs_m + offset, keys, stop, window_left, window_right, HAS_LEFT, HAS_RIGHT)
                 weights = tl.where(mask, weights, 0.0)
-            grad_weights = tl.dot(grad, tl.trans(value), input_precision=PRECISION) - row_delta[:, None]
+            grad_weights = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
+            if sums is not None:
+                exact_delta += tl.sum(weights * grad_weights, 1)
+            grad_weights = grad_weights - row_delta[:, None]
             grad_scores = score_gradient(weights, grad_weights, scores, softcap, HAS_SOFTCAP).to(key.dtype)
             dq_acc = tl.dot(grad_scores, key, dq_acc, input_precision=PRECISION)
 
     offs_d = tl.arange(0, BLOCK_D)[None, :]
     dq_tile = dq + batch * dq_strides[0] + head * dq_strides[2] + tokens[:, None] * dq_strides[1] + offs_d
     tl.store(dq_tile, (dq_acc * scale).to(dq.dtype.element_ty), mask=held[:, None] & (offs_d < HEAD_DIM))
+    if sums is not None:
+        tl.store(sums + slots, exact_delta, mask=held)
 
 
 def flash_attention_backward_launch(
@@ -322,7 +338,8 @@ def flash_attention_backward_launch(
         if sinks is not None:
             dsinks = torch.zeros_like(sinks, dtype=torch.float32) if dlse is None else _sum_of_tokens(dlse)
         return dq.zero_(), dk.zero_(), dv.zero_(), dsinks
-    dout = dout if dout.stride(-1) == 1 else dout.contiguous()
+    out, dout = contiguous_rows(out), contiguous_rows(dout)
+    cu_seqlens_q, cu_seqlens_k = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k)
     if varlen:
         # [1, T, H, D] and [1, H, T]: one batch whose tokens cu_seqlens divides.
         q4, k4, v4, out4, dout4, dq4, dk4, dv4 = (x.unsqueeze(0) for x in (q, k, v, out, dout, dq, dk, dv))
@@ -338,7 +355,8 @@ def flash_attention_backward_launch(
 
     # Zeros: no program writes the slots between two packed sequences.
     num_slots = 16 * triton.cdiv(_grid(4, seqlen_q, 1, 1, num_seqs, varlen)[0], 4)
-    lse_log2, delta = q.new_zeros(2, batch, num_q_heads, num_slots, dtype=torch.float32)
+    lse_log2, delta, *more = q.new_zeros(2 + (sinks is not None), batch, num_q_heads, num_slots, dtype=torch.float32)
+    sums = more[0] if more else None
     query_tiles = key_tiles = None
     if s.descriptors:
         rows, columns = s.keys.block_m, s.queries.block_n
@@ -364,24 +382,26 @@ def flash_attention_backward_launch(
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
     )
     with device_guard(q):
-        row_sums[_grid(64, seqlen_q, num_q_heads, batch, num_seqs, varlen)](
-            out4, dout4, lse, dlse, lse_log2, delta, cu_seqlens_q, num_seqs, seqlen_q,
-            out4.stride()[:3], dout4.stride()[:3], *lse.stride()[:2], lse_log2.stride()[:2],
-            V_DIM=v_dim, BLOCK_M=64, BLOCK_DV=block_dv, VARLEN=varlen, HAS_DLSE=dlse is not None,
-        )  # fmt: skip
-        _flash_backward_keys[_grid(s.keys.block_n, seqlen_k, num_kv_heads, batch, num_seqs, varlen)](
-            q4, k4, v4, dout4, dk4, dv4, lse_log2, delta, *(query_tiles or [None] * 4), *lengths,
-            *(x.stride()[:3] for x in (q4, k4, v4, dout4, dk4, dv4)), lse_log2.stride()[:2], *scores,
-            DESCRIPTORS=query_tiles is not None, **common, **_tiles(s.keys),
-        )  # fmt: skip
-        _flash_backward_queries[_grid(s.queries.block_m, seqlen_q, num_q_heads, batch, num_seqs, varlen)](
-            q4, k4, v4, dout4, dq4, lse_log2, delta, *(key_tiles or [None] * 2), *lengths,
-            *(x.stride()[:3] for x in (q4, k4, v4, dout4, dq4)), lse_log2.stride()[:2], *scores,
-            DESCRIPTORS=key_tiles is not None, **common, **_tiles(s.queries),
-        )  # fmt: skip
+        for first_batch in range(0, batch, MAX_GRID):
+            batches = min(MAX_GRID, batch - first_batch)
+            row_sums[_grid(64, seqlen_q, num_q_heads, batches, num_seqs, varlen)](
+                out4, dout4, lse, dlse, lse_log2, delta, sums, cu_seqlens_q, num_seqs, seqlen_q, first_batch,
+                out4.stride()[:3], dout4.stride()[:3], *lse.stride()[:2], lse_log2.stride()[:2],
+                V_DIM=v_dim, BLOCK_M=64, BLOCK_DV=block_dv, VARLEN=varlen, HAS_DLSE=dlse is not None,
+            )  # fmt: skip
+            _flash_backward_keys[_grid(s.keys.block_n, seqlen_k, num_kv_heads, batches, num_seqs, varlen)](
+                q4, k4, v4, dout4, dk4, dv4, lse_log2, delta, *(query_tiles or [None] * 4), *lengths, first_batch,
+                *(x.stride()[:3] for x in (q4, k4, v4, dout4, dk4, dv4)), lse_log2.stride()[:2], *scores,
+                DESCRIPTORS=query_tiles is not None, **common, **_tiles(s.keys),
+            )  # fmt: skip
+            _flash_backward_queries[_grid(s.queries.block_m, seqlen_q, num_q_heads, batches, num_seqs, varlen)](
+                q4, k4, v4, dout4, dq4, lse_log2, delta, sums, *(key_tiles or [None] * 2), *lengths, first_batch,
+                *(x.stride()[:3] for x in (q4, k4, v4, dout4, dq4)), lse_log2.stride()[:2], *scores,
+                DESCRIPTORS=key_tiles is not None, **common, **_tiles(s.queries),
+            )  # fmt: skip
     dsinks = q.new_zeros(0, dtype=torch.float32)
     if sinks is not None:
-        dsinks = -_sum_of_tokens(torch.exp2(sinks.float()[:, None] * LOG2_E - lse_log2) * delta)
+        dsinks = -_sum_of_tokens(torch.exp2(sinks.float()[:, None] * LOG2_E - lse_log2) * sums)
     return dq, dk, dv, dsinks
 
 

@@ -13,7 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import device_guard
+from .backend import MAX_GRID, contiguous, device_guard
 from .settings import LOG2_E, AttentionSettings, flash_settings
 from .tiles_triton import (
     add_sink,
@@ -59,10 +59,11 @@ def _attend(
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
+    rows = tl.cast(offs_n, tl.int64)[:, None]
     for start in range(run_start, run_stop, BLOCK_N):
         keys = start + offs_n
-        k_tile = k_head + tl.cast(start, tl.int64) * stride_kt + offs_n[:, None] * stride_kt + offs_d[None, :]
-        v_tile = v_head + tl.cast(start, tl.int64) * stride_vt + offs_n[:, None] * stride_vt + offs_dv[None, :]
+        k_tile = k_head + tl.cast(start, tl.int64) * stride_kt + rows * stride_kt + offs_d[None, :]
+        v_tile = v_head + tl.cast(start, tl.int64) * stride_vt + rows * stride_vt + offs_dv[None, :]
         # [BLOCK_N, BLOCK_D]
         if MASKED:
             key = tl.load(k_tile, mask=(keys < stop)[:, None] & (offs_d < HEAD_DIM)[None, :], other=0.0)
@@ -88,7 +89,9 @@ def _attend(
     return accumulator, running_max, running_sum
 
 
-@triton.jit(do_not_specialize=["seqlen_q", "seqlen_k", "stride_lb", "stride_lh", "window_left", "window_right"])
+@triton.jit(
+    do_not_specialize=["seqlen_q", "seqlen_k", "stride_lb", "stride_lh", "window_left", "window_right", "first_seq"]
+)
 def _flash_forward(
     q,
     k,
@@ -118,6 +121,7 @@ def _flash_forward(
     softcap,
     window_left,
     window_right,
+    first_seq,
     GROUP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     V_DIM: tl.constexpr,
@@ -134,8 +138,9 @@ def _flash_forward(
 ):
     # Longest rows first: under a causal mask the last blocks have the most keys.
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    head = tl.program_id(1)
-    batch = tl.cast(tl.program_id(2), tl.int64)
+    head = tl.cast(tl.program_id(1), tl.int64)
+    kv_head = tl.cast(tl.program_id(1) // GROUP, tl.int64)
+    batch = tl.cast(first_seq + tl.program_id(2), tl.int64)
     if VARLEN:
         q_start = tl.cast(tl.load(cu_seqlens_q + batch), tl.int64)
         k_start = tl.cast(tl.load(cu_seqlens_k + batch), tl.int64)
@@ -174,8 +179,8 @@ def _flash_forward(
         mask=row_valid[:, None] & (offs_d < HEAD_DIM)[None, :],
         other=0.0,
     )
-    k_head = k + k_base + (head // GROUP) * stride_kh
-    v_head = v + v_base + (head // GROUP) * stride_vh
+    k_head = k + k_base + kv_head * stride_kh
+    v_head = v + v_base + kv_head * stride_vh
 
     accumulator = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     running_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
@@ -212,7 +217,7 @@ def _flash_forward(
         result.to(out.dtype.element_ty),
         mask=row_valid[:, None] & (offs_dv < V_DIM)[None, :],
     )
-    tl.store(lse + l_base + tl.cast(head, tl.int64) * stride_lh + offs_m, row_lse, mask=row_valid)
+    tl.store(lse + l_base + head * stride_lh + offs_m, row_lse, mask=row_valid)
 
 
 def flash_attention_launch(
@@ -240,6 +245,7 @@ def flash_attention_launch(
         ``(out, lse)``; out like q with v's head dim, lse float32 ``[B, Hq, Lq]`` or packed ``[Hq, T]``.
     """
     varlen = cu_seqlens_q is not None
+    cu_seqlens_q, cu_seqlens_k, sinks = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k), contiguous(sinks)
     num_q_heads, head_dim = q.shape[-2:]
     num_kv_heads, v_dim = v.shape[-2:]
     if cu_seqlens_q is not None:
@@ -261,26 +267,27 @@ def flash_attention_launch(
 
     s = settings or flash_settings(q.device, head_dim, v_dim, q.element_size())
     scale_log2 = scale * LOG2_E if softcap is None else 2.0 * scale / softcap * LOG2_E
-    grid = (triton.cdiv(seqlen_q, s.block_m), num_q_heads, num_seqs)
     with device_guard(q):
-        _flash_forward[grid](
-            q, k, v, sinks, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k,
-            *strides[0], *strides[1], *strides[2], *strides[3], *lse_strides,
-            scale_log2, softcap or 0.0, window_left or 0, window_right or 0,
-            GROUP=num_q_heads // num_kv_heads,
-            HEAD_DIM=head_dim,
-            V_DIM=v_dim,
-            BLOCK_M=s.block_m,
-            BLOCK_N=s.block_n,
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-            BLOCK_DV=max(16, triton.next_power_of_2(v_dim)),
-            VARLEN=varlen,
-            HAS_LEFT=window_left is not None,
-            HAS_RIGHT=window_right is not None,
-            HAS_SOFTCAP=softcap is not None,
-            HAS_SINKS=sinks is not None,
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
-            num_warps=s.num_warps,
-            num_stages=s.num_stages,
-        )  # fmt: skip
+        for first_seq in range(0, num_seqs, MAX_GRID):
+            grid = (triton.cdiv(seqlen_q, s.block_m), num_q_heads, min(MAX_GRID, num_seqs - first_seq))
+            _flash_forward[grid](
+                q, k, v, sinks, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k,
+                *strides[0], *strides[1], *strides[2], *strides[3], *lse_strides,
+                scale_log2, softcap or 0.0, window_left or 0, window_right or 0, first_seq,
+                GROUP=num_q_heads // num_kv_heads,
+                HEAD_DIM=head_dim,
+                V_DIM=v_dim,
+                BLOCK_M=s.block_m,
+                BLOCK_N=s.block_n,
+                BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+                BLOCK_DV=max(16, triton.next_power_of_2(v_dim)),
+                VARLEN=varlen,
+                HAS_LEFT=window_left is not None,
+                HAS_RIGHT=window_right is not None,
+                HAS_SOFTCAP=softcap is not None,
+                HAS_SINKS=sinks is not None,
+                PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+                num_warps=s.num_warps,
+                num_stages=s.num_stages,
+            )  # fmt: skip
     return out, lse

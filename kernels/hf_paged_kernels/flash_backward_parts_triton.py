@@ -14,12 +14,13 @@ from .tiles_triton import find_sequence
 
 
 @triton.jit
-def find_block(cu_seqlens, num_seqs, BLOCK: tl.constexpr, VARLEN: tl.constexpr):
+def find_block(cu_seqlens, num_seqs, first_batch, BLOCK: tl.constexpr, VARLEN: tl.constexpr):
     """Return ``(sequence, batch, block, blocks)``: what this program works on, and how many blocks there may be.
 
-    ``batch`` is the index of the tensors' first dimension, which packed tensors have only one of.
+    ``batch`` is the index of the tensors' first dimension, which packed tensors have only one of; ``first_batch`` that
+    of the launch's first one.
     """
-    batch = tl.program_id(2)
+    batch = first_batch + tl.program_id(2)
     if VARLEN:
         sequence = find_sequence(cu_seqlens, tl.program_id(0), num_seqs, BLOCK)
         first = tl.load(cu_seqlens + sequence) // BLOCK + sequence
@@ -53,7 +54,7 @@ def find_stats(q_start, sequence, VARLEN: tl.constexpr):
     return slot
 
 
-@triton.jit(do_not_specialize=["num_seqs", "seqlen_q", "lse_stride_b", "lse_stride_h"])
+@triton.jit(do_not_specialize=["num_seqs", "seqlen_q", "first_batch", "lse_stride_b", "lse_stride_h"])
 def row_sums(
     out,
     dout,
@@ -61,9 +62,11 @@ def row_sums(
     dlse,
     lse_log2,
     delta,
+    sums,
     cu_seqlens_q,
     num_seqs,
     seqlen_q,
+    first_batch,
     out_strides,
     dout_strides,
     lse_stride_b,
@@ -75,8 +78,11 @@ def row_sums(
     VARLEN: tl.constexpr,
     HAS_DLSE: tl.constexpr,
 ):
-    """delta, and lse in base 2. A row that saw no key, or is none, has lse +inf: its weights are exp2(-inf) = 0."""
-    sequence, batch_index, block, _ = find_block(cu_seqlens_q, num_seqs, BLOCK_M, VARLEN)
+    """delta, and lse in base 2. A row that saw no key, or is none, has lse +inf: its weights are exp2(-inf) = 0.
+
+    With ``sums``, what delta has beside products goes there: the kernel of dq adds them, see there.
+    """
+    sequence, batch_index, block, _ = find_block(cu_seqlens_q, num_seqs, first_batch, BLOCK_M, VARLEN)
     q_start, num_queries = find_tokens(cu_seqlens_q, seqlen_q, sequence, VARLEN)
     if block * BLOCK_M >= num_queries:
         return
@@ -93,16 +99,20 @@ def row_sums(
     result = tl.load(out_tile + offs_dv[None, :], mask=mask, other=0.0).to(tl.float32)
     grad = tl.load(dout_tile + offs_dv[None, :], mask=mask, other=0.0).to(tl.float32)
     row_delta = tl.sum(result * grad, 1)
+    rest = tl.zeros([BLOCK_M], tl.float32)
     at = batch * lse_stride_b + head * lse_stride_h + tokens
     row_lse = tl.load(lse + at, mask=held, other=float("-inf"))
     if HAS_DLSE:
-        row_delta -= tl.load(dlse + at, mask=held, other=0.0)
+        rest = -tl.load(dlse + at, mask=held, other=0.0)
+        row_delta += rest
     row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse * 1.4426950408889634)
     # A descriptor may read on to the last slot of the last 16 bytes.
     slots = batch * stats_strides[0] + head * stats_strides[1] + find_stats(q_start, sequence, VARLEN) + offs_m
     written = offs_m < tl.cdiv(num_queries, 4) * 4
     tl.store(lse_log2 + slots, row_lse, mask=written)
     tl.store(delta + slots, row_delta, mask=written)
+    if sums is not None:
+        tl.store(sums + slots, rest, mask=written)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import device_guard
+from .backend import contiguous_rows, device_guard
 from .dependent_launch_triton import dependent_launch, start_next, wait_for_previous
 
 BLOCK_N = 1024
@@ -53,7 +53,7 @@ def gated_activation_launch(gate_up: torch.Tensor, activation: str, order: str) 
     out = torch.empty(*gate_up.shape[:-1], n, dtype=gate_up.dtype, device=gate_up.device)
     if out.numel() == 0:
         return out
-    rows = gate_up.view(-1, 2 * n)
+    rows = contiguous_rows(gate_up.reshape(-1, 2 * n))
     gate, up = rows[:, :n], rows[:, n:]
     if order == "up_gate":
         gate, up = up, gate

@@ -252,8 +252,9 @@ def consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
             if HAS_SINKS:
                 sink = gl.load(sinks + heads, mask=valid, other=0.0).to(gl.float32) * 1.4426950408889634
                 new_max = gl.maximum(running_max, sink)
-                correction = gl.exp2(running_max - new_max)
-                running_sum = running_sum * correction + gl.exp2(sink - new_max)
+                pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
+                correction = gl.exp2(running_max - pivot)
+                running_sum = running_sum * correction + gl.exp2(sink - pivot)
                 o = o * gl.convert_layout(correction, gl.SliceLayout(1, O_LAYOUT))[:, None]
                 running_max = new_max
             empty = running_sum == 0.0

@@ -253,6 +253,13 @@ def _(
     return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
 
 
+def _no_second_backward(ctx: object, *grads: torch.Tensor) -> None:
+    raise RuntimeError(
+        "flash_attention has a first derivative only: for derivatives of gradients (create_graph=True) load the model "
+        'with attn_implementation="eager".'
+    )
+
+
 def _no_backward(ctx: object, *grads: torch.Tensor) -> None:
     raise RuntimeError(
         "attention over pages has no backward pass: wrap inference in torch.no_grad(); to train, call the model with "
@@ -284,5 +291,6 @@ def _flash_attention_backward(
 
 flash_attention_op.register_autograd(_flash_attention_backward, setup_context=_save_for_backward)
 # Without this, autograd would silently treat the outputs as constants in some dispatch modes.
-for _op in (paged_attention_op, merge_attention_states_op, flash_attention_backward_op):
+for _op in (paged_attention_op, merge_attention_states_op):
     _op.register_autograd(_no_backward)
+flash_attention_backward_op.register_autograd(_no_second_backward)

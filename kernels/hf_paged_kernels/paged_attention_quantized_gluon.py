@@ -22,7 +22,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from . import paged_attention_quantized_triton, split_plan_triton
 from .attention_hopper_gluon import ANY
-from .backend import QUANTIZED_ROWS, device_guard
+from .backend import QUANTIZED_ROWS, contiguous, contiguous_rows, device_guard, scale_strides
 from .hopper_tiles_gluon import split_bounds
 from .names_gluon import barrier, load_async, view
 from .settings import LOG2_E, QuantizedHopperSettings, choose_quantized_hopper_settings, multiprocessors
@@ -69,7 +69,7 @@ def _find_pages(table_row, keys, start, stop, PAGE_SIZE: gl.constexpr):
 def _load_scales(scales, pages, keys, start, stop, PAGE_SIZE: gl.constexpr):
     """Scales of keys and of values, 0 outside of start..stop."""
     k_scale, v_scale, stride_sp, stride_ss = scales
-    offsets = gl.cast(pages, gl.int64) * stride_sp + keys % PAGE_SIZE * stride_ss
+    offsets = gl.cast(pages, gl.int64) * stride_sp + gl.cast(keys % PAGE_SIZE, gl.int64) * stride_ss
     inside = (keys >= start) & (keys < stop)
     return gl.load(k_scale + offsets, mask=inside, other=0.0), gl.load(v_scale + offsets, mask=inside, other=0.0)
 
@@ -204,7 +204,7 @@ def _quantized_splits(
 
         query_tokens = query_rows // GROUP
         held = (query_tokens < query_len)[:, None]
-        query_heads = head * GROUP + query_rows % GROUP
+        query_heads = gl.cast(head, gl.int64) * GROUP + query_rows % GROUP
         query_offsets = gl.cast(q_start + query_tokens, gl.int64) * stride_qt + query_heads * stride_qh
         query, factor = normalize_rows(
             gl.load(q + query_offsets[:, None] + query_columns[None, :], mask=held, other=0.0)
@@ -271,8 +271,9 @@ def _quantized_splits(
             if HAS_SINKS:
                 sink = gl.load(sinks + heads, mask=valid, other=0.0).to(gl.float32) * 1.4426950408889634
                 new_max = gl.maximum(running_max, sink)
-                correction = gl.exp2(running_max - new_max)
-                running_sum = running_sum * correction + gl.exp2(sink - new_max)
+                pivot = gl.where(new_max == float("-inf"), 0.0, new_max)
+                correction = gl.exp2(running_max - pivot)
+                running_sum = running_sum * correction + gl.exp2(sink - pivot)
                 unit = unit * correction
                 running_max = new_max
             empty = running_sum == 0.0
@@ -313,6 +314,8 @@ def quantized_splits_launch(
     lse = q.new_empty(num_q_heads, num_tokens, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
+    page_table, seq_lens, cu_seqlens_q = contiguous_rows(page_table), seq_lens.contiguous(), cu_seqlens_q.contiguous()
+    sinks = contiguous(sinks)
     s = settings or choose_quantized_hopper_settings(head_dim)
     if plan is None:
         plan = make_split_plan_launch(seq_lens, cu_seqlens_q, max_pages * page_size, window_left)
@@ -330,7 +333,8 @@ def quantized_splits_launch(
         _quantized_splits[(min(num_tiles, multiprocessors(q.device) * s.programs_per_sm),)](
             q, k_desc, v_desc, k_scale, v_scale, page_table, sinks, out, lse, parts, part_lse, split_plan.num_items,
             split_plan.items, num_kv_heads,
-            *q.stride()[:2], *k_scale.stride(), page_table.stride(0), *out.stride()[:2], lse.stride(1), lse.stride(0),
+            *q.stride()[:2], *scale_strides(k_scale, v_scale), page_table.stride(0), *out.stride()[:2],
+            lse.stride(1), lse.stride(0),
             scale_log2, softcap or 0.0, window_left or 0, window_right or 0,
             DTYPE=gl.int8 if k_pages.dtype == torch.int8 else gl.float8e4nv, PAGE_SIZE=page_size, GROUP=group,
             HEAD_DIM=head_dim, BLOCK_N=s.block_n, STAGES=s.stages,

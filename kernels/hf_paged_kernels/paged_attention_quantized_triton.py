@@ -24,7 +24,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import device_guard, on_nvidia
+from .backend import contiguous, contiguous_rows, device_guard, on_nvidia, scale_strides
 from .settings import LOG2_E, QuantizedSettings, is_short_query, multiprocessors, quantized_settings
 from .split_plan_triton import (
     SplitPlan,
@@ -202,7 +202,7 @@ def _attend_tiles(
             start = tl.where(index < first_count, start, second_start + (index - first_count) * BLOCK_N)
         # A tile holds whole pages or lies in one.
         entry = table_row + start // PAGE_SIZE + offs_n // PAGE_SIZE
-        slot = start % PAGE_SIZE + offs_n % PAGE_SIZE
+        slot = tl.cast(start % PAGE_SIZE + offs_n % PAGE_SIZE, tl.int64)
         keys = start + offs_n
         if MASKED:
             # Below `low` the page may have been given back: its table entry is not read.
@@ -351,7 +351,7 @@ def _quantized_forward(
         context_len = seq_len - query_len
         last_token = tl.minimum(first_token + BLOCK_Q, query_len) - 1
         tokens = first_token + rows // GROUP
-        heads = kv_head * GROUP + rows % GROUP
+        heads = tl.cast(kv_head, tl.int64) * GROUP + rows % GROUP
         row_valid = (rows < BLOCK_Q * GROUP) & (tokens < query_len)
         # Rows past the end repeat the last token's position, so that they never widen the mask.
         positions = context_len + tl.minimum(tokens, last_token)
@@ -470,6 +470,8 @@ def quantized_paged_attention_launch(
     lse = q.new_empty(num_q_heads, num_tokens, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
+    page_table, seq_lens, cu_seqlens_q = contiguous_rows(page_table), seq_lens.contiguous(), cu_seqlens_q.contiguous()
+    sinks = contiguous(sinks)
 
     is_split = is_short_query(group, max_query_len)
     chosen = settings or quantized_settings(q.device, max(head_dim, v_dim), group, max_query_len)
@@ -497,7 +499,8 @@ def quantized_paged_attention_launch(
             None if split_plan is None else split_plan.num_items,
             None if split_plan is None else split_plan.items,
             num_blocks * num_kv_heads, num_seqs, num_blocks, num_kv_heads,
-            *q.stride()[:2], *k_pages.stride()[:3], *values.stride()[:3], *k_scale.stride(), page_table.stride(0),
+            *q.stride()[:2], *k_pages.stride()[:3], *values.stride()[:3],
+            *scale_strides(k_scale, v_scale), page_table.stride(0),
             *out.stride()[:2], lse.stride(1), lse.stride(0),
             scale_log2, softcap or 0.0, window_left or 0, window_right or 0,
             PAGE_SIZE=page_size,

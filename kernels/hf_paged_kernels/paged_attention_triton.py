@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import device_guard
+from .backend import MAX_GRID, contiguous, contiguous_rows, device_guard, scale_strides
 from .settings import LOG2_E, SPLIT_LENGTH, AttentionSettings, is_short_query, paged_settings
 from .tiles_triton import (
     add_sink,
@@ -88,7 +88,7 @@ def _attend_pages(
             page = tl.load(table_row + keys // PAGE_SIZE, mask=in_range, other=0).to(tl.int64)
         else:
             page = tl.load(table_row + keys // PAGE_SIZE).to(tl.int64)
-        slot = keys % PAGE_SIZE
+        slot = tl.cast(keys % PAGE_SIZE, tl.int64)
         k_tile = k_head + (page * stride_kp + slot * stride_ks)[:, None] + offs_d[None, :]
         v_tile = v_head + (page * stride_vp + slot * stride_vs)[:, None] + offs_dv[None, :]
         # [BLOCK_N, BLOCK_D]
@@ -207,7 +207,7 @@ def _paged_forward(
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     tokens = first_token + rows // GROUP
-    heads = kv_head * GROUP + rows % GROUP
+    heads = tl.cast(kv_head, tl.int64) * GROUP + rows % GROUP
     row_valid = (rows < BLOCK_Q * GROUP) & (tokens < query_len)
     # Rows past the end repeat the last token's position, so that they never widen the mask.
     positions = context_len + tl.minimum(tokens, last_token)
@@ -280,7 +280,8 @@ def _paged_forward(
         result.to(out.dtype.element_ty),
         mask=row_valid[:, None] & (offs_dv < V_DIM)[None, :],
     )
-    tl.store(lse + packed * stride_lt + heads * stride_lh + split * stride_ls, row_lse, mask=row_valid)
+    split_lse = lse + tl.cast(split, tl.int64) * stride_ls
+    tl.store(split_lse + packed * stride_lt + heads * stride_lh, row_lse, mask=row_valid)
 
 
 @triton.jit(do_not_specialize=["num_seqs", "stride_plt", "stride_plh", "stride_pls", "stride_lt", "stride_lh"])
@@ -310,7 +311,7 @@ def _merge_splits(
 ):
     """One program: one query token of one head. Parts are folded in order, so the sum never depends on the batch."""
     token = tl.program_id(0)
-    head = tl.program_id(1)
+    head = tl.cast(tl.program_id(1), tl.int64)
     # Binary search for the last sequence that starts at or before the token; it is the one that holds it, since
     # empty sequences share their start with the next.
     low = token * 0
@@ -326,11 +327,12 @@ def _merge_splits(
     row = tl.cast(token, tl.int64)
     offs_dv = tl.arange(0, BLOCK_DV)
     accumulator = tl.zeros([BLOCK_DV], tl.float32)
-    running_max = head * 0.0 + float("-inf")
-    running_sum = head * 0.0
+    running_max = token * 0.0 + float("-inf")
+    running_sum = token * 0.0
     for split in range(0, num_splits):
         split_lse = tl.load(part_lse + row * stride_plt + head * stride_plh + split * stride_pls)
-        if split_lse > float("-inf"):
+        # NaN too is a result: of the split that has it, and so of the row.
+        if split_lse != float("-inf"):
             part = tl.load(
                 parts + row * stride_pt + head * stride_ph + split * stride_ps + offs_dv,
                 mask=offs_dv < V_DIM,
@@ -345,9 +347,10 @@ def _merge_splits(
     if HAS_SINKS:
         sink = tl.load(sinks + head).to(tl.float32)
         new_max = tl.maximum(running_max, sink)
-        old = tl.exp(running_max - new_max)
+        pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
+        old = tl.exp(running_max - pivot)
         accumulator = accumulator * old
-        running_sum = running_sum * old + tl.exp(sink - new_max)
+        running_sum = running_sum * old + tl.exp(sink - pivot)
         running_max = new_max
     empty = running_sum == 0.0
     safe_sum = tl.where(empty, 1.0, running_sum)
@@ -394,12 +397,19 @@ def paged_attention_launch(
     lse = q.new_empty(num_q_heads, num_tokens, dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
+    page_table, seq_lens, cu_seqlens_q = contiguous_rows(page_table), seq_lens.contiguous(), cu_seqlens_q.contiguous()
+    sinks = contiguous(sinks)
 
     chosen, block_q = paged_settings(q.device, head_dim, v_dim, q.element_size(), group, max_query_len)
     if settings is not None:
         chosen, block_q = settings, max(1, settings.block_m // group)
     short_query = is_short_query(group, max_query_len)
     num_splits = triton.cdiv(max_pages * page_size, split_length) if short_query else 1
+    if num_splits > MAX_GRID:
+        raise ValueError(
+            f"page_table has room for {max_pages * page_size} tokens of a sequence: at most {MAX_GRID * split_length} "
+            f"are accepted here. Pass a table of fewer columns."
+        )
     if split_length % chosen.block_n:
         raise ValueError(f"split_length must be a multiple of the {chosen.block_n} keys of a tile, got {split_length}.")
     one_block = max_query_len <= block_q
@@ -421,7 +431,7 @@ def paged_attention_launch(
             q, k_pages, v_pages, k_scale, v_scale, page_table, seq_lens, cu_seqlens_q, sinks,
             target, target_lse, num_seqs,
             *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
-            *((0, 0, 0) if k_scale is None else k_scale.stride()), page_table.stride(0),
+            *scale_strides(k_scale, v_scale), page_table.stride(0),
             *out_strides, *lse_strides,
             scale_log2, softcap or 0.0, window_left or 0, window_right or 0,
             PAGE_SIZE=page_size,

@@ -4,6 +4,8 @@ With scales, pages are FP8 (e4m3) or INT8 and each (token, head) has a scale of 
 
     scale = max(abs(x)) / largest,    page = round(x / scale),    x = page * scale        largest: 448 or 127
 
+Where x has a NaN or an infinity its scale is NaN: pages have no infinity, and INT8 no NaN.
+
 A token's slot is ``page * page_size + offset``; slot -1 is not written. Pages are addressed by strides, so
 ``[page, head, slot, dim]`` and ``[page, slot, head, dim]`` memory both work.
 """
@@ -12,17 +14,30 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import device_guard
+from .backend import device_guard, scale_strides
 from .settings import LARGEST
+
+
+@triton.jit
+def highest_bits(x, axis: tl.constexpr):
+    """The bits of the largest magnitude along an axis, in float32: as integers they are in the order of the numbers,
+    with infinity and NaN above all. A maximum of floats would leave NaN out."""
+    return tl.max(tl.abs(x.to(tl.float32)).to(tl.int32, bitcast=True), axis)
+
+
+@triton.jit
+def scale_of_bits(bits, LARGEST: tl.constexpr):
+    """The scale of rows with these :func:`highest_bits`."""
+    highest = bits.to(tl.float32, bitcast=True)
+    scale = tl.where(highest > 0.0, highest / LARGEST, 1.0)
+    return tl.where(bits >= 0x7F800000, float("nan"), scale)
 
 
 @triton.jit
 def _quantize(row, LARGEST: tl.constexpr, ROUND: tl.constexpr):
     """``(row / scale, scale)`` in float32 with a scale that maps the row's largest magnitude to LARGEST."""
-    row = row.to(tl.float32)
-    highest = tl.max(tl.abs(row), 0)
-    scale = tl.where(highest > 0.0, highest / LARGEST, 1.0)
-    row = tl.minimum(tl.maximum(row / scale, -LARGEST), LARGEST)
+    scale = scale_of_bits(highest_bits(row, 0), LARGEST)
+    row = tl.minimum(tl.maximum(row.to(tl.float32) / scale, -LARGEST), LARGEST)
     if ROUND:
         # The cast to int8 truncates: round half away from zero first.
         row = tl.where(row >= 0.0, tl.floor(row + 0.5), tl.ceil(row - 0.5))
@@ -105,9 +120,9 @@ def write_pages_launch(
         return
     with device_guard(k):
         _write_pages[(num_tokens, num_heads)](
-            k, v, k_pages, v_pages, k_scale, v_scale, slot_mapping,
+            k, v, k_pages, v_pages, k_scale, v_scale, slot_mapping.contiguous(),
             *k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
-            *((0, 0, 0) if k_scale is None else k_scale.stride()),
+            *scale_strides(k_scale, v_scale),
             PAGE_SIZE=k_pages.shape[2],
             HEAD_DIM=head_dim,
             V_DIM=v_dim,
@@ -135,7 +150,7 @@ def _copy_pages(
     head = tl.cast(tl.program_id(1), tl.int64)
     offs_s = tl.arange(0, PAGE_SIZE)
     offs_d = tl.arange(0, BLOCK_D)
-    tile = head * stride_h + offs_s[:, None] * stride_s + offs_d[None, :]
+    tile = head * stride_h + tl.cast(offs_s, tl.int64)[:, None] * stride_s + offs_d[None, :]
     mask = (offs_d < DIM)[None, :] & (offs_s < PAGE_SIZE)[:, None]
     from_page = tl.load(source + pair).to(tl.int64)
     to_page = tl.load(target + pair).to(tl.int64)
@@ -148,6 +163,7 @@ def copy_pages_launch(
     """Launch on checked arguments; shapes as in :func:`hf_paged_kernels.copy_pages`."""
     if source.numel() == 0:
         return
+    source, target = source.contiguous(), target.contiguous()
     with device_guard(k_pages):
         for pages in (k_pages, v_pages):
             _, num_heads, page_size, dim = pages.shape

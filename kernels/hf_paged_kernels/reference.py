@@ -105,11 +105,20 @@ def attend_rows(
     if sinks is not None:
         sink = sinks.to(compute).view(num_kv_heads, group, 1, 1).expand(-1, -1, num_queries, 1)
         scores = torch.cat([scores, sink], dim=-1)
-    lse = torch.logsumexp(scores, dim=-1)
-    weights = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0.0)[..., None])[..., :num_keys]
-    out = weights @ v.to(compute).permute(1, 0, 2)[:, None]
+    weights, lse = softmax_rows(scores)
+    out = weights[..., :num_keys] @ v.to(compute).permute(1, 0, 2)[:, None]
     out = out.permute(2, 0, 1, 3).reshape(num_queries, num_q_heads, v_dim)
     return out.to(q.dtype), lse.reshape(num_q_heads, num_queries).float()
+
+
+def softmax_rows(scores: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax of the last dimension, and its log-sum-exp; zeros and -inf where nothing is above -inf.
+
+    Not ``exp(scores - lse)``: where scores are large, their log-sum-exp has no digits left for the number of them, and
+    such weights do not sum to 1.
+    """
+    lse = torch.logsumexp(scores, dim=-1)
+    return torch.softmax(scores, dim=-1).masked_fill((lse == -math.inf)[..., None], 0.0), lse
 
 
 def flash_attention_reference(
@@ -146,8 +155,6 @@ def attend_backward(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
     dout: torch.Tensor,
     dlse: torch.Tensor | None,
     window_left: int | None,
@@ -172,28 +179,31 @@ def attend_backward(
     for first in range(0, num_queries, ROWS_AT_A_TIME):
         rows = slice(first, first + ROWS_AT_A_TIME)
         # [Hk, group, rows, *]: query head h reads key/value head h // group.
-        queries, results, grads = (
-            x[rows].to(compute).unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3) for x in (q, out, dout)
+        queries, grads = (
+            x[rows].to(compute).unflatten(1, (num_kv_heads, group)).permute(1, 2, 0, 3) for x in (q, dout)
         )
-        row_lse = lse[:, rows].to(compute).unflatten(0, (num_kv_heads, group))
         logits = queries @ keys[:, None].mT * scale
         slope = 1.0
         if softcap is not None:
             slope = 1.0 - torch.tanh(logits / softcap) ** 2
             logits = softcap * torch.tanh(logits / softcap)
         hidden = hidden_keys(rows, num_queries, num_keys, window_left, window_right, q.device)
-        # A row without keys has lse -inf; all of its weights are 0.
-        pivot = row_lse.masked_fill(row_lse == -math.inf, 0.0)
-        weights = torch.exp(logits.masked_fill(hidden, -math.inf) - pivot[..., None])
-        delta = (results * grads).sum(-1)
+        scores = logits.masked_fill(hidden, -math.inf)
+        if sinks is not None:
+            sink = sinks.to(compute).view(num_kv_heads, group, 1, 1).expand(*scores.shape[:-1], 1)
+            scores = torch.cat([scores, sink], dim=-1)
+        every_weight, _ = softmax_rows(scores)
+        weights = every_weight[..., :num_keys]
+        grad_weights = grads @ values[:, None].mT
+        delta = (weights * grad_weights).sum(-1)
         if dlse is not None:
             delta = delta - dlse[:, rows].to(compute).unflatten(0, (num_kv_heads, group))
         dv += (weights.mT @ grads).sum(1)
-        dscores = weights * (grads @ values[:, None].mT - delta[..., None]) * slope
+        dscores = weights * (grad_weights - delta[..., None]) * slope
         dk += (dscores.mT @ queries).sum(1) * scale
         dq[rows] = (dscores @ keys[:, None] * scale).permute(2, 0, 1, 3).flatten(1, 2)
         if sinks is not None:
-            dsinks -= (torch.exp(sinks.to(compute)[:, None] - pivot.flatten(0, 1)) * delta.flatten(0, 1)).sum(1)
+            dsinks -= (every_weight[..., num_keys] * delta).flatten(0, 1).sum(1)
     return dq, dk.transpose(0, 1), dv.transpose(0, 1), dsinks
 
 
@@ -213,19 +223,22 @@ def flash_attention_backward_reference(
     sinks: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Sequence by sequence; arguments and results as ``flash_attention_backward_launch``."""
+    """Sequence by sequence; arguments and results as ``flash_attention_backward_launch``.
+
+    What the forward pass left, ``out`` and ``lse``, is computed again, without their rounding.
+    """
     rest = (window_left, window_right, softcap, sinks, scale)
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
     dsinks = q.new_zeros(q.shape[-2] if sinks is not None else 0, dtype=torch.float32)
     if cu_seqlens_q is None or cu_seqlens_k is None:
-        # Indices of one sequence after another: of q, out, dout, dq; of k, v, dk, dv; of lse, dlse.
+        # Indices of one sequence after another: of q, dout, dq; of k, v, dk, dv; of dlse.
         sequences: list[Any] = [(b, b, b) for b in range(q.shape[0])]
     else:
         ends = zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()))
         sequences = [(slice(*rows), slice(*keys), (slice(None), slice(*rows))) for rows, keys in ends]
     for i, j, row in sequences:
         row_dlse = None if dlse is None else dlse[row]
-        grads = attend_backward(q[i], k[j], v[j], out[i], lse[row], dout[i], row_dlse, *rest)
+        grads = attend_backward(q[i], k[j], v[j], dout[i], row_dlse, *rest)
         dq[i], dk[j], dv[j] = grads[:3]
         if sinks is not None:
             dsinks += grads[3]
@@ -303,6 +316,8 @@ def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
     x = x.float()
     highest = x.abs().amax(-1)
     scales = torch.where(highest > 0, highest / LARGEST[dtype], 1.0)
+    # Pages have no infinity, and INT8 no NaN: the scale keeps either visible.
+    scales = scales.masked_fill(~highest.isfinite(), math.nan)
     scaled = (x / scales[..., None]).clamp(-LARGEST[dtype], LARGEST[dtype])
     return (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scales
 
@@ -325,12 +340,11 @@ def merge_attention_states_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The formula, with a side that saw no key left out even where it holds NaN."""
     compute = torch.promote_types(out_a.dtype, torch.float32)
-    lse = torch.logaddexp(lse_a, lse_b)
-    pivot = lse.masked_fill(lse == -math.inf, 0.0)
+    weights, lse = softmax_rows(torch.stack([lse_a, lse_b], dim=-1))
     out = torch.zeros(out_a.shape, dtype=compute, device=out_a.device)
-    for part, part_lse in ((out_a, lse_a), (out_b, lse_b)):
-        weight = torch.exp(part_lse - pivot).T[..., None].to(compute)
-        out += torch.where(weight == 0, 0.0, part.to(compute)) * weight
+    for i, (part, part_lse) in enumerate(((out_a, lse_a), (out_b, lse_b))):
+        held = part.to(compute).masked_fill((part_lse == -math.inf).T[..., None], 0.0)
+        out += held * weights[..., i].T[..., None].to(compute)
     return out.to(out_a.dtype), lse
 
 

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import device_guard
+from .backend import contiguous, contiguous_rows, device_guard
 from .dependent_launch_triton import dependent_launch, start_next, wait_for_previous
 
 
@@ -74,8 +74,8 @@ def rms_norm_launch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch on checked arguments; see :func:`hf_paged_kernels.fused_ops.rms_norm_op`."""
     n = x.shape[-1]
-    rows = x.view(-1, n)
-    added = None if residual is None else residual.view(-1, n)
+    rows = contiguous_rows(x.reshape(-1, n))
+    added = None if residual is None else contiguous_rows(residual.reshape(-1, n))
     normed, total = _launch(rows, 1, weight, eps, weight_offset, round_first, added, x.dtype)
     return normed.view(x.shape), total if residual is None else total.view(x.shape)
 
@@ -90,7 +90,10 @@ def rms_norm_parts_launch(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch on checked arguments; see :func:`hf_paged_kernels.fused_ops.rms_norm_parts_op`."""
     num_parts, _, n = parts.shape
-    return _launch(parts.view(-1, n), num_parts, weight, eps, weight_offset, round_first, residual, residual.dtype)
+    rows = contiguous_rows(parts.reshape(-1, n))
+    return _launch(
+        rows, num_parts, weight, eps, weight_offset, round_first, contiguous_rows(residual), residual.dtype
+    )
 
 
 def _launch(
@@ -111,7 +114,7 @@ def _launch(
         return normed, total
     with device_guard(x):
         _rms_norm[(num_rows,)](
-            x, weight, residual, normed, total, x.stride(0), 0 if residual is None else residual.stride(0),
+            x, contiguous(weight), residual, normed, total, x.stride(0), 0 if residual is None else residual.stride(0),
             eps, weight_offset,
             N=n,
             BLOCK_N=triton.next_power_of_2(n),

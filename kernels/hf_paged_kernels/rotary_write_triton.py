@@ -16,8 +16,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .backend import device_guard
+from .backend import contiguous, device_guard, scale_strides
 from .dependent_launch_triton import dependent_launch, start_next, wait_for_previous
+from .pages_triton import highest_bits, scale_of_bits
 from .settings import LARGEST
 
 TILE = 1024
@@ -115,7 +116,7 @@ def _rotated_heads(
     ROUND_FIRST: tl.constexpr,
 ):
     """Parts a, b and rest of heads, as ``_load_heads``, after norm and rotation."""
-    offs = tl.arange(0, BLOCK_HALF)
+    offs = tl.cast(tl.arange(0, BLOCK_HALF), tl.int64)
     cosine = tl.load(cos + offs * stride_c, mask=offs < HALF, other=0.0).to(tl.float32)[None, :]
     sine = tl.load(sin + offs * stride_s, mask=offs < HALF, other=0.0).to(tl.float32)[None, :]
     a, b, rest = _load_heads(x, mask, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED)
@@ -134,18 +135,6 @@ def _rotated_heads(
     turned_a = (wide_a * cosine - wide_b * sine).to(a.dtype)
     turned_b = (wide_b * cosine + wide_a * sine).to(b.dtype)
     return turned_a, turned_b, rest
-
-
-@triton.jit
-def _highest(rows):
-    """The largest magnitude of each row, in float32."""
-    return tl.max(tl.abs(rows.to(tl.float32)), 1)
-
-
-@triton.jit
-def _scale_of(highest, LARGEST: tl.constexpr):
-    """The scale of rows whose largest magnitudes are ``highest``."""
-    return tl.where(highest > 0.0, highest / LARGEST, 1.0)
 
 
 @triton.jit
@@ -225,7 +214,7 @@ def _rotary_write(
     sin += token * stride_st
     # Each branch has names of its own: a name in two of them would need one type.
     if tile < NUM_Q_TILES:
-        head = (tile * BLOCK_H + tl.arange(0, BLOCK_H))[:, None]
+        head = tl.cast(tile * BLOCK_H + tl.arange(0, BLOCK_H), tl.int64)[:, None]
         mask = head < NUM_Q_HEADS
         a, b, rest = _rotated_heads(
             q + token * stride_qt + head * stride_qh, mask, cos, sin, stride_cd, stride_sd, q_weight, eps,
@@ -236,7 +225,7 @@ def _rotary_write(
     else:
         place = tl.load(slot_mapping + token)
         page, slot = place // PAGE_SIZE, place % PAGE_SIZE
-        kv_head = ((tile - NUM_Q_TILES) % NUM_KV_TILES) * BLOCK_H + tl.arange(0, BLOCK_H)
+        kv_head = tl.cast(((tile - NUM_Q_TILES) % NUM_KV_TILES) * BLOCK_H + tl.arange(0, BLOCK_H), tl.int64)
         written = (kv_head < NUM_KV_HEADS) & (place >= 0)
         scales = page * stride_sp + kv_head * stride_sh + slot * stride_ss
         kv_head = kv_head[:, None]
@@ -247,10 +236,10 @@ def _rotary_write(
                 HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_K_WEIGHT, ROUND_FIRST,
             )  # fmt: skip
             if LARGEST > 0:
-                highest = tl.maximum(_highest(key_a), _highest(key_b))
+                highest = tl.maximum(highest_bits(key_a, 1), highest_bits(key_b, 1))
                 if 2 * HALF < HEAD_DIM:
-                    highest = tl.maximum(highest, _highest(key_rest))
-                key_scale = _scale_of(highest, LARGEST)
+                    highest = tl.maximum(highest, highest_bits(key_rest, 1))
+                key_scale = scale_of_bits(highest, LARGEST)
                 tl.store(k_scale + scales, key_scale, mask=written)
                 key_a = _quantized(key_a, key_scale, LARGEST, k_pages.dtype.element_ty == tl.int8)
                 key_b = _quantized(key_b, key_scale, LARGEST, k_pages.dtype.element_ty == tl.int8)
@@ -264,7 +253,7 @@ def _rotary_write(
             inside = written[:, None] & (offs < V_DIM)
             value = tl.load(v + token * stride_vt + kv_head * stride_vh + offs, mask=inside, other=0.0)
             if LARGEST > 0:
-                value_scale = _scale_of(_highest(value), LARGEST)
+                value_scale = scale_of_bits(highest_bits(value, 1), LARGEST)
                 tl.store(v_scale + scales, value_scale, mask=written)
                 value = _quantized(value, value_scale, LARGEST, v_pages.dtype.element_ty == tl.int8)
             values = v_pages + page * stride_vp + kv_head * stride_vph + slot * stride_vs
@@ -300,10 +289,11 @@ def rotary_write_launch(
     grid = (num_tokens, triton.cdiv(num_q_heads, block_h) + 2 * triton.cdiv(num_kv_heads, block_h))
     with device_guard(q):
         _rotary_write[grid](
-            q, k, v, cos, sin, q_weight, k_weight, out, k_pages, v_pages, k_scale, v_scale, slot_mapping,
+            q, k, v, cos, sin, contiguous(q_weight), contiguous(k_weight), out, k_pages, v_pages, k_scale, v_scale,
+            slot_mapping.contiguous(),
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *cos.stride(), *sin.stride(),
             *k_pages.stride()[:3], *v_pages.stride()[:3],
-            *((0, 0, 0) if k_scale is None else k_scale.stride()),
+            *scale_strides(k_scale, v_scale),
             eps, weight_offset,
             NUM_Q_HEADS=num_q_heads,
             NUM_KV_HEADS=num_kv_heads,

@@ -46,7 +46,7 @@ def sample_tokens_op(
 
     Returns:
         Tokens ``[num_rows]`` int64; ``INVALID_TOKEN`` for a row with a NaN logit, and for a drawn row without any
-        finite score or with an infinite one. And float32 ``[num_rows]``, the log-sum-exp of the logits as they are
+        finite score or with an infinite one. And float64 ``[num_rows]``, the log-sum-exp of the logits as they are
         without rules: a token's logit less that is its log-probability; NaN where it was not asked for.
     """
     arguments = (logits, slots, positions, temperature, top_k, top_p, min_p, seeds, wants_lse, rules, last_token)
@@ -72,4 +72,4 @@ def _(
     last_token: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows = logits.shape[0]
-    return logits.new_empty(num_rows, dtype=torch.int64), logits.new_empty(num_rows, dtype=torch.float32)
+    return logits.new_empty(num_rows, dtype=torch.int64), logits.new_empty(num_rows, dtype=torch.float64)

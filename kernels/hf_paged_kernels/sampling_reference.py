@@ -233,6 +233,17 @@ def ruled_logits(logits: torch.Tensor, position: int, rules: torch.Tensor) -> to
     return x
 
 
+def log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
+    """Log-sum-exp of ``[..., vocab]``, any float dtype, as float64 ``[...]``.
+
+    Rounded to float32 it would be off by what log-probabilities are made of where logits are large.
+    """
+    x = logits.float()
+    largest = x.amax(-1)
+    pivot = torch.where(largest.isfinite(), largest, 0.0)
+    return pivot.double() + (x - pivot[..., None]).logsumexp(-1).double()
+
+
 INVALID_TOKEN = -1
 """Stands for a token where none can be chosen."""
 
@@ -338,10 +349,10 @@ def sample_tokens_reference(
     """See ``sampling_ops.sample_tokens_op`` for the arguments. Reads parameters back to the host."""
     if last_token is not None:
         positions = positions[slots]
-    lse = torch.full((len(slots),), torch.nan, device=logits.device)
+    lse = torch.full((len(slots),), torch.nan, dtype=torch.float64, device=logits.device)
     asked = (wants_lse[slots] != 0).nonzero().squeeze(1)
     if len(asked):
-        lse[asked] = logits[asked].float().logsumexp(-1)
+        lse[asked] = log_sum_exp(logits[asked])
     ruled = rules[slots, 0].nonzero().flatten().tolist()
     if ruled:
         logits = logits.to(torch.float32, copy=True)

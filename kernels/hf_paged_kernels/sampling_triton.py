@@ -30,7 +30,7 @@ import triton
 import triton.language as tl
 
 from . import sampling_reference
-from .backend import device_guard, on_nvidia
+from .backend import MAX_GRID, contiguous_rows, device_guard, on_nvidia
 from .dependent_launch_triton import dependent_launch, start_next, wait_for_previous
 from .sampling_reference import tile_size
 from .sampling_scores_triton import (
@@ -247,12 +247,13 @@ def _pick_rows(
     has_nan = tl.max((maxima != maxima).to(tl.int32), 0) > 0
     largest = tl.max(tl.where(has_nan, LOWEST, maxima), 0)
     top = tl.div_rn(largest, tl.where(temperature > 0, temperature, 1.0))
-    log_of_sum = float("nan")
+    log_of_sum = tl.full((), float("nan"), tl.float64)
     if (tl.load(wants_lse + slot) > 0) & ~has_nan:
         raw_maxima = tl.load(tile_raw_max + place, mask=held, other=LOWEST)
         sums = tl.load(tile_raw_sum + place, mask=held, other=0.0)
         raw_largest = tl.max(raw_maxima, 0)
-        log_of_sum = raw_largest + tl.log(tl.sum(sums * tl.exp2((raw_maxima - raw_largest) * LOG2E), 0))
+        total = tl.sum(sums * tl.exp2((raw_maxima - raw_largest) * LOG2E), 0)
+        log_of_sum = raw_largest.to(tl.float64) + tl.log(total).to(tl.float64)
     tl.store(lse + row, log_of_sum)
     token = INVALID
     task = DONE
@@ -653,8 +654,16 @@ def sample_tokens_launch(
     rules: torch.Tensor,
     last_token: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """See ``sampling_ops.sample_tokens_op`` for the arguments."""
+    """See ``sampling_ops.sample_tokens_op`` for the arguments; at most :data:`~.backend.MAX_GRID` rows."""
     num_rows, vocab = logits.shape
+    if num_rows > MAX_GRID:
+        raise ValueError(f"logits must have at most {MAX_GRID} rows in one call, got {num_rows}: pass fewer at a time.")
+    logits = contiguous_rows(logits)
+    slots, positions, temperature, top_k, top_p, min_p, seeds, wants_lse = (
+        x.contiguous() for x in (slots, positions, temperature, top_k, top_p, min_p, seeds, wants_lse)
+    )
+    # Both are written: where a kernel cannot do that in place, their copies are.
+    row_rules, noted = contiguous_rows(rules), None if last_token is None else last_token.contiguous()
     tile = tile_size(vocab)
     num_tiles = triton.cdiv(vocab, tile)
     num_groups = num_tiles * (tile // GROUP)
@@ -663,7 +672,7 @@ def sample_tokens_launch(
         return torch.empty(shape, dtype=dtype, device=logits.device)
 
     chosen, chosen_again = (new(num_rows, dtype=torch.int64) for _ in range(2))
-    lse = new(num_rows)
+    lse = new(num_rows, dtype=torch.float64)
     if not num_rows:
         return chosen, lse
     tile_max, tile_sum, tile_raw_max, tile_raw_sum = (new(num_rows, num_tiles) for _ in range(4))
@@ -676,8 +685,8 @@ def sample_tokens_launch(
     tiles = triton.next_power_of_2(num_tiles)
     scanned, weighed = (max(1, min(most, num_rows * num_tiles // PROGRAMS)) for most in (SCAN_TILES, WEIGH_TILES))
     more = 1 if logits.element_size() < 4 else 2
-    by_slot = int(last_token is not None)
-    rows = (logits, logits.stride(0), vocab, slots, positions, by_slot, rules, rules.stride(0))
+    by_slot = int(noted is not None)
+    rows = (logits, logits.stride(0), vocab, slots, positions, by_slot, row_rules, row_rules.stride(0))
     parameters = (*rows, temperature, top_k, top_p, min_p, seeds)
     launch = dependent_launch(logits.device)
     with device_guard(logits):
@@ -702,8 +711,12 @@ def sample_tokens_launch(
             )  # fmt: skip
         _finish_rows[(num_rows,)](
             *parameters, row_task, row_max, row_sum, row_count, row_key, groups, tile_max,
-            chosen, chosen if last_token is None else last_token, tile_mass, chosen_again, tile_mass_again, num_tiles,
+            chosen, chosen if noted is None else noted, tile_mass, chosen_again, tile_mass_again, num_tiles,
             SHIFT=shift, NARROW=narrow, FAST=fast, TILE=tile, GROUP=GROUP,
             TILES=tiles, SPAN=max(1, LARGE // tile), num_warps=ROW_WARPS, **launch,
         )  # fmt: skip
+    if row_rules is not rules:
+        rules.copy_(row_rules)
+    if last_token is not None and noted is not None and noted is not last_token:
+        last_token.copy_(noted)
     return chosen, lse

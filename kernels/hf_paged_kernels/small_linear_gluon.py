@@ -25,8 +25,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from .backend import device_guard
-from .small_linear import SmallLinearSettings
+from .backend import contiguous, device_guard
+from .small_linear import MAX_TOKENS, SmallLinearSettings
+
+FARTHEST = 2**31 // MAX_TOKENS - 1
+"""Elements between two tokens up to which their offsets fit into int32: in the last tokens of long sequences
+``[B, L, K]`` they are L * K apart."""
 
 
 @gluon.jit
@@ -359,6 +363,9 @@ def _launch(
     gated: bool,
 ) -> torch.Tensor:
     num_tokens, width = x.shape
+    bias, residual, norm_weight = contiguous(bias), contiguous(residual), contiguous(norm_weight)
+    if x.stride(0) > FARTHEST:
+        x = x.contiguous()
     num_features = weight.shape[0] // 2 if gated else weight.shape[0]
     out = x.new_empty(num_tokens, num_features)
     with device_guard(x):

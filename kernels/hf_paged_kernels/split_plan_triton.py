@@ -316,6 +316,7 @@ def merge_parts_launch(
         part_lse: float32 ``[rows, 2]``, the maximum of the scores in base 2, and the sum of weights.
         out: ``[T, Hq, head_dim]``, written.
         lse: float32 ``[Hq, T]``, written.
+        cu_seqlens_q: int32 ``[num_seqs + 1]``, contiguous, as ``sinks`` are: a copy made here would be read too early.
         group: query heads per key/value head; ``pack`` rows stand for them.
     """
     head_dim = parts.shape[1]
@@ -356,6 +357,7 @@ class SplitPlan:
     @classmethod
     def of(cls, plan: torch.Tensor, num_seqs: int, max_tokens: int) -> "SplitPlan":
         """The parts of ``plan`` as made for these bounds."""
+        plan = plan.contiguous()
         max_items = max_split_items(num_seqs, max_tokens)
         items, sequences = plan[4 : 4 + ITEM_NUMBERS * max_items], plan[4 + ITEM_NUMBERS * max_items :]
         return cls(plan[:1], plan[1:4], items, sequences, max_items, max_splits(max_tokens))
@@ -372,6 +374,7 @@ def make_split_plan_launch(
         max_tokens: upper bound of ``seq_lens``: the page table's width in tokens.
         window_left: the sliding window of the layers, None: they see everything.
     """
+    seq_lens, cu_seqlens_q = seq_lens.contiguous(), cu_seqlens_q.contiguous()
     num_seqs = seq_lens.shape[0]
     max_items = max_split_items(num_seqs, max_tokens)
     plan = torch.empty(split_plan_size(num_seqs, max_tokens), dtype=torch.int32, device=seq_lens.device)

@@ -104,7 +104,10 @@ def online_softmax_update(scores, running_max, running_sum):
 
 @triton.jit
 def finish_softmax(accumulator, running_max, running_sum):
-    """Return ``(out [rows, v_dim], lse [rows], natural log)``; rows that saw no key give zeros and -inf."""
+    """Return ``(out [rows, v_dim], lse [rows], natural log)``; rows with neither key nor sink give zeros and -inf.
+
+    A NaN among the sums stays one: it is not an empty row.
+    """
     empty = running_sum == 0.0
     out = accumulator / tl.where(empty, 1.0, running_sum)[:, None]
     log_sum = (running_max + tl.log2(tl.where(empty, 1.0, running_sum))) * 0.6931471805599453
@@ -116,8 +119,10 @@ def finish_softmax(accumulator, running_max, running_sum):
 def add_sink(accumulator, running_max, running_sum, sink_log2):
     """Let a learned logit per row (base 2) take part in the softmax without a value (gpt-oss attention sinks)."""
     new_max = tl.maximum(running_max, sink_log2)
-    correction = tl.exp2(running_max - new_max)
-    return accumulator * correction[:, None], new_max, running_sum * correction + tl.exp2(sink_log2 - new_max)
+    # Without keys, beside a sink of -inf, there is nothing to sum: a finite pivot keeps NaN out of the row.
+    pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
+    correction = tl.exp2(running_max - pivot)
+    return accumulator * correction[:, None], new_max, running_sum * correction + tl.exp2(sink_log2 - pivot)
 
 
 @triton.jit
