@@ -25,7 +25,7 @@ from dense_engine import reference_tokens, run_assisted, run_rows
 from explicit_models import prompts, tiny_model
 from tokenizers_of_tests import characters
 
-from hf_paged.engine.logprobs import prompt_logprobs
+from hf_paged.engine.logprobs import ComingLogprobs, prompt_logprobs
 from hf_paged.engine.selection import TokenRules, TokenSelector
 from hf_paged.engine.token_rules import derived_seed, unserved_reason
 from hf_paged.transformers_internals import prepare_generation
@@ -573,6 +573,21 @@ def test_logprobs(model):
     of_prompt = prompt_logprobs(logits, torch.tensor([4, 5, 6]), 2)
     assert [item.token_id for item in of_prompt] == [4, 5, 6]
     assert of_prompt[1].logprob == pytest.approx(float(expected[1, 5]))
+
+
+@pytest.mark.parametrize("size", [1e4, 1e8])
+def test_logprobs_of_large_logits(size):
+    """Eight logits of any size: their probabilities sum to 1, be the log-sum-exp known or not."""
+    logits = torch.full((1, VOCAB), -torch.inf)
+    logits[0, :8] = size
+    slot = torch.zeros(1, dtype=torch.int64)
+    neutral = (torch.zeros(1), slot, torch.ones(1), torch.zeros(1), slot, slot + 1)
+    rules = torch.zeros(1, sampling_reference.MARKS + 4, dtype=torch.int64)
+    _, known = sampling_reference.sample_tokens_reference(logits, slot, slot, *neutral, rules)
+    for lse in (None, known):
+        (got,) = ComingLogprobs(logits, torch.tensor([3]), [8], lse).wait()
+        assert got.logprob == pytest.approx(-math.log(8), abs=1e-6)
+        assert got.top_logprobs == pytest.approx([-math.log(8)] * 8, abs=1e-6)
 
 
 # Prompt lookup

@@ -1,6 +1,7 @@
 """The public functions: refusals before any launch, fake implementations, autograd, settings."""
 
 import hf_paged_kernels as kernels
+import numpy as np
 import pytest
 import torch
 from hf_paged_kernels import ops
@@ -34,6 +35,13 @@ def dense(**changes):
         ),
         ({"window": 0}, ValueError, "window must be None, a number of tokens"),
         ({"window": "all"}, ValueError, "window must be None, a number of tokens"),
+        ({"window": (2.7, 0)}, TypeError, r"window must be an integer, got 2.7 \(float\)"),
+        ({"window": 2.0}, TypeError, r"window must be an integer, got 2.0"),
+        ({"window": True}, TypeError, r"window must be an integer, got True"),
+        ({"max_seqlen_q": 3.5}, TypeError, "max_seqlen_q must be an integer, got 3.5"),
+        ({"max_seqlen_k": "5"}, TypeError, "max_seqlen_k must be an integer, got '5'"),
+        ({"scale": "0.5"}, TypeError, "scale must be a number, got '0.5'"),
+        ({"softcap": torch.ones((), requires_grad=True)}, TypeError, "softcap must be a number, got tensor"),
         ({"softcap": -1.0}, ValueError, "softcap must be None or a positive number, got -1.0"),
         ({"scale": float("nan")}, ValueError, "scale must be a finite number"),
         ({"sinks": torch.randn(3)}, ValueError, "each of the 4 query heads, got 3"),
@@ -89,6 +97,7 @@ def paged(**changes):
         ({"seq_lens": ints(9)}, ValueError, "same sequences"),
         ({"cu_seqlens_q": ints(0, 2, 2)}, ValueError, "a sequence of 2 tokens, more than the maximum given"),
         ({"max_query_len": 0}, ValueError, "max_query_len must be a positive int, got 0"),
+        ({"max_query_len": 1.5}, TypeError, "max_query_len must be an integer, got 1.5"),
         ({"k_pages": torch.randn(6, 2, 7, 16), "v_pages": torch.randn(6, 2, 7, 16)}, ValueError, "page_size must be"),
         ({"v_pages": torch.randn(6, 2, 16, 16)}, ValueError, "must agree in pages, heads and page size"),
         ({"k_pages": torch.randn(6, 2, 16, 8).mT}, ValueError, "last dimension of k_pages must be contiguous"),
@@ -103,6 +112,25 @@ def test_paged_attention_refuses(changes, kind, says):
 def test_page_table_entries_that_are_not_read_may_hold_anything():
     arguments = paged(page_table=ints(0, 1, 2, 2**30).view(2, 2))
     assert kernels.paged_attention(**arguments).isfinite().all()
+
+
+def test_numbers_of_numpy():
+    arguments = paged()
+    expected = kernels.paged_attention(**arguments, window=4, scale=0.5, softcap=3.0)
+    numbers = {"window": np.int64(4), "scale": np.float32(0.5), "softcap": np.float64(3.0)}
+    assert torch.equal(kernels.paged_attention(**arguments | numbers | {"max_query_len": np.int32(1)}), expected)
+    inputs = dense()
+    expected = kernels.flash_attention(**inputs, window=(2, 0))
+    assert torch.equal(kernels.flash_attention(**inputs, window=(np.int64(2), np.int8(0))), expected)
+    lengths = (arguments["seq_lens"], arguments["cu_seqlens_q"], arguments["page_table"])
+    assert torch.equal(kernels.make_split_plan(*lengths, np.int64(8)), kernels.make_split_plan(*lengths, 8))
+
+
+def test_page_tables_of_any_strides():
+    arguments = paged()
+    expected = kernels.paged_attention(**arguments)
+    arguments["page_table"] = arguments["page_table"].T.contiguous().T
+    assert torch.equal(kernels.paged_attention(**arguments), expected)
 
 
 def test_unknown_arguments_are_refused():

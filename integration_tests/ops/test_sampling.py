@@ -223,6 +223,14 @@ def test_scores_of_any_size(poison):
     check(logits.to(DEVICE), parameters)
 
 
+def test_log_sum_exp_of_large_logits(poison):
+    """What a token's logit is less it, its log-probability, is right to the last digits of float32 at any size."""
+    logits = torch.randn(3, 5000) + torch.tensor([[1e4], [-1e6], [1e8]])
+    slots, positions, *columns, seeds, _, rules = tables([{}] * 3)
+    _, lse = sample_tokens_launch(logits.to(DEVICE), slots, positions, *columns, seeds, seeds * 0 + 1, rules)
+    assert torch.allclose(lse.cpu(), logits.double().logsumexp(-1), rtol=0, atol=1e-5)
+
+
 def test_most_rows_are_decided_by_their_definition():
     """The border that rounding may move is small: it hardly ever decides."""
     parameters = [KINDS["top_p"], KINDS["half"], KINDS["min_p"]] * 15
