@@ -33,6 +33,7 @@ from .engine.request import RequestOutput
 from .engine.token_rules import TokenRules, checked_seed, derived_seed, mode_of
 from .errors import OutOfPagesError, RequestError
 from .generate_reasons import LOOP_KEYWORDS, is_row_wise, reason_in_config
+from .stop_strings import StopStrings
 from .transformers_internals import PreparedGeneration, given_cache, own_decoding_loop, special_tokens
 
 logger = logging.get_logger(__name__)
@@ -217,7 +218,7 @@ def _criteria_of_the_batch(batch: Batch) -> list[Any]:
     own: tuple[type, ...] = (MaxLengthCriteria, EosTokenCriteria)
     if batch.has_eos or mode_of(batch.config) == "beams":
         # Each of these ends a row by itself, and the row is filled with padding.
-        own = (*own, StopStringCriteria, MaxTimeCriteria)
+        own = (*own, StopStringCriteria, StopStrings, MaxTimeCriteria)
     return [criterion for criterion in batch.criteria if type(criterion) not in own]
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteriaList, StopStringCriteria
+from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, StoppingCriteriaList
 from transformers.utils import logging
 
 from .engine import Engine, EngineConfig, is_supported
@@ -18,6 +18,7 @@ from .errors import RequestError, UnsupportedModelError
 from .generate_loop import log_original, refuse_seed, run_loop
 from .generate_reasons import reason_in_arguments, reason_in_config, reason_in_model
 from .hooks import active_hooks, foreign_forwards
+from .stop_strings import StopStrings
 from .transformers_internals import hooks_of, resolve_generation_config
 
 logger = logging.get_logger(__name__)
@@ -196,8 +197,8 @@ def _seen(model: PreTrainedModel) -> _Seen:
 def _stop_strings_as_criterion(
     arguments: dict[str, Any], kwargs: dict[str, Any], config: GenerationConfig, tokenizer: Any, model: Any
 ) -> None:
-    """Replace stop strings, in place, by the criterion that ``generate()`` makes of them."""
-    criterion = StopStringCriteria(stop_strings=config.stop_strings, tokenizer=tokenizer)
+    """Replace stop strings, in place, by a criterion for them."""
+    criterion = StopStrings(tokenizer, config.stop_strings)
     arguments["stopping_criteria"] = StoppingCriteriaList([*(arguments.get("stopping_criteria") or []), criterion])
     given = arguments.get("generation_config")
     if given is not None and given.stop_strings is not None:

@@ -27,6 +27,7 @@ from transformers import (
     PreTrainedConfig,
     PreTrainedModel,
     StoppingCriteriaList,
+    StopStringCriteria,
     SynthIDTextWatermarkLogitsProcessor,
 )
 from transformers.generation import (
@@ -475,6 +476,7 @@ def prepare_generation(
     stopping_criteria: list[Any] | None = None,
     prefix_allowed_tokens_fn: Callable[[int, torch.Tensor], list[int]] | None = None,
     tokenizer: Any = None,
+    stop_criterion: Callable[[Any, Any], Any] | None = None,
 ) -> PreparedGeneration:
     """Everything that ``model.generate(prompt, generation_config)`` prepares before its decoding loop.
 
@@ -483,6 +485,7 @@ def prepare_generation(
         generation_config: None means the model's own.
         prompt: ``[1, L]`` int64 on the model's device, without padding.
         logits_processor, stopping_criteria, prefix_allowed_tokens_fn, tokenizer: as for ``generate()``.
+        stop_criterion: makes the criterion of a tokenizer and stop strings; None: transformers' own.
 
     Raises:
         ValueError: ``generate()`` would raise it for the same arguments.
@@ -513,11 +516,16 @@ def prepare_generation(
         device=prompt.device,
         model_kwargs={},
     )
+    stop_strings = config.stop_strings
+    if stop_criterion is not None and stop_strings is not None and tokenizer is not None:
+        stopping_criteria = [*(stopping_criteria or []), stop_criterion(tokenizer, stop_strings)]
+        config.stop_strings = None
     criteria = model._get_stopping_criteria(
         generation_config=config,
         stopping_criteria=StoppingCriteriaList(stopping_criteria or []),
         tokenizer=tokenizer,
     )
+    config.stop_strings = stop_strings
     return PreparedGeneration(config, processors, criteria)
 
 
@@ -525,6 +533,42 @@ def special_tokens(config: GenerationConfig) -> tuple[tuple[int, ...], int | Non
     """(eos token ids, pad token id) of a prepared config."""
     eos, pad = touch_attr(config, "_eos_token_tensor"), touch_attr(config, "_pad_token_tensor")
     return () if eos is None else tuple(eos.tolist()), None if pad is None else int(pad)
+
+
+class _OneToken:
+    """A tokenizer whose vocabulary is one token."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer, self.vocab, self._encoded = tokenizer, dict[str, int](), dict[str, Any]()
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.vocab
+
+    def __call__(self, text: str, **options: Any) -> Any:
+        # Once: encoding changes the state of a fast tokenizer, which its owner may be using in another thread.
+        if text not in self._encoded:
+            self._encoded[text] = self._tokenizer(text, **options)
+        return self._encoded[text]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._tokenizer, name)
+
+
+def token_texts(tokenizer: Any) -> tuple[bool, Callable[[int], str | bytes | None]]:
+    """What ``StopStringCriteria`` takes for the text of a token: whether that is bytes, and a function that gives it by
+    id, None for an id that is no token."""
+    mode = touch(StopStringCriteria, "_get_stop_string_matching_mode").__get__(None, StopStringCriteria)(tokenizer)
+    one = _OneToken(tokenizer)
+
+    def find(token: int) -> str | bytes | None:
+        name = tokenizer.convert_ids_to_tokens(token) if 0 <= token < len(tokenizer) else None
+        if name is None:
+            return None
+        one.vocab = {name: token}
+        return StopStringCriteria.clean_tokenizer_vocab(one, stop_string_matching_mode=mode)[0][0]
+
+    find(0)  # Encodes what it needs, in the thread of the caller.
+    return mode is not None, find
 
 
 class _PrefixOfRow(PrefixConstrainedLogitsProcessor):

@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from ..stop_strings import StopStrings
 from .token_rules import TokenRules
 
 
@@ -23,6 +24,9 @@ def is_stopped(rules: TokenRules, tokens: np.ndarray, device: torch.device) -> b
 
     Every criterion is called at every token, as ``generate()`` does: some of them count.
     """
-    ids = history_tensor(rules, tokens, device)
-    answers = [criterion(ids, None) for criterion in rules.criteria]
-    return any(bool(torch.as_tensor(answer).all()) for answer in answers)
+    in_text = [criterion.is_stopped(tokens) for criterion in rules.criteria if type(criterion) is StopStrings]
+    others = [criterion for criterion in rules.criteria if type(criterion) is not StopStrings]
+    # Stop strings need no device, and no padding.
+    ids = history_tensor(rules, tokens, device) if others else None
+    answers = [criterion(ids, None) for criterion in others]
+    return any(in_text) or any(bool(torch.as_tensor(answer).all()) for answer in answers)

@@ -29,6 +29,7 @@ from transformers import (
 )
 from transformers.generation import GenerationMode
 
+from ..stop_strings import StopStrings
 from ..transformers_internals import PreparedGeneration, prepare_generation, processor_of_row, special_tokens
 
 Mode = Literal["rows", "beams", "assisted"]
@@ -167,6 +168,7 @@ class TokenRules:
                 stopping_criteria=criteria,
                 prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
                 tokenizer=tokenizer,
+                stop_criterion=StopStrings,
             )
 
         if not (processors or criteria or prefix_allowed_tokens_fn):
