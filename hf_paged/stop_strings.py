@@ -8,6 +8,7 @@ import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import StoppingCriteria
 
@@ -37,8 +38,8 @@ class _Texts:
 
 
 class StopStrings(StoppingCriteria):
-    """Ends a sequence whose last token ends a stop string, as ``StopStringCriteria`` does; that token may have more text
-    behind it.
+    """Ends a sequence whose last token ends a stop string, as ``StopStringCriteria`` does; that token may have more
+    text behind it.
 
     Args:
         tokenizer: of the model.
@@ -60,7 +61,7 @@ class StopStrings(StoppingCriteria):
         rows = input_ids[:, -self._longest :].tolist() if self._longest else [[]] * len(input_ids)
         return torch.tensor([self.is_stopped(row) for row in rows], dtype=torch.bool, device=input_ids.device)
 
-    def is_stopped(self, tokens: Sequence[int]) -> bool:
+    def is_stopped(self, tokens: Sequence[int] | np.ndarray) -> bool:
         """Whether the last of these tokens ends a stop string."""
         tokens = tokens[len(tokens) - self._longest :] if len(tokens) > self._longest else tokens
         of: Callable[[int], Any] = self._texts.of

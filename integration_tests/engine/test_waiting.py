@@ -1,4 +1,4 @@
-"""Who waits for the loop has it after the running step, in the order of asking: by the number of steps, not by a clock."""
+"""Who waits for the loop has it after the running step, in the order of asking: by a count of steps, not by a clock."""
 
 import sys
 import threading
