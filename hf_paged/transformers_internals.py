@@ -9,8 +9,9 @@ import copy
 import dataclasses
 import functools
 import inspect
+import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -397,8 +398,14 @@ def touch_attr(obj: Any, name: str) -> Any:
 
 
 def tensor_version(tensor: torch.Tensor) -> int:
-    """A number that changes with every change in place: PyTorch's name for it is as private."""
-    return touch_attr(tensor, "_version")
+    """A number that changes with every change in place (PyTorch's name for it is as private); 0 for a tensor born in
+    inference mode, which has none."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def tensor_versions(tensors: Iterable[torch.Tensor]) -> list[int]:
+    """:func:`tensor_version` of many tensors, none of them born in inference mode."""
+    return list(map(operator.attrgetter("_version"), tensors))
 
 
 def without_autograd() -> AbstractContextManager:

@@ -629,6 +629,21 @@ class EngineCore:
         if not allow_swap:
             self.forget_swapped()
 
+    def holds_computed(self) -> bool:
+        """Whether keys and values are kept that the weights have been read for."""
+        prefixes = self.pool.prefixes
+        return bool(self.scheduler.running) or (prefixes is not None and any(prefixes.num_pages))
+
+    def would_reuse(self, requests: list[Request]) -> bool:
+        """Whether a cached prefix is the beginning of one of these."""
+        prefixes, size = self.pool.prefixes, self.config.page_size
+        return prefixes is not None and any(
+            request.uses_prefixes
+            and len(request.prompt) > size
+            and prefixes.has_beginning(request.prompt[:size].tolist(), request.salt)
+            for request in requests
+        )
+
     def drop_prefixes(self) -> None:
         """Forget every cached prefix."""
         if self.pool.prefixes is not None:

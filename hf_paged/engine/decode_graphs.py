@@ -24,8 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
-from ..fusion import has_own_forward
-from ..transformers_internals import any_hooks, hooks_of, is_moved_by_accelerate, without_autograd
+from ..transformers_internals import is_moved_by_accelerate, without_autograd
 from .transfers import send
 
 logger = logging.get_logger(__name__)
@@ -323,46 +322,3 @@ def reason_against(model: Any, device: torch.device) -> str | None:
     if is_moved_by_accelerate(model):
         return "accelerate moves or offloads the model's modules"
     return None
-
-
-class LiveModel:
-    """What graphs of a model rest on: the places of its weights, its mode, and that no module has hooks."""
-
-    def __init__(self, model: Any, device: torch.device) -> None:
-        self._model, self._device = model, device
-        self._is_training = model.training
-        self.hooks = hooks_of(model)
-        self._weights = [*model.parameters(), *model.buffers()]
-        self._places = self._read_places()
-        self._modules = self._read_modules()
-
-    def _read_places(self) -> list[int]:
-        return [x.data_ptr() for x in self._weights]
-
-    def _read_modules(self) -> list[tuple[Any, ...]]:
-        """Each module, with a forward of its own if it has one, and what tells PEFT which adapters it runs."""
-        names = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
-        return [
-            (
-                id(module),
-                str(module.__dict__["forward"]) if has_own_forward(module) else None,
-                *(str(module.__dict__[name]) for name in names if name in module.__dict__),
-            )
-            for module in self._model.modules()
-        ]
-
-    def has_other_modules(self) -> bool:
-        """Whether modules or adapters are others than they were."""
-        return self._read_modules() != self._modules
-
-    def objection(self) -> str | None:
-        """Why the model's forward must be run at present, and not a replay of it; None: it need not."""
-        if any_hooks(self.hooks):
-            return "a module of the model has forward hooks, which a graph would not call"
-        if torch.is_autocast_enabled(self._device.type):
-            return "autocast is on, which keeps copies of weights that a graph would outlive"
-        return None
-
-    def has_changed(self) -> bool:
-        """Whether a weight is elsewhere than it was, or the model changed between training and evaluation."""
-        return self._is_training != self._model.training or self._read_places() != self._places

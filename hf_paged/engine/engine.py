@@ -42,6 +42,7 @@ from .core import EngineCore, Launched
 from .decode_graphs import reason_against
 from .fuse_steps import fuse
 from .handle import RequestHandle
+from .live_model import read_buffers, written_buffers
 from .memory import choose_num_pages, model_length
 from .request import Request, RequestOutput, Row
 from .self_check import probe, run_reference
@@ -172,6 +173,7 @@ class Engine:
         self._numbers, self._thread = itertools.count(), None
         self._stop: str | None = None
         self._closed = self._in_step = self._paused = self._asleep = False
+        self._weights_change = True
         self._broken: BaseException | None = None
         self._to_raise: BaseException | None = None
         self._pending: Launched | None = None
@@ -189,10 +191,12 @@ class Engine:
     def _start(self) -> EngineCore:
         """Check the model, see what a page costs, make the pages."""
         model, config = self.model, self.config
-        with torch.no_grad():
+        with _no_gradients():
             reference = run_reference(model) if config.self_check else None
             try:
+                buffers = read_buffers(model)
                 learned = probe(model, config, reference)
+                written = written_buffers(model, buffers)
                 self.fused = self._fuse(learned.needs_lengths)
                 pages_of_one = -(-self.max_model_len // config.page_size)
                 num_pages = config.num_pages
@@ -202,6 +206,7 @@ class Engine:
                     num_pages = choose_num_pages(learned.page_bytes, config.memory_fraction, most)
                 core = EngineCore(model, config, num_pages, self.max_model_len)
                 core.runner.needs_lengths = core.cache.may_gather = learned.needs_lengths
+                core.runner.ignore_buffers(written)
                 if self.fused is not None:
                     core.runner.use_fused(self.fused)
                 if config.cuda_graphs is not False:
@@ -608,7 +613,7 @@ class Engine:
                 raise RequestError("a step cannot run inside another: do not wait for results in a logits processor.")
             self._in_step = True
             try:
-                with _held_interrupts(), torch.no_grad(), self._core.on_device():
+                with _held_interrupts(), _no_gradients(), self._core.on_device():
                     moved = self._guarded_step()
             finally:
                 self._in_step = False
@@ -622,6 +627,8 @@ class Engine:
     def _guarded_step(self) -> bool:
         try:
             moved = self._step()
+            if not self._unfinished and self._core.holds_computed():
+                self._core.runner.remember_values()
         except BaseException as error:
             # Not a request's fault: the books cannot be trusted any more. Nobody shall wait forever.
             self._break(error)
@@ -709,11 +716,8 @@ class Engine:
             cancels, self._cancels = self._cancels, []
         while self._abandoned:
             cancels.append(self._abandoned.popleft())
-        if incoming and self._core.scheduler.running:
-            self._core.runner.check_weights()
-        elif incoming and self._core.runner.check_modules():
-            # Other modules or adapters: what they computed before is not what they would compute now.
-            self._core.drop_prefixes()
+        if not self._paused and not self._closed:
+            self._look_for_changes(incoming)
         for request in incoming:
             self._core.scheduler.add(request)
             if request.deadline is not None:
@@ -721,6 +725,28 @@ class Engine:
                 self._num_deadlines += 1
         for request in cancels:
             self._core.end(request, "cancelled")
+
+    def _look_for_changes(self, incoming: list[Request]) -> None:
+        """Drop what was computed with other weights than the model has now."""
+        core = self._core
+        change = core.runner.change(look_closely=bool(incoming))
+        if change is None and incoming and not core.scheduler.running and core.would_reuse(incoming):
+            change = core.runner.change_of_values()
+        if change is not None:
+            self._start_over(change)
+
+    def _start_over(self, change: str | None) -> None:
+        """Drop captured steps and prefixes; running requests compute their tokens again."""
+        core = self._core
+        if change is not None and core.holds_computed():
+            logger.warning_once(
+                f"{type(self.model).__name__} has changed ({change}): what an engine has computed with it is dropped, "
+                f"running requests compute their tokens again."
+            )
+        self._collect_pending()
+        core.runner.drop_graphs()
+        core.preempt_all(allow_swap=False)
+        core.drop_prefixes()
 
     def _expire(self, now: float) -> None:
         while self._deadlines and self._deadlines[0][0] <= now:
@@ -857,20 +883,29 @@ class Engine:
             "and engine.config to the worker, and make one there, hf_paged.Engine(model, config)."
         )
 
-    def pause(self, *, keep_graphs: bool = False) -> None:
+    def pause(self, *, keep_graphs: bool = False, weights_change: bool = True) -> None:
         """Stop once the running step has ended; requests keep their pages.
 
+        What happens to weights, modules and PEFT adapters meanwhile is seen by :meth:`resume`, which then drops what
+        was computed before: prefixes, captured steps, and the keys and values of running requests, which compute their
+        tokens again. Other changes to what the model computes (an attribute of a module, say) are not seen: call
+        :meth:`refresh_weights`. Without a pause, changes are seen by the next step; those that leave no trace (through
+        ``parameter.data``, or by kernels of somebody's own) when a request finds a prefix of its prompt in an engine
+        that was idle, and not while requests run.
+
         Args:
-            keep_graphs: captured decode steps are replayed again after :meth:`resume`, unless weights have moved,
-                modules or PEFT adapters were exchanged, or the model changed between training and evaluation. Other
-                changes to what the model computes (an attribute of a module, say) are not seen. False: decode steps are
-                captured again.
+            keep_graphs: captured decode steps are replayed again after :meth:`resume`, if nothing has changed. False:
+                they are captured again.
+            weights_change: False: nothing writes to the weights meanwhile, so :meth:`resume` need not compare all of
+                their bytes.
         """
         with self._between_steps("pause"):
             self._collect_pending()
+            if not self._paused and self._core.holds_computed():
+                self._core.runner.remember_values()
             if not keep_graphs:
                 self._core.runner.drop_graphs()
-            self._paused = True
+            self._paused, self._weights_change = True, weights_change
 
     def resume(self) -> None:
         """Go on after :meth:`pause`."""
@@ -879,8 +914,14 @@ class Engine:
             if self._asleep:
                 raise RequestError("the engine sleeps: call wake().")
             if self._paused:
-                if self._core.runner.check_modules():
-                    self._core.drop_prefixes()
+                runner = self._core.runner
+                change = runner.change(look_closely=True)
+                if change is None and self._weights_change and self._core.holds_computed():
+                    change = runner.change_of_values()
+                if change is not None:
+                    self._start_over(change)
+                elif self.fused is not None:
+                    self.fused.compare_tables()
                 self._paused = False
         with self._changed:
             self._wake_loop()
@@ -900,7 +941,7 @@ class Engine:
         for size in sizes or ():
             if not 1 <= size <= self.config.max_num_seqs:
                 raise ValueError(f"batch_sizes must be 1 to {self.config.max_num_seqs} (max_num_seqs), got {size!r}.")
-        with self._between_steps("warm_up"), torch.no_grad(), self._core.on_device():
+        with self._between_steps("warm_up"), _no_gradients(), self._core.on_device():
             if self._paused:
                 raise RequestError("the engine is paused: call resume().")
             runner = self._core.runner
@@ -915,12 +956,12 @@ class Engine:
             return len(graphs) + len(chunk_graphs)
 
     def refresh_weights(self) -> None:
-        """Say that the weights have changed: prefixes are dropped, running requests compute their tokens again."""
+        """Say that the model has changed in a way that the engine does not see, see :meth:`pause`.
+
+        Prefixes are dropped, running requests compute their tokens again.
+        """
         with self._between_steps("refresh_weights"):
-            self._collect_pending()
-            self._core.runner.drop_graphs()
-            self._core.preempt_all(allow_swap=False)
-            self._core.drop_prefixes()
+            self._start_over(None)
 
     def drop_prefixes(self) -> None:
         """Forget every cached prefix; running requests keep their pages."""
@@ -1020,6 +1061,14 @@ class Engine:
     def __repr__(self) -> str:
         state = "closed" if self._closed else "asleep" if self._asleep else "paused" if self._paused else "open"
         return f"Engine({type(self.model).__name__}, {state}, {len(self._unfinished)} requests)"
+
+
+@contextlib.contextmanager
+def _no_gradients() -> Iterator[None]:
+    """What is made inside lasts longer than the caller's ``torch.inference_mode()``, whose tensors are of no use behind
+    it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 def _run_loop(reference: "weakref.ref[Engine]") -> None:

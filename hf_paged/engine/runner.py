@@ -12,12 +12,13 @@ from transformers.utils import logging
 
 from ..errors import UnsupportedModelError
 from ..fusion import FusedModel
-from ..hooks import active_hooks, reason_in_hooks
+from ..hooks import reason_in_hooks
 from ..transformers_internals import AttentionChoice, cache_name
 from .chunk_graphs import KNOWN, ChunkGraphs, Layout
 from .compiled import CompiledModules
-from .decode_graphs import DecodeGraphs, LiveModel, is_short_of_memory
+from .decode_graphs import DecodeGraphs, is_short_of_memory
 from .engine_cache import EngineCache
+from .live_model import LiveModel
 from .sampling import SlotSampling
 from .scheduler import StepWork
 from .slots import Slots
@@ -101,7 +102,6 @@ class Runner:
         """Whether the model computes keys from what the cache returns, so attention needs packed lengths."""
         self.attention = AttentionChoice(model, "paged_flash")
         self._live = LiveModel(model, tables.device)
-        self._active_hooks = active_hooks(self._live.hooks)
 
     def run(self, work: StepWork, num_logits: np.ndarray) -> StepLogits:
         """One step.
@@ -159,7 +159,7 @@ class Runner:
     def use_fused(self, fused: FusedModel) -> None:
         """Run fused modules from now on; their weights have moved."""
         self.fused = fused
-        self._live = LiveModel(self.model, self.tables.device)
+        self._look_again()
 
     # Graphs
 
@@ -231,28 +231,37 @@ class Runner:
                 graphs.drop()
         if self.compiled is not None and self._live.has_other_modules():
             self.compiled.forget()
+        before, is_same = self._live, self._live.change() is None
         if self.fused is not None:
             # Moved weights are packed again: that is not a change of its own.
+            self.fused.compare_tables()
             self.fused.refresh()
-        self._live = LiveModel(self.model, self.tables.device)
+        self._look_again()
+        if is_same:
+            self._live.remember(before)
 
-    def check_weights(self) -> None:
-        """Forget what was captured if the model has changed since."""
-        if (self.graphs or self.chunk_graphs) and self._has_changed():
-            self.drop_graphs()
+    def _look_again(self) -> None:
+        self._live = LiveModel(self.model, self.tables.device, self._live.written)
 
-    def check_modules(self) -> bool:
-        """Forget what was captured if weights, modules, adapters or hooks have changed since; returns whether so."""
-        is_other = self._has_changed() or self._live.has_other_modules()
-        if is_other:
-            self.drop_graphs()
-        before, self._active_hooks = self._active_hooks, active_hooks(self._live.hooks)
-        return is_other or before != self._active_hooks
+    # Changes of the model
 
-    def _has_changed(self) -> bool:
-        """Whether weights are elsewhere, or frequencies of rotary embeddings are others, than they were."""
-        has_stale_tables = self.fused is not None and self.fused.has_stale_tables()
-        return has_stale_tables or self._live.has_changed()
+    def ignore_buffers(self, names: frozenset[str]) -> None:
+        """Buffers that the model's own forward writes are no change."""
+        self._live = LiveModel(self.model, self.tables.device, names)
+
+    def change(self, *, look_closely: bool = False) -> str | None:
+        """What is different from when captured steps were dropped last, None: nothing; see :mod:`live_model`."""
+        if self.fused is not None and self.fused.has_stale_tables():
+            return "frequencies of rotary embeddings are others"
+        return self._live.change(look_closely=look_closely)
+
+    def remember_values(self) -> None:
+        """Take sums over the weights' bytes, unless they are known."""
+        self._live.remember()
+
+    def change_of_values(self) -> str | None:
+        """What is different from :meth:`remember_values`, as far as bytes tell; takes a pass over the weights."""
+        return "weights have other values" if self._live.has_other_values() else None
 
     def _run_graph(self, work: StepWork) -> tuple[torch.Tensor, ...] | None:
         """The decode rows of a step; None: nothing was run."""

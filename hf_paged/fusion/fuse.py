@@ -122,6 +122,12 @@ class FusedModel:
         """Whether tables are in use that a module would not give any more."""
         return any(isinstance(unit, FusedRotary) and not unit.is_intact() for unit in self._in_use)
 
+    def compare_tables(self) -> None:
+        """See by the values of buffers whether modules would still give the tables that are looked up instead."""
+        for unit in self._units.values():
+            if isinstance(unit, FusedRotary):
+                unit.compare()
+
     def _is_packed(self, packed: PackedLinears) -> bool:
         if packed.is_current():
             return True

@@ -189,6 +189,10 @@ class PrefixCache:
         self._tokens_found += num_pages * self.page_size
         return PrefixMatch(num_pages * self.page_size, tuple(pages))
 
+    def has_beginning(self, tokens: Sequence[int], salt: Hashable = None) -> bool:
+        """Whether the first page of ``tokens`` is there."""
+        return bool(self._find_chain(tokens, 1, salt))
+
     def _find_chain(self, tokens: Sequence[int], num_pages: int, salt: Hashable) -> list[_Node]:
         """The cached nodes of the first ``num_pages`` pages, as far as they go."""
         chain: list[_Node] = []
