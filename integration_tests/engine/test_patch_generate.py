@@ -195,7 +195,7 @@ def test_numbers_of_numpy(model, reasons):
         dict(max_length=np.int32(17)),
         dict(max_new_tokens=7, num_beams=np.int64(3), num_return_sequences=np.int16(2)),
         dict(max_new_tokens=9, min_new_tokens=4, eos_token_id=np.array(EOS), pad_token_id=np.int64(0)),
-        dict(max_new_tokens=7, repetition_penalty=np.float64(1.3), no_repeat_ngram_size=np.int64(2)),
+        dict(max_new_tokens=7, repetition_penalty=np.float64(1.3)),
     ):
         got, expected = both(model, **batch(4, 9), do_sample=False, **options)
         assert_same(got, expected)
