@@ -15,7 +15,12 @@ logger = logging.get_logger(__name__)
 
 
 def register() -> None:
-    """Make "paged_flash" a valid ``attn_implementation``. Idempotent."""
+    """Make "paged_flash" a valid ``attn_implementation``. Idempotent.
+
+    Lines that the package logs have the level and the handlers of transformers' own: ``set_verbosity_error()`` and the
+    like hold for them too.
+    """
+    logging.get_logger("hf_paged").parent = logging.get_logger()
     for name in NAMES:
         AttentionInterface.register(name, paged_flash_attention)
         AttentionInterface.register(PACKED_PREFIX + name, paged_flash_attention)

@@ -1,6 +1,7 @@
 """Decode steps over static buffers, and steps launched ahead: on a CPU, with a replay that runs the step again."""
 
 import ctypes
+import logging
 import sys
 import threading
 import warnings
@@ -323,6 +324,7 @@ def test_a_step_too_large_for_the_memory_is_told_at_the_warm_up(model, monkeypat
             raise torch.OutOfMemoryError("CUDA out of memory.")
 
         monkeypatch.setattr(runner, "forward", is_full)
+        monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
         with caplog.at_level("WARNING"):
             runner.warm_up_prompts(32)
         assert "a step of 32 tokens (max_batch_tokens) finds no room" in caplog.text

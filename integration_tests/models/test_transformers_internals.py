@@ -4,6 +4,8 @@ import ast
 import copy
 import functools
 import inspect
+import io
+import logging
 import sys
 import threading
 import types
@@ -477,6 +479,30 @@ def test_a_module_that_accelerate_moves_is_seen():
     assert not internals.is_moved_by_accelerate(model)
     accelerate.cpu_offload(model, torch.device("cpu"))
     assert internals.is_moved_by_accelerate(model)
+
+
+# Lines in the log
+
+
+def test_the_verbosity_of_transformers_holds_for_the_package():
+    names = [name for name in logging.root.manager.loggerDict if name.split(".")[0] == "hf_paged"]
+    assert len(names) > 8
+    loggers = [logging.getLogger(name) for name in names]
+    written = io.StringIO()
+    handler, before = logging.StreamHandler(written), transformers.utils.logging.get_verbosity()
+    transformers.utils.logging.add_handler(handler)
+    try:
+        transformers.utils.logging.set_verbosity_error()
+        for logger in loggers:
+            logger.warning("hidden")
+        assert written.getvalue() == ""
+        transformers.utils.logging.set_verbosity_info()
+        for logger in loggers:
+            logger.info("shown")
+        assert written.getvalue().split() == ["shown"] * len(loggers)
+    finally:
+        transformers.utils.logging.set_verbosity(before)
+        transformers.utils.logging.remove_handler(handler)
 
 
 # The wall
