@@ -58,7 +58,7 @@ def flash_attn_varlen_func(
     _refuse_dropout(dropout_p)
     return flash_attention(
         q, k, v, cu_seqlens_q=cu_seqlens_q.to(torch.int32), cu_seqlens_k=cu_seqlens_k.to(torch.int32),
-        max_seqlen_q=int(max_seqlen_q), max_seqlen_k=int(max_seqlen_k), causal=causal, window=_window(window_size),
+        max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k, causal=causal, window=_window(window_size),
         softcap=softcap or None, sinks=s_aux, scale=softmax_scale,
     )  # type: ignore[return-value]  # fmt: skip
 
@@ -93,6 +93,8 @@ def flash_attn_with_kvcache(
     """
     if block_table is None or cache_seqlens is None:
         raise ValueError("flash_attn_with_kvcache needs block_table and cache_seqlens: the cache must be paged.")
+    if (k is None) != (v is None):
+        raise ValueError("flash_attn_with_kvcache needs both k and v, or neither where the cache holds them already.")
     batch, num_queries = q.shape[:2]
     k_pages, v_pages = k_cache.transpose(1, 2), v_cache.transpose(1, 2)
     seq_lens = cache_seqlens.to(torch.int32)

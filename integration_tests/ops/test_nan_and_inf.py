@@ -121,6 +121,20 @@ def test_scales_of_rows_that_are_not_finite(dtype):
     assert torch.equal(scale.isnan(), ~value.isfinite().all(-1))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_rows_too_small_for_a_scale(dtype):
+    """Numbers whose largest one over 448 is no number of float32 any more: zeros, not zero by zero."""
+    key = torch.zeros(1, 2, D, device=DEVICE)
+    key[0, 0, 3] = 1e-44
+    for write in (write_pages_launch, kernels.write_pages):
+        pages = [torch.ones(1, 2, 8, D, device=DEVICE).to(dtype) for _ in "kv"]
+        scales = [torch.ones(1, 2, 8, device=DEVICE) for _ in "kv"]
+        out = dict(k_scale=scales[0], v_scale=scales[1])
+        write(key, key, *pages, torch.zeros(1, dtype=torch.int64, device=DEVICE), **out)
+        assert not pages[0][0, :, 0].float().any()
+        assert scales[0][0, :, 0].tolist() == [1.0, 1.0]
+
+
 MERGES = [merge_attention_states_launch, ops.merge_attention_states_op]
 
 

@@ -88,7 +88,13 @@ def public_calls():
             lambda *x: (kernels.copy_pages(*x), x[0] + 0)[1],
         ),
         "merge": ((out, lse, out.clone(), lse.clone()), kernels.merge_attention_states),
+        "shared": ((q, k_pages, v_pages, int32(0, 1, 0, 3).view(2, 2), lens, cu), shared_prefix),
     }
+
+
+def shared_prefix(q, k_pages, v_pages, *step):
+    prefix = kernels.make_shared_prefix(*step, [(0, 2, 1)], 8, num_q_heads=4, num_kv_heads=2, max_query_len=2)
+    return kernels.shared_prefix_attention(q, k_pages, v_pages, *step, prefix=prefix, max_query_len=2)
 
 
 @pytest.mark.parametrize("name", public_calls())

@@ -28,8 +28,9 @@ def highest_bits(x, axis: tl.constexpr):
 @triton.jit
 def scale_of_bits(bits, LARGEST: tl.constexpr):
     """The scale of rows with these :func:`highest_bits`."""
-    highest = bits.to(tl.float32, bitcast=True)
-    scale = tl.where(highest > 0.0, highest / LARGEST, 1.0)
+    scale = bits.to(tl.float32, bitcast=True) / LARGEST
+    # Also of a row so small that its scale is none: its numbers become zeros.
+    scale = tl.where(scale == 0.0, 1.0, scale)
     return tl.where(bits >= 0x7F800000, float("nan"), scale)
 
 

@@ -315,7 +315,9 @@ def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.T
     """``[..., D]`` to ``(numbers of dtype, scales [...] float32)``, one scale per row; see ``pages_triton``."""
     x = x.float()
     highest = x.abs().amax(-1)
-    scales = torch.where(highest > 0, highest / LARGEST[dtype], 1.0)
+    scales = highest / LARGEST[dtype]
+    # Also of a row so small that its scale is none: its numbers become zeros.
+    scales = torch.where(scales == 0, 1.0, scales)
     # Pages have no infinity, and INT8 no NaN: the scale keeps either visible.
     scales = scales.masked_fill(~highest.isfinite(), math.nan)
     scaled = (x / scales[..., None]).clamp(-LARGEST[dtype], LARGEST[dtype])
