@@ -9,6 +9,7 @@ import copy
 import dataclasses
 import functools
 import inspect
+import itertools
 import operator
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -829,3 +830,14 @@ def overridden_step_method(model: Any) -> str | None:
 def is_moved_by_accelerate(model: torch.nn.Module) -> bool:
     """Whether accelerate moves or offloads a module of the model: it leaves its hook there."""
     return any(hasattr(module, "_hf_hook") for module in model.modules())
+
+
+def is_sharded(model: PreTrainedModel) -> bool:
+    """Whether a process holds a part of the model alone: a tensor parallel plan was applied, or weights are DTensors."""
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        return True
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return any(isinstance(tensor, DTensor) for tensor in itertools.chain(model.parameters(), model.buffers()))

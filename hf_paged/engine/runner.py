@@ -101,6 +101,8 @@ class Runner:
         self.needs_lengths = False
         """Whether the model computes keys from what the cache returns, so attention needs packed lengths."""
         self.attention = AttentionChoice(model, "paged_flash")
+        # Where each index is needed is the model's business: those on the host are good everywhere.
+        self.is_spread = num_devices(model) > 1
         self._live = LiveModel(model, tables.device)
 
     def run(self, work: StepWork, num_logits: np.ndarray) -> StepLogits:
@@ -326,10 +328,13 @@ class Runner:
             index = ends[num_logits == 1] - 1
         else:
             index = np.concatenate([np.arange(end - num, end) for end, num in zip(ends, num_logits)])
-        return send(index, self.tables.device)
+        return torch.from_numpy(index) if self.is_spread else send(index, self.tables.device)
 
     def forward(self, inputs: StepInputs, keep: torch.Tensor | None) -> torch.Tensor:
-        """Logits ``[B, num, vocab]`` of the packed tokens ``keep``, int64 on the device (None: all)."""
+        """Logits ``[B, num, vocab]`` of the packed tokens ``keep``, int64 on the device (None: all).
+
+        Of a model that is spread over devices, ``keep`` may be on the host.
+        """
         kwargs: dict[str, Any] = {}
         if self.needs_lengths:
             bounds = inputs.cu_seqlens_k
@@ -339,7 +344,9 @@ class Runner:
             }  # fmt: skip
         if keep is not None and self.takes_logits_to_keep:
             # None at all: those of one token are the fewest that every model can give.
-            kwargs["logits_to_keep"] = keep if len(keep) else 1
+            kept: Any = keep if len(keep) else 1
+            # accelerate would take a tensor to the first device.
+            kwargs["logits_to_keep"] = keep.tolist() if self.is_spread and len(keep) else kept
         self.cache.step = inputs
         with ExitStack() as stack:
             stack.enter_context(self.attention.here())
@@ -350,10 +357,15 @@ class Runner:
                 input_ids=inputs.input_ids, position_ids=inputs.position_ids, use_cache=True, return_dict=True,
                 **{self.cache_name: self.cache}, **kwargs,
             )  # fmt: skip
-        logits = out.logits
+        logits = out.logits.to(self.tables.device)
         if keep is not None and not len(keep):
             return logits[:, :0]
         return logits if keep is None or self.takes_logits_to_keep else logits[:, keep]
+
+
+def num_devices(model: Any) -> int:
+    """Devices that a model's weights are on."""
+    return len({parameter.device for parameter in model.parameters()})
 
 
 def _no_places(work: StepWork) -> np.ndarray:

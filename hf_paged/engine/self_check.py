@@ -1,6 +1,7 @@
 """Before serving: a few short prompts, packed over pages, against the model's own forward one prompt at a time."""
 
 import dataclasses
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ import torch
 from ..errors import UnsupportedModelError
 from .config import EngineConfig
 from .core import EngineCore
+from .decode_graphs import is_short_of_memory
 from .scheduler import StepWork
 
 LENGTHS = (5, 17, 11)
@@ -50,14 +52,40 @@ class Reference:
 
 
 def run_reference(model: Any) -> Reference:
-    """Run the prompts through the model as it is."""
+    """Run the prompts through the model as it is.
+
+    Raises:
+        UnsupportedModelError: padding changes its tokens.
+    """
     with _outputs(model) as layers:
         logits: list[torch.Tensor] = []
         seen: dict[str, torch.Tensor] = {}
         for number, prompt in enumerate(make_prompts(model)):
             logits.append(model(input_ids=prompt[None], use_cache=False, return_dict=True).logits[0])
             seen = dict(layers) if number == 1 else seen
+    _check_padding(model, logits)
     return Reference(logits, seen)
+
+
+def _check_padding(model: Any, logits: list[torch.Tensor]) -> None:
+    """Refuse a model that counts the columns of a batch, padding included, where it should count tokens.
+
+    ``generate()`` gives positions to models whose forward names them. Others may take them from the mask, or from how
+    much is in the cache; the engine gives every token its own.
+    """
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        return
+    short, long = make_prompts(model)[:2]
+    padding = len(long) - len(short)
+    ids = torch.stack([torch.nn.functional.pad(short, (padding, 0)), long])
+    mask = torch.nn.functional.pad(torch.ones_like(short), (padding, 0))
+    mask = torch.stack([mask, torch.ones_like(long)])
+    padded = model(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True).logits[0, padding:]
+    if not agree(logits[:1], [padded]):
+        raise UnsupportedModelError(
+            f"{type(model).__name__} has no position_ids and counts padding as tokens: what it gives for a prompt "
+            f"depends on the batch, which the engine cannot repeat. Use the model's own generate()."
+        )
 
 
 def make_prompts(model: Any) -> list[torch.Tensor]:
@@ -77,9 +105,13 @@ def probe(model: Any, config: EngineConfig, reference: Reference | None) -> Prob
     prompts = make_prompts(model)
     # The check is of the packing: quantised pages differ by their rounding, whatever the model.
     plain = dataclasses.replace(config, kv_dtype="auto")
-    logits, core = _packed_logits(model, plain, prompts)
-    if reference is not None and not agree(reference.logits, logits):
-        raise UnsupportedModelError(_describe(model, reference, logits, core))
+    packed, core = _packed_logits(model, plain, prompts)
+    if reference is not None:
+        # Not of every token, as in steps.
+        wanted = [logits[at] for logits, (at, _) in zip(reference.logits, packed)]
+        got = [logits for _, logits in packed]
+        if not agree(wanted, got):
+            raise UnsupportedModelError(_describe(model, reference, wanted, got, core))
     if config.kv_dtype != "auto":
         _, core = _packed_logits(model, config, prompts)
     page_bytes: dict[torch.device, int] = {}
@@ -100,42 +132,63 @@ def small_core(model: Any, config: EngineConfig, needs_lengths: bool = False) ->
     return core
 
 
-def _packed_logits(
-    model: Any, config: EngineConfig, prompts: list[torch.Tensor]
-) -> tuple[list[torch.Tensor], EngineCore]:
+Packed = list[tuple[torch.Tensor, torch.Tensor]]
+"""For each prompt tokens, int64 ``[n]``, and their logits ``[n, vocab]``."""
+
+
+def _packed_logits(model: Any, config: EngineConfig, prompts: list[torch.Tensor]) -> tuple[Packed, EngineCore]:
     core = small_core(model, config)
     try:
-        logits = _run(core, prompts)
-    except Exception:
+        packed = _run(core, prompts)
+    except Exception as error:
         if not core.cache.num_gathers:
-            raise
+            raise _refusal(model, error) from error
     if core.cache.num_gathers:
         core = small_core(model, config, needs_lengths=True)
-        logits = _run(core, prompts)
-    return logits, core
+        try:
+            packed = _run(core, prompts)
+        except Exception as error:
+            raise _refusal(model, error) from error
+    return packed, core
 
 
-def _run(core: EngineCore, prompts: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Logits ``[L, vocab]`` of each prompt, from chunks that mix the prompts and end with a decode step."""
+def _refusal(model: Any, error: Exception) -> Exception:
+    """What a step of the engine that a model cannot run raises."""
+    if isinstance(error, (UnsupportedModelError, ValueError)) or is_short_of_memory(error):
+        return error
+    return UnsupportedModelError(
+        f"{type(model).__name__} cannot run a step of the engine ({type(error).__name__}: {error}). Use the model's "
+        f"own generate()."
+    )
+
+
+def _run(core: EngineCore, prompts: list[torch.Tensor]) -> Packed:
+    """Chunks that mix the prompts and end with a decode step: the last token of each chunk at first, then all but the
+    first one, and those of the decode step."""
     lengths = [len(prompt) for prompt in prompts]
     for slot, prompt in enumerate(prompts):
         core.slots.history[slot, : len(prompt)] = prompt.cpu().numpy()
         core.slots.length[slot] = len(prompt)
         core.pages.extend(slot, len(prompt))
     parts: list[list[torch.Tensor]] = [[] for _ in prompts]
+    tokens: list[list[torch.Tensor]] = [[] for _ in prompts]
     first = [0] * len(prompts) if core.cache.has_states else [3, 9, 0]
-    for until, decodes in ((first, False), ([n - 1 for n in lengths], False), (lengths, True)):
+    steps = ((first, False, 1), ([n - 1 for n in lengths], False, max(lengths)), (lengths, True, 1))
+    for until, decodes, most in steps:
         counts = np.array(until) - core.slots.computed[: len(prompts)]
         slots = np.flatnonzero(counts)
         if not len(slots):
             continue
         num_decode = len(slots) if decodes else 0
         work = StepWork(slots, counts[slots], num_decode, np.ones(len(slots), dtype=bool))
-        result = core.runner.run(work, counts[slots])
+        num_logits = np.minimum(most, np.maximum(counts[slots] - (most > 1), 1))
+        result = core.runner.run(work, num_logits)
         core.slots.computed[slots] += counts[slots]
         for i, slot in enumerate(slots.tolist()):
             parts[slot].append(result.of(result.first[i], result.last[i]))
-    return [torch.cat(part) for part in parts]
+            end = int(core.slots.computed[slot])
+            tokens[slot].append(torch.arange(end - int(num_logits[i]), end, device=core.device))
+    return [(torch.cat(where), torch.cat(part)) for where, part in zip(tokens, parts)]
 
 
 def differences(dense: list[torch.Tensor], packed: list[torch.Tensor]) -> tuple[float, float]:
@@ -153,8 +206,10 @@ def agree(dense: list[torch.Tensor], packed: list[torch.Tensor]) -> bool:
     return most <= limit if limit is not None else mean <= MEAN_DIFFERENCE
 
 
-def _describe(model: Any, reference: Reference, packed: list[torch.Tensor], core: EngineCore) -> str:
-    most, mean = differences(reference.logits, packed)
+def _describe(
+    model: Any, reference: Reference, wanted: list[torch.Tensor], got: list[torch.Tensor], core: EngineCore
+) -> str:
+    most, mean = differences(wanted, got)
     return (
         f"{type(model).__name__} computes something else in the engine than by itself: logits of short prompts differ "
         f"by up to {most:.2g} standard deviations ({mean:.2g} on average). {_blame(model, reference, core)} Use the "

@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 from ..errors import UnsupportedModelError
 from ..hooks import reason_in_hooks, reason_in_modules
 from ..paging import PagePool
-from ..transformers_internals import hooks_of, overridden_step_method, uses_attention_interface
+from ..transformers_internals import hooks_of, is_sharded, overridden_step_method, uses_attention_interface
 from .engine_cache import EngineCache
 
 
@@ -45,7 +45,7 @@ def is_supported(model: Any) -> list[str]:
 
 
 def reasons_in_state(model: PreTrainedModel) -> list[str]:
-    """What keeps the engine from giving what ``generate()`` gives at present: methods, hooks and modules."""
+    """What keeps the engine from giving what ``generate()`` gives at present: methods, hooks, modules, shards."""
     method = overridden_step_method(model)
     found = (
         method and f"{method}, which generate() calls at each step and the engine does not",
@@ -53,7 +53,7 @@ def reasons_in_state(model: PreTrainedModel) -> list[str]:
         reason_in_modules(model),
         _reason_in_weights(model),
     )
-    return [reason for reason in found if reason]
+    return [reason for reason in found if reason] + _sharding_reasons(model)
 
 
 def _reason_in_weights(model: PreTrainedModel) -> str | None:
@@ -61,6 +61,18 @@ def _reason_in_weights(model: PreTrainedModel) -> str | None:
         if weight.is_meta:
             return f"{name} is on the meta device (accelerate has offloaded it), and the engine needs it in place"
     return None
+
+
+def _sharding_reasons(model: PreTrainedModel) -> list[str]:
+    """Ranks that hold parts of a model must all run the same steps, and an engine's depend on when requests come."""
+    if is_sharded(model):
+        return [
+            "its weights are sharded over processes (tensor parallelism, FSDP): all of them must run the same steps, "
+            "and the engine's depend on when requests come"
+        ]
+    if any(hasattr(tensor, "ds_id") for tensor in model.parameters()):
+        return ["its weights are sharded by DeepSpeed"]
+    return []
 
 
 def _rope_reasons(config: Any) -> list[str]:

@@ -1,0 +1,149 @@
+"""Models in parts: over devices they are served, over processes not; and models whose positions count padding."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import LlamaForCausalLM, WhisperConfig, WhisperForCausalLM
+
+import hf_paged
+from hf_paged import UnsupportedModelError, generate_loop
+from hf_paged.engine import runner
+
+sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
+from random_requests import tiny_model
+from test_decode_graphs import alone, config, prompt
+
+OPTIONS = dict(num_pages=32, page_size=8, max_num_seqs=6, max_batch_tokens=32)
+
+
+@pytest.fixture
+def reasons(monkeypatch) -> list[str]:
+    """Why calls went to transformers."""
+    found: list[str] = []
+    monkeypatch.setattr(hf_paged.generate_patch, "log_original", found.append)
+    monkeypatch.setattr(generate_loop, "log_original", found.append)
+    return found
+
+
+def padded(*lengths: int) -> dict[str, torch.Tensor]:
+    rows = [prompt(n, n) for n in lengths]
+    ids = torch.tensor([[0] * (max(lengths) - len(row)) + row for row in rows])
+    return dict(input_ids=ids, attention_mask=(ids > 0).long())
+
+
+@pytest.fixture
+def process_group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def test_sharded_weights_go_to_transformers(process_group, reasons):
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = tiny_model("llama")
+    expected = model.generate(**padded(9), max_new_tokens=4, do_sample=False)
+    hf_paged.patch_generate(model, hf_paged.EngineConfig(**OPTIONS))
+    assert torch.equal(model.generate(**padded(9), max_new_tokens=4, do_sample=False), expected)
+    assert not reasons
+    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
+    assert any("sharded over processes" in reason for reason in hf_paged.is_supported(model))
+    with pytest.raises(UnsupportedModelError, match="sharded over processes"):
+        hf_paged.Engine(model)
+    assert torch.equal(model.generate(**padded(9), max_new_tokens=4, do_sample=False), expected)
+    assert "sharded over processes" in reasons[0]
+
+
+def test_a_tensor_parallel_plan_that_was_applied_counts():
+    model = tiny_model("llama")
+    assert hf_paged.is_supported(model) == []
+    model._tp_size = 1
+    assert hf_paged.is_supported(model) == []
+    model._tp_size = 2
+    assert "sharded over processes" in hf_paged.is_supported(model)[0]
+
+
+def test_positions_that_count_padding_are_refused(reasons):
+    options = dict(
+        vocab_size=97, d_model=32, bos_token_id=1, eos_token_id=None, pad_token_id=0, begin_suppress_tokens=None
+    )
+    sizes = {
+        f"{part}_{name}": n
+        for part in ("encoder", "decoder")
+        for name, n in dict(layers=2, attention_heads=4, ffn_dim=64).items()
+    }
+    model = WhisperForCausalLM(WhisperConfig(**options, **sizes, max_target_positions=128)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            torch.nn.init.normal_(parameter, std=0.5)
+    inputs = padded(5, 17, 9)
+    call = dict(max_new_tokens=6, do_sample=False, pad_token_id=0)
+    expected = model.generate(**inputs, **call)
+    with pytest.raises(UnsupportedModelError, match="WhisperForCausalLM has no position_ids and counts padding"):
+        hf_paged.Engine(model, hf_paged.EngineConfig(**OPTIONS))
+    hf_paged.patch_generate(model, hf_paged.EngineConfig(**OPTIONS))
+    assert torch.equal(model.generate(**inputs, **call), expected)
+    assert "counts padding" in reasons[0]
+
+
+class IndexedElsewhere(LlamaForCausalLM):
+    """As a model whose last layers are on another device than the engine's tables."""
+
+    def forward(self, *args, logits_to_keep=0, **kwargs):
+        if isinstance(logits_to_keep, torch.Tensor):
+            raise RuntimeError("indices should be either on cpu or on the same device as the indexed tensor")
+        return super().forward(*args, logits_to_keep=logits_to_keep, **kwargs)
+
+
+def test_a_model_that_cannot_run_a_step_is_refused_at_the_start(reasons):
+    model = tiny_model("llama")
+    expected = model.generate(**padded(9, 4), max_new_tokens=4, do_sample=False)
+    model.__class__ = IndexedElsewhere
+    with pytest.raises(UnsupportedModelError, match=r"cannot run a step of the engine \(RuntimeError: indices"):
+        hf_paged.Engine(model, hf_paged.EngineConfig(**OPTIONS))
+    hf_paged.patch_generate(model, hf_paged.EngineConfig(**OPTIONS))
+    assert torch.equal(model.generate(**padded(9, 4), max_new_tokens=4, do_sample=False), expected)
+    assert "indices should be" in reasons[0]
+
+
+@pytest.mark.parametrize("kind", ["usual", "lookup", "beams", "prompt logprobs"])
+def test_a_model_over_devices_gets_indices_that_are_good_everywhere(kind, monkeypatch):
+    monkeypatch.setattr(runner, "num_devices", lambda model: 2)
+    model = tiny_model("llama")
+    options = {"lookup": dict(prompt_lookup_num_tokens=3), "beams": dict(num_beams=3)}.get(kind, {})
+    prompts = [prompt(n, n) for n in (3, 20, 40, 9)]
+    expected = [alone(model, ids, config(8, **options)) for ids in prompts]
+    model.__class__ = IndexedElsewhere
+    with hf_paged.Engine(model, hf_paged.EngineConfig(**OPTIONS), background=False) as engine:
+        assert engine._core.runner.is_spread
+        more = dict(prompt_logprobs=1) if kind == "prompt logprobs" else {}
+        outputs = engine.generate(prompts, generation_config=config(8, **options), **more)
+        assert [output.error for output in outputs] == [None] * 4
+        assert [output.token_ids for output in outputs] == expected
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@pytest.mark.parametrize("family", ["llama", "gpt_oss", "gemma3_text"])
+def test_a_model_over_two_gpus(family, reasons):
+    accelerate = pytest.importorskip("accelerate")
+    model = tiny_model(family)
+    inputs, prompts = padded(5, 17, 9), [prompt(n, n) for n in (5, 17, 9, 40)]
+    expected = [alone(model, ids, config(8)) for ids in prompts]
+    places = dict.fromkeys(("model.norm", "lm_head"), 1) | {"model.embed_tokens": 0, "model.rotary_emb": 0}
+    layers = {f"model.layers.{i}": min(i, 1) for i in range(len(model.model.layers))}
+    model = accelerate.dispatch_model(model, places | layers)
+    with hf_paged.Engine(model, hf_paged.EngineConfig(**OPTIONS)) as engine:
+        outputs = engine.generate(prompts, generation_config=config(8))
+        assert [output.error for output in outputs] == [None] * 4
+        assert [output.token_ids for output in outputs] == expected
+        assert engine._core.runner.graphs is None
+    inputs = {name: x.cuda() for name, x in inputs.items()}
+    want = model.generate(**inputs, max_new_tokens=6, do_sample=False)
+    hf_paged.patch_generate(model, hf_paged.EngineConfig(**OPTIONS))
+    assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), want)
+    assert not reasons
