@@ -235,7 +235,7 @@ def patch_generate(model: Any, config: EngineConfig | None = None, *, keep_awake
         TypeError: not such a model, not an :class:`EngineConfig`, or not a bool.
         ValueError: something else has replaced ``model.generate``.
     """
-    base = _base_model(model)
+    base = base_model(model)
     if config is not None and not isinstance(config, EngineConfig):
         raise TypeError(f"config is {config!r}: an EngineConfig or None is accepted.")
     if not isinstance(keep_awake, bool):
@@ -252,7 +252,7 @@ def unpatch_generate(model: Any) -> None:
 
     A model that is not patched stays as it is.
     """
-    base = _base_model(model)
+    base = base_model(model)
     patched = base.__dict__.get("generate")
     if isinstance(patched, PatchedGenerate):
         del base.generate
@@ -299,7 +299,7 @@ def generate(
     )
 
 
-def _base_model(model: Any) -> PreTrainedModel:
+def base_model(model: Any) -> PreTrainedModel:
     """The transformers model inside a PEFT model, whose ``generate`` PEFT calls; any other as it is.
 
     Raises:

@@ -85,6 +85,22 @@ def reason_in_modules(model: torch.nn.Module) -> str | None:
     return None
 
 
+MIXING_ADAPTERS = ("POLY", "SHADOW", "XLORA")
+
+
+def reason_in_adapter(model: torch.nn.Module) -> str | None:
+    """Why the model inside a PEFT model does not compute what that does; None: it does, or none is inside."""
+    config: Any = getattr(model, "active_peft_config", None)
+    if config is None:
+        return None
+    name = config.peft_type.value
+    if config.is_prompt_learning:
+        return f"its adapter ({name}) is a soft prompt, which PEFT puts before each input"
+    if name in MIXING_ADAPTERS or getattr(config, "alora_invocation_tokens", None):
+        return f"its adapter ({name}) depends on the inputs of each call"
+    return None
+
+
 KNOWN_CODE = ("torch.", "transformers.", "peft.", "accelerate.", "hf_paged.")
 
 

@@ -14,13 +14,17 @@ Texts, tokens, truncation and stop sequences are those of `--model hf`, of which
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
+import torch
 from transformers import GenerationConfig
 from transformers.utils.logging import tqdm
 
 from .engine import Engine, EngineConfig
-from .generate_patch import patch_generate
+from .errors import UnsupportedModelError
+from .generate_patch import base_model, patch_generate
+from .hooks import reason_in_adapter
 
 try:
     from lm_eval.api.registry import register_model
@@ -44,8 +48,9 @@ class PagedLM(HFLM):
         kwargs: as for `--model hf`.
 
     Raises:
-        UnsupportedModelError: the engine cannot serve the model.
-        ValueError: an argument is not valid.
+        UnsupportedModelError: the engine cannot serve the model, or the adapter that ``peft`` names.
+        ValueError: an argument is not valid: ``mixed_precision_dtype``, and a ``softmax_dtype`` that is not float32,
+            belong to forwards that the engine does not run.
     """
 
     def __init__(
@@ -63,10 +68,23 @@ class PagedLM(HFLM):
         num_pages: int | None = None,
         **kwargs: Any,
     ) -> None:
-        if not isinstance(generate_batch, int) or generate_batch < 1:
+        if not isinstance(generate_batch, Integral) or isinstance(generate_batch, bool) or generate_batch < 1:
             raise ValueError(f"generate_batch must be an int of at least 1, got {generate_batch!r}.")
         super().__init__(pretrained, backend="causal", batch_size=generate_batch, **kwargs)
-        self._options = EngineConfig(
+        if self.mixed_precision_dtype is not None:
+            raise ValueError(
+                f"mixed_precision_dtype is {self.mixed_precision_dtype}: the engine computes in the dtype of the "
+                f"weights. Load them in it (dtype=), or use --model hf."
+            )
+        if self.softmax_dtype not in (None, torch.float32):
+            raise ValueError(
+                f"softmax_dtype is {self.softmax_dtype}: the engine's log-probabilities are float32. Leave it out, or "
+                f"use --model hf."
+            )
+        reason = reason_in_adapter(self.model)
+        if reason is not None:
+            raise UnsupportedModelError(f"the engine cannot serve this model: {reason}. Use --model hf.")
+        self._options: EngineConfig = EngineConfig(
             page_size=page_size, kv_dtype=kv_dtype, max_batch_tokens=max_batch_tokens, max_num_seqs=max_num_seqs,
             memory_fraction=memory_fraction, num_pages=num_pages, max_model_len=self.max_length + 1,
         )  # fmt: skip
@@ -89,7 +107,7 @@ class PagedLM(HFLM):
             override_bs, options: no effect: the engine makes its own batches.
         """
         if self._engine is None:
-            self._engine = Engine(self.model, self._options, background=False)
+            self._engine = Engine(base_model(self.model), self._options, background=False)
         else:
             self._engine.wake()
         try:

@@ -16,6 +16,8 @@ lm_eval = pytest.importorskip("lm_eval")
 
 from lm_eval.tasks import TaskManager  # noqa: E402
 
+import hf_paged  # noqa: E402
+
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "integration_tests" / "assets" / "small_model"
 TASKS = {
@@ -191,6 +193,51 @@ def test_a_batch_that_is_no_number():
 
     with pytest.raises(ValueError, match="generate_batch must be an int of at least 1, got 0"):
         PagedLM(str(MODEL), generate_batch=0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (dict(mixed_precision_dtype="bfloat16"), r"mixed_precision_dtype is torch\.bfloat16.*Load them in it"),
+        (dict(softmax_dtype="float64"), r"softmax_dtype is torch\.float64"),
+    ],
+)
+def test_precisions_that_the_engine_does_not_have_are_refused(arguments, error):
+    from hf_paged.lm_eval_model import PagedLM
+
+    with pytest.raises(ValueError, match=error):
+        PagedLM(str(MODEL), device="cpu", **arguments)
+
+
+def test_adapters_of_peft(tmp_path):
+    peft = pytest.importorskip("peft")
+    from lm_eval.models.huggingface import HFLM
+    from transformers import AutoModelForCausalLM
+
+    from hf_paged.lm_eval_model import PagedLM
+
+    configs = dict(
+        lora=peft.LoraConfig(target_modules=["q_proj", "v_proj"], init_lora_weights=False, lora_alpha=32),
+        prompt=peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4),
+        alora=peft.LoraConfig(task_type="CAUSAL_LM", target_modules=["q_proj"], alora_invocation_tokens=[7, 8]),
+    )
+    for name, config in configs.items():
+        torch.manual_seed(0)
+        base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+        peft.get_peft_model(base, config).save_pretrained(tmp_path / name)
+    tokens = torch.randint(5, 1000, (90,), generator=torch.Generator().manual_seed(0)).tolist()
+    requests = [(None, tokens[:a], tokens[a:b]) for a, b in ((20, 30), (4, 14))]
+    arguments = {"dtype": "float32", "device": "cpu", "max_length": 64}
+    plain = HFLM(str(MODEL), attn_implementation="eager", **arguments)._loglikelihood_tokens(requests, True)
+    arguments["peft"] = str(tmp_path / "lora")
+    expected = HFLM(str(MODEL), attn_implementation="eager", **arguments)._loglikelihood_tokens(requests, True)
+    got = PagedLM(str(MODEL), **arguments)._loglikelihood_tokens(requests, True)
+    assert [score for score, _ in got] == pytest.approx([score for score, _ in expected], rel=1e-4)
+    assert [score for score, _ in plain] != pytest.approx([score for score, _ in expected], rel=1e-2)
+    for name in ("prompt", "alora"):
+        arguments["peft"] = str(tmp_path / name)
+        with pytest.raises(hf_paged.UnsupportedModelError, match="its adapter"):
+            PagedLM(str(MODEL), **arguments)
 
 
 def run(folder: Path, code: str, model: str, model_args: str = "") -> dict[str, float]:
