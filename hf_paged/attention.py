@@ -19,7 +19,8 @@ from .batched_decode import decode_rows
 from .errors import UnsupportedModelError
 from .layer_group import check_window
 from .mixed_precision import in_one_dtype, without_autocast
-from .paged_states import PagedStates
+from .paged_states import LayerUpdate, PagedStates
+from .step_plan import StepPlan, padding_behind, prefix_sums
 from .step_states import StepStates
 from .transformers_internals import (
     batching_update,
@@ -171,6 +172,10 @@ class _Options:
         self.scale, self.window, self.softcap, self.causal, self.sinks = scale, window, softcap, causal, sinks
         self.left, self.right = resolve_window(window, causal)
 
+    def looking_back(self) -> "_Options":
+        """The same for queries behind all keys, which see every one of them."""
+        return _Options(self.scale, None, self.softcap, False, self.sinks)
+
     def flash(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **lengths: Any) -> torch.Tensor:
         """Dense ``[B, L, H, D]`` or packed ``[T, H, D]``."""
         if q.dtype == torch.float64:
@@ -307,7 +312,7 @@ def _over_pages(
     check_window(update, options.window, update.start + update.key.shape[2])
     plan = update.layer.write(update, mask)
     packed_query = plan.pack(query)
-    if not packed_query.shape[0]:
+    if not packed_query.shape[0] and plan.padding_index is None:
         return query.new_zeros(*query.shape[:1], query.shape[2], query.shape[1], value.shape[-1])
     sinks, left, right = options.sinks, options.left, options.right
     if plan.is_first:
@@ -323,7 +328,25 @@ def _over_pages(
             left, right, options.softcap, sinks, options.scale, pages.k_scale, pages.v_scale,
             plan.split_plan(pages.k.shape[2], left),
         )  # fmt: skip
-    return plan.unpack(out)
+    return plan.unpack(out, _of_padding(query, update, plan, options) if plan.padding_index is not None else None)
+
+
+def _of_padding(query: torch.Tensor, update: LayerUpdate, plan: StepPlan, options: "_Options") -> torch.Tensor:
+    """What padding behind a row's last token gets, ``[num_padding, Hq, Dv]``: it sees all of the row's tokens.
+
+    ``generate()`` takes the next token from the last column, whatever stands there, and so do sdpa and eager attention.
+    """
+    q = query.transpose(1, 2).flatten(0, 1)[plan.padding_index]
+    if plan.is_first:
+        return flash_attention_op(
+            q, plan.pack(update.key), plan.pack(update.value), plan.cu_seqlens_padding, plan.cu_seqlens_q, plan.num_new,
+            None, None, options.softcap, options.sinks, options.scale,
+        )[0]  # fmt: skip
+    pages = update.layer.pages()
+    return paged_attention_op(
+        q, pages.k, pages.v, plan.page_table, plan.seq_lens, plan.cu_seqlens_padding, plan.num_new, None, None,
+        options.softcap, options.sinks, options.scale, pages.k_scale, pages.v_scale, None,
+    )[0]  # fmt: skip
 
 
 def _over_step(
@@ -393,15 +416,19 @@ def _with_padding(
     flat = [x.transpose(1, 2).flatten(0, 1) for x in (query, key, value)]
     out = options.flash(
         flat[0][q_index], flat[1][k_index], flat[2][k_index],
-        cu_seqlens_q=_prefix_sums(queries_held), cu_seqlens_k=_prefix_sums(keys_held), max_seqlen_q=num_queries,
+        cu_seqlens_q=prefix_sums(queries_held), cu_seqlens_k=prefix_sums(keys_held), max_seqlen_q=num_queries,
     )  # fmt: skip
     padded = out.new_zeros(num_seqs * num_queries, *out.shape[1:])
     padded[q_index] = out
+    if options.causal and not torch.is_grad_enabled():
+        behind = padding_behind(keys_held, keys_held.any(1))[:, -num_queries:]
+        index = behind.flatten().nonzero().squeeze(1)
+        if len(index):
+            padded[index] = options.looking_back().flash(
+                flat[0][index], flat[1][k_index], flat[2][k_index],
+                cu_seqlens_q=prefix_sums(behind), cu_seqlens_k=prefix_sums(keys_held), max_seqlen_q=num_queries,
+            )  # fmt: skip
     return padded.view(num_seqs, num_queries, *out.shape[1:])
-
-
-def _prefix_sums(held: torch.Tensor) -> torch.Tensor:
-    return torch.nn.functional.pad(held.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))
 
 
 def _with_dense_mask(

@@ -9,7 +9,7 @@ from hf_paged_kernels.ops import copy_pages_op
 
 from .errors import UnsupportedModelError
 from .paging import GONE, DeviceTable, PageGroup, SequenceTable
-from .step_plan import StepPlan
+from .step_plan import StepPlan, padding_behind, prefix_sums
 
 if TYPE_CHECKING:
     from .cache import PagedCache
@@ -71,6 +71,10 @@ class LayerGroup:
         self.cache.record_columns(update, is_token)
         self.columns += num_new
         table = self.table.as_tensor()
+        padding = None
+        if is_token is not None:
+            padding = padding_behind(is_token, torch.tensor(self.table.lengths) > 0)
+            padding = padding if bool(padding.any()) else None
         self.plan = StepPlan(
             start=update.start,
             num_new=num_new,
@@ -81,6 +85,8 @@ class LayerGroup:
             seq_lens=torch.tensor(self.table.lengths, dtype=torch.int32),
             cu_seqlens_q=torch.tensor([0, *accumulate(counts)], dtype=torch.int32),
             token_index=None if is_token is None else is_token.flatten().nonzero().squeeze(1),
+            padding_index=None if padding is None else padding.flatten().nonzero().squeeze(1),
+            cu_seqlens_padding=None if padding is None else prefix_sums(padding),
         )
         self.plan_mask = mask
         # The plan holds what this step reads; pages that no later query sees are free for the next step.

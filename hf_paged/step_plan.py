@@ -28,6 +28,8 @@ class StepPlan:
         seq_lens: int32 ``[num_seqs]``, tokens of each row with the new ones.
         cu_seqlens_q: int32 ``[num_seqs + 1]``.
         token_index: int64 ``[num_tokens]``, ``row * num_new + column`` of each token; None: every column is a token.
+        padding_index: int64 ``[num_padding]``, the same of padding behind a row's last token; None: there is none.
+        cu_seqlens_padding: int32 ``[num_seqs + 1]``, of this padding.
     """
 
     start: int
@@ -39,6 +41,8 @@ class StepPlan:
     seq_lens: torch.Tensor
     cu_seqlens_q: torch.Tensor
     token_index: torch.Tensor | None
+    padding_index: torch.Tensor | None = None
+    cu_seqlens_padding: torch.Tensor | None = None
     _copies: dict[torch.device, "StepPlan"] = field(default_factory=dict)
     _split_plans: SplitPlans = field(default_factory=SplitPlans)
 
@@ -52,6 +56,7 @@ class StepPlan:
             self._copies[device] = StepPlan(
                 self.start, self.num_new, self.is_first, self.max_query_len, move(self.slot_mapping),
                 place_table(self.page_table), move(self.seq_lens), move(self.cu_seqlens_q), move(self.token_index),
+                move(self.padding_index), move(self.cu_seqlens_padding),
             )  # fmt: skip
         return self._copies[device]
 
@@ -66,11 +71,29 @@ class StepPlan:
         flat = states.transpose(1, 2).flatten(0, 1)
         return flat if self.token_index is None else flat[self.token_index]
 
-    def unpack(self, packed: torch.Tensor) -> torch.Tensor:
-        """Packed ``[T, H, D]`` to ``[B, L, H, D]``; padding gives zeros."""
+    def unpack(self, packed: torch.Tensor, padding: torch.Tensor | None = None) -> torch.Tensor:
+        """Packed ``[T, H, D]`` to ``[B, L, H, D]``; padding gives zeros, or ``padding`` ``[num_padding, H, D]``."""
         num_seqs = self.seq_lens.shape[0]
         if self.token_index is None:
             return packed.view(num_seqs, self.num_new, *packed.shape[1:])
         out = packed.new_zeros(num_seqs * self.num_new, *packed.shape[1:])
         out[self.token_index] = packed
+        if padding is not None:
+            out[self.padding_index] = padding
         return out.view(num_seqs, self.num_new, *packed.shape[1:])
+
+
+def padding_behind(is_token: torch.Tensor, has_tokens: torch.Tensor) -> torch.Tensor:
+    """Padding behind the last token of each row: bool ``[B, L]``.
+
+    Args:
+        is_token: bool ``[B, L]``.
+        has_tokens: bool ``[B]``, whether a row has a token at all; these columns may be its last ones.
+    """
+    is_followed = is_token.flip(1).cumsum(1).flip(1) > 0
+    return ~is_followed & has_tokens[:, None]
+
+
+def prefix_sums(held: torch.Tensor) -> torch.Tensor:
+    """int32 ``[B + 1]``: prefix sums of how many columns of bool ``[B, L]`` are True."""
+    return torch.nn.functional.pad(held.sum(1, dtype=torch.int32).cumsum(0, dtype=torch.int32), (1, 0))

@@ -241,24 +241,32 @@ def _prepared(
     return result
 
 
-def _decode(original: Callable, model: Any, *args: Any, **kwargs: Any) -> Any:
-    """A decoding loop of transformers: it takes the first token from the last column, which must not be padding.
-
-    Padding takes no part in our attention, where sdpa lets padding behind tokens look at them: neither is the prompt's
-    own continuation.
-    """
-    mask = kwargs.get("attention_mask")
-    is_decoder = not model.config.is_encoder_decoder
-    if is_decoder and uses_paged_flash(model.config.get_text_config(decoder=True)) and getattr(mask, "ndim", 0) == 2:
+def _decode(original: Callable, model: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A decoding loop of transformers, which counts padding behind tokens as columns; our windows count tokens."""
+    mask, config = kwargs.get("attention_mask"), model.config.get_text_config(decoder=True)
+    generation_config = kwargs.get("generation_config")
+    window = _shortest_window(config)
+    is_paged = not model.config.is_encoder_decoder and uses_paged_flash(config)
+    if is_paged and window is not None and getattr(mask, "ndim", 0) == 2 and generation_config is not None:
         num_padded = int((mask[:, -1] == 0).sum())
-        if num_padded:
+        if num_padded and max(generation_config.max_length, mask.shape[1]) > window:
             raise ValueError(
-                f"attention_mask hides the last column of {num_padded} of {len(mask)} rows, and generate() would take "
-                f"their next token from there: pad on the left (tokenizer.padding_side = 'left'). If you passed no "
+                f"attention_mask hides the last column of {num_padded} of {len(mask)} rows, and {type(model).__name__} has "
+                f"layers that see {window} columns: pad on the left (tokenizer.padding_side = 'left'). If you passed no "
                 f"mask, generate() made one that hides every pad_token_id in input_ids: pass "
                 f"attention_mask=torch.ones_like(input_ids)."
             )
-    return original(model, *args, **kwargs)
+    return original(model, input_ids, *args, **kwargs)
+
+
+def _shortest_window(config: Any) -> int | None:
+    """Columns that the layers with the shortest sliding window see; 0 where layers keep states, None: all see all."""
+    layer_types = getattr(config, "layer_types", None) or []
+    if any("linear" in kind or kind == "conv" for kind in layer_types):
+        return 0
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
+    has_windows = any("full" not in kind for kind in layer_types) if layer_types else True
+    return window if has_windows else None
 
 
 def _check_dynamic_cache(cache_class: type[Cache], original: Callable, cache: EncoderDecoderCache, method: str) -> None:

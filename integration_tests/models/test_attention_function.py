@@ -94,26 +94,51 @@ def test_padding_takes_no_part(models, side):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 2}, {"use_cache": False}], ids=str
+    "options",
+    [{}, {"num_beams": 2, "num_return_sequences": 2}, {"use_cache": False}, {"prefill_chunk_size": 5}],
+    ids=str,
 )
-def test_generate_refuses_a_batch_padded_on_the_right(llama, eager_llama, options):
-    """The logits of the last column are padding's, eager's as well: not those of the prompt."""
+def test_generate_of_a_batch_padded_on_the_right_is_eagers(llama, eager_llama, options, poison):
+    """generate() takes the next token from the last column, which is padding: it sees the tokens before it."""
     sequences = prompts(*LENGTHS)
     ids, mask = padded(sequences, "right")
-    with pytest.raises(ValueError, match=r"hides the last column of \d of \d rows, .*padding_side = 'left'"):
-        llama.generate(ids, attention_mask=mask, max_new_tokens=2, do_sample=False, **options)
-    # A prompt that ends with the pad token, for which generate() makes the mask.
-    ends = torch.tensor([[5, 6, 7, llama.config.pad_token_id]])
-    with pytest.raises(ValueError, match=r"last column of .*attention_mask=torch.ones_like"):
-        llama.generate(ends, max_new_tokens=2, do_sample=False, **options)
-    # Forwards go on as before, and so does a patched model, with each prompt's own continuation.
-    llama(ids, attention_mask=mask)
+    mask[0, 2] = 0  # a hole
+    how = dict(attention_mask=mask, max_new_tokens=6, do_sample=False, eos_token_id=None, **options)
+    expected = eager_llama.generate(ids, **how)
+    assert torch.equal(llama.generate(ids, **how), expected)
+    # A patched model gives each prompt its own continuation.
     patched = tiny_model("llama", "paged_flash")
     hf_paged.patch_generate(patched)
+    ids, mask = padded(sequences, "right")
     tokens = patched.generate(ids, attention_mask=mask, max_new_tokens=4, do_sample=False)[:, ids.shape[1] :]
     for row, sequence in zip(tokens, sequences):
         own = eager_llama.generate(torch.tensor([sequence]), max_new_tokens=4, do_sample=False)
         assert torch.equal(row, own[0, len(sequence) :])
+
+
+def test_a_conversation_padded_on_the_right_goes_on_as_eagers(llama, eager_llama):
+    """The second turn brings padding behind cached tokens."""
+    ids, mask = padded(prompts(*LENGTHS), "right")
+    more, more_mask = padded(prompts(*LENGTHS[::-1]), "right")
+    outputs = []
+    for model, cache in ((eager_llama, DynamicCache(config=llama.config)), (llama, hf_paged.PagedCache(llama.config))):
+        how = dict(max_new_tokens=3, do_sample=False, eos_token_id=None)
+        first = model.generate(ids, attention_mask=mask, **how, **with_cache(cache))
+        longer = torch.cat([first, more], dim=1)
+        seen = torch.cat([mask, torch.ones(len(ids), 3, dtype=mask.dtype), more_mask], dim=1)
+        outputs.append(model.generate(longer, attention_mask=seen, **how, **with_cache(cache)))
+    assert torch.equal(*outputs)
+
+
+def test_right_padding_and_a_window_that_passes_it_are_refused():
+    """Eager's window counts the columns of padding, ours counts tokens."""
+    eager, paged = (tiny_model("mistral", name) for name in ("eager", "paged_flash"))
+    window = paged.config.sliding_window
+    ids, mask = padded(prompts(2, window - 3), "right")
+    how = dict(attention_mask=mask, do_sample=False, eos_token_id=None)
+    assert torch.equal(paged.generate(ids, max_new_tokens=3, **how), eager.generate(ids, max_new_tokens=3, **how))
+    with pytest.raises(ValueError, match=rf"the last column of 1 of 2 rows, .*see {window} columns: pad on the left"):
+        paged.generate(ids, max_new_tokens=4, **how)
 
 
 def packed(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
