@@ -292,7 +292,7 @@ def _refuse_two_packings(
     if bool((positions.diff() <= 0).any()):
         raise ValueError(
             f"position_ids restart, as for packed sequences, but {type(module).__name__} gets no mask that separates "
-            f"them: pass {', '.join(VARLEN)} and use_cache=False, or one sequence a row with its attention_mask. If they "
+            f"them: pass {', '.join(VARLEN)} and use_cache=False, or one sequence a row with its mask. If they "
             f'are one sequence, load the model with attn_implementation="sdpa".'
         )
 

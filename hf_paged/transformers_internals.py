@@ -243,17 +243,16 @@ def _prepared(
 
 def _decode(original: Callable, model: Any, input_ids: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """A decoding loop of transformers, which counts padding behind tokens as columns; our windows count tokens."""
-    mask, config = kwargs.get("attention_mask"), model.config.get_text_config(decoder=True)
-    generation_config = kwargs.get("generation_config")
-    window = _shortest_window(config)
-    is_paged = not model.config.is_encoder_decoder and uses_paged_flash(config)
-    if is_paged and window is not None and getattr(mask, "ndim", 0) == 2 and generation_config is not None:
+    mask, generation_config = kwargs.get("attention_mask"), kwargs.get("generation_config")
+    config = model.config.get_text_config(decoder=True)
+    window = None if model.config.is_encoder_decoder or not uses_paged_flash(config) else _shortest_window(config)
+    if window is not None and isinstance(mask, torch.Tensor) and mask.ndim == 2 and generation_config is not None:
         num_padded = int((mask[:, -1] == 0).sum())
         if num_padded and max(generation_config.max_length, mask.shape[1]) > window:
             raise ValueError(
-                f"attention_mask hides the last column of {num_padded} of {len(mask)} rows, and {type(model).__name__} has "
-                f"layers that see {window} columns: pad on the left (tokenizer.padding_side = 'left'). If you passed no "
-                f"mask, generate() made one that hides every pad_token_id in input_ids: pass "
+                f"attention_mask hides the last column of {num_padded} of {len(mask)} rows, and {type(model).__name__} "
+                f"has layers that see {window} columns: pad on the left (tokenizer.padding_side = 'left'). If you gave "
+                f"no mask, generate() made one that hides every pad_token_id in input_ids: pass "
                 f"attention_mask=torch.ones_like(input_ids)."
             )
     return original(model, input_ids, *args, **kwargs)
@@ -841,7 +840,7 @@ def is_moved_by_accelerate(model: torch.nn.Module) -> bool:
 
 
 def is_sharded(model: PreTrainedModel) -> bool:
-    """Whether a process holds a part of the model alone: a tensor parallel plan was applied, or weights are DTensors."""
+    """Whether a process holds only a part of the model: a tensor parallel plan was applied, or weights are DTensors."""
     if (getattr(model, "_tp_size", None) or 1) > 1:
         return True
     if not torch.distributed.is_available():

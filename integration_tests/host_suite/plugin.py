@@ -1,8 +1,8 @@
-"""A pytest plugin for transformers' own tests: "paged_flash" is the default attention, and generate() is held to eager's.
+"""A pytest plugin for transformers' own tests: "paged_flash" by default, and each generate() is held to eager's.
 
-``HF_PAGED_HOST_MODE`` is "baseline" (transformers as it is), "plain" or "patched" (each model that generates is patched by
-its first call). In the last two every deterministic ``generate()`` runs with eager attention on a deep copy first, and
-the tokens must be equal; tests that ask for "flash_attention_2" get "paged_flash", on a CPU too.
+``HF_PAGED_HOST_MODE`` is "baseline" (transformers as it is), "plain" or "patched" (each model that generates is patched
+by its first call). In the last two every deterministic ``generate()`` runs with eager attention on a deep copy first,
+and the tokens must be equal; tests that ask for "flash_attention_2" get "paged_flash", on a CPU too.
 """
 
 import copy

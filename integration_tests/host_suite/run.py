@@ -1,11 +1,12 @@
-"""Run transformers' own generation and flash tests with "paged_flash", plain and patched: what passes without must pass.
+"""Run transformers' own generation and flash tests with "paged_flash", plain and patched.
 
     git clone --depth 1 --branch v5.24.0 https://github.com/huggingface/transformers
     python integration_tests/host_suite/run.py transformers --families llama mistral gemma2 gpt_oss
 
-The checkout should be of the installed version. Every test runs three times: as it is, with "paged_flash" as the default
-attention, and with patched models too (``plugin.py``). A test that passes as it is and fails with "paged_flash" is printed,
-unless :data:`DOCUMENTED` says why; exit status 1 if there is one. Tests that need the network are skipped by being slow.
+The checkout should be of the installed version; ``pip install parameterized pytest-env`` for its tests. Every test runs
+three times: as it is, with "paged_flash" as the default attention, and with patched models too (``plugin.py``). A test
+that passes as it is and fails with "paged_flash" is printed, unless :data:`DOCUMENTED` says why; exit status 1 if there
+is one. Slow tests, which need the network, do not run.
 """
 
 import argparse
@@ -18,7 +19,9 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_oss", "phi3", "gpt2", "opt", "gpt_neox", "olmo2")
+FAMILIES = (
+    "llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "gpt_oss", "phi3", "gpt2", "opt", "gpt_neox", "olmo2",
+)  # fmt: skip
 SELECTED = (
     "generat or greedy or beam or assisted or prompt_lookup or padding or past_key_values or logits_to_keep or "
     "position_ids or 4d_attention_mask or flash"
