@@ -152,7 +152,7 @@ def test_more_sequences_than_a_grid_takes(monkeypatch):
     grads = flash_attention_backward_launch(*q[:3], out, lse, q[3], None, None, None, None, 0, None, None, 0.25)
     packed, cu = [x.flatten(0, 1) for x in q], prefix_sums([3] * 5, DEVICE)
     varlen = flash_attention_launch(*packed[:3], cu, cu, 3, None, 0, None, None, 0.25)
-    assert torch.equal(varlen[0].view_as(out), out)
+    assert torch.allclose(varlen[0].view_as(out), out, atol=1e-6)
     for i in range(5):
         one = [x[i : i + 1] for x in q]
         alone, alone_lse = flash_attention_launch(*one[:3], None, None, 3, None, 0, None, None, 0.25)

@@ -292,7 +292,8 @@ def check_groups(groups: object, num_seqs: int, max_pages: int) -> list[tuple[in
 
 def refuse_tangents(**tensors: torch.Tensor | None) -> None:
     """Refuse tensors with forward-mode derivatives, which no kernel carries on: results would silently have none."""
-    if torch.compiler.is_compiling():
+    # The level, -1 outside of forward mode, saves the look at each tensor.
+    if torch.compiler.is_compiling() or getattr(forward_ad, "_current_level", 0) < 0:
         return
     for name, tensor in tensors.items():
         if tensor is not None and forward_ad.unpack_dual(tensor).tangent is not None:
