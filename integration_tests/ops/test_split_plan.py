@@ -143,6 +143,13 @@ def test_parts_of_many_sequences_find_their_own(poison):
     assert torch.allclose(lse, torch.full_like(lse, 2.0).log(), atol=1e-6)
 
 
+@pytest.mark.parametrize("make", [make_split_plan_launch, split_plan_op])
+def test_no_sequences(make):
+    """No items, and no room for any."""
+    plan = make(torch.zeros(0, dtype=torch.int32, device=DEVICE), prefix_sums([], DEVICE), 1000, None)
+    assert plan.tolist() == [0] * split_plan_size(0, 1000)
+
+
 def test_bad_arguments():
     lens, cu, table = torch.ones(2, dtype=torch.int32), prefix_sums([1, 1], "cpu"), torch.zeros(2, 4, dtype=torch.int32)
     assert make_split_plan(lens, cu, table, 16).dtype == torch.int32

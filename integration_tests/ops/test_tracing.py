@@ -130,6 +130,20 @@ def test_export(name, strict):
         assert torch.equal(x, y)
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_as_many_sequences_as_the_data_say(strict):
+    class Module(torch.nn.Module):
+        def forward(self, q, is_last):
+            ends = is_last.nonzero().squeeze(1).int() + 1
+            cu = torch.cat([ends.new_zeros(1), ends])
+            return kernels.flash_attention(q, q, q, cu_seqlens_q=cu, max_seqlen_q=6, causal=True)
+
+    q = torch.randn(6, 2, D)
+    exported = torch.export.export(Module(), (q, torch.tensor([0, 1, 0, 0, 0, 1])), strict=strict).module()
+    is_last = torch.tensor([1, 0, 1, 0, 0, 1])
+    assert torch.equal(exported(q, is_last), Module()(q, is_last))
+
+
 def op_calls():
     """Each op with arguments that it takes, and those of them that may have any strides."""
     q, k_pages, v_pages, table, lens, cu = paged_step()

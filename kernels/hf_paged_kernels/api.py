@@ -79,7 +79,8 @@ def flash_attention(
         checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k)
         require(
             cu_seqlens_q.shape == cu_seqlens_k.shape,
-            f"cu_seqlens_q and cu_seqlens_k must have the same length, got {len(cu_seqlens_q)}, {len(cu_seqlens_k)}.",
+            f"cu_seqlens_q and cu_seqlens_k must have the same length, got {list(cu_seqlens_q.shape)} and "
+            f"{list(cu_seqlens_k.shape)}.",
         )
     else:
         require(cu_seqlens_k is None, "cu_seqlens_k needs cu_seqlens_q: packed queries [Tq, Hq, D].")
@@ -454,7 +455,10 @@ def copy_pages(k_pages: torch.Tensor, v_pages: torch.Tensor, source: torch.Tenso
     checks.check_pages(k_pages, v_pages)
     for name, pages in (("source", source), ("target", target)):
         check_tensor(name, pages, "[n]", (torch.int32, torch.int64))
-    require(source.shape == target.shape, f"source and target must pair up, got {len(source)} and {len(target)} pages.")
+    require(
+        source.shape == target.shape,
+        f"source and target must pair up, got {list(source.shape)} and {list(target.shape)} pages.",
+    )
     checks.check_same_device(k_pages=k_pages, v_pages=v_pages, source=source, target=target)
     checks.refuse_tangents(k_pages=k_pages, v_pages=v_pages)
     if checks.may_read_values(source, target) and source.numel():

@@ -390,5 +390,5 @@ def split_plan_reference(
     plan = torch.zeros(split_plan_size(num_seqs, max_tokens), dtype=torch.int32)
     plan[0] = len(items)
     plan[4 : 4 + ITEM_NUMBERS * len(items)] = torch.tensor(items, dtype=torch.int32).flatten()
-    plan[-2 * num_seqs :] = torch.tensor(sequences, dtype=torch.int32)
+    plan[len(plan) - 2 * num_seqs :] = torch.tensor(sequences, dtype=torch.int32)
     return plan.to(seq_lens.device)

@@ -378,6 +378,8 @@ def make_split_plan_launch(
     num_seqs = seq_lens.shape[0]
     max_items = max_split_items(num_seqs, max_tokens)
     plan = torch.empty(split_plan_size(num_seqs, max_tokens), dtype=torch.int32, device=seq_lens.device)
+    if num_seqs == 0:
+        return plan.zero_()
     block = max(32, triton.next_power_of_2(num_seqs))
     with device_guard(seq_lens):
         _plan_splits[(1,)](
