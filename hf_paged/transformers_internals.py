@@ -662,7 +662,9 @@ def supports_flash(model_class: type[PreTrainedModel]) -> bool:
 class _Chosen(threading.local):
     """Attention implementations of this thread, by the ids of configs; the others have what is written in them."""
 
-    names: dict[int, str] = {}  # noqa: RUF012 (never changed in place)
+    def __init__(self) -> None:
+        # An attribute of the object, not of the class: compiled code checks it, in the thread that runs it.
+        self.names: dict[int, str] = {}
 
 
 _CHOSEN = _Chosen()
@@ -718,12 +720,8 @@ def _let_threads_choose(owner: type) -> None:
     written = own.fget
 
     def read(config: Any) -> Any:
-        # Compiled code is shared by all threads.
-        if not torch.compiler.is_dynamo_compiling():
-            name = _CHOSEN.names.get(id(config))
-            if name is not None:
-                return name
-        return written(config)
+        name = _CHOSEN.names.get(id(config))
+        return written(config) if name is None else name
 
     read._hf_paged = True  # type: ignore[attr-defined]
     owner._attn_implementation = property(read, own.fset, own.fdel, own.__doc__)  # type: ignore[attr-defined]

@@ -801,11 +801,22 @@ def test_a_config_class_with_a_property_of_its_own_is_reached():
     assert model.config._attn_implementation == "sdpa"
 
 
-def test_compiled_code_has_the_implementation_that_is_written():
+def test_compiled_code_has_the_choice_of_the_thread_that_runs_it():
     model = tiny_model("llama", "sdpa")
     compiled = torch.compile(lambda x: x + len(model.config._attn_implementation), backend="eager", fullgraph=True)
-    assert int(compiled(torch.zeros(1))) == 4
-    with internals.AttentionChoice(model, "paged_flash").here():
-        assert int(compiled(torch.zeros(1))) == 4
+    choice = internals.AttentionChoice(model, "paged_flash")
+
+    def run() -> int:
+        return int(compiled(torch.zeros(1)))
+
+    got = []
+    for _ in range(2):
+        assert run() == len("sdpa")
+        with choice.here():
+            assert run() == len("paged_flash")
+            thread = threading.Thread(target=lambda: got.append(run()))
+            thread.start()
+            thread.join()
+    assert got == [len("sdpa")] * 2
     model.set_attn_implementation("eager")
-    assert int(compiled(torch.zeros(1))) == 5
+    assert run() == len("eager")
