@@ -17,8 +17,11 @@ class EngineConfig:
     Attributes:
         page_size: tokens of a page: 8, 16, 32, 64, 128 or 256.
         num_pages: pages of the whole model (of every layer); None: as many as ``memory_fraction`` allows, and no more
-            than ``max_num_seqs`` sequences of ``max_model_len`` tokens can use (and one, for a shared prompt).
-        memory_fraction: the part of the device's free memory that pages may take where ``num_pages`` is None.
+            than ``max_num_seqs`` sequences of ``max_model_len`` tokens can use (and one, for a shared prompt). Pages
+            get memory as they are first used; where the device has too little by then, the pool is as large as it
+            allows.
+        memory_fraction: the part of the device's free memory that pages may take where ``num_pages`` is None; on a
+            nearly full GPU less, since steps need an estimated part of it.
         max_batch_tokens: tokens that one step computes at most; longer prompts are computed in chunks.
         mixed_prompt_tokens: prompt tokens that a step computes while other sequences decode, which wait for them. Fewer
             make the longest steps shorter, but more steps longer than others: the time between tokens is more even and

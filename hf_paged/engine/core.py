@@ -28,7 +28,7 @@ from .config import EngineConfig
 from .decode_graphs import Capture, CudaCapture, DecodeGraphs, reason_against
 from .engine_cache import EngineCache
 from .logprobs import prompt_logprobs
-from .memory import split_pages
+from .memory import PageRoom, split_pages
 from .request import Request, RequestOutput, RequestTiming, Row, SequenceOutput, State
 from .runner import Runner, StepLogits
 from .scheduler import Scheduler, StepWork, job_tokens, mixed_prompt_tokens
@@ -160,6 +160,20 @@ class EngineCore:
         # On a CPU there is nothing to hide: a step has run when it was launched.
         self.runs_ahead = not on_host and not self.cache.has_states
         self.finished: list[Request] = []
+
+    def commit_as_used(
+        self, kinds: dict[int | None, dict[int, tuple[torch.Tensor, torch.Tensor]]], room: PageRoom
+    ) -> None:
+        """Pages get memory as they are first used, as far as there is ``room``; before the first step.
+
+        Args:
+            kinds: what the keys and values of each layer are like, by sliding window.
+            room: gives the bytes that pages may take.
+        """
+        self.pool.room = room
+        for window, group in self.pool.groups.items():
+            group.kinds |= kinds[window]
+            group.commit_as_used()
 
     def use_graphs(self, capture: Capture | None = None) -> str | None:
         """Capture steps from now on, with ``capture`` (None: as CUDA graphs); returns the reason why not."""

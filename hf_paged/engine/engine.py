@@ -43,7 +43,7 @@ from .decode_graphs import reason_against
 from .fuse_steps import fuse
 from .handle import RequestHandle
 from .live_model import read_buffers, written_buffers
-from .memory import choose_num_pages, model_length
+from .memory import PageRoom, choose_num_pages, model_length, working_bytes
 from .request import Request, RequestOutput, Row
 from .self_check import probe, run_reference
 from .support import is_supported
@@ -200,11 +200,13 @@ class Engine:
                 self.fused = self._fuse(learned.needs_lengths)
                 pages_of_one = -(-self.max_model_len // config.page_size)
                 num_pages = config.num_pages
+                reserve = working_bytes(model, config) if any(d.type == "cuda" for d in learned.page_bytes) else 0
                 if num_pages is None:
                     # One more: rows that share a prompt copy its last page before they write into it.
                     most = config.max_num_seqs * pages_of_one + 1
-                    num_pages = choose_num_pages(learned.page_bytes, config.memory_fraction, most)
+                    num_pages = choose_num_pages(learned.page_bytes, config.memory_fraction, most, reserve)
                 core = EngineCore(model, config, num_pages, self.max_model_len)
+                core.commit_as_used(learned.kinds, PageRoom(reserve, learned.page_bytes))
                 core.runner.needs_lengths = core.cache.may_gather = learned.needs_lengths
                 core.runner.ignore_buffers(written)
                 if self.fused is not None:

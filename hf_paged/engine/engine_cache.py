@@ -300,6 +300,6 @@ class EngineCache(Cache):
     def drop(self) -> None:
         """Give the memory of pages and states back; contents are lost, the page ids stay."""
         for group in self.pool.groups.values():
-            group.layers.clear()
+            group.drop_layers()
         self._states.clear()
         self._kinds.clear()

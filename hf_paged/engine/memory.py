@@ -1,13 +1,20 @@
 """How many pages the engine takes, and how groups of layers share them."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 
+from .config import EngineConfig
+from .decode_graphs import bucket_sizes
+
 DEFAULT_MODEL_LEN = 32_768
 """Tokens of a request where the model's config names no maximum."""
+
+LIBRARY_BYTES = 256 << 20
+"""Workspaces of cuBLAS, kernels that are loaded as they are first used, and holes in PyTorch's cache."""
+UNLIMITED = 1 << 62
 
 LENGTH_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length", "seq_length")
 
@@ -35,16 +42,63 @@ def free_bytes(device: torch.device) -> int:
         return 4 << 30
 
 
-def choose_num_pages(bytes_by_device: dict[torch.device, int], fraction: float, most: int) -> int:
+def choose_num_pages(bytes_by_device: dict[torch.device, int], fraction: float, most: int, reserve: int = 0) -> int:
     """Pages of the whole model that fit into ``fraction`` of the free memory of every device, ``most`` at most.
 
     Args:
         bytes_by_device: bytes of one page of all layers that are on a device.
         fraction: of the memory that is free now.
         most: pages that the engine can use at all.
+        reserve: bytes of every device that are not for pages.
     """
-    fit = [int(free_bytes(device) * fraction) // size for device, size in bytes_by_device.items() if size]
+    fit = []
+    for device, size in bytes_by_device.items():
+        if size:
+            free = free_bytes(device)
+            fit.append(min(int(free * fraction), free - reserve) // size)
     return max(1, min([most, *fit]))
+
+
+def working_bytes(model: Any, config: EngineConfig) -> int:
+    """Memory of a GPU that the engine needs beside pages and weights, at most: of the largest step its activations and
+    logits, the logits that captured steps keep, and what libraries take. An estimate from the model's widths."""
+    embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings()
+    text = model.config.get_text_config(decoder=True)
+    widths = [getattr(module, "out_features", 0) for module in model.modules() if module is not head]
+    hidden, size = embeddings.shape[-1], embeddings.element_size()
+    # Experts have a row of their own for each token that they get.
+    widest = max([4 * hidden, *widths]) * (getattr(text, "num_experts_per_tok", None) or 1)
+    activations = config.max_batch_tokens * (6 * hidden + 4 * widest) * size
+    # Of the model's dtype, and twice in float32 where they are changed on the way to a token.
+    logits = config.max_num_seqs * text.vocab_size * (size + 8)
+    captured = 0 if config.cuda_graphs is False else sum(bucket_sizes(config.max_num_seqs)) * text.vocab_size * size
+    return LIBRARY_BYTES + activations + logits + captured
+
+
+class PageRoom:
+    """Bytes of a device that pages may take now: what is free, without what the engine's steps have not taken yet of
+    their :func:`working_bytes`.
+
+    Args:
+        reserve: these bytes, on every device.
+        devices: where pages are.
+    """
+
+    def __init__(self, reserve: int, devices: Iterable[torch.device]) -> None:
+        self.reserve = reserve
+        self._before = {d: torch.cuda.memory_reserved(d) for d in devices if d.type == "cuda"}
+
+    def __call__(self, device: torch.device) -> int:
+        """Of this device."""
+        if device.type != "cuda":
+            return UNLIMITED  # The system commits a page when it is touched.
+        reserved = torch.cuda.memory_reserved(device)
+        if reserved - torch.cuda.memory_allocated(device) > self.reserve:
+            # More than steps need: somebody else in the process (a trainer) has left it with PyTorch.
+            torch.cuda.empty_cache()
+            reserved = torch.cuda.memory_reserved(device)
+        missing = max(0, self.reserve - max(0, reserved - self._before[device]))
+        return torch.cuda.mem_get_info(device)[0] - missing
 
 
 def split_pages(num_pages: int, num_layers: Sequence[int], useful: Sequence[int]) -> list[int]:

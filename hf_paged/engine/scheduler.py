@@ -32,7 +32,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..errors import OutOfPagesError
+from ..errors import OutOfPagesError, RequestError
 from .request import Key, Request, Row, State
 from .slot_pages import SlotPages
 from .slots import Slots
@@ -603,9 +603,17 @@ class Scheduler:
         return True
 
     def _give_up(self, request: Request) -> None:
-        """Admission checks promise that a request alone always fits: a broken promise ends it, not the loop."""
+        """Admission checks promise that a request alone always fits into the pool. Where the device has no memory for
+        the pool, the promise is broken: that ends the request, not the loop."""
         free = self.pages.num_free()
-        error = OutOfPagesError(free + 1, free, sum(table.allocator.num_pages for table in self.pages.tables))
+        allocators = [table.allocator for table in self.pages.tables]
+        total, backed = sum(a.num_pages for a in allocators), sum(a.num_backed for a in allocators)
+        error: Exception = OutOfPagesError(free + 1, free, total)
+        if backed < total:
+            error = RequestError(
+                f"the device has memory for {backed} of the pool's {total} pages at the moment, which is too little "
+                f"for this request alone: free memory of the device, or ask for fewer new tokens."
+            )
         self._reject(request, error)
 
     def _reject(self, request: Request, error: Exception) -> None:

@@ -32,10 +32,12 @@ class Probe:
     Attributes:
         page_bytes: bytes of one page of all layers, by device.
         needs_lengths: the model changes keys behind the cache, so attention needs packed lengths.
+        kinds: what the keys and values of each layer are like, by sliding window; see :class:`PageGroup`.
     """
 
     page_bytes: dict[torch.device, int]
     needs_lengths: bool
+    kinds: dict[int | None, dict[int, tuple[torch.Tensor, torch.Tensor]]]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -118,7 +120,8 @@ def probe(model: Any, config: EngineConfig, reference: Reference | None) -> Prob
     for group in core.pool.groups.values():
         for pages in group.layers.values():
             page_bytes[pages.device] = page_bytes.get(pages.device, 0) + pages.page_bytes
-    return Probe(page_bytes, core.runner.needs_lengths)
+    kinds = {window: group.kinds for window, group in core.pool.groups.items()}
+    return Probe(page_bytes, core.runner.needs_lengths, kinds)
 
 
 def small_core(model: Any, config: EngineConfig, needs_lengths: bool = False) -> EngineCore:

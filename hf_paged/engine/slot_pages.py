@@ -116,7 +116,10 @@ class SlotPages:
         """Have ``count`` free pages in every group (or ``count[i]`` in group i); stored prefixes give way to them."""
         enough = True
         for index, table in enumerate(self.tables):
-            missing = (count if isinstance(count, int) else count[index]) - table.allocator.num_free
+            wanted, allocator = count if isinstance(count, int) else count[index], table.allocator
+            if wanted > allocator.num_free:
+                table.group.back(wanted - allocator.num_free)
+            missing = wanted - allocator.num_free
             if missing > 0:
                 freed = self.pool.prefixes.evict(index, missing) if self.pool.prefixes is not None else 0
                 enough &= freed >= missing

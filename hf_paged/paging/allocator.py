@@ -11,10 +11,13 @@ class PageAllocator:
 
     Taking and giving back a page is O(1). A fixed allocator raises :class:`OutOfPagesError` when it is empty; one
     that may grow is given more ids by its owner (:meth:`grow`), and rid of those at the end (:meth:`shrink`).
+
+    Ids may be known before there is memory for them: those from ``num_backed`` on are not handed out (:meth:`back`).
+    They are the bottom of the stack of free ids, the last ones first.
     """
 
     def __init__(self, num_pages: int) -> None:
-        self.num_pages = 0
+        self.num_pages = self.num_backed = 0
         self._free: list[int] = []
         self._owners: list[int] = []
         self._kept: set[int] = set()
@@ -23,8 +26,8 @@ class PageAllocator:
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody owns."""
-        return len(self._free)
+        """Pages that nobody owns, and that can be handed out."""
+        return len(self._free) - (self.num_pages - self.num_backed)
 
     @property
     def num_used(self) -> int:
@@ -43,12 +46,28 @@ class PageAllocator:
         # Low ids on top of the stack: they are handed out first, which keeps the used part of the pool compact.
         self._free = [*range(num_pages - 1, self.num_pages - 1, -1), *self._free]
         self._owners.extend([0] * (num_pages - self.num_pages))
+        if self.num_backed == self.num_pages:
+            self.num_backed = num_pages
         self.num_pages = num_pages
+
+    def back(self, num_pages: int) -> None:
+        """Say that there is memory for the ids below ``num_pages``, and for no others; those are free.
+
+        Raises:
+            ValueError: one of them has an owner.
+        """
+        if num_pages < self.num_backed:
+            if num_pages < self.end:
+                raise ValueError(
+                    f"num_pages must be at least {self.end}, behind the last page in use, got {num_pages}."
+                )
+            self._free.sort(reverse=True)
+        self.num_backed = min(num_pages, self.num_pages)
 
     def allocate(self, count: int) -> list[int]:
         """Take ``count`` pages, each with one owner; all of them or, with :class:`OutOfPagesError`, none."""
-        if count > len(self._free):
-            raise OutOfPagesError(count, len(self._free), self.num_pages)
+        if count > self.num_free:
+            raise OutOfPagesError(count, self.num_free, self.num_pages)
         pages = [self._free.pop() for _ in range(count)]
         for page in pages:
             self._owners[page] = 1
@@ -108,7 +127,7 @@ class PageAllocator:
             raise ValueError(f"num_pages must be {self.end} to {self.num_pages}, got {num_pages}.")
         self._free = sorted((page for page in self._free if page < num_pages), reverse=True)  # as grow(): low ids first
         del self._owners[num_pages:]
-        self.num_pages = num_pages
+        self.num_pages, self.num_backed = num_pages, min(num_pages, self.num_backed)
 
     def num_owners(self, page: int) -> int:
         """Owners of a page, 0 if it is free."""
@@ -129,6 +148,8 @@ class PageAllocator:
             assert owners == expected[page], f"page {page} counts {owners} owners, {expected[page]} hold it"
         assert len(set(self._free)) == len(self._free), "a page is on the free list twice"
         assert all(self._owners[page] == 0 for page in self._free), "an owned page is on the free list"
+        behind = [*range(self.num_pages - 1, self.num_backed - 1, -1)]
+        assert self._free[: len(behind)] == behind, "a page without memory was handed out"
         alone = sum(self._owners[page] == 1 for page in self._kept)
         assert self._num_kept_alone == alone, f"{alone} pages are kept alone, {self._num_kept_alone} were counted"
         assert len(self._free) + sum(owners > 0 for owners in self._owners) == self.num_pages, "a page is lost"

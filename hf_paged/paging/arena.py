@@ -57,11 +57,15 @@ class Arena(ABC):
     def buffer(self) -> torch.Tensor:
         """uint8 ``[max_bytes]``; only the first ``committed`` bytes may be touched."""
 
-    def commit(self, num_bytes: int) -> None:
+    grows_in_place = True
+    """Whether ``buffer`` is always the same tensor, and as long as the reservation."""
+
+    def commit(self, num_bytes: int, exactly: bool = False) -> None:
         """Have at least ``num_bytes`` committed; keeps contents. On CUDA it may commit an eighth more than asked.
 
         Args:
             num_bytes: bytes from the start of the buffer, rounded up to ``granularity``, at most ``max_bytes``.
+            exactly: commit no more than that.
 
         Raises:
             torch.OutOfMemoryError: the device has less; the arena is as before.
@@ -71,7 +75,7 @@ class Arena(ABC):
             raise ValueError(f"num_bytes must be 0 to {self.max_bytes}, the bytes reserved, got {num_bytes}.")
         wanted = min(_round_up(num_bytes, self.granularity), self.max_bytes)
         if wanted > self.committed:
-            self.committed = self._grow(wanted)
+            self.committed = self._grow(wanted, exactly)
 
     def decommit(self, num_bytes: int) -> None:
         """Give back the memory above ``num_bytes``, rounded up; contents below are kept.
@@ -90,7 +94,7 @@ class Arena(ABC):
             self.committed = self._shrink(kept)
 
     @abstractmethod
-    def _grow(self, num_bytes: int) -> int:
+    def _grow(self, num_bytes: int, exactly: bool = False) -> int:
         """Commit up to ``num_bytes``, a multiple of the granularity or ``max_bytes``; returns what is committed."""
 
     @abstractmethod
@@ -165,7 +169,7 @@ class CpuArena(Arena):
         """uint8 ``[max_bytes]``, always the same tensor."""
         return self._buffer
 
-    def _grow(self, num_bytes: int) -> int:
+    def _grow(self, num_bytes: int, exactly: bool = False) -> int:
         return num_bytes
 
     def _shrink(self, num_bytes: int) -> int:
@@ -194,6 +198,8 @@ class CopyingArena(Arena):
     ``buffer`` is ``[committed]``, and another tensor after each change: views of the old one see old contents.
     """
 
+    grows_in_place = False
+
     def __init__(self, device: torch.device, max_bytes: int) -> None:
         super().__init__(device, max_bytes, COPYING_GRANULARITY)
         self._buffer = torch.empty(0, dtype=torch.uint8, device=device)
@@ -203,8 +209,8 @@ class CopyingArena(Arena):
         """uint8 ``[committed]``, another tensor after each change."""
         return self._buffer
 
-    def _grow(self, num_bytes: int) -> int:
-        doubled = min(max(num_bytes, 2 * self.committed), self.max_bytes)
+    def _grow(self, num_bytes: int, exactly: bool = False) -> int:
+        doubled = num_bytes if exactly else min(max(num_bytes, 2 * self.committed), self.max_bytes)
         try:
             return self._move(doubled)
         except RuntimeError as error:  # Allocators of other devices have errors of their own.
@@ -251,11 +257,11 @@ class CudaArena(Arena):
         """uint8 ``[max_bytes]``, always the same tensor."""
         return self._buffer
 
-    def _grow(self, num_bytes: int) -> int:
+    def _grow(self, num_bytes: int, exactly: bool = False) -> int:
         _release_waiting()
         before = self._memory.mapped
         try:
-            self._extend(num_bytes)
+            self._extend(num_bytes, exactly)
         except RuntimeError as error:
             # No kernel knows of the new steps yet: nothing to wait for.
             self._memory.truncate(before)
@@ -265,10 +271,10 @@ class CudaArena(Arena):
             raise self._out_of_memory(num_bytes, f"{free} of the device's {total} bytes are free") from error
         return min(self._memory.mapped, self.max_bytes)
 
-    def _extend(self, num_bytes: int) -> None:
+    def _extend(self, num_bytes: int, exactly: bool) -> None:
         with torch.cuda.device(self.device):
             try:
-                self._memory.extend(num_bytes)
+                self._memory.extend(num_bytes, exactly)
             except torch.OutOfMemoryError:
                 # PyTorch's caching allocator may sit on free memory; and the last step need not be a whole one.
                 torch.cuda.memory.empty_cache()

@@ -6,7 +6,7 @@ all, and page ``p`` means the same page in every layer of the group. Groups shar
 
 import copy
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,14 +58,19 @@ class LayerPages:
             self.arena = make_arena(key.device, reservable_bytes(key.device) // self.page_bytes * self.page_bytes)
         self.grow(0)
 
-    def grow(self, num_pages: int) -> None:
+    def grow(self, num_pages: int, shown: int | None = None) -> None:
         """Have ``num_pages`` pages; what is there stays where it is.
+
+        Args:
+            num_pages: that have memory.
+            shown: pages of the tensors, where the arena grows in place: they stay as they are when it does, and nobody
+                may touch what has no memory yet. None: as many as have.
 
         Raises:
             torch.OutOfMemoryError: the device has no memory left; the pages are as before.
         """
-        self.arena.commit(num_pages * self.page_bytes)
-        self._view(num_pages)
+        self.arena.commit(num_pages * self.page_bytes, exactly=shown is not None)
+        self._view(num_pages if shown is None or not self.arena.grows_in_place else shown)
 
     def shrink(self, num_pages: int) -> None:
         """Have ``num_pages`` pages, no more than there are; the memory behind them goes back to the device.
@@ -97,7 +102,7 @@ class LayerPages:
         """The copy has an arena of its own; copying the views would copy the whole reservation."""
         twin = copy.copy(self)
         twin.arena = copy.deepcopy(self.arena, memo)
-        twin.grow(self.k.shape[0])
+        twin._view(self.k.shape[0])
         return twin
 
     k: torch.Tensor
@@ -161,15 +166,82 @@ class PageGroup:
         self.pool, self.window, self.num_layers = pool, window, num_layers
         self.allocator = PageAllocator(0)
         self.layers: dict[int, LayerPages] = {}
+        # What the keys and values of each layer are like: tensors [1, H, 0, D].
+        self.is_lazy = False
+        self.kinds: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.tables: list[SequenceTable] = []
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> LayerPages:
         """The pages of a layer, made for keys like ``key`` the first time."""
         if index not in self.layers:
-            pool = self.pool
-            self.layers[index] = LayerPages(key, value, pool.page_size, pool.page_dtype)
-            self.layers[index].grow(self.allocator.num_pages)
+            self.kinds[index] = (key[:1, :, :0].clone(), value[:1, :, :0].clone())
+            self._make_layer(index)
         return self.layers[index]
+
+    def _make_layer(self, index: int) -> None:
+        """Make the pages of a layer whose kind is known."""
+        allocator, pool = self.allocator, self.pool
+        pages = LayerPages(*self.kinds[index], pool.page_size, pool.page_dtype)
+        is_whole = allocator.num_backed == allocator.num_pages or not pages.arena.grows_in_place
+        pages.grow(allocator.num_pages) if is_whole else pages.grow(allocator.num_backed, shown=allocator.num_pages)
+        self.layers[index] = pages  # Last: nobody shall find pages without memory.
+
+    def back(self, count: int) -> None:
+        """Have memory behind ``count`` more of the ids that the allocator knows, or as many as there is memory for.
+
+        Where a layer cannot grow in place, all ids have had memory since its pages were made.
+        """
+        allocator = self.allocator
+        before, made = allocator.num_backed, set(self.layers)
+        wanted = min(before + count, allocator.num_pages)
+        if wanted == before:
+            return
+        try:
+            for index in self.kinds.keys() - made:
+                self._make_layer(index)
+            growing = [pages for pages in self.layers.values() if pages.arena.grows_in_place]
+            ample = min(wanted + max(FIRST_PAGES, wanted // 4), allocator.num_pages)
+            target = max(before, min(ample, before + self._num_affordable()))
+            for pages in growing:
+                pages.grow(target, shown=allocator.num_pages)
+        except torch.OutOfMemoryError:
+            # Somebody else was faster. What was taken in vain goes back: no step knows of it yet.
+            for index in self.layers.keys() - made:
+                del self.layers[index]
+            for pages in self.layers.values():
+                if pages.arena.grows_in_place:
+                    pages.arena.decommit(before * pages.page_bytes)
+            return
+        allocator.back(target if growing or not self.layers else allocator.num_pages)
+
+    def commit_as_used(self) -> None:
+        """From now on the ids that the allocator knows get memory as they are needed; nobody has one yet."""
+        self.is_lazy = True
+        self.allocator.back(min(FIRST_PAGES, self.allocator.num_pages))
+
+    def drop_layers(self) -> None:
+        """Give the memory of all pages back; their contents are lost, the ids stay."""
+        self.layers.clear()
+        if self.is_lazy and not self.allocator.num_used:
+            self.commit_as_used()
+
+    def _num_affordable(self) -> int:
+        """Pages of all layers that the devices have memory for, as far as it is theirs to take."""
+        pool = self.pool
+        if pool.room is None:
+            return self.allocator.num_pages
+        by_device: dict[torch.device, list[LayerPages]] = {}
+        for pages in self.layers.values():
+            by_device.setdefault(pages.device, []).append(pages)
+        return min(
+            (
+                # A layer's last step is rounded up.
+                max(0, pool.room(device) - sum(pages.arena.granularity for pages in of_device))
+                // sum(pages.page_bytes for pages in of_device)
+                for device, of_device in by_device.items()
+            ),
+            default=self.allocator.num_pages,
+        )
 
     def make_room(self, count: int) -> None:
         """Have ``count`` free pages, growing within the pool's budget. Growing copies nothing.
@@ -247,6 +319,8 @@ class PagePool:
         page_dtype: dtype of quantised pages (float8_e4m3fn or int8); None: that of the model's keys and values.
 
     Attributes:
+        room: gives the bytes of a device that pages may take now, for pools whose ids come before their memory; None:
+            all.
         prefixes: full pages kept after use, to be found again; see :meth:`PagedCache.store_prefix`. With a budget, the
             least recently used make room for new tokens.
     """
@@ -256,6 +330,7 @@ class PagePool:
     ) -> None:
         self.page_size, self.num_pages, self.page_dtype = page_size, num_pages, page_dtype
         self.groups: dict[int | None, PageGroup] = {}
+        self.room: Callable[[torch.device], int] | None = None
         self.prefixes: PrefixCache | None = None
 
     def set_layers(self, windows: dict[int | None, int]) -> None:
@@ -360,6 +435,8 @@ class PagePool:
             for pages in group.layers.values():
                 for tensor in pages.tensors:
                     assert tensor.shape[0] >= group.allocator.num_pages, "a layer has fewer pages than its group"
+                has = pages.arena.committed
+                assert has >= group.allocator.num_backed * pages.page_bytes, "pages are handed out that have no memory"
             for table in group.tables:
                 for held, length in zip(table.pages, table.lengths):
                     assert len(held) == -(-length // table.page_size), "a sequence has other pages than it needs"

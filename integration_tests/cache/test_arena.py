@@ -1,5 +1,6 @@
 """Arenas: growing keeps contents and addresses, memory follows what is committed, and everything is given back."""
 
+import contextlib
 import copy
 import ctypes
 import gc
@@ -51,6 +52,26 @@ def pattern(num_bytes: int, device: torch.device = CPU) -> torch.Tensor:
 
 
 # Every kind of arena
+
+
+def test_memory_is_unmapped_once_no_step_can_be_using_it(monkeypatch):
+    calls: list[str] = []
+
+    class Memory:
+        granularity, mapped = MIB, 8 * MIB
+
+        def synchronize(self) -> None:
+            calls.append("wait")
+
+        def truncate(self, num_bytes: int) -> None:
+            calls.append("unmap")
+            self.mapped = num_bytes
+
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    arena = object.__new__(arena_module.CudaArena)
+    arena._memory, arena.committed, arena.granularity, arena.max_bytes = Memory(), 8 * MIB, MIB, 64 * MIB
+    arena.decommit(3 * MIB)
+    assert (calls, arena.committed) == (["wait", "unmap"], 3 * MIB)
 
 
 def test_growth_keeps_contents(make):
@@ -378,6 +399,26 @@ def test_steps_are_an_eighth_of_what_is_mapped():
         library.check(mapped=memory.mapped, free=200 * GIB - memory.mapped)
     memory.free()
     assert library.reserved == 0
+
+
+@pytest.mark.parametrize("exactly", [False, True])
+def test_growing_that_fails_gives_back_what_it_took(exactly, monkeypatch):
+    library, memory = make_device_memory(free=40 * MIB, max_bytes=64 * MIB)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (library.free, 64 * MIB))
+    monkeypatch.setattr(torch.cuda.memory, "empty_cache", lambda: None)
+    monkeypatch.setattr(arena_module, "_release_waiting", lambda: None)
+    arena = object.__new__(arena_module.CudaArena)
+    arena._memory, arena.committed, arena.device = memory, 0, CPU
+    arena.granularity, arena.max_bytes = memory.granularity, 64 * MIB
+    arena.commit(30 * MIB, exactly)
+    assert arena.committed == 30 * MIB
+    mapped = memory.mapped
+    with pytest.raises(torch.OutOfMemoryError, match=r"of the device's .* bytes are free"):
+        arena.commit(50 * MIB, exactly)
+    library.check(mapped=mapped, free=40 * MIB - mapped)
+    arena.commit(40 * MIB, exactly)
+    library.check(mapped=40 * MIB, free=0)
 
 
 def test_exact_steps_stop_at_what_is_needed():
