@@ -134,6 +134,7 @@ class EngineCore:
         groups = list(self.pool.groups.values())
         for group, count in zip(groups, split_pages(num_pages, [g.num_layers for g in groups], useful)):
             group.allocator.grow(count)
+        self.allocators = [group.allocator for group in groups]
         self.tables = SlotTables(self.slots, self.pages, self.device)
         # Logits may be of more tokens than the vocabulary has.
         num_logits = max(self.vocab_size, getattr(model.get_output_embeddings(), "out_features", None) or 0)

@@ -10,6 +10,7 @@ request. Ctrl-C in the main thread is another matter: it waits for the end of th
 written, and then reaches the caller. A second one does not wait.
 """
 
+import _signal  # What signal wraps in enums, which cost more than all else here.
 import asyncio
 import atexit
 import contextlib
@@ -17,13 +18,12 @@ import heapq
 import itertools
 import math
 import os
-import signal
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from numbers import Real
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,8 @@ FORKED = (
     "the process was forked while the engine had requests, and they run in the parent alone: make an engine of the "
     "child's own there."
 )
+INTERRUPT = 2
+"""Ctrl-C."""
 PROGRESS_S = 0.5
 """A bar is drawn again after so many seconds."""
 MOST_ENDED = 16
@@ -181,7 +183,7 @@ class Engine:
         self._busy_s = 0.0
         self._finished: dict[str, int] = {}
         self._trace = Trace(self.config.trace_steps, self._core.clock())
-        self._seen = self._stats()
+        self._seen = self._counts()
         _engines.add(self)
 
     _thread: threading.Thread | None
@@ -761,7 +763,7 @@ class Engine:
         """Let other threads see what has happened."""
         core = self._core
         if not core.finished and not self._streams and not self._sleepers:
-            self._seen = self._stats()
+            self._seen = self._counts()
             return
         with self._changed:
             for request in core.finished:
@@ -770,9 +772,11 @@ class Engine:
                 self._num_deadlines -= request.deadline is not None
                 output = request.output
                 assert output is not None
-                self._finished[output.finish_reason] = self._finished.get(output.finish_reason, 0) + 1
+                reason = output.finish_reason
+                # Another one: who looks at the statistics has the one before.
+                self._finished = {**self._finished, reason: self._finished.get(reason, 0) + 1}
                 self._record_request(request, output)
-            self._seen = self._stats()
+            self._seen = self._counts()
             # Last: whoever gets a result may look at the statistics at once.
             for request in core.finished:
                 request.is_public = True
@@ -1004,7 +1008,7 @@ class Engine:
                 )
             self._check_open()
             yield
-            self._seen = self._stats()
+            self._seen = self._counts()
 
     def _check_open(self) -> None:
         if isinstance(self._broken, RequestError):
@@ -1020,35 +1024,40 @@ class Engine:
         """What the engine holds and has done. Waits for nothing: while a step runs, as of the end of the one before."""
         if self._drive.acquire(blocking=False):
             try:
-                return self._stats()
+                self._seen = self._counts()
             finally:
                 self._drive.release()
         with self._changed:
-            return replace(self._seen, waiting=max(0, len(self._unfinished) - self._seen.running))
-
-    def _stats(self) -> EngineStats:
-        """Of now; nothing in it takes longer with more sequences."""
-        core, counts = self._core, self._core.scheduler.counts
-        allocators = [group.allocator for group in core.pool.groups.values()]
-        total, used = sum(a.num_pages for a in allocators), sum(a.num_used for a in allocators)
+            seen, num_unfinished = self._seen, len(self._unfinished)
+        running, rows, steps, prompts, new, busy_s, found, asked, recomputed, swapped, finished, pages = seen
+        total, used, cached = (sum(counts) for counts in zip(*pages))
         return EngineStats(
-            running=len(core.scheduler.running),
-            waiting=len(core.scheduler.waiting) + len(self._incoming),
-            rows=core.slots.num_used,
+            running=running,
+            waiting=max(0, num_unfinished - running),
+            rows=rows,
             pages_total=total,
             pages_used=used,
-            pages_cached=sum(a.num_kept_alone for a in allocators),
+            pages_cached=cached,
             pages_free=total - used,
-            steps=self._steps,
-            prompt_tokens=self._prompt_tokens,
-            new_tokens=self._new_tokens,
-            tokens_per_s=self._new_tokens / self._busy_s if self._busy_s else 0.0,
-            prefix_hit_rate=counts.prefix_tokens / counts.prompt_tokens if counts.prompt_tokens else 0.0,
-            preemptions=counts.recomputed + counts.swapped,
-            recomputed=counts.recomputed,
-            swapped=counts.swapped,
-            finished=dict(self._finished),
+            steps=steps,
+            prompt_tokens=prompts,
+            new_tokens=new,
+            tokens_per_s=new / busy_s if busy_s else 0.0,
+            prefix_hit_rate=found / asked if asked else 0.0,
+            preemptions=recomputed + swapped,
+            recomputed=recomputed,
+            swapped=swapped,
+            finished=dict(finished),
         )
+
+    def _counts(self) -> tuple[Any, ...]:
+        """What :meth:`stats` is made of, as of now: it is taken after every step."""
+        core, counts = self._core, self._core.scheduler.counts
+        return (
+            len(core.scheduler.running), core.slots.num_used, self._steps, self._prompt_tokens, self._new_tokens,
+            self._busy_s, counts.prefix_tokens, counts.prompt_tokens, counts.recomputed, counts.swapped, self._finished,
+            [(a.num_pages, a.num_used, a.num_kept_alone) for a in core.allocators],
+        )  # fmt: skip
 
     def trace(self, path: str | Path) -> Path:
         """Write what the engine did: ``.json`` (Chrome trace), ``.csv`` (steps), or ``.png`` (matplotlib)."""
@@ -1086,7 +1095,7 @@ def _run_loop(reference: "weakref.ref[Engine]") -> None:
 def _held_interrupts() -> Iterator[None]:
     """Ctrl-C in the main thread is raised at the end of the block; a second one at once."""
     is_main = threading.current_thread() is threading.main_thread()
-    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+    if not is_main or _signal.getsignal(INTERRUPT) is not _signal.default_int_handler:
         yield
         return
     num_came = 0
@@ -1097,11 +1106,11 @@ def _held_interrupts() -> Iterator[None]:
         if num_came > 1:
             raise KeyboardInterrupt
 
-    signal.signal(signal.SIGINT, note)
+    _signal.signal(INTERRUPT, note)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _signal.signal(INTERRUPT, _signal.default_int_handler)
     if num_came:
         raise KeyboardInterrupt
 
