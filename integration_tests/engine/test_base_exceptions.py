@@ -93,19 +93,21 @@ def test_a_request_ends_alone(model, expected, background, mode):
 def test_in_a_forward_it_fails_the_step(model, expected, background, error):
     """Of a module's hook, say: the thread of the engine goes on, a caller that runs the step gets it."""
     with make_engine(model, background) as engine:
-        before = engine.submit(PROMPT, generation_config=config())
+        left = [error]
 
         def fail(*args: Any) -> None:
-            hook.remove()
-            raise error
+            if left:
+                raise left.pop()
 
         hook = model.model.layers[1].register_forward_hook(fail)
+        before = engine.submit(PROMPT, generation_config=config())
         if background:
             assert before.result(timeout_s=60).error is error
         else:
             with pytest.raises(type(error)):
                 before.result(timeout_s=60)
             assert before.result(timeout_s=0).error is error
+        hook.remove()
         assert engine.submit(PROMPT, generation_config=config()).result(timeout_s=60).token_ids == expected
         engine.check()
 
