@@ -9,7 +9,7 @@ import copy
 import operator
 import weakref
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -186,14 +186,18 @@ def _note_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None
 
 
 def sums(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """For each device an int64 tensor with one sum for each tensor: of its 32-bit words, each times a factor that goes
-    with its place; a CRC on a CPU."""
+    """Numbers of all bytes: for each device int64 ``[n]``, by :func:`weighted_sums`; on a CPU a CRC of each tensor."""
     by_device: dict[torch.device, list[torch.Tensor]] = {}
     with torch.inference_mode(False), torch.no_grad():
         for tensor in tensors:
             for plain in _plain(tensor):
-                by_device.setdefault(plain.device, []).append(_sum(plain))
-        return [torch.stack(found) for found in by_device.values()]
+                by_device.setdefault(plain.device, []).append(plain.reshape(-1).view(torch.uint8))
+        return [
+            torch.tensor([zlib.crc32(memoryview(raw.numpy())) for raw in found], dtype=torch.int64)
+            if device.type == "cpu"
+            else weighted_sums(found)
+            for device, found in by_device.items()
+        ]
 
 
 def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
@@ -205,25 +209,24 @@ def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
         yield tensor.detach()
 
 
-def _sum(tensor: torch.Tensor) -> torch.Tensor:
-    """int64 scalar, on the tensor's device."""
-    raw = tensor.reshape(-1).view(torch.uint8)
-    if raw.device.type == "cpu":
-        return torch.tensor(zlib.crc32(memoryview(raw.numpy())))
-    return weighted_sum(raw)
+def weighted_sums(raws: Sequence[torch.Tensor]) -> torch.Tensor:
+    """int64 ``[n]``, on the device of ``raws``, uint8: the 32-bit words of each, times factors by their places.
 
-
-def weighted_sum(raw: torch.Tensor) -> torch.Tensor:
-    """int64 scalar, on the device of ``raw``, uint8 ``[n]``."""
-    if raw.storage_offset() % 4:
-        raw = raw.clone()
-    num_words = raw.numel() // 4
-    num_even = num_words // NUM_SUMS * NUM_SUMS
-    words, factors = raw[: num_words * 4].view(torch.int32), _factors(raw.device)
-    total = (words[:num_even].view(-1, NUM_SUMS).sum(0, dtype=torch.int64) * factors).sum()
-    for rest in (words[num_even:], raw[num_words * 4 :]):
-        total = total * 3 + (rest * factors[: len(rest)]).sum()
-    return total
+    Two kernels for each: one adds up every :data:`NUM_SUMS` th word, one what is left over.
+    """
+    table = torch.zeros(len(raws), NUM_SUMS, dtype=torch.int64, device=raws[0].device)
+    for raw, row in zip(raws, table):
+        if raw.storage_offset() % 4:
+            raw = raw.clone()
+        num_words = len(raw) // 4
+        num_even = num_words // NUM_SUMS * NUM_SUMS
+        words = raw[: num_words * 4].view(torch.int32)
+        if num_even:
+            torch.sum(words[:num_even].view(-1, NUM_SUMS), 0, dtype=torch.int64, out=row)
+        for rest in (words[num_even:], raw[num_words * 4 :]):
+            if len(rest):
+                row[: len(rest)] += rest
+    return (table * _factors(table.device)).sum(1)
 
 
 @lru_cache

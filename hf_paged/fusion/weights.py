@@ -30,11 +30,12 @@ class Matrix:
 
     Attributes:
         values: ``[sum of their lengths, ...]``.
-        num_users: :class:`PackedLinears` that hold it.
+        users: those :class:`PackedLinears` that read it.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.values, self.num_users = torch.cat([parameter.data for parameter in parameters]), 0
+        self.values = torch.cat([parameter.data for parameter in parameters])
+        self.users: weakref.WeakSet[PackedLinears] = weakref.WeakSet()
         for parameter, part in zip(parameters, self.values.split([len(p) for p in parameters])):
             # A tensor over the same memory that knows of no other; it keeps the memory alive.
             parameter.data = from_dlpack(to_dlpack(part))
@@ -97,12 +98,13 @@ class PackedLinears:
                 if one is None:
                     one = Matrix(parameters)
                 if isinstance(one, Matrix):
-                    one.num_users += 1
+                    one.users.add(self)
                     self._matrices.append(one)
                     one = one.values
                 values.append(one)
         for matrix in before:
-            matrix.num_users -= 1
+            if matrix not in self._matrices:
+                matrix.users.discard(self)
         self.weight, self.bias = values[0], values[1] if len(values) > 1 else None
         self._addresses = self._read_addresses()
 
@@ -117,10 +119,10 @@ class PackedLinears:
         """
         with torch.inference_mode(False), torch.no_grad():
             for matrix in self._matrices:
-                matrix.num_users -= 1
+                matrix.users.discard(self)
                 start = matrix.values.data_ptr()
                 places = range(start, start + matrix.values.numel() * matrix.values.itemsize)
-                for parameter in self._parameters() if not matrix.num_users else ():
+                for parameter in self._parameters() if not len(matrix.users) else ():
                     if parameter.data_ptr() in places and _num_holders(parameter) == 1:
                         parameter.data = parameter.data.clone()
         self._addresses, self._matrices = [], []

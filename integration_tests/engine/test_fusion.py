@@ -619,7 +619,7 @@ def attention_with(change):
         if kwargs.get(CACHE) is not None:
             k, v = kwargs[CACHE].update(k, v, self.layer_idx)
         attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
-        out, _ = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        out, _ = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling)
         return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1).contiguous()), None
 
     return forward
