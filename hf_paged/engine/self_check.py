@@ -110,7 +110,7 @@ def probe(model: Any, config: EngineConfig, reference: Reference | None) -> Prob
     packed, core = _packed_logits(model, plain, prompts)
     if reference is not None:
         # Not of every token, as in steps.
-        wanted = [logits[at] for logits, (at, _) in zip(reference.logits, packed)]
+        wanted = [logits.to(at.device)[at] for logits, (at, _) in zip(reference.logits, packed)]
         got = [logits for _, logits in packed]
         if not agree(wanted, got):
             raise UnsupportedModelError(_describe(model, reference, wanted, got, core))

@@ -200,3 +200,50 @@ def test_keys_are_gathered_only_by_models_that_did_so_at_the_start():
         assert output.finish_reason == "error"
         with pytest.raises(UnsupportedModelError, match="layer 1 asks for all keys and values"):
             raise output.error
+
+
+@pytest.mark.gpu
+def test_captured_steps_of_two_engines_on_a_gpu(tmp_path):
+    """Both are fused over the same matrices; the other's end, forwards beside them and checkpoints move nothing."""
+    model = tiny_model("llama").cuda()
+    prompts = [prompt(n, n) for n in LENGTHS]
+
+    def by_itself(ids: list[int]) -> list[int]:
+        out = model.generate(torch.tensor([ids], device="cuda"), max_new_tokens=6, do_sample=False)
+        return out[0, len(ids) :].tolist()
+
+    expected = [by_itself(ids) for ids in prompts]
+    options = hf_paged.EngineConfig(num_pages=64, page_size=8, max_num_seqs=8, max_batch_tokens=64)
+    first, second = hf_paged.Engine(model, options), hf_paged.Engine(model, options)
+    assert first.fused is not None
+    assert second.fused is not None
+    logits = model(torch.tensor([prompts[0]], device="cuda")).logits
+    stop, wrong = threading.Event(), []
+
+    def score():
+        while not stop.is_set():
+            with torch.no_grad():
+                got = model(torch.tensor([prompts[0]], device="cuda")).logits
+            if not torch.allclose(got, logits, atol=1e-3):
+                wrong.append(float((got - logits).abs().max()))
+
+    thread = threading.Thread(target=score)
+    thread.start()
+    try:
+        for _ in range(5):
+            for engine in (first, second):
+                assert tokens_of(engine) == expected
+            model.set_attn_implementation("eager")
+            model.save_pretrained(tmp_path)
+            model.set_attn_implementation("sdpa")
+        assert len(first._core.runner.graphs) > 0
+        assert len(second._core.runner.graphs) > 0
+        first.close()
+        assert tokens_of(second) == expected
+        second.close()
+    finally:
+        stop.set()
+        thread.join()
+    assert not wrong
+    saved = type(model).from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(saved[name], x.cpu()) for name, x in model.state_dict().items())
