@@ -631,8 +631,6 @@ class Engine:
     def _guarded_step(self) -> bool:
         try:
             moved = self._step()
-            if not self._unfinished and self._core.holds_computed():
-                self._core.runner.remember_values()
         except BaseException as error:
             # Not a request's fault: the books cannot be trusted any more. Nobody shall wait forever.
             self._break(error)
@@ -762,6 +760,9 @@ class Engine:
     def _publish(self) -> None:
         """Let other threads see what has happened."""
         core = self._core
+        if core.finished and not core.scheduler.running and core.holds_computed():
+            # Before anybody knows that nothing runs, and may write to the weights.
+            core.runner.remember_values()
         if not core.finished and not self._streams and not self._sleepers:
             self._seen = self._counts()
             return

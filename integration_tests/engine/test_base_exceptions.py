@@ -99,7 +99,7 @@ def test_in_a_forward_it_fails_the_step(model, expected, background, error):
             if left:
                 raise left.pop()
 
-        hook = model.model.layers[1].register_forward_hook(fail)
+        hook = model.model.layers[1].register_forward_hook(hf_paged.row_wise(fail))
         before = engine.submit(PROMPT, generation_config=config())
         if background:
             assert before.result(timeout_s=60).error is error
@@ -126,7 +126,8 @@ def test_an_interrupt_reaches_the_caller_after_the_step(model, expected, place):
 
     with make_engine(model, background=False) as engine:
         core, plan = engine._core, engine._core.plan
-        hook = model.model.layers[0].register_forward_hook(interrupt if place == "the forward" else lambda *args: None)
+        inside = interrupt if place == "the forward" else lambda *args: None
+        hook = model.model.layers[0].register_forward_hook(hf_paged.row_wise(inside))
         if place == "the plan":
             core.plan = lambda **options: (interrupt(), plan(**options))[1]
         processors = {"logits_processor": [interrupt]} if place == "a processor" else {}

@@ -269,7 +269,7 @@ def fault(model):
     """A fault that comes and goes: while it has an entry, keys and values of the later layers are NaN."""
     entries: list[Any] = []
     hook = model.model.layers[0].mlp.register_forward_hook(
-        lambda module, args, output: output * float("nan") if entries else None
+        hf_paged.row_wise(lambda module, args, output: output * float("nan") if entries else None)
     )
     yield entries
     hook.remove()

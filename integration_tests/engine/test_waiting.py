@@ -135,6 +135,15 @@ def test_statistics_of_the_end_come_with_the_result(model):
             assert stats.pages_used == stats.pages_cached
 
 
+def test_requests_right_behind_one_another_find_prefixes(model):
+    """That the weights are the same is known before a result is: nobody can be too early with the next request."""
+    options = hf_paged.EngineConfig(num_pages=64, page_size=8, max_num_seqs=4, self_check=False)
+    with hf_paged.Engine(model, options) as engine:
+        ids, settings = [*range(5, 30)], GenerationConfig(max_new_tokens=2, pad_token_id=0)
+        found = [engine.submit(ids, generation_config=settings).result(timeout_s=60).cached_tokens for _ in range(30)]
+    assert found == [0] + [24] * 29
+
+
 # The lock itself
 
 
