@@ -89,7 +89,7 @@ def attention() -> None:
     paged_attention_launch(*decode_step(128), 1, *options)
     q, k, lse = new(1, 300, 8, 128), new(1, 300, 2, 128), new(1, 8, 300, dtype=torch.float32)
     flash_attention_launch(q, k, k, None, None, 300, *options)
-    flash_attention_backward_launch(q, k, k, q, lse, q, None, None, None, *options)
+    flash_attention_backward_launch(q, k, k, q, lse, q, None, None, None, None, 0, None, new(8), 0.1)
     merge_attention_states_launch(q[0], lse[0], q[0], lse[0])
 
 
