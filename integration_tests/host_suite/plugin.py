@@ -92,6 +92,8 @@ def _with_eager(original: Any, model: Any, args: Any, kwargs: Any) -> Any:
     samples = kwargs.get("do_sample", config.do_sample)
     if samples or any(isinstance(x, Cache) for x in kwargs.values()) or kwargs.get("streamer") is not None:
         return None
+    if model.dtype not in (torch.float32, torch.float64):
+        return None  # Roundings of half precision choose among close tokens.
     mask = kwargs.get("attention_mask")
     if MODE == "patched" and mask is not None and not bool(mask[:, -1].all()):
         return None  # Padding at the right: a patched model serves each prompt as if it were alone.
