@@ -292,8 +292,8 @@ def _refuse_two_packings(
     if bool((positions.diff() <= 0).any()):
         raise ValueError(
             f"position_ids restart, as for packed sequences, but {type(module).__name__} gets no mask that separates "
-            f"them: pass {', '.join(VARLEN)} and use_cache=False, or one sequence a row with its mask. If they "
-            f'are one sequence, load the model with attn_implementation="sdpa".'
+            f"them: pass {', '.join(VARLEN)} and use_cache=False, or one sequence a row with its attention_mask. If "
+            f'they are one sequence, load the model with attn_implementation="sdpa".'
         )
 
 
@@ -444,11 +444,13 @@ def _with_dense_mask(
         raise ValueError(
             f"a 4D attention_mask must be [batch, heads, {num_queries}, {num_keys}], got {list(mask.shape)}."
         )
+    mask = mask[..., :num_keys].expand(query.shape[0], -1, num_queries, num_keys)
     if isinstance(key, PagedStates):
-        key.update.layer.write(key.update, None)
+        layer, update = key.update.layer, key.update
+        is_hidden = ~mask if mask.dtype == torch.bool else mask <= torch.finfo(mask.dtype).min / 2
+        layer.write(update, layer.cache.tokens_of_dense_mask(update, ~is_hidden.flatten(1, 2).all(1)))
         key = key.dense()
         value = value.dense() if isinstance(value, PagedStates) else value
-    mask = mask[..., :num_keys].expand(query.shape[0], -1, num_queries, num_keys)
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=torch.float32, device=mask.device).masked_fill(~mask, float("-inf"))
     # A query without keys (padding) gives zeros; the gradient of its softmax would be NaN.

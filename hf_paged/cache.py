@@ -209,6 +209,28 @@ class PagedCache(Cache):
             )
         return None if bool(new.all()) else new
 
+    def tokens_of_dense_mask(self, update: LayerUpdate, is_seen: torch.Tensor) -> torch.Tensor:
+        """The 2D mask that a 4D one implies: a new column that no query of its step sees is padding.
+
+        Args:
+            update: new keys and values of one layer.
+            is_seen: bool ``[B, num_keys]``, whether any query sees a key: the last columns held, then the new ones.
+
+        Raises:
+            ValueError: a query sees a column that is held as padding.
+        """
+        num_held = is_seen.shape[1] - update.key.shape[2]
+        if self.is_token is not None:
+            first = update.start - num_held
+            shown = is_seen[:, :num_held].cpu() & ~self.is_token[:, first : update.start]
+            if bool(shown.any()):
+                row, column = shown.nonzero()[0].tolist()
+                raise ValueError(
+                    f"a 4D attention_mask shows column {first + column} of row {row}, which the cache holds as padding: "
+                    f"no query of the step that brought it saw it."
+                )
+        return torch.cat([torch.ones_like(is_seen[:, :num_held]), is_seen[:, num_held:]], dim=1)
+
     def begin_rows(self, num_seqs: int) -> None:
         """Have ``num_seqs`` rows in every group of layers, empty where there were none."""
         for group in self.groups.values():
