@@ -226,8 +226,8 @@ class PagedCache(Cache):
             if bool(shown.any()):
                 row, column = shown.nonzero()[0].tolist()
                 raise ValueError(
-                    f"a 4D attention_mask shows column {first + column} of row {row}, which the cache holds as padding: "
-                    f"no query of the step that brought it saw it."
+                    f"a 4D attention_mask shows column {first + column} of row {row}, which the cache holds as "
+                    f"padding: no query of the step that brought it saw it."
                 )
         return torch.cat([torch.ones_like(is_seen[:, :num_held]), is_seen[:, num_held:]], dim=1)
 
