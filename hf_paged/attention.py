@@ -55,15 +55,20 @@ VARLEN = ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k")
 
 
 def _take_back_on_error(attention: Callable) -> Callable:
-    """A step that attention refuses must not be placed in the cache by the next one."""
+    """A step that attention refuses must not be placed in the cache by the next one.
+
+    A compiled model runs what belongs to a cache as it is written: who owns which page is plain Python.
+    """
+    uncompiled = torch.compiler.disable(attention)
 
     @functools.wraps(attention)
     def wrapped(module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        try:
+        if not isinstance(key, PagedStates):
             return attention(module, query, key, *args, **kwargs)
+        try:
+            return uncompiled(module, query, key, *args, **kwargs)
         except Exception:
-            if isinstance(key, PagedStates):
-                key.update.layer.cache.forget_pending()
+            key.update.layer.cache.forget_pending()
             raise
 
     return wrapped

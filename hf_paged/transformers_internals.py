@@ -104,7 +104,7 @@ NEEDED: dict[Any, tuple[str, ...]] = {
     modeling_flash_attention_utils: ("_lazy_imports", "lazy_import_flash_attention"),
     masking_utils: (
         "causal_mask_function", "bidirectional_mask_function", "sliding_window_overlay",
-        "sliding_window_bidirectional_overlay", "chunked_overlay",
+        "sliding_window_bidirectional_overlay", "chunked_overlay", "and_masks", "packed_sequence_mask_function",
     ),
     PreTrainedModel: ("_check_and_adjust_attn_implementation", "_can_set_attn_implementation", "_supports_flash_attn"),
     PreTrainedConfig: ("_attn_implementation",),
@@ -146,6 +146,8 @@ def install(
     _wrap(GenerationMixin, "_prepare_cache_for_generation", functools.partial(_prepare_cache, make_cache))
     for loop in ("_sample", "_beam_search", "_assisted_decoding"):
         _wrap(GenerationMixin, loop, _decode)
+    for factory in MASK_FACTORIES:
+        _note_arguments(factory)
     _wrap(EncoderDecoderCache, "check_dynamic_cache", functools.partial(_check_dynamic_cache, cache_class))
     _let_threads_choose(PreTrainedConfig)
 
@@ -292,7 +294,7 @@ def is_dummy_layer(layer: Any) -> bool:
 def is_plain_mask(mask_function: Callable) -> bool:
     """Whether a mask function is one that ``is_causal`` and ``sliding_window`` express: causal, sliding, bidirectional.
 
-    transformers composes masks from closures; the two plain parts are module functions, and a window is the closure
+    transformers composes masks from functions; the two plain parts are module functions, and a window is the function
     that ``sliding_window_overlay`` makes.
     """
     plain = (masking_utils.causal_mask_function, masking_utils.bidirectional_mask_function)
@@ -301,39 +303,58 @@ def is_plain_mask(mask_function: Callable) -> bool:
         masking_utils.chunked_overlay,
     )  # fmt: skip
     windows = {overlay.__name__ + ".<locals>.inner_mask" for overlay in overlays}
-    parts = _closure(mask_function).get("mask_functions")
     if mask_function in plain:
         return True
     # A chunk is plain only because transformers refuses flash implementations beyond one chunk.
-    return (
-        parts is not None
-        and mask_function.__qualname__ == "and_masks.<locals>.and_mask"
-        and all(part in plain or getattr(part, "__qualname__", None) in windows for part in parts)
-    )
+    parts = _made_from("and_masks", mask_function)
+    return bool(parts) and all(part in plain or getattr(part, "__qualname__", None) in windows for part in parts)
 
 
 def is_causal_mask(mask_function: Callable) -> bool:
     """Whether a plain mask (:func:`is_plain_mask`) is causal."""
-    parts = _closure(mask_function).get("mask_functions", [mask_function])
-    return masking_utils.causal_mask_function in parts
+    return masking_utils.causal_mask_function in (_made_from("and_masks", mask_function) or (mask_function,))
 
 
 def packed_segments(mask_function: Callable) -> torch.Tensor | None:
     """Segment index of each token ``[B, L]`` when a mask function is a plain mask inside packed sequences."""
-    parts = _closure(mask_function).get("mask_functions")
-    if parts is None or len(parts) != 2 or mask_function.__qualname__ != "and_masks.<locals>.and_mask":
+    parts = _made_from("and_masks", mask_function)
+    if len(parts) != 2:
         return None
     # 5.23 puts the segments first and counts positions within each (the plain mask is inside); 5.17 puts them last.
     for packed, other in (parts, parts[::-1]):
-        segments = _closure(packed).get("packed_sequence_mask")
-        if segments is not None and is_plain_mask(_closure(other).get("mask_function", other)):
-            return segments
+        segments = _made_from("packed_sequence_mask_function", packed)
+        inner = _made_from("remap_positions_for_packed_sequence", other)
+        if segments and is_plain_mask(inner[0] if inner else other):
+            return segments[0]
     return None
 
 
-def _closure(function: Callable) -> dict[str, Any]:
-    code, cells = getattr(function, "__code__", None), getattr(function, "__closure__", None)
-    return {} if code is None or cells is None else {n: c.cell_contents for n, c in zip(code.co_freevars, cells)}
+MASK_FACTORIES = ("and_masks", "packed_sequence_mask_function", "remap_positions_for_packed_sequence")
+"""What makes the mask functions that are looked into; 5.17 does not have the last one."""
+
+
+def _note_arguments(name: str) -> None:
+    """Let a factory of mask functions write on each of them what it was made from.
+
+    It is in the function's closure as well, but that cannot be read while a model is compiled.
+    """
+    original = getattr(masking_utils, name, None)
+    if original is None or getattr(original, "_hf_paged", False):
+        return
+
+    @functools.wraps(original)
+    def factory(*args: Any, **kwargs: Any) -> Callable:
+        made = original(*args, **kwargs)
+        made.made_by, made.made_from = name, (*args, *kwargs.values())
+        return made
+
+    factory._hf_paged = True  # type: ignore[attr-defined]
+    setattr(masking_utils, name, factory)
+
+
+def _made_from(factory: str, mask_function: Callable) -> tuple[Any, ...]:
+    """The arguments of the factory that made a mask function; (): another one made it."""
+    return mask_function.made_from if getattr(mask_function, "made_by", None) == factory else ()  # type: ignore
 
 
 # What a model's caller asked for
@@ -344,7 +365,7 @@ def collects_attentions() -> bool:
 
     Some layers keep the argument to themselves, so attention does not see it.
     """
-    collector = touch(output_capturing, "_active_collector")
+    collector = output_capturing._active_collector
     if torch.compiler.is_compiling() and not collector.compiling:
         return False  # The context variable of a caller that is not compiled itself cannot be traced.
     return any(name.endswith("attentions") for name in collector.get() or ())
