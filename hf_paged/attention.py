@@ -12,6 +12,7 @@ from hf_paged_kernels import flash_attention
 from hf_paged_kernels.checks import check_pages, check_softcap, resolve_scale, resolve_window
 from hf_paged_kernels.ops import flash_attention_op, paged_attention_op, write_pages_op
 from hf_paged_kernels.reference import attend_rows, flash_attention_reference
+from torch._subclasses.fake_tensor import FakeTensor
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 from transformers.utils import logging
 
@@ -292,7 +293,9 @@ def _refuse_two_packings(
         return
     if positions.ndim != 2 or positions.shape[1] != length or key.shape[2] != length or length == 1:
         return
-    if torch.compiler.is_compiling() or (positions.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if torch.compiler.is_compiling() or isinstance(positions, FakeTensor):
+        return
+    if positions.is_cuda and torch.cuda.is_current_stream_capturing():
         return  # Their values cannot be looked at.
     if bool((positions.diff() <= 0).any()):
         raise ValueError(
@@ -525,7 +528,13 @@ def paged_flash_mask(
         None: no padding. 2D bool ``[B, kv_length]``: True where a column is a token. 2D int32: 1, 2, ... by packed
         sequence. 4D bool ``[B, 1, q_length, kv_length]``: any other mask function.
     """
-    if is_plain_mask(mask_function):
+    is_plain, segments = is_plain_mask(mask_function), packed_segments(mask_function)
+    told = segments if attention_mask is None else attention_mask
+    if isinstance(told, FakeTensor) and not torch.compiler.is_compiling() and (is_plain or segments is not None):
+        return None  # Shapes alone are asked for, and no mask changes them.
+    # An exported program has no number of tokens that depends on values: it gets masks as sdpa does.
+    is_exporting = torch.compiler.is_exporting()
+    if is_plain and not (is_exporting and attention_mask is not None):
         if attention_mask is None:
             num_filled = int(q_offset) + q_length - int(kv_offset) if is_causal_mask(mask_function) else kv_length
             if num_filled >= kv_length:
@@ -537,8 +546,7 @@ def paged_flash_mask(
         if not torch.compiler.is_compiling() and attention_mask.shape[1] == kv_length and bool(attention_mask.all()):
             return None
         return attention_mask
-    segments = packed_segments(mask_function)
-    if segments is not None and attention_mask is None and q_length == kv_length:
+    if segments is not None and attention_mask is None and q_length == kv_length and not is_exporting:
         return (segments + 1).to(torch.int32).expand(batch_size, -1)
     if q_length == 1 and attention_mask is None and not kwargs.get("use_vmap"):
         return None

@@ -1,7 +1,8 @@
 """PagedCache: a transformers ``Cache`` whose keys and values live in pages."""
 
 import weakref
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -551,6 +552,21 @@ class PagedCache(Cache):
         if self.owns_pool:
             self.pool.trim(only_sparse=True)
 
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, None]]:
+        """``(keys, values, None)`` of each layer, gathered, as a DynamicCache gives them."""
+        for layer in self.layers:
+            yield getattr(layer, "keys", None), getattr(layer, "values", None), None
+
+    def tokens_so_far(self, attention_mask: torch.Tensor) -> torch.Tensor:
+        """A 2D mask whose held columns are what the cache knows of them, and whose new columns are tokens.
+
+        For an assistant, whose mask hides every pad_token_id that the large model has accepted.
+        """
+        mask = torch.ones_like(attention_mask)
+        if self.is_token is not None:
+            mask[:, : self.columns] = self.is_token.to(mask)
+        return mask
+
     def get_query_offset(self, layer_idx: int = 0) -> int:
         """Position of the next query (asked for by transformers 5.23)."""
         return self.get_seq_length(layer_idx)
@@ -562,9 +578,9 @@ def make_pool(page_size: int = 16, kv_dtype: str = "auto", num_pages: int | None
         raise ValueError(f"page_size must be one of {PAGE_SIZES}, got {page_size!r}.")
     if kv_dtype not in KV_DTYPES:
         raise ValueError(f"kv_dtype must be one of {tuple(KV_DTYPES)}, got {kv_dtype!r}.")
-    if num_pages is not None and (not isinstance(num_pages, int) or num_pages < 1):
+    if num_pages is not None and (not isinstance(num_pages, Integral) or isinstance(num_pages, bool) or num_pages < 1):
         raise ValueError(f"num_pages must be None or a positive int, got {num_pages!r}.")
-    return PagePool(page_size, num_pages, KV_DTYPES[kv_dtype])
+    return PagePool(int(page_size), None if num_pages is None else int(num_pages), KV_DTYPES[kv_dtype])
 
 
 def layer_window(template: Any, index: int, config: PreTrainedConfig) -> Any:

@@ -16,6 +16,7 @@ from transformers.integrations.fsdp import is_fsdp_managed_module
 
 from .engine.support import reasons_in_state
 from .engine.token_rules import unserved_reason
+from .mixed_precision import autocast_dtype
 from .transformers_internals import CACHE_NAMES
 
 SERVED_KEYWORDS = {"input_ids", "attention_mask", "position_ids", "use_cache", "logits_to_keep", "labels"}
@@ -62,7 +63,9 @@ def reason_in_model(model: Any) -> str | None:
     """Why a call stays with transformers, told from the state that the model is in."""
     for reason in reasons_in_state(model):
         return reason
-    if torch.is_autocast_enabled(model.device.type):
+    if model.device.type == "meta":
+        return "the model's weights are offloaded (accelerate), and come to the device layer by layer"
+    if autocast_dtype(model.device) is not None:
         return "autocast is enabled, and the engine's pages have the dtype of the weights"
     if _enables_autocast(model):
         return "the model's forward enables autocast (accelerate), and the engine's pages have the dtype of weights"

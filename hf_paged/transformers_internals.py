@@ -216,6 +216,9 @@ def _prepare_cache(
     if hasattr(cache, "expect_repeats"):
         # Beams and samples are repeated rows, which generate() makes before the first forward.
         cache.expect_repeats(max(generation_config.num_beams or 1, generation_config.num_return_sequences or 1))
+        mask = model_kwargs.get("attention_mask")
+        if generation_config.is_assistant and cache.get_seq_length() and getattr(mask, "ndim", 0) == 2:
+            model_kwargs["attention_mask"] = cache.tokens_so_far(mask)
     return result
 
 

@@ -98,9 +98,16 @@ class LayerPages:
         num_pages = self.k.shape[0]
         return self.arena.buffer[: num_pages * self.page_bytes].view(num_pages, self.page_bytes)
 
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "pages cannot be pickled or saved: pages of several sequences share one reserved memory. Take the keys and "
+            "values of a PagedCache out of it (cache.layers[i].keys, .values), or copy.deepcopy it."
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "LayerPages":
         """The copy has an arena of its own; copying the views would copy the whole reservation."""
-        twin = copy.copy(self)
+        twin = object.__new__(LayerPages)
+        twin.__dict__.update(self.__dict__)
         twin.arena = copy.deepcopy(self.arena, memo)
         twin._view(self.k.shape[0])
         return twin

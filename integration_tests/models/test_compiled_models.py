@@ -1,0 +1,107 @@
+"""``torch.compile``, ``torch.export`` and fake tensors of models on "paged_flash", with and without pages."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses import FakeTensorMode
+
+sys.path.insert(0, str(Path(__file__).parent))
+from explicit_models import prompts, tiny_model
+from host import with_cache
+
+import hf_paged
+
+BACKEND = "aot_eager"  # All that may go wrong before code is generated.
+
+
+def model_of(family="llama"):
+    changes = {"num_hidden_layers": 2 if family == "gemma2" else 1}
+    if family == "gemma2":
+        changes["layer_types"] = ["sliding_attention", "full_attention"]
+    return tiny_model(family, "paged_flash", **changes)
+
+
+@pytest.fixture(autouse=True)
+def _forget_graphs():
+    torch.compiler.reset()
+    yield
+    torch.compiler.reset()
+
+
+def inputs():
+    """A left-padded batch, and three packed sequences."""
+    ids = torch.tensor(prompts(14, 14))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    positions = torch.tensor([[*range(5), *range(2), *range(7)]])
+    return {
+        "dense": dict(input_ids=ids), "padded": dict(input_ids=ids, attention_mask=mask),
+        "packed": dict(input_ids=ids[:1], position_ids=positions),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(("family", "kind"), [("llama", "dense"), ("gemma2", "padded"), ("llama", "packed")])
+def test_one_graph_trains_like_the_model_itself(family, kind):
+    model, given = model_of(family), inputs()[kind]
+    results = []
+    for forward in (model, torch.compile(model, backend=BACKEND, fullgraph=True)):
+        model.zero_grad()
+        out = forward(**given, labels=given["input_ids"], use_cache=False)
+        out.loss.backward()
+        held = given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
+        results.append([out.logits.detach()[held], *(weight.grad.clone() for weight in model.parameters())])
+    for got, want in zip(results[1], results[0]):
+        torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+
+
+def test_steps_over_pages():
+    model = model_of("mistral")
+    given = inputs()["padded"]
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        caches = [hf_paged.PagedCache(model.config) for _ in range(2)]
+        for first, last in ((0, 13), (13, 14)):
+            step = dict(input_ids=given["input_ids"][:, first:last], attention_mask=given["attention_mask"][:, :last])
+            want, got = (f(**step, **with_cache(c)).logits for f, c in zip((model, compiled), caches))
+            held = step["attention_mask"][:, first:].bool()
+            torch.testing.assert_close(got[held], want[held], rtol=0, atol=1e-5 * float(want.abs().max()))
+            assert caches[1].columns == last
+            caches[1].check()
+
+
+def test_generate_of_a_compiled_forward():
+    model = model_of()
+    call = dict(**inputs()["padded"], max_new_tokens=5, do_sample=False)
+    expected = model.generate(**call)
+    model.forward = torch.compile(model.forward, backend="eager")
+    assert torch.equal(model.generate(**call), expected)
+
+
+class Logits(torch.nn.Module):
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids, attention_mask=None):
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+
+@pytest.mark.parametrize("kind", ["dense", "padded"])
+def test_export(kind):
+    wrapped, given = Logits(model_of("gemma2")), inputs()[kind]
+    with torch.no_grad():
+        program = torch.export.export(wrapped, (), given)
+        want, got = wrapped(**given), program.module()(**given)
+    held = given.get("attention_mask", torch.ones_like(given["input_ids"])).bool()
+    torch.testing.assert_close(got[held], want[held], rtol=0, atol=2e-4 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["dense", "padded"])
+def test_fake_tensors(kind):
+    model = Logits(model_of("gemma2"))
+    given = inputs()[kind]
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        out = model(**{name: mode.from_tensor(tensor) for name, tensor in given.items()})
+    assert out.shape == (*given["input_ids"].shape, 97)
