@@ -431,7 +431,7 @@ def _with_padding(
     if options.causal and not torch.is_grad_enabled():
         behind = padding_behind(keys_held, keys_held.any(1))[:, -num_queries:]
         index = behind.flatten().nonzero().squeeze(1)
-        if len(index):
+        if torch.compiler.is_compiling() or len(index):  # A graph does not ask how many there are.
             padded[index] = options.looking_back().flash(
                 flat[0][index], flat[1][k_index], flat[2][k_index],
                 cu_seqlens_q=prefix_sums(behind), cu_seqlens_k=prefix_sums(keys_held), max_seqlen_q=num_queries,

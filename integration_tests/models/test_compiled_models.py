@@ -56,6 +56,17 @@ def test_one_graph_trains_like_the_model_itself(family, kind):
         torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_one_graph_of_a_padded_batch_without_gradients(side):
+    model, given = model_of(), inputs()["padded"]
+    if side == "right":
+        given["attention_mask"] = given["attention_mask"].flip(1)
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        want, got = (f(**given, use_cache=False).logits for f in (model, compiled))
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+
+
 def test_steps_over_pages():
     model = model_of("mistral")
     given = inputs()["padded"]
