@@ -92,13 +92,12 @@ class PageRoom:
         """Of this device."""
         if device.type != "cuda":
             return UNLIMITED  # The system commits a page when it is touched.
-        reserved = torch.cuda.memory_reserved(device)
-        if reserved - torch.cuda.memory_allocated(device) > self.reserve:
-            # More than steps need: somebody else in the process (a trainer) has left it with PyTorch.
+        free, reserved = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device)
+        if free < self.reserve < reserved - torch.cuda.memory_allocated(device):
+            # PyTorch keeps more than steps need: somebody else in the process (a trainer) has left it there.
             torch.cuda.empty_cache()
-            reserved = torch.cuda.memory_reserved(device)
-        missing = max(0, self.reserve - max(0, reserved - self._before[device]))
-        return torch.cuda.mem_get_info(device)[0] - missing
+            free, reserved = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device)
+        return free - max(0, self.reserve - max(0, reserved - self._before[device]))
 
 
 def split_pages(num_pages: int, num_layers: Sequence[int], useful: Sequence[int]) -> list[int]:

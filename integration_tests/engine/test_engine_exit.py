@@ -129,7 +129,7 @@ def test_every_script_gives_its_own_status(tmp_path):
         )
     )
     run = subprocess.run(
-        [sys.executable, str(runner), *STATUS], capture_output=True, text=True, timeout=120, cwd=FOLDER.parent.parent
+        [sys.executable, str(runner), *STATUS], capture_output=True, text=True, timeout=300, cwd=FOLDER.parent.parent
     )
     lines = [line.split() for line in run.stdout.splitlines() if line != "last line"]
     assert {name: int(status) for name, status in lines} == STATUS, run.stderr[-3000:]
