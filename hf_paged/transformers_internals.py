@@ -778,6 +778,11 @@ def hooks_of(model: torch.nn.Module) -> list[dict[int, Any]]:
     return everywhere + [h for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
 
 
+def tables_of(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """A module's own children, parameters and buffers, as torch keeps them: what is exchanged shows up there."""
+    return module._modules, module._parameters, module._buffers
+
+
 def any_hooks(hooks: list[dict[int, Any]]) -> bool:
     """Whether there are hooks in what :func:`hooks_of` gave, beside those of ``output_hidden_states`` and the like.
 

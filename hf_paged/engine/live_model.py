@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ..fusion import has_own_forward
 from ..hooks import active_hooks
-from ..transformers_internals import any_hooks, hooks_of, tensor_version, tensor_versions
+from ..transformers_internals import any_hooks, hooks_of, tables_of, tensor_version, tensor_versions
 
 ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
 """Attributes that tell which adapters a module of PEFT runs."""
@@ -38,6 +38,8 @@ class LiveModel:
     Attributes:
         hooks: of its modules, see :func:`~hf_paged.transformers_internals.hooks_of`.
         was_optimised: an optimiser has made a step with its parameters since.
+        ids: of its parameters and buffers.
+        remembered: sums over their bytes, None: not taken yet.
     """
 
     def __init__(self, model: Any, device: torch.device, written: frozenset[str] = frozenset()) -> None:
@@ -48,17 +50,20 @@ class LiveModel:
         self._modules = list(model.modules())
         self._own_forwards = self._read_own_forwards()
         named = list(model.named_modules(remove_duplicate=True))
-        children = [(m._modules, name, child) for m in self._modules for name, child in m._modules.items()]
+        children = [
+            (table, name, child) for module in self._modules for table in tables_of(module)[:1]
+            for name, child in table.items()
+        ]  # fmt: skip
         weights = [
             (tensors, name, tensor)
             for prefix, module in named
-            for tensors in (module._parameters, module._buffers)
+            for tensors in tables_of(module)[1:]
             for name, tensor in tensors.items()
             if f"{prefix}.{name}" not in written and not (tensor is not None and tensor.is_meta)
         ]
         # As columns: every step compares them.
         self._owners, self._names, self._objects = zip(*children, *weights)
-        self._all_owners = [x for m in self._modules for x in (m._modules, m._parameters, m._buffers)]
+        self._all_owners = [table for module in self._modules for table in tables_of(module)]
         self._num_objects = sum(map(len, self._all_owners))
         self._weights = [tensor for _, _, tensor in weights if tensor is not None]
         self._tracked = [tensor for tensor in self._weights if not tensor.is_inference()]
@@ -70,8 +75,8 @@ class LiveModel:
             if name in module.__dict__
         ]
         self.was_optimised = False
-        self._ids = {id(tensor) for tensor in self._weights}
-        self._sums: list[torch.Tensor] | None = None
+        self.ids = {id(tensor) for tensor in self._weights}
+        self.remembered: list[torch.Tensor] | None = None
         _watch_optimizers(self)
 
     def _read_places(self) -> list[int]:
@@ -137,14 +142,14 @@ class LiveModel:
     def remember(self, other: "LiveModel | None" = None) -> None:
         """Take the sums, unless they are there; those of ``other``, if nothing has changed since."""
         if other is not None:
-            self._sums = other._sums
-        elif self._sums is None:
-            self._sums = sums(self._weights)
+            self.remembered = other.remembered
+        elif self.remembered is None:
+            self.remembered = sums(self._weights)
 
     def has_other_values(self) -> bool:
         """Whether the weights' bytes are others than they were at :meth:`remember`; those of now are remembered."""
-        before, self._sums = self._sums, sums(self._weights)
-        return before is None or not all(map(torch.equal, before, self._sums))
+        before, self.remembered = self.remembered, sums(self._weights)
+        return before is None or not all(map(torch.equal, before, self.remembered))
 
 
 def written_buffers(model: torch.nn.Module, before: dict[str, tuple[int, int]]) -> frozenset[str]:
@@ -157,7 +162,7 @@ def read_buffers(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
     return {
         f"{prefix}.{name}": (id(buffer), tensor_version(buffer))
         for prefix, module in model.named_modules()
-        for name, buffer in module._buffers.items()
+        for name, buffer in tables_of(module)[2].items()
         if buffer is not None
     }
 
@@ -178,7 +183,7 @@ _HOOKS: list[Any] = []
 
 def _note_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     for live in list(_LIVE):
-        if not live.was_optimised and any(id(p) in live._ids for g in optimizer.param_groups for p in g["params"]):
+        if not live.was_optimised and any(id(p) in live.ids for g in optimizer.param_groups for p in g["params"]):
             live.was_optimised = True
 
 
