@@ -285,3 +285,60 @@ def test_trl_grpo(tokenizer, reasons, tmp_path):
     assert not torch.equal(before, model.lm_head.weight)
     assert reasons == []
     assert new_tokens(model) > 0
+
+
+@pytest.mark.parametrize("bf16", [True, False])
+@pytest.mark.parametrize(
+    "options",
+    [dict(max_length=32), dict(max_length=32, packing=True), dict(max_length=None, padding_free=True)],
+    ids=["padded", "packed", "padding-free"],
+)
+def test_trl_sft(tokenizer, tmp_path, options, bf16):
+    """Losses on "paged_flash" are those on sdpa."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    losses = {}
+    for attention in ("sdpa", "paged_flash"):
+        arguments = trl.SFTConfig(
+            output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=3, use_cpu=True, report_to=[],
+            save_strategy="no", disable_tqdm=True, logging_steps=1, bf16=bf16, seed=1, **options,
+        )  # fmt: skip
+        trainer = trl.SFTTrainer(
+            model=tiny_model("llama", attention, num_hidden_layers=2),
+            args=arguments,
+            train_dataset=datasets.Dataset.from_dict({"text": TEXTS * 4}),
+            processing_class=tokenizer,
+        )
+        trainer.train()
+        losses[attention] = [float(line["loss"]) for line in trainer.state.log_history if "loss" in line]
+    assert len(losses["sdpa"]) == 3
+    assert losses["paged_flash"] == pytest.approx(losses["sdpa"], rel=5e-3 if bf16 else 1e-3)
+
+
+def test_trl_grpo_in_mixed_precision_goes_to_transformers(tokenizer, reasons, tmp_path):
+    """TRL's default is bf16=True, for which accelerate wraps the forward in autocast."""
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    seen = {}
+    for patched in (False, True):
+        model = tiny_model("llama", "sdpa", num_hidden_layers=2, max_position_embeddings=512)
+        model.generation_config.pad_token_id = 0
+        if patched:
+            hf_paged.patch_generate(model, CONFIG)
+        texts = seen[patched] = []
+        arguments = trl.GRPOConfig(
+            output_dir=str(tmp_path), per_device_train_batch_size=4, num_generations=4, max_completion_length=12,
+            max_steps=2, use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True, learning_rate=1e-2,
+        )  # fmt: skip
+        trl.GRPOTrainer(
+            model=model,
+            reward_funcs=lambda completions, texts=texts, **kwargs: (
+                texts.extend(completions) or [float(len(set(text))) for text in completions]
+            ),
+            args=arguments,
+            train_dataset=datasets.Dataset.from_dict({"prompt": TEXTS}),
+            processing_class=tokenizer,
+        ).train()
+    assert seen[True] == seen[False]
+    assert reasons
+    assert all("autocast" in reason for reason in reasons)

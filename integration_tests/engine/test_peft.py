@@ -9,11 +9,13 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
 from explicit_models import prompts, tiny_model
+from host import CACHE
 
 import hf_paged
 
 peft = pytest.importorskip("peft")
 
+SOFT_PROMPT_STEP = peft.PeftModelForCausalLM.prepare_inputs_for_generation
 CONFIG = hf_paged.EngineConfig(page_size=8, max_num_seqs=8, max_batch_tokens=64)
 METHODS = {kind.value: config for kind, config in peft.mapping.PEFT_TYPE_TO_CONFIG_MAPPING.items()}
 OPTIONS = {
@@ -53,8 +55,9 @@ ENGINE_RUNS_NOT = {
     "XLORA": "forward hook",
 }
 """Methods that depend on the rows of a batch or add inputs of their own: transformers runs these calls."""
-BROKEN = {"SHADOW": AttributeError, "XLORA": KeyError}
-"""What PEFT 0.21.2 raises with transformers 5.23 by itself."""
+BROKEN = {"SHADOW": (AttributeError, FutureWarning), "XLORA": KeyError}
+"""What PEFT 0.21.2 raises with transformers 5.17 to 5.24 by itself."""
+SOFT_PROMPTS = ("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 
 
 @pytest.fixture
@@ -78,6 +81,13 @@ def config_of(name, folder):
     return METHODS[method](**{key: value for key, value in options.items() if key in known})
 
 
+def skip_unknown_cache(name):
+    """PEFT 0.21 looks for ``past_key_values``, which transformers calls ``cache`` from 5.24 on: it puts a soft prompt
+    before each new token then, and its tokens on sdpa are not those that it gives without a cache."""
+    if name in SOFT_PROMPTS and CACHE == "cache" and "past_key_values" in inspect.getsource(SOFT_PROMPT_STEP):
+        pytest.skip("PEFT's soft prompts do not know the cache of this transformers")
+
+
 def wrapped(name, attention, folder):
     """A tiny Llama with an adapter whose weights are large enough to change the tokens."""
     base = tiny_model("llama", attention, num_hidden_layers=2)
@@ -96,6 +106,7 @@ def wrapped(name, attention, folder):
 
 @pytest.mark.parametrize("name", sorted([*METHODS, *VARIANTS]))
 def test_a_method_of_peft(name, reasons, tmp_path):
+    skip_unknown_cache(name)
     longest = prompts(9, 6)[0]
     ids = torch.tensor([longest, [0] * 3 + prompts(9, 6)[1]])
     ids[:, 5:7] = torch.tensor([40, 41])
@@ -147,6 +158,7 @@ def test_adapters_of_each_row(reasons, tmp_path):
 
 
 def test_a_soft_prompt_that_is_disabled(reasons, tmp_path):
+    skip_unknown_cache("PROMPT_TUNING")
     options = dict(input_ids=torch.tensor(prompts(6, 6)), max_new_tokens=8, do_sample=False, pad_token_id=0)
     expected, model = (wrapped("PROMPT_TUNING", "sdpa", tmp_path) for _ in range(2))
     hf_paged.patch_generate(model, CONFIG)
