@@ -753,6 +753,18 @@ def test_the_attention_interface_is_known_by_the_class(family, expected):
     assert internals.uses_attention_interface(model) is expected
 
 
+def test_what_is_exchanged_shows_up_in_a_modules_tables():
+    module = torch.nn.BatchNorm1d(2)
+    module.child = torch.nn.Linear(1, 1)
+    children, parameters, buffers = internals.tables_of(module)
+    assert [*children, *parameters, *buffers][:3] == ["child", "weight", "bias"]
+    module.child, module.weight = torch.nn.Linear(1, 1), torch.nn.Parameter(torch.ones(2))
+    module.running_mean = torch.ones(2)
+    assert children["child"] is module.child
+    assert parameters["weight"] is module.weight
+    assert buffers["running_mean"] is module.running_mean
+
+
 def test_a_thread_chooses_an_implementation_for_itself():
     model = tiny_model("llama", "sdpa")
     other = tiny_model("llama", "eager")
