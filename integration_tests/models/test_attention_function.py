@@ -486,3 +486,16 @@ def test_auto_model_and_direct_call_agree(llama, eager_llama):
     auto = AutoModelForCausalLM.from_config(tiny_config("llama"), attn_implementation="paged_flash")
     auto.load_state_dict(eager_llama.state_dict())
     close(alone(auto.eval(), prompts(9)[0]), alone(eager_llama, prompts(9)[0]))
+
+
+def test_dynamic_rotary_embeddings_beyond_the_original_length():
+    """Their frequencies are a state of transformers' module, of the longest sequence so far: eager's tokens of a prompt
+    depend on the calls before it. In the same order of calls the tokens are the same."""
+    rope = dict(rope_type="dynamic", factor=4.0, rope_theta=10000.0)
+    eager, paged = (
+        tiny_model("llama", name, max_position_embeddings=16, rope_parameters=rope) for name in ("eager", "paged_flash")
+    )
+    for length in (30, 24, 8):
+        ids = torch.tensor(prompts(length))
+        tokens = [m.generate(ids, max_new_tokens=8, do_sample=False) for m in (eager, paged)]
+        assert torch.equal(*tokens)
