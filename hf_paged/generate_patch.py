@@ -214,8 +214,9 @@ def patch_generate(model: Any, config: EngineConfig | None = None, *, keep_awake
 
     Same signature, arguments and results as before, and one argument more: ``seed``. Each prompt of a batch is
     computed without its padding and leaves the batch when it ends. Calls that the engine does not run (contrastive
-    search, inputs that are not text, scores asked for, a model that it cannot serve, ...) go to transformers' own loop,
-    with one line in the log that says why.
+    search, inputs that are not text, scores asked for, a model that it cannot serve, steps that the model overrides,
+    forward hooks that are not marked by :func:`row_wise`, autocast, ...) go to transformers' own loop, with one line in
+    the log that says why.
 
     Samples are drawn by noise from the call's seed, which comes from torch's global generator where none is given:
     repeatable by ``torch.manual_seed``, but not the samples of ``torch.multinomial``. A logits processor of another
