@@ -5,6 +5,7 @@ Each peer gets the requests of the part `throughput` at once and has a limit of 
 then (of transformers' batching: those of requests that had ended).
 """
 
+import argparse
 import importlib.util
 import inspect
 import json
@@ -198,5 +199,15 @@ def serve_with_vllm(task: dict[str, Any]) -> dict[str, Any]:
     return {"seconds": seconds, "new_tokens": sum(len(o.outputs[0].token_ids) for o in outputs), "ready_s": ready_s}
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """The command line of the other process."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eval.bench_engine_peers",
+        description="vLLM's part of eval.bench_engine --gpu, which starts this: a task as JSON on standard input.",
+    )
+    parser.parse_args()
     print(json.dumps(serve_with_vllm(json.load(sys.stdin))))
+
+
+if __name__ == "__main__":
+    main()

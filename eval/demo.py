@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import hf_paged
-from eval.loading import cache_name
+from eval.loading import cache_name, load_pretrained
 from eval.perplexity import perplexity
 
 ASSETS = Path(__file__).parent.parent / "integration_tests" / "assets"
@@ -28,10 +28,13 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
-    model = AutoModelForCausalLM.from_pretrained(
-        arguments.model, attn_implementation="paged_flash", dtype=torch.float32
-    ).to(device)  # fmt: skip
+    try:
+        tokenizer = load_pretrained(AutoTokenizer, arguments.model)
+        model = load_pretrained(
+            AutoModelForCausalLM, arguments.model, attn_implementation="paged_flash", dtype=torch.float32
+        ).to(device)  # fmt: skip
+    except ValueError as error:
+        parser.error(str(error))
     inputs = tokenizer(arguments.prompt, return_tensors="pt").to(device)
     out = model.generate(
         **inputs, max_new_tokens=arguments.max_new_tokens, do_sample=False, repetition_penalty=1.2,

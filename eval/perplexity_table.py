@@ -10,6 +10,9 @@ import torch
 from eval.perplexity_result import PerplexityResult
 from eval.text_data import Documents
 
+FEW_SCORED = 100
+"""Tokens below which a report says that its figure says little."""
+
 
 def document_figures(nll_sum: float, documents: Documents) -> dict[str, float]:
     """Word and byte level figures of the convention "lm-eval", from the sum of the nll over all documents in nats."""
@@ -115,5 +118,8 @@ def format_report(report: dict[str, Any]) -> str:
                 f"{row['attn']} {row['path']} {row['kv_dtype']}: last word perplexity "
                 f"{row['last_word_perplexity']:.4f}, accuracy {row['last_word_accuracy']:.4f}"
             )
+    fewest = min(row["num_scored"] for row in report["results"])
+    if fewest < FEW_SCORED:
+        lines.append(f"only {fewest} tokens were scored: a perplexity of so few says little; pass a longer text")
     lines += [f"left out: {reason}" for reason in report["left_out"]]
     return header + "\n".join(line.rstrip() for line in lines)

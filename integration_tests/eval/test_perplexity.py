@@ -560,6 +560,16 @@ def test_a_missing_package_names_the_extra(
 # ---- the command
 
 
+@pytest.mark.parametrize(("num_tokens", "is_said"), [("2", True), ("100", True), ("101", False)])
+def test_a_figure_of_few_tokens_says_so(model_folder, text_file, tmp_path, capsys, num_tokens, is_said):
+    text = tmp_path / "long.txt"
+    text.write_text(text_file.read_text(encoding="utf-8") * 8, encoding="utf-8")
+    arguments = ["--model", str(model_folder), "--data", str(text), "--window", "32", "--attn", "eager"]
+    main([*arguments, "--max-tokens", num_tokens, "--device", "cpu"])
+    said = f"only {int(num_tokens) - 1} tokens were scored"
+    assert (said in capsys.readouterr().out) == is_said
+
+
 def test_command_writes_table_and_json(
     model_folder: Path, text_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
