@@ -27,6 +27,23 @@ MODELS = {
 }  # fmt: skip
 
 
+def test_float64_gives_eagers_tokens_in_plain_pytorch():
+    """No kernel computes in float64: not in the flash forward, over pages, or in an engine."""
+    torch.manual_seed(2)
+    config = AutoConfig.for_model("llama", **BASE)
+    eager, paged = (
+        AutoModelForCausalLM.from_config(config, attn_implementation=name, dtype=torch.float64).cuda().eval()
+        for name in ("eager", "paged_flash")
+    )
+    paged.load_state_dict(eager.state_dict())
+    ids = torch.randint(1, 97, (3, 20), device="cuda")
+    how = dict(attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
+    expected = eager.generate(ids, **how)
+    assert torch.equal(paged.generate(ids, **how), expected)
+    hf_paged.patch_generate(paged)
+    assert torch.equal(paged.generate(ids, **how), expected)
+
+
 @pytest.mark.parametrize("family", MODELS)
 def test_tokens_equal_eagers(family):
     torch.manual_seed(1)

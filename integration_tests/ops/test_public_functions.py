@@ -4,7 +4,7 @@ import hf_paged_kernels as kernels
 import numpy as np
 import pytest
 import torch
-from hf_paged_kernels import ops
+from hf_paged_kernels import backend, ops
 from hf_paged_kernels.settings import choose_flash_settings, choose_paged_settings, is_short_query
 
 
@@ -258,3 +258,9 @@ def test_short_queries_take_the_split_path():
     settings, tokens = choose_paged_settings(128, 2, 227 * 1024, 71, False)
     assert settings.block_m >= 71
     assert tokens == 1
+
+
+def test_float64_takes_the_reference_on_every_device():
+    cases = (("meta", torch.float32, True), ("meta", torch.float64, False), ("cpu", torch.float32, False))
+    for device, dtype, is_triton in cases:
+        assert backend.uses_triton(torch.empty(1, dtype=dtype, device=device)) == is_triton

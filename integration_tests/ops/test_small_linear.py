@@ -121,6 +121,7 @@ def test_settings_refuse():
     assert choose_small_linear(0, 64, 64, False, 2) is None
     assert choose_small_linear(1, 64, 32, False, 2) is None
     assert choose_small_linear(3, 64, 64, False, 4) is None  # the matrix units would round float32
+    assert choose_small_linear(1, 64, 64, False, 8) is None  # no kernel computes in float64
     assert choose_small_linear(3, 128256, 4096, False, 2) is None  # a head
 
 

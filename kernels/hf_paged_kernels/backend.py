@@ -17,8 +17,11 @@ tensor cores take as columns."""
 
 
 def uses_triton(tensor: torch.Tensor) -> bool:
-    """Whether ``tensor`` takes the Triton kernels: accelerators do, CPU tensors take the PyTorch reference."""
-    return tensor.device.type != "cpu"
+    """Whether ``tensor`` takes the Triton kernels: on an accelerator, but in float64, in which no kernel computes.
+
+    Others take the PyTorch reference.
+    """
+    return tensor.device.type != "cpu" and tensor.dtype != torch.float64
 
 
 def on_nvidia(tensor: torch.Tensor) -> bool:

@@ -58,7 +58,7 @@ def choose_small_linear(
     layer. Kernels are compiled for 1, 2, up to 8 and up to 16 tokens. A row's result never depends on other rows, and
     is bitwise the same for every number of tokens from 3 to 16; fewer are summed in another order.
     """
-    if not 1 <= num_tokens <= MAX_TOKENS or in_features < 64:
+    if not 1 <= num_tokens <= MAX_TOKENS or in_features < 64 or element_size > 4:
         return None
     wide = in_features >= 4096
     # Every program would do the norm of all tokens: where it has few weight rows of its own, that is the larger part.
