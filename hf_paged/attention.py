@@ -526,7 +526,8 @@ def paged_flash_mask(
 
     Returns:
         None: no padding. 2D bool ``[B, kv_length]``: True where a column is a token. 2D int32: 1, 2, ... by packed
-        sequence. 4D bool ``[B, 1, q_length, kv_length]``: any other mask function.
+        sequence. 4D bool ``[B, 1, q_length, kv_length]``: any other mask function, and a window that reaches over
+        padding between tokens.
     """
     is_plain, segments = is_plain_mask(mask_function), packed_segments(mask_function)
     told = segments if attention_mask is None else attention_mask
@@ -534,18 +535,23 @@ def paged_flash_mask(
         return None  # Shapes alone are asked for, and no mask changes them.
     # An exported program has no number of tokens that depends on values: it gets masks as sdpa does.
     is_exporting = torch.compiler.is_exporting()
+    is_causal = is_plain and is_causal_mask(mask_function)
     if is_plain and not (is_exporting and attention_mask is not None):
         if attention_mask is None:
-            num_filled = int(q_offset) + q_length - int(kv_offset) if is_causal_mask(mask_function) else kv_length
+            num_filled = int(q_offset) + q_length - int(kv_offset) if is_causal else kv_length
             if num_filled >= kv_length:
                 return None
             # A static cache hands over keys that are not filled yet.
             return torch.ones(batch_size, num_filled, dtype=torch.bool, device=device)
         # Windowed dense caches hold only the last columns; for all others this keeps everything.
-        attention_mask = attention_mask[:, -kv_length:]
-        if not torch.compiler.is_compiling() and attention_mask.shape[1] == kv_length and bool(attention_mask.all()):
+        shown = attention_mask[:, -kv_length:]
+        if torch.compiler.is_compiling():
+            return shown
+        if shown.shape[1] == kv_length and bool(shown.all()):
             return None
-        return attention_mask
+        window = kwargs.get("local_size")
+        if window is None or not _has_gaps(attention_mask[:, : int(q_offset) + q_length], q_length, window, is_causal):
+            return shown
     if segments is not None and attention_mask is None and q_length == kv_length and not is_exporting:
         return (segments + 1).to(torch.int32).expand(batch_size, -1)
     if q_length == 1 and attention_mask is None and not kwargs.get("use_vmap"):
@@ -555,3 +561,23 @@ def paged_flash_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function, attention_mask=attention_mask, device=device, **kwargs,
     )  # fmt: skip
+
+
+def _has_gaps(mask: torch.Tensor, num_queries: int, window: int, is_causal: bool) -> bool:
+    """Whether padding between tokens lies within a sliding window that hides tokens before it.
+
+    A mask's windows count columns, the kernels' count tokens: a query would see tokens too far back.
+
+    Args:
+        mask: 2D ``[B, L]``; the last ``num_queries`` columns are the queries.
+        window: columns that a causal query sees, itself counted; without ``is_causal``, on each side.
+    """
+    held = mask.bool()
+    if not is_causal:
+        # Causal windows to either side.
+        return any(_has_gaps(side, side.shape[1], window + 1, True) for side in (held, held.flip(1)))
+    num_before = torch.nn.functional.pad(held.cumsum(1), (window, 0))
+    num_tokens = num_before[:, window:]
+    num_in_window = num_tokens - num_before[:, : num_tokens.shape[1]]
+    has_gap = held & (num_in_window < num_tokens.clamp(max=window))
+    return bool(has_gap[:, -num_queries:].any())

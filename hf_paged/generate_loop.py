@@ -33,8 +33,9 @@ from .engine.request import RequestOutput
 from .engine.token_rules import TokenRules, checked_seed, derived_seed, mode_of
 from .errors import OutOfPagesError, RequestError
 from .generate_reasons import LOOP_KEYWORDS, is_row_wise, reason_in_config
+from .step_plan import padding_behind
 from .stop_strings import StopStrings
-from .transformers_internals import PreparedGeneration, given_cache, own_decoding_loop, special_tokens
+from .transformers_internals import PreparedGeneration, given_cache, own_decoding_loop, shortest_window, special_tokens
 
 logger = logging.get_logger(__name__)
 
@@ -134,7 +135,7 @@ def run_loop(
     reason = _reason_in_prepared(generation_config, model_kwargs, streamer)
     if reason is not None:
         return run_original(reason)
-    prompts = _split_prompts(generation_config, input_ids, model_kwargs)
+    prompts = _split_prompts(model, generation_config, input_ids, model_kwargs)
     if isinstance(prompts, str):
         return run_original(prompts)
     expand = max(generation_config.num_beams, generation_config.num_return_sequences)
@@ -171,7 +172,7 @@ def _reason_in_prepared(config: GenerationConfig, model_kwargs: dict[str, Any], 
 
 
 def _split_prompts(
-    config: GenerationConfig, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
+    model: Any, config: GenerationConfig, input_ids: torch.Tensor, model_kwargs: dict[str, Any]
 ) -> tuple[list[list[int]], list[list[int]]] | str:
     """Prompts and paddings, or why the batch is not one of padded prompts."""
     expand = max(config.num_beams, config.num_return_sequences)
@@ -185,6 +186,10 @@ def _split_prompts(
         shown = mask[::expand].cpu() == 1
     if not bool(shown.any(dim=1).all()):
         return "a prompt is empty"
+    is_gap = ~shown & (shown.cumsum(1) > 0) & ~padding_behind(shown, shown.any(1))
+    window = shortest_window(model.config.get_text_config(decoder=True))
+    if window is not None and bool(is_gap.any()) and max(config.max_length, ids.shape[1]) > window:
+        return "attention_mask has padding between tokens, and the model's sliding windows or states count its columns"
     positions = model_kwargs.get("position_ids")
     if positions is not None:
         expected = shown.long().cumsum(-1) - 1

@@ -250,7 +250,7 @@ def _decode(original: Callable, model: Any, input_ids: torch.Tensor, *args: Any,
     """A decoding loop of transformers, which counts padding behind tokens as columns; our windows count tokens."""
     mask, generation_config = kwargs.get("attention_mask"), kwargs.get("generation_config")
     config = model.config.get_text_config(decoder=True)
-    window = None if model.config.is_encoder_decoder or not uses_paged_flash(config) else _shortest_window(config)
+    window = None if model.config.is_encoder_decoder or not uses_paged_flash(config) else shortest_window(config)
     if window is not None and isinstance(mask, torch.Tensor) and mask.ndim == 2 and generation_config is not None:
         num_padded = int((mask[:, -1] == 0).sum())
         if num_padded and max(generation_config.max_length, mask.shape[1]) > window:
@@ -263,7 +263,7 @@ def _decode(original: Callable, model: Any, input_ids: torch.Tensor, *args: Any,
     return original(model, input_ids, *args, **kwargs)
 
 
-def _shortest_window(config: Any) -> int | None:
+def shortest_window(config: Any) -> int | None:
     """Columns that the layers with the shortest sliding window see; 0 where layers keep states, None: all see all."""
     layer_types = getattr(config, "layer_types", None) or []
     if any("linear" in kind or kind == "conv" for kind in layer_types):

@@ -149,6 +149,20 @@ def test_right_padding_gives_the_tokens_of_each_prompt_alone(model, reasons, nam
     assert reasons == []
 
 
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_padding_between_tokens(reasons, family):
+    """Sliding windows count its columns in transformers, and the engine's rows have none."""
+    model = tiny_model(family, "sdpa", num_hidden_layers=2)
+    given = batch(14, 9, 12)
+    given["attention_mask"][0, 6:8] = 0
+    given["attention_mask"][2, 7] = 0
+    got, expected = both(model, **given, max_new_tokens=6, do_sample=False)
+    assert_same(got, expected)
+    assert [reason.split(",")[0] for reason in reasons] == ["attention_mask has padding between tokens"] * (
+        family == "mistral"
+    )
+
+
 def test_arguments_in_every_form(model, reasons):
     ids = batch(5)["input_ids"]
     config = GenerationConfig(max_new_tokens=7, num_beams=2)

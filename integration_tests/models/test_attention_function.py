@@ -141,6 +141,31 @@ def test_right_padding_and_a_window_that_passes_it_are_refused():
         paged.generate(ids, max_new_tokens=4, **how)
 
 
+@pytest.mark.parametrize("cache", [hf_paged.PagedCache, DynamicCache])
+@pytest.mark.parametrize("family", ["mistral", "gemma2", "gpt_oss"])
+def test_windows_count_the_columns_of_padding_between_tokens(family, cache):
+    """Each turn of a conversation is padded on the left, so padding lies behind the tokens of the turn before."""
+    eager, paged = (tiny_model(family, name) for name in ("eager", "paged_flash"))
+    ids, mask = padded(prompts(*LENGTHS), "left")
+    mask[0, 15] = 0
+    held = mask.bool()
+    close(
+        paged(ids, attention_mask=mask, use_cache=False).logits[held],
+        eager(ids, attention_mask=mask, use_cache=False).logits[held],
+    )
+    outputs = []
+    for model, kept in ((eager, DynamicCache(config=eager.config)), (paged, cache(config=paged.config))):
+        text, seen = ids, mask
+        for turn in range(1, 3):
+            how = dict(max_new_tokens=5, do_sample=False, eos_token_id=None, **with_cache(kept))
+            text = model.generate(text, attention_mask=seen, **how)
+            more, more_mask = padded(prompts(*LENGTHS[turn:], *LENGTHS[:turn]), "left")
+            text = torch.cat([text, more], dim=1)
+            seen = torch.cat([seen, torch.ones(len(ids), 5, dtype=seen.dtype), more_mask], dim=1)
+        outputs.append(model.generate(text, attention_mask=seen, **how))
+    assert torch.equal(*outputs)
+
+
 def packed(sequences: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
     ids = torch.tensor([[token for sequence in sequences for token in sequence]])
     return ids, torch.cat([torch.arange(len(sequence)) for sequence in sequences])[None]
@@ -321,6 +346,7 @@ def test_bidirectional_models(which, side):
     }[which]
     eager, paged = both(lambda name: AutoModel.from_config(config(), attn_implementation=name))
     ids, mask = padded(prompts(*LENGTHS), side)
+    mask[2, 9:11] = 0  # between tokens: windows count these columns
     for batch in (dict(input_ids=ids[2:3]), dict(input_ids=ids, attention_mask=mask)):
         held = batch.get("attention_mask", torch.ones_like(batch["input_ids"])).bool()
         close(paged(**batch).last_hidden_state[held], eager(**batch).last_hidden_state[held])
