@@ -147,9 +147,11 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
 
     grow = LayerPages.grow
 
-    def grow_poisoned(self, num_pages):
-        had = self.k.shape[0] if hasattr(self, "k") else 0
-        grow(self, num_pages)
+    def grow_poisoned(self, num_pages, shown=None):
+        # Pages that are shown may have no memory yet.
+        had = min(self.k.shape[0], self.num_poisoned) if hasattr(self, "k") else 0
+        grow(self, num_pages, shown)
         self.arena.buffer[had * self.page_bytes : num_pages * self.page_bytes] = 0xFF  # NaN in every float format
+        self.num_poisoned = num_pages
 
     monkeypatch.setattr(LayerPages, "grow", grow_poisoned)
