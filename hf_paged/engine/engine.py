@@ -825,7 +825,12 @@ class Engine:
                 self._core.abandon(request, error)
         self._publish()
 
-    def _after_fork(self) -> None:
+    @property
+    def may_run(self) -> bool:
+        """Whether a thread of the engine's own, or any other one, runs steps."""
+        return self._thread is not None or self._drive.is_held
+
+    def after_fork(self) -> None:
         """In a forked child: the threads that hold the locks and run the loop are not there."""
         is_busy = bool(self._unfinished) or (self._drive.is_held and not self._in_step)
         self._drive, self._changed = TurnLock(), threading.Condition(threading.Lock())
@@ -1129,7 +1134,7 @@ def _close_all() -> None:
     """Before the interpreter goes: no step runs from here on."""
     _is_exiting.set()
     for engine in list(_engines):
-        if engine._thread is not None or engine._drive.is_held:
+        if engine.may_run:
             with contextlib.suppress(Exception):
                 engine.close()
 
@@ -1137,7 +1142,7 @@ def _close_all() -> None:
 def _after_fork() -> None:
     _is_exiting.clear()
     for engine in list(_engines):
-        engine._after_fork()
+        engine.after_fork()
 
 
 atexit.register(_close_all)

@@ -70,7 +70,7 @@ class LayerPages:
             torch.OutOfMemoryError: the device has no memory left; the pages are as before.
         """
         self.arena.commit(num_pages * self.page_bytes, exactly=shown is not None)
-        self._view(num_pages if shown is None or not self.arena.grows_in_place else shown)
+        self.show(num_pages if shown is None or not self.arena.grows_in_place else shown)
 
     def shrink(self, num_pages: int) -> None:
         """Have ``num_pages`` pages, no more than there are; the memory behind them goes back to the device.
@@ -79,9 +79,9 @@ class LayerPages:
             RuntimeError: a CUDA graph is being captured; the pages are as before.
         """
         self.arena.decommit(num_pages * self.page_bytes)
-        self._view(num_pages)
+        self.show(num_pages)
 
-    def _view(self, num_pages: int) -> None:
+    def show(self, num_pages: int) -> None:
         """Make the tensors that look at the first pages of the arena."""
         with torch.inference_mode(False):
             for name, (shape, dtype) in self._parts.items():
@@ -109,7 +109,7 @@ class LayerPages:
         twin = object.__new__(LayerPages)
         twin.__dict__.update(self.__dict__)
         twin.arena = copy.deepcopy(self.arena, memo)
-        twin._view(self.k.shape[0])
+        twin.show(self.k.shape[0])
         return twin
 
     k: torch.Tensor
