@@ -8,40 +8,40 @@ BIN = $(VENV)/bin
 help:            ## list the tasks
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
 
-$(BIN)/activate: pyproject.toml constraints.txt
+$(VENV)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
 	touch $@
 
-demo: $(BIN)/activate        ## generate with paged_flash and compare perplexity with eager
+demo: $(VENV)/.dev        ## generate with paged_flash and compare perplexity with eager
 	$(BIN)/python -m eval.demo
 
-test: $(BIN)/activate        ## the whole test suite
+test: $(VENV)/.dev        ## the whole test suite
 	$(BIN)/python -m pytest -n 2
 
-versions: $(BIN)/activate    ## the host-facing tests on every minor version of transformers
+versions: $(VENV)/.dev    ## the host-facing tests on every minor version of transformers
 	$(BIN)/python integration_tests/support/versions.py
 
-lint: $(BIN)/activate        ## ruff and mypy
+lint: $(VENV)/.dev        ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-perplexity: $(BIN)/activate  ## the small model's perplexity, every path
+perplexity: $(VENV)/.dev  ## the small model's perplexity, every path
 	$(BIN)/python -m eval.perplexity --model integration_tests/assets/small_model \
 	  --data integration_tests/assets/heldout.txt --attn eager sdpa paged_flash \
 	  --path prefill paged_prefill decode --window 256 --stride 128 --max-tokens 4096 --dtype float32
 
-report: $(BIN)/activate      ## was anything lost? the small model's report and generation check
+report: $(VENV)/.dev      ## was anything lost? the small model's report and generation check
 	$(BIN)/python -m eval.report --model integration_tests/assets/small_model \
 	  --data integration_tests/assets/heldout.txt --window 256 --stride 128 --max-tokens 4096 --dtype float32 \
 	  --batch-size 8 --output eval/results/report
 	$(BIN)/python -m eval.generation --model integration_tests/assets/small_model \
 	  --data integration_tests/assets/heldout.txt --dtype float32 --output eval/results/report/generation.json
 
-support: $(BIN)/activate     ## regenerate eval/results/model_support.md
+support: $(VENV)/.dev     ## regenerate eval/results/model_support.md
 	HF_PAGED_WRITE_SUPPORT=1 $(BIN)/python -m pytest -n 2 integration_tests/models/test_parity.py
 
-small-model: $(BIN)/activate ## train the small model again (some minutes)
+small-model: $(VENV)/.dev ## train the small model again (some minutes)
 	$(BIN)/python -m eval.small_model --output integration_tests/assets/small_model
 
 clean:           ## remove the virtual environment and caches

@@ -55,7 +55,7 @@ class PagedCache(Cache):
     Example::
 
         cache = hf_paged.PagedCache(model.config)
-        out = model.generate(**inputs, past_key_values=cache)
+        out = model.generate(**inputs, cache=cache)  # past_key_values=cache before transformers 5.24
         cache.pages_in_use  # pages of all sequences together
     """
 

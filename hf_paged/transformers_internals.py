@@ -751,6 +751,14 @@ def _let_threads_choose(owner: type) -> None:
     owner._attn_implementation = property(read, own.fset, own.fdel, own.__doc__)  # type: ignore[attr-defined]
 
 
+def sorts_drawn_beams() -> bool:
+    """Whether ``generate()`` orders the candidates of beam sampling by score, as from 5.24 on, or as they were drawn.
+
+    It tells which of them may end a sequence: those in the first ``num_beams`` places.
+    """
+    return Version(transformers.__version__).release >= (5, 24)
+
+
 def own_decoding_loop(model: Any, config: GenerationConfig) -> Callable[..., Any]:
     """transformers' own loop for a prepared config, called as ``custom_generate`` is.
 

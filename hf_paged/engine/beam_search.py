@@ -19,6 +19,7 @@ import torch
 from hf_paged_kernels.sampling_reference import gumbel_noise
 
 from ..errors import InvalidScoresError
+from ..transformers_internals import sorts_drawn_beams
 from .token_rules import TokenRules
 
 NEVER = -1.0e9
@@ -144,6 +145,8 @@ class BeamSearch:
             torch.arange(len(log_probs), dtype=torch.int32, device=device),
         )[0]
         flat = (log_probs + noise).topk(self.num_candidates).indices
+        if sorts_drawn_beams():
+            flat = flat[log_probs[flat].argsort(descending=True, stable=True)]
         return log_probs[flat], flat
 
     def _ends(self, histories: torch.Tensor) -> torch.Tensor:

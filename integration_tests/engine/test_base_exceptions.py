@@ -172,9 +172,13 @@ def test_an_interrupt_while_the_engines_thread_runs(model, expected):
 
         handle = engine.submit(PROMPT, generation_config=config(), logits_processor=[wait])
         interrupts = threading.Thread(target=lambda: (reached.wait(30), os.kill(os.getpid(), signal.SIGINT)))
-        interrupts.start()
-        with pytest.raises(KeyboardInterrupt):
+
+        def wait_for_it() -> None:
+            interrupts.start()  # It may come at once.
             handle.result(timeout_s=60)
+
+        with pytest.raises(KeyboardInterrupt):
+            wait_for_it()
         goes_on.set()
         interrupts.join()
         assert handle.result(timeout_s=60).token_ids == expected
