@@ -201,8 +201,8 @@ class _Options:
 def _refuse_unsupported(module: torch.nn.Module, dropout: float, kwargs: dict[str, Any]) -> None:
     if dropout:
         raise ValueError(
-            f"dropout must be 0 in paged_flash, got {dropout}: call model.eval(), or set the config's attention dropout "
-            f"(attention_dropout, attn_pdrop, ...) to 0; for training with attention dropout use "
+            f"dropout must be 0 in paged_flash, got {dropout}: call model.eval(), or set the config's dropout of "
+            f"attention (attention_dropout, attn_pdrop, ...) to 0; for training with attention dropout use "
             f'attn_implementation="sdpa".'
         )
     if kwargs.get("output_attentions") or collects_attentions():
