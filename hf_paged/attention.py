@@ -545,12 +545,12 @@ def paged_flash_mask(
             # A static cache hands over keys that are not filled yet.
             return torch.ones(batch_size, num_filled, dtype=torch.bool, device=device)
         # Windowed dense caches hold only the last columns; for all others this keeps everything.
-        shown = attention_mask[:, -kv_length:]
+        shown, window = attention_mask[:, -kv_length:], kwargs.get("local_size")
         if torch.compiler.is_compiling():
-            return shown
+            # A graph has one kind of mask, whatever the values: what needs the other one is refused when it runs.
+            return shown if window is None else without_gaps_op(shown, attention_mask, q_length, window, is_causal)
         if shown.shape[1] == kv_length and bool(shown.all()):
             return None
-        window = kwargs.get("local_size")
         if window is None or not _has_gaps(attention_mask[:, : int(q_offset) + q_length], q_length, window, is_causal):
             return shown
     if segments is not None and attention_mask is None and q_length == kv_length and not is_exporting:
@@ -562,6 +562,33 @@ def paged_flash_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function, attention_mask=attention_mask, device=device, **kwargs,
     )  # fmt: skip
+
+
+@torch.library.custom_op("hf_paged::without_gaps", mutates_args=())
+def without_gaps_op(
+    shown: torch.Tensor, mask: torch.Tensor, num_queries: int, window: int, is_causal: bool
+) -> torch.Tensor:
+    """The columns of ``mask`` that a layer sees, as they are; looked at where a compiled model runs.
+
+    Args:
+        shown: 2D ``[B, columns]``.
+        mask, num_queries, window, is_causal: as of :func:`_has_gaps`.
+
+    Raises:
+        ValueError: padding between tokens within the window.
+    """
+    is_captured = mask.is_cuda and torch.cuda.is_current_stream_capturing()
+    if not is_captured and _has_gaps(mask, num_queries, window, is_causal):
+        raise ValueError(
+            f"attention_mask hides columns between tokens, within a sliding window of {window} columns: a compiled "
+            f"model cannot serve that on paged_flash. Pad each row at one end, or call the model without torch.compile."
+        )
+    return shown.clone()  # An op must not return its argument.
+
+
+@without_gaps_op.register_fake
+def _(shown: torch.Tensor, mask: torch.Tensor, num_queries: int, window: int, is_causal: bool) -> torch.Tensor:
+    return torch.empty_like(shown)
 
 
 def _has_gaps(mask: torch.Tensor, num_queries: int, window: int, is_causal: bool) -> bool:

@@ -82,6 +82,24 @@ def test_steps_over_pages():
             caches[1].check()
 
 
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_padding_between_tokens_of_a_window_is_refused_in_compiled_code(use_cache):
+    """A compiled model cannot choose another kind of mask by its values, which eager code does."""
+    model, given = model_of("mistral"), inputs()["padded"]
+    given["attention_mask"][1, 9] = 0
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        model(**given, use_cache=False)
+        cache = with_cache(hf_paged.PagedCache(model.config)) if use_cache else {}
+        with pytest.raises(ValueError, match="hides columns between tokens, within a sliding window of 7 columns"):
+            compiled(**given, **cache, use_cache=use_cache)
+        given["attention_mask"][1, 9] = 1
+        cache = with_cache(hf_paged.PagedCache(model.config)) if use_cache else {}
+        want, got = model(**given, use_cache=False).logits, compiled(**given, **cache, use_cache=use_cache).logits
+    held = given["attention_mask"].bool()
+    torch.testing.assert_close(got[held], want[held], rtol=0, atol=1e-5 * float(want.abs().max()))
+
+
 def test_generate_of_a_compiled_forward():
     model = model_of()
     call = dict(**inputs()["padded"], max_new_tokens=5, do_sample=False)

@@ -247,7 +247,7 @@ def test_padded_steps_that_are_replayed_give_the_tokens_of_generate(family, monk
     monkeypatch.setattr(runner.ModelRunner, "_get_forward_fn", lambda *args, **how: (choose(*args, **how)[0], True))
     monkeypatch.setattr(runner.ModelRunner, "_capture_graph", capture)
     # Padding brings more keys than the lengths say, which is refused where lengths can be looked at.
-    monkeypatch.setattr("hf_paged_kernels.checks.may_read_values", lambda q: False)
+    monkeypatch.setattr("hf_paged_kernels.checks.may_read_values", lambda *tensors: False)
 
     all_prompts = prompts(*LENGTHS, 70, 3)
     expected = generate_one_by_one(tiny_model(family, "eager"), all_prompts)
