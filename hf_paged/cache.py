@@ -73,7 +73,9 @@ class PagedCache(Cache):
         if pool is None:
             self.pool = make_pool(16 if page_size is None else page_size, kv_dtype or "auto", num_pages)
         elif page_size is not None or kv_dtype is not None or num_pages is not None:
-            raise ValueError("page_size, kv_dtype and num_pages are those of the pool: do not give them with pool=.")
+            raise ValueError(
+                "page_size, kv_dtype and num_pages are those of the pool (its page_dtype): do not give them with pool=."
+            )
         else:
             self.pool = pool
         self.owns_pool = pool is None

@@ -316,6 +316,9 @@ class PageGroup:
         return sum(pages.page_bytes for pages in self.layers.values())
 
 
+QUANTIZED_DTYPES = (torch.float8_e4m3fn, torch.int8)
+
+
 class PagePool:
     """Pages for one cache, or shared by several caches of one model.
 
@@ -330,11 +333,20 @@ class PagePool:
             all.
         prefixes: full pages kept after use, to be found again; see :meth:`PagedCache.store_prefix`. With a budget, the
             least recently used make room for new tokens.
+
+    Raises:
+        ValueError: an argument is not one of those accepted.
     """
 
     def __init__(
         self, page_size: int = 16, num_pages: int | None = None, page_dtype: torch.dtype | None = None
     ) -> None:
+        if page_size < 1 or (num_pages is not None and num_pages < 1):
+            raise ValueError(f"page_size and num_pages must be at least 1, got {page_size!r} and {num_pages!r}.")
+        if page_dtype not in (None, *QUANTIZED_DTYPES):
+            raise ValueError(
+                f"page_dtype must be None (the model's dtype), torch.float8_e4m3fn or torch.int8, got {page_dtype!r}."
+            )
         self.page_size, self.num_pages, self.page_dtype = page_size, num_pages, page_dtype
         self.groups: dict[int | None, PageGroup] = {}
         self.room: Callable[[torch.device], int] | None = None

@@ -296,3 +296,13 @@ def test_tokens_that_no_query_will_see_take_no_page():
     assert table.pages[0][:10] == [GONE] * 10
     assert table.first_tokens() == [80, 0]
     allocator.check(table.held())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [dict(page_size=0), dict(num_pages=-1), dict(page_dtype="fp8"), dict(page_dtype=torch.float16)],
+    ids=str,
+)
+def test_a_pool_refuses_what_it_cannot_hold(arguments):
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        PagePool(**arguments)
