@@ -614,12 +614,13 @@ class _PrefixOfRow(PrefixConstrainedLogitsProcessor):
     """Checks the tokens that a caller's function allows before they index scores: on a GPU an index outside of them
     ends every later call of the process."""
 
-    def __init__(self, allowed: Callable[[int, torch.Tensor], list[int]], num_beams: int) -> None:
-        super().__init__(self._checked, num_beams)
+    def __init__(self, allowed: Callable[[int, torch.Tensor], list[int]]) -> None:
+        super().__init__(self._checked, 1)
         self._allowed, self._vocab_size = allowed, 0
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        self._vocab_size = scores.shape[-1]
+        # All rows are of one prompt.
+        self._num_beams, self._vocab_size = scores.shape
         return super().__call__(input_ids, scores)
 
     def _checked(self, batch_index: int, ids: torch.Tensor) -> list[int]:
@@ -633,7 +634,7 @@ class _PrefixOfRow(PrefixConstrainedLogitsProcessor):
         return allowed
 
 
-def processor_of_row(processor: Any, row: int, num_rows: int, padding: int, batch_index: int) -> Any:
+def processor_of_row(processor: Any, row: int, num_rows: int, padding: int, repeated_row: int) -> Any:
     """A processor made for a batch, as one for a row of it, ``[1, L]``, or for the row's beams, ``[num_beams, L]``.
 
     Only four of transformers' processors know about the batch; every other object is returned as it is.
@@ -643,15 +644,16 @@ def processor_of_row(processor: Any, row: int, num_rows: int, padding: int, batc
         row: its row of the batch that ``generate()`` was called with, before rows were repeated.
         num_rows: rows of that batch.
         padding: tokens of padding at the row's left.
-        batch_index: the batch index that ``prefix_allowed_tokens_fn`` is called with for this row.
+        repeated_row: the same, after rows were repeated for samples or beams.
     """
     if type(processor) is RepetitionPenaltyLogitsProcessor:
         if isinstance(processor.prompt_ignore_length, torch.Tensor):
             return RepetitionPenaltyLogitsProcessor(processor.penalty, prompt_ignore_length=padding)
     elif type(processor) is PrefixConstrainedLogitsProcessor:
         allowed = touch_attr(processor, "_prefix_allowed_tokens_fn")
-        num_beams = touch_attr(processor, "_num_beams")
-        return _PrefixOfRow(lambda _, ids: allowed(batch_index, ids), num_beams)
+        # Rows of a prompt: its beams; from 5.24 on, its samples too.
+        batch_index = repeated_row // touch_attr(processor, "_num_beams")
+        return _PrefixOfRow(lambda _, ids: allowed(batch_index, ids))
     elif type(processor) is EncoderRepetitionPenaltyLogitsProcessor and num_rows > 1:
         clone = copy.copy(processor)
         clone.encoder_input_ids = touch_attr(processor, "encoder_input_ids")[row : row + 1]

@@ -288,9 +288,9 @@ class TokenRules:
         For beams, those of the whole request (``row`` 0), to be called with ``[num_beams, L]``.
         """
         if row not in self._row_processors:
-            index = self.batch_row if self.mode == "beams" else self.batch_row * self.num_rows + row
+            repeated_row = self.batch_row * self.num_rows + row
             self._row_processors[row] = LogitsProcessorList(
-                processor_of_row(p, self.batch_row, self.batch_rows, len(self.padding_ids), index)
+                processor_of_row(p, self.batch_row, self.batch_rows, len(self.padding_ids), repeated_row)
                 for p in self.processors
             )
         return self._row_processors[row]

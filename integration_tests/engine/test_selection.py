@@ -382,7 +382,10 @@ def test_prefix_allowed_tokens_fn(model):
     calls.clear()
     config = GenerationConfig(max_new_tokens=2, do_sample=True, num_return_sequences=2)
     run_rows(model, prompt, TokenRules.make(model, config, prompt_ids=prompt, prefix_allowed_tokens_fn=allowed))
-    assert calls == [(0, 3), (0, 4), (1, 3), (1, 4)], "generate() numbers repeated rows as well"
+    engines = sorted(calls)
+    calls.clear()
+    model.generate(torch.tensor([prompt]), config, prefix_allowed_tokens_fn=allowed)
+    assert engines == sorted(calls), "before 5.24 generate() numbers repeated rows as well"
 
 
 def test_rows_of_a_request_draw_independently_and_repeatably(model):

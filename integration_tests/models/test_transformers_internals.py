@@ -692,7 +692,8 @@ def test_processors_of_a_batch_serve_its_rows(num_beams):
     calls.clear()
     for row in range(3):
         processors = [
-            internals.processor_of_row(p, row, 3, int((batch[row] == 0).sum()), row) for p in prepared["processors"]
+            internals.processor_of_row(p, row, 3, int((batch[row] == 0).sum()), row * num_beams)
+            for p in prepared["processors"]
         ]
         part = slice(row * num_beams, (row + 1) * num_beams)
         got = scores[part].clone()
