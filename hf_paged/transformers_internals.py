@@ -712,12 +712,11 @@ class AttentionChoice:
 
     def __init__(self, model: PreTrainedModel, name: str) -> None:
         model._check_and_adjust_attn_implementation(name)
-        can_set = touch(PreTrainedModel, "_can_set_attn_implementation").__get__
         configs = [model.config]
         configs += [
             module.config
             for module in model.modules()
-            if isinstance(module, PreTrainedModel) and can_set(None, type(module))()
+            if isinstance(module, PreTrainedModel) and type(module)._can_set_attn_implementation()
         ]
         for config in configs:  # grows meanwhile
             configs += [part for key in config.sub_configs if (part := getattr(config, key, None)) is not None]
