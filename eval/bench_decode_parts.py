@@ -10,7 +10,6 @@
 Microseconds, medians of graph replays. Bandwidth counts the weights, or the logits read once.
 """
 
-import argparse
 import json
 import platform
 import statistics
@@ -18,7 +17,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -36,6 +34,8 @@ from hf_paged_kernels.sampling_ops import sample_tokens_op
 from hf_paged_kernels.sampling_reference import MARKS, sample_tokens_reference
 from hf_paged_kernels.small_linear import MAX_TOKENS, small_gated_linear_op, small_linear_op
 from transformers.utils.logging import tqdm
+
+from eval import command_line
 
 EPS = 1e-6
 BUFFER_BYTES = 2 * 2**30
@@ -257,11 +257,19 @@ def markdown(report: dict[str, Any]) -> str:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=Path("decode_parts.json"))
-    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2, 4, 8, 16, 24, 64, 104, 188, 256])
-    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 256])
-    parser.add_argument("--vocab", type=int, default=151_936)
+    parser = command_line.make_parser("bench_decode_parts", __doc__)
+    parser.add_argument(
+        "--output", type=command_line.output_file, default="decode_parts.json",
+        help="JSON file; a .md of the same name goes beside it",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokens", type=command_line.positive_int, nargs="+", default=[1, 2, 4, 8, 16, 24, 64, 104, 188, 256],
+        help="tokens of the linear layers",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rows", type=command_line.positive_int, nargs="+", default=[1, 8, 64, 256], help="rows of logits",
+    )  # fmt: skip
+    parser.add_argument("--vocab", type=command_line.positive_int, default=151_936, help="width of the logits")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("a CUDA GPU is needed.")
@@ -276,4 +284,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -15,7 +15,6 @@ Writes the table as Markdown beside the JSON. With ``--gpu``: what :mod:`eval.be
 its plots from its JSON.
 """
 
-import argparse
 import json
 import os
 import platform
@@ -34,7 +33,7 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hf_paged
-from eval import bench_engine_gpu, bench_engine_plots
+from eval import bench_engine_gpu, bench_engine_plots, command_line
 
 NUM_REQUESTS = 64
 PROMPT_LENGTHS = (16, 512)
@@ -212,20 +211,24 @@ SAME = "requests_with_the_engine's_tokens"
 
 def main(argv: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path)
+    parser = command_line.make_parser("bench_engine", __doc__)
+    parser.add_argument(
+        "--output", type=command_line.output_file,
+        help="JSON file (default: eval/results/bench_engine_cpu.json, with --gpu bench_engine_gpu.json)",
+    )  # fmt: skip
     parser.add_argument("--gpu", action="store_true", help="models in their real shapes on a GPU, beside peers")
-    parser.add_argument("--plots", type=Path, metavar="JSON", help="draw the PNG of a report of --gpu")
+    parser.add_argument("--plots", type=command_line.input_file, metavar="JSON", help="draw the PNG of a --gpu run")
     bench_engine_gpu.add_arguments(parser)
-    parser.add_argument("--model", choices=("tiny", "small"), default="small")
-    parser.add_argument("--repeats", type=int, default=1)
-    parser.add_argument("--only", choices=("host", "throughput"))
+    parser.add_argument("--model", choices=("tiny", "small"), default="small", help="without --gpu: size of the model")
+    parser.add_argument("--repeats", type=command_line.positive_int, default=1, help="without --gpu: runs")
+    parser.add_argument("--only", choices=("host", "throughput"), help="without --gpu: one of the two tables")
     argv = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(argv)
     transformers.utils.logging.set_verbosity_error()
     if options.plots:
         bench_engine_plots.draw(
-            json.loads(options.plots.read_text(encoding="utf-8")), options.output or options.plots.with_suffix(".png")
+            command_line.read_report(options.plots, "models", "eval.bench_engine --gpu"),
+            options.output or options.plots.with_suffix(".png"),
         )
         return
     if options.gpu:
@@ -247,4 +250,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -322,9 +322,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``--gpu``."""
     gpu = parser.add_argument_group("with --gpu")
     models = ["qwen3-0.6b", "llama3-8b", "mistral-7b", "olmoe-1b-7b"]
-    gpu.add_argument("--models", nargs="+", choices=list(MODELS), default=models)
+    gpu.add_argument("--models", nargs="+", choices=list(MODELS), default=models, help="shapes with random weights")
     gpu.add_argument("--parts", nargs="*", choices=PARTS, default=list(PARTS), help="with everything on")
-    gpu.add_argument("--variants", nargs="+", choices=list(SWITCHES), default=list(SWITCHES))
+    gpu.add_argument(
+        "--variants", nargs="+", choices=list(SWITCHES), default=list(SWITCHES), help="of the engine's options"
+    )
     switch_parts = [part for part in PARTS if part != "equality"]
     gpu.add_argument(
         "--switch-parts", nargs="*", choices=switch_parts, default=["latency", "throughput"],
@@ -335,7 +337,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpu.add_argument("--switch-limit-s", type=float, default=30.0, help="seconds of a part of the other variants")
     peers = list(bench_engine_peers.available())
     gpu.add_argument("--peers", nargs="*", choices=peers, default=peers, help="default: all that are installed")
-    gpu.add_argument("--peer-limit-s", type=float, default=PEER_LIMIT_S)
+    gpu.add_argument("--peer-limit-s", type=float, default=PEER_LIMIT_S, help="seconds of a peer")
     gpu.add_argument("--saturation-s", type=float, default=FULL.saturation_s, help="of measuring saturation")
     gpu.add_argument("--load-s", type=float, default=FULL.load_s, help="longest load of one arrival rate")
     gpu.add_argument("--fractions", nargs="+", type=float, default=list(FULL.fractions), help="of saturation")
@@ -369,10 +371,10 @@ def main(options: argparse.Namespace, argv: list[str]) -> None:
     """``--gpu``, from parsed options.
 
     Raises:
-        RuntimeError: there is no GPU, and ``--tiny`` was not given.
+        ValueError: there is no GPU, and ``--tiny`` was not given.
     """
     if not options.tiny and not torch.cuda.is_available():
-        raise RuntimeError("--gpu needs a CUDA GPU; --tiny runs every part on tiny models without one.")
+        raise ValueError("--gpu needs a CUDA GPU; --tiny runs every part on tiny models without one.")
     output = options.output or Path("eval/results/bench_engine_gpu.json")
     report = run(output, make_plan(options), "python -m eval.bench_engine " + " ".join(argv), options.add)
     if bench_engine_plots.can_draw():

@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from eval import command_line
+
 from . import bench_kernels_timing as timing
 from .bench_kernels_calls import columns_of, find_peers, our_columns
 from .bench_kernels_rows import FLOPS_TABLES, TITLES, Row, all_rows, draw, markdown, rate, table
@@ -43,16 +45,14 @@ def parse_tables(text: str) -> list[str]:
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.bench_kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.make_parser("bench_kernels", __doc__)
     parser.add_argument(
         "--tables", type=parse_tables, default=list(TITLES), metavar="NAME,...",
         help=f"what to measure; default all: {','.join(TITLES)}",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="a few rows of every table")
     parser.add_argument(
-        "--output", type=Path, default=None, metavar="DIR",
+        "--output", type=command_line.output_folder, metavar="DIR",
         help="where bench_kernels_<device>.json, .md and .png files go; default: only print",
     )  # fmt: skip
     parser.add_argument(
@@ -61,7 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
         "triton: portable Triton only",
     )  # fmt: skip
     parser.add_argument(
-        "--draw", type=Path, default=None, metavar="JSON",
+        "--draw", type=command_line.input_file, metavar="JSON",
         help="measure nothing: Markdown and plots of an earlier run, beside its JSON; needs no GPU",
     )  # fmt: skip
     return parser
@@ -209,9 +209,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser = make_parser()
     options = parser.parse_args(arguments)
     if options.draw is not None:
-        if not options.draw.is_file():
-            parser.error(f"--draw: there is no file {options.draw}")
-        write_words_and_plots(json.loads(options.draw.read_text("utf-8")), options.draw.with_suffix(""))
+        report = command_line.read_report(options.draw, "tables", "eval.bench_kernels")
+        write_words_and_plots(report, options.draw.with_suffix(""))
         return
     if not torch.cuda.is_available():
         parser.exit(
@@ -225,4 +224,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -7,7 +7,6 @@ beam reorder. The models are small and random: bytes are exact counts, whatever 
 minutes. Also writes the tables as Markdown beside the JSON.
 """
 
-import argparse
 import gc
 import json
 import platform
@@ -19,7 +18,6 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,6 +37,7 @@ from transformers import (
 )
 
 import hf_paged
+from eval import command_line
 from eval.loading import with_cache
 
 VOCAB_SIZE = 512
@@ -607,8 +606,8 @@ def _line(row: dict[str, Any], dynamic: int) -> str:
 
 def main(arguments: list[str] | None = None) -> dict[str, Any]:
     """Command line; returns the report."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=None, help="JSON file; the Markdown tables go beside it")
+    parser = command_line.make_parser("cache_memory", __doc__)
+    parser.add_argument("--output", type=command_line.output_file, help="JSON file; the Markdown tables go beside it")
     parsed = parser.parse_args(arguments)
     transformers.utils.logging.set_verbosity_error()
     report = run(Sizes())
@@ -621,4 +620,4 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

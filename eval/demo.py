@@ -3,7 +3,6 @@
     python -m eval.demo [--model FOLDER_OR_ID] [--prompt TEXT]
 """
 
-import argparse
 from pathlib import Path
 
 import torch
@@ -11,20 +10,22 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
 import hf_paged
+from eval import command_line
 from eval.loading import cache_name, load_pretrained
 from eval.perplexity import perplexity
+from eval.verdict import FLOAT32
 
 ASSETS = Path(__file__).parent.parent / "integration_tests" / "assets"
 PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'
 
 
-def main() -> None:
-    """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=str(ASSETS / "small_model"))
-    parser.add_argument("--prompt", default=PROMPT)
-    parser.add_argument("--max-new-tokens", type=int, default=96)
-    parser.add_argument("--tokens", type=int, default=1024, help="tokens of the held-out text to score")
+def main() -> int:
+    """Command line; the exit status says whether nothing was lost."""
+    parser = command_line.make_parser("demo", __doc__)
+    parser.add_argument("--model", default=str(ASSETS / "small_model"), help="model folder or hub id")
+    parser.add_argument("--prompt", default=PROMPT, help="text to go on from")
+    parser.add_argument("--max-new-tokens", type=command_line.positive_int, default=96, help="tokens to generate")
+    parser.add_argument("--tokens", type=command_line.positive_int, default=1024, help="held-out tokens to score")
     arguments = parser.parse_args()
     logging.set_verbosity_error()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -49,12 +50,25 @@ def main() -> None:
     ids = tokenizer(text, return_tensors="pt").input_ids[0, : arguments.tokens]
     window = min(256, model.config.max_position_embeddings)
     print(f"perplexity of {len(ids)} held-out tokens, window {window}, stride {window // 2}:")
+    found = []
     for name, path in (("eager", "prefill"), ("paged_flash", "prefill"), ("paged_flash", "paged_prefill"),
                        ("paged_flash", "decode")):  # fmt: skip
         model.set_attn_implementation(name)
-        result = perplexity(model, ids, window=window, stride=window // 2, path=path)
-        print(f"  {name:12} {path:14} {result.perplexity:.5f}")
+        found.append(perplexity(model, ids, window=window, stride=window // 2, path=path).perplexity)
+        print(f"  {name:12} {path:14} {found[-1]:.5f}", flush=True)
+    passed, line = verdict(found)
+    print(f"\n{line}")
+    return 0 if passed else 1
+
+
+def verdict(perplexities: list[float]) -> tuple[bool, str]:
+    """Whether all agree with the first one, which is eager's, and the line that says so."""
+    eager, limit = perplexities[0], FLOAT32.delta_ppl
+    largest = max(abs(other / eager - 1) for other in perplexities[1:])
+    passed = largest <= limit  # False for NaN
+    word, said = ("PASS", "agree with") if passed else ("FAIL", "differ from")
+    return passed, f"{word}: paged_flash and its pages {said} eager attention: {largest:.1e} apart, limit {limit:.0e}"
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

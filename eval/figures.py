@@ -7,11 +7,12 @@ Left: memory of one prefill over its length (`prefill_memory_h200.json`). Middle
 (`bench_engine_h200.json`). Pages over time have a picture of their own: `eval/page_picture.py`.
 """
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from eval import command_line
 
 RESULTS = Path(__file__).parent / "results"
 INPUTS = ("prefill_memory_h200.json", "cache_memory.json", "bench_engine_h200.json")
@@ -110,12 +111,12 @@ def _engine(axes: Any, report: dict[str, Any]) -> None:
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = command_line.make_parser("figures", __doc__)
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder with the committed JSON")
-    parser.add_argument("--output", type=Path, required=True, help="PNG file")
+    parser.add_argument("--output", type=command_line.output_file, required=True, help="PNG file")
     args = parser.parse_args(argv)
     draw(load(args.results), args.output)
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

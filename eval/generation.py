@@ -13,10 +13,8 @@ Exit status 0: all as it should be, 1: not, 2: bad arguments.
 
 import argparse
 import json
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,6 +33,7 @@ from transformers import (
 from transformers.utils import logging
 
 import hf_paged
+from eval import command_line
 from eval.loading import DTYPES, checked_device, device_name, load_pretrained, versions
 from eval.text_data import ACCEPTED_SPECS, load_text
 
@@ -348,29 +347,23 @@ def markdown(report: dict[str, Any], greedy: GreedyResult, samples: Sequence[Sam
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.generation", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.make_parser("generation", __doc__)
     parser.add_argument("--model", required=True, help="model folder or hub id")
     parser.add_argument("--data", required=True, help=ACCEPTED_SPECS)
-    parser.add_argument("--text-column", default="text", help="column with the text (text)")
-    parser.add_argument("--attn", default="sdpa", help="attention of the unpatched generate() (sdpa)")
+    parser.add_argument("--text-column", default="text", help="column with the text")
+    parser.add_argument("--attn", default="sdpa", help="attention of the unpatched generate()")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights (auto: the checkpoint's)")
-    parser.add_argument("--device", help="torch device (cuda if there is one, else cpu)")
-    parser.add_argument("--prompts", type=int, default=32, help="prompts (32)")
-    parser.add_argument("--prompt-length", type=int, default=96, help="tokens of the longest prompt (96)")
-    parser.add_argument("--new-tokens", type=int, default=32, help="new tokens of each prompt (32)")
-    parser.add_argument("--batch-size", type=int, default=8, help="prompts in a padded batch (8)")
-    parser.add_argument("--draws", type=int, default=10_000, help="samples of each setting (10,000)")
-    parser.add_argument("--beams", type=int, default=4, help="beams (4)")
-    parser.add_argument("--beam-prompts", type=int, default=8, help="prompts for beams (8)")
-    parser.add_argument("--output", type=Path, help="JSON file; a .md of the same name goes beside it")
+    parser.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    parser.add_argument("--prompts", type=int, default=32, help="prompts")
+    parser.add_argument("--prompt-length", type=int, default=96, help="tokens of the longest prompt")
+    parser.add_argument("--new-tokens", type=int, default=32, help="new tokens of each prompt")
+    parser.add_argument("--batch-size", type=int, default=8, help="prompts in a padded batch")
+    parser.add_argument("--draws", type=int, default=10_000, help="samples of each setting")
+    parser.add_argument("--beams", type=int, default=4, help="beams")
+    parser.add_argument("--beam-prompts", type=int, default=8, help="prompts for beams")
+    parser.add_argument("--output", type=command_line.output_file, help="JSON file; a .md goes beside it")
     return parser
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, FileNotFoundError, ImportError, hf_paged.UnsupportedModelError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+    command_line.run(main)

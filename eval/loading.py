@@ -80,9 +80,9 @@ def load_pretrained(auto_class: Any, name: str, **kwargs: Any) -> Any:
         return auto_class.from_pretrained(name, **kwargs)
     # A device that is not there: RuntimeError, or AssertionError of a torch without CUDA.
     except (OSError, ValueError, ImportError, RuntimeError, AssertionError) as error:
-        options = f" with {kwargs}" if kwargs else ""
+        options, said = f" with {kwargs}" if kwargs else "", " ".join(str(error).split())
         raise ValueError(
-            f"model (--model) {name!r}: {auto_class.__name__}.from_pretrained{options} failed: {error}; pass a "
+            f"model (--model) {name!r}: {auto_class.__name__}.from_pretrained{options} failed: {said}; pass a "
             "folder with a model and its tokenizer, or a reachable hub id"
         ) from error
 

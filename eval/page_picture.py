@@ -6,7 +6,6 @@ Three requests on one pool: a prompt whose pages are stored as a prefix, beams t
 longer prompt with the same beginning. The model is small and random; the pages are what a PagedCache says.
 """
 
-import argparse
 import platform
 from dataclasses import dataclass, field
 from datetime import date
@@ -20,6 +19,7 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_paged
+from eval import command_line
 from eval.loading import with_cache
 
 FREE, CACHED, SHARED = -1, -2, -3
@@ -214,8 +214,8 @@ def _patch(owner: int) -> dict[str, Any]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, required=True, help="PNG file")
+    parser = command_line.make_parser("page_picture", __doc__)
+    parser.add_argument("--output", type=command_line.output_file, required=True, help="PNG file")
     parsed = parser.parse_args(arguments)
     transformers.utils.logging.set_verbosity_error()
     sizes = Sizes()
@@ -223,4 +223,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -20,7 +20,6 @@ figure. Exit status 0, or 2 and an error that names the argument.
 import argparse
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import groupby, islice
@@ -41,6 +40,7 @@ from transformers import (
 )
 
 import hf_paged
+from eval import command_line
 from eval.loading import (
     ACCEPTED_DEVICE_MAPS,
     DTYPES,
@@ -485,42 +485,37 @@ def _window_and_stride(args: argparse.Namespace, config: PreTrainedConfig) -> tu
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.perplexity",
-        description="Perplexity of one model under several attention implementations, compared token by token.",
+    parser = command_line.make_parser(
+        "perplexity", "Perplexity of one model under several attention implementations, compared token by token."
     )
     parser.add_argument("--model", required=True, help="model folder or hub id")
     parser.add_argument("--data", required=True, help=ACCEPTED_SPECS)
-    parser.add_argument("--text-column", default="text", help="column with the text, for all but text files (text)")
+    parser.add_argument("--text-column", default="text", help="column with the text, for all but text files")
     parser.add_argument(
         "--attn", nargs="+", default=["eager", "paged_flash"], help="implementations; the first is the reference"
     )
     parser.add_argument("--path", nargs="+", default=["prefill"], help=f"from {PATHS}; the first is the reference")
     parser.add_argument(
-        "--kv-dtype", nargs="+", choices=KV_DTYPES, default=["auto"], help="dtypes of the pages, each a run (auto)"
+        "--kv-dtype", nargs="+", choices=KV_DTYPES, default=["auto"], help="dtypes of the pages, each a run"
     )
-    parser.add_argument("--convention", choices=CONVENTIONS, default="hf", help="windows, see eval/windows.py (hf)")
-    parser.add_argument("--window", type=int, help="tokens in a window (2048, or the model's positions if fewer)")
+    parser.add_argument("--convention", choices=CONVENTIONS, default="hf", help="windows, see eval/windows.py")
+    parser.add_argument("--window", type=int, help="tokens in a window (default: 2048, or the model's positions)")
     parser.add_argument(
         "--stride",
         type=int,
-        help="tokens from window to window (hf: 512, or half the window if less; others: the window)",
+        help="tokens from window to window (default: hf: 512, or half the window if less; others: the window)",
     )
-    parser.add_argument("--max-tokens", type=int, help="use the first so many tokens of the text (all)")
-    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's (auto)")
-    parser.add_argument("--device", help="torch device (cuda if there is one, else cpu)")
-    parser.add_argument("--batch-size", type=int, default=1, help="windows in a forward (1)")
-    parser.add_argument("--page-size", type=int, default=16, help="tokens in a page of the PagedCache (16)")
-    parser.add_argument("--chunk", type=int, default=64, help="tokens in a forward of chunked_prefill (64)")
-    parser.add_argument("--device-map", help=f"spread a big model over devices: {ACCEPTED_DEVICE_MAPS} (none)")
+    parser.add_argument("--max-tokens", type=int, help="use the first so many tokens of the text (default: all)")
+    parser.add_argument("--dtype", choices=DTYPES, default="auto", help="auto: the checkpoint's")
+    parser.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    parser.add_argument("--batch-size", type=int, default=1, help="windows in a forward")
+    parser.add_argument("--page-size", type=int, default=16, help="tokens in a page of the PagedCache")
+    parser.add_argument("--chunk", type=int, default=64, help="tokens in a forward of chunked_prefill")
+    parser.add_argument("--device-map", help=f"spread a big model over devices: {ACCEPTED_DEVICE_MAPS}")
     parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--resume", action="store_true", help="go on with a stopped run of the same --output")
     return parser
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, FileNotFoundError, ImportError, hf_paged.UnsupportedModelError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+    command_line.run(main)

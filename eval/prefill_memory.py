@@ -7,12 +7,10 @@ weights: right for memory and speed. What is reported is the peak above the weig
 length shows. Also writes the table as Markdown beside the JSON.
 """
 
-import argparse
 import json
 import platform
 import time
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +19,8 @@ from tqdm import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_paged
-from eval.loading import with_cache
+from eval import command_line
+from eval.loading import check_attention, with_cache
 
 LENGTHS = (2048, 4096, 8192, 16384, 32768)
 
@@ -114,12 +113,14 @@ def table(report: dict[str, Any]) -> str:
 
 def main() -> None:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--attn", nargs="+", default=["paged_flash", "sdpa", "eager"])
-    parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--output", type=Path, default=None, help="JSON file; the Markdown table goes beside it")
+    parser = command_line.make_parser("prefill_memory", __doc__)
+    parser.add_argument("--attn", nargs="+", default=["paged_flash", "sdpa", "eager"], help="implementations")
+    parser.add_argument("--lengths", nargs="+", type=command_line.positive_int, default=list(LENGTHS), help="tokens")
+    parser.add_argument("--layers", type=command_line.positive_int, default=2, help="of the model")
+    parser.add_argument("--output", type=command_line.output_file, help="JSON file; the Markdown table goes beside it")
     arguments = parser.parse_args()
+    for name in arguments.attn:
+        check_attention(name)
     if not torch.cuda.is_available():
         raise SystemExit("eval.prefill_memory measures GPU memory: it needs a CUDA GPU.")
     report = run(arguments.attn, arguments.lengths, arguments.layers)
@@ -131,4 +132,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

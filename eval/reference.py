@@ -6,12 +6,10 @@
 Exit status 0: within the tolerance, 1: not, 2: bad arguments, or model or data that cannot be reached.
 """
 
-import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
+from eval import command_line
 from eval.loading import DTYPES
 from eval.perplexity import main as perplexity_main
 
@@ -124,18 +122,16 @@ def check(
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.reference", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.make_parser("reference", __doc__)
     parser.add_argument("--check", metavar="NAME", help=f"one of {', '.join(PUBLISHED)}")
-    parser.add_argument("--attn", default="paged_flash")
-    parser.add_argument("--path", default="prefill")
+    parser.add_argument("--attn", default="paged_flash", help="attention implementation")
+    parser.add_argument("--path", default="prefill", help="as of eval.perplexity")
     parser.add_argument("--model", help="a local copy of the model")
     parser.add_argument("--data", help="a local copy of the data, such as wikitext-2@wiki.test.parquet")
     parser.add_argument("--dtype", choices=DTYPES, help="in place of the published one")
-    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--batch-size", type=command_line.positive_int, default=1, help="windows in a forward")
     parser.add_argument("--device-map", help='"auto" for a model larger than a device')
-    parser.add_argument("--output", type=Path, help="write the table to this file")
+    parser.add_argument("--output", type=command_line.output_file, help="write the table to this file")
     args = parser.parse_args(argv)
     if args.check is None:
         print(markdown(), end="")
@@ -151,8 +147,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, FileNotFoundError, ImportError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+    command_line.run(main)

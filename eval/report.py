@@ -19,7 +19,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import date
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 from transformers.utils import logging
 
 import hf_paged
-from eval import report_figure
+from eval import command_line, report_figure
 from eval.cache_memory import held_bytes
 from eval.induction_model import induction_model
 from eval.kv_quantisation import CacheRow, kv_table
@@ -261,39 +260,34 @@ def _or_dash(value: float | None) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.make_parser("report", __doc__)
     parser.add_argument("--model", required=True, help="model folder or hub id")
     parser.add_argument("--data", required=True, help=ACCEPTED_SPECS)
-    parser.add_argument("--text-column", default="text", help="column with the text (text)")
+    parser.add_argument("--text-column", default="text", help="column with the text")
     parser.add_argument("--attn", nargs="+", default=["eager", "sdpa", "paged_flash"], help="attention implementations")
-    parser.add_argument("--path", nargs="+", default=list(PATHS), help=f"from {PATHS} (all)")
-    parser.add_argument("--kv-dtype", nargs="+", choices=KV_DTYPES, default=list(KV_DTYPES), help="of the pages (all)")
-    parser.add_argument("--convention", choices=[c for c in CONVENTIONS if c not in BY_DOCUMENT], default="hf")
-    parser.add_argument("--window", type=int, help="tokens in a window (2048, or the model's positions if fewer)")
+    parser.add_argument("--path", nargs="+", default=list(PATHS), help=f"from {PATHS}")
+    parser.add_argument("--kv-dtype", nargs="+", choices=KV_DTYPES, default=list(KV_DTYPES), help="of the pages")
+    conventions = [c for c in CONVENTIONS if c not in BY_DOCUMENT]
+    parser.add_argument("--convention", choices=conventions, default="hf", help="windows, see eval/windows.py")
+    parser.add_argument("--window", type=int, help="tokens in a window (default: 2048, or the model's positions)")
     parser.add_argument("--stride", type=int, help="tokens from window to window")
-    parser.add_argument("--max-tokens", type=int, help="use the first so many tokens of the text (all)")
+    parser.add_argument("--max-tokens", type=int, help="use the first so many tokens of the text (default: all)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; the reference is in float32")
-    parser.add_argument("--device", help="torch device (cuda if there is one, else cpu)")
-    parser.add_argument("--batch-size", type=int, default=1, help="windows in a forward (1)")
-    parser.add_argument("--page-size", type=int, default=16, help="tokens in a page (16)")
-    parser.add_argument("--chunk", type=int, default=64, help="tokens in a forward of chunked_prefill (64)")
+    parser.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    parser.add_argument("--batch-size", type=int, default=1, help="windows in a forward")
+    parser.add_argument("--page-size", type=int, default=16, help="tokens in a page")
+    parser.add_argument("--chunk", type=int, default=64, help="tokens in a forward of chunked_prefill")
     parser.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 to 1")
     parser.add_argument(
         "--induction-lengths", type=int, nargs="*",
-        help="tokens (4,096 to 131,072 on a GPU, 256 to 2,048 elsewhere); none: leave it out",
+        help="tokens (default: 4,096 to 131,072 on a GPU, 256 to 2,048 elsewhere); none: leave it out",
     )  # fmt: skip
-    parser.add_argument("--passkey-lengths", type=int, nargs="*", default=[], help="tokens (none)")
+    parser.add_argument("--passkey-lengths", type=int, nargs="*", default=[], help="tokens")
     parser.add_argument("--cache-tokens", type=int, default=2048, help="tokens for the table of caches; 0: none")
     parser.add_argument("--max-delta-ppl", type=float, help="limit on |perplexity / reference - 1| of every run")
-    parser.add_argument("--output", type=Path, help="folder for report.md, report.json and report.png")
+    parser.add_argument("--output", type=command_line.output_folder, help="folder for report.md, .json and .png")
     return parser
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except (ValueError, FileNotFoundError, ImportError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+    command_line.run(main)

@@ -5,12 +5,12 @@
 draws `report.png` again from the folder's `report.json`, which may come from a machine without matplotlib.
 """
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from eval import command_line
 
 WITHIN, OVER = "#2a6f97", "#c8553d"
 GRIDS_A_ROW = 4
@@ -91,9 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         ValueError: the folder has no report.json.
         ImportError: matplotlib is not installed.
     """
-    parser = argparse.ArgumentParser(
-        prog="python -m eval.report_figure", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = command_line.make_parser("report_figure", __doc__)
     parser.add_argument("folder", type=Path, help="with the report.json of eval.report")
     folder = parser.parse_args(argv).folder
     source = folder / "report.json"
@@ -103,8 +101,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, ImportError) as problem:
-        print(f"error: {problem}", file=sys.stderr)
-        sys.exit(2)
+    command_line.run(main)

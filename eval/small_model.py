@@ -35,7 +35,6 @@ RoPE is trained on positions below `CONTEXT` only. `max_position_embeddings` all
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import hashlib
 import json
@@ -56,6 +55,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from eval import command_line
 
 CONTEXT = 256
 """Tokens of a training window and of a scored window."""
@@ -505,8 +506,10 @@ Python Software Foundation and contributors, under the PSF License Agreement (ht
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Command line: train, save, evaluate what was saved, and record how it came about."""
-    parser = argparse.ArgumentParser(description="Train the small evaluation model on the Python standard library.")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the model")
+    parser = command_line.make_parser(
+        "small_model", "Train the small evaluation model on the Python standard library."
+    )
+    parser.add_argument("--output", type=command_line.output_folder, required=True, help="folder of the model")
     parser.add_argument("--corpus", type=Path, help="folder of .py files (default: the standard library)")
     parser.add_argument("--heldout", type=Path, help="file of the held-out text (default: heldout.txt beside --output)")
     for name, default in asdict(Recipe()).items():
@@ -568,4 +571,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

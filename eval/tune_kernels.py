@@ -7,18 +7,18 @@ make them for another card::
     python -m eval.tune_kernels --output eval/results
 """
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
 from hf_paged_kernels.backend import uses_gluon
 from hf_paged_kernels.settings import AttentionSettings, HopperSettings
 from tqdm import tqdm
+
+from eval import command_line
 
 HOPPER_PREFILL = {
     64: [HopperSettings(c, 128, s, q) for c in (2, 3) for s, q in ((2, 2), (3, 1), (3, 2))]
@@ -82,9 +82,10 @@ def cases(head_dim: int) -> Iterator[tuple[str, str, list[Any], Callable[[Any], 
 
 def main(arguments: list[str] | None = None) -> int:
     """Time every candidate; the exit status is 2 without a GPU."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--head-dims", type=int, nargs="+", default=[64, 128, 256], choices=[64, 128, 256])
-    parser.add_argument("--output", type=Path, help="folder for tuned_<device>.json")
+    parser = command_line.make_parser("tune_kernels", __doc__)
+    dims = [64, 128, 256]
+    parser.add_argument("--head-dims", type=int, nargs="+", default=dims, choices=dims, help="to tune")
+    parser.add_argument("--output", type=command_line.output_folder, help="folder for tuned_<device>.json")
     options = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("eval.tune_kernels times kernels: it needs a GPU, and torch sees none.", file=sys.stderr)
@@ -117,4 +118,4 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    command_line.run(main)

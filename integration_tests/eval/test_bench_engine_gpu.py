@@ -153,7 +153,7 @@ def test_limits_are_of_parts():
 
 @pytest.mark.skipif(HAS_GPU, reason="there is a GPU")
 def test_without_a_gpu_only_tiny_models_run():
-    with pytest.raises(RuntimeError, match="needs a CUDA GPU"):
+    with pytest.raises(ValueError, match="needs a CUDA GPU"):
         bench_engine.main(["--gpu"])
 
 
