@@ -22,17 +22,17 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
-from hf_paged_kernels.batch_linear import (
+from hf_paged_kernels.layers.ops import gated_activation_op, rms_norm_op, rms_norm_parts_op
+from hf_paged_kernels.linear.decode import (
     batch_gated_linear_op,
     batch_linear_op,
     batch_linear_settings,
     linear_parts_op,
     num_linear_parts,
 )
-from hf_paged_kernels.fused_ops import gated_activation_op, rms_norm_op, rms_norm_parts_op
-from hf_paged_kernels.sampling_ops import sample_tokens_op
-from hf_paged_kernels.sampling_reference import MARKS, sample_tokens_reference
-from hf_paged_kernels.small_linear import MAX_TOKENS, small_gated_linear_op, small_linear_op
+from hf_paged_kernels.linear.skinny import MAX_TOKENS, small_gated_linear_op, small_linear_op
+from hf_paged_kernels.sampling.ops import sample_tokens_op
+from hf_paged_kernels.sampling.reference import MARKS, sample_tokens_reference
 from transformers.utils.logging import tqdm
 
 from eval import command_line

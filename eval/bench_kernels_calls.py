@@ -106,7 +106,7 @@ SDPA = {SDPA_FLASH: SDPBackend.FLASH_ATTENTION, CUDNN: SDPBackend.CUDNN_ATTENTIO
 
 def _portable_flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, causal: bool) -> Call:
     """The Triton kernel on dense tensors, whatever the device would choose."""
-    from hf_paged_kernels.flash_attention_triton import flash_attention_launch
+    from hf_paged_kernels.attention.flash_forward_triton import flash_attention_launch
 
     scale, right = q.shape[-1] ** -0.5, 0 if causal else None
     return lambda: flash_attention_launch(q, k, v, None, None, q.shape[1], None, right, None, None, scale)
@@ -258,8 +258,8 @@ class PagedInputs:
 
     def portable(self) -> list[Call]:
         """The Triton kernel, whatever the device would choose."""
-        from hf_paged_kernels.paged_attention_quantized_triton import quantized_paged_attention_launch
-        from hf_paged_kernels.paged_attention_triton import paged_attention_launch
+        from hf_paged_kernels.attention.paged_quantized_triton import quantized_paged_attention_launch
+        from hf_paged_kernels.attention.paged_triton import paged_attention_launch
 
         launch: Callable[..., object] = (
             paged_attention_launch if self.k_scale is None else quantized_paged_attention_launch

@@ -48,8 +48,8 @@ TRITON_DECODE = {
 
 def cases(head_dim: int) -> Iterator[tuple[str, str, list[Any], Callable[[Any], Callable[[], Any]]]]:
     """``(kernel, workload, candidates, settings -> call)``: causal prefill of 4k and 16k tokens, decode of 8 x 8k."""
-    from hf_paged_kernels.flash_attention_triton import flash_attention_launch
-    from hf_paged_kernels.paged_attention_triton import paged_attention_launch
+    from hf_paged_kernels.attention.flash_forward_triton import flash_attention_launch
+    from hf_paged_kernels.attention.paged_triton import paged_attention_launch
 
     new = lambda *size: torch.randn(*size, dtype=torch.bfloat16, device="cuda")  # noqa: E731
     scale, probe = head_dim**-0.5, new(1, 8, 1, head_dim)
@@ -60,7 +60,7 @@ def cases(head_dim: int) -> Iterator[tuple[str, str, list[Any], Callable[[Any], 
         workload = f"causal prefill, {length} tokens"
         yield "Triton", workload, TRITON_PREFILL[head_dim], lambda s, a=arguments: lambda: flash_attention_launch(*a, s)
         if gluon:
-            from hf_paged_kernels.attention_hopper_gluon import hopper_flash_launch
+            from hf_paged_kernels.attention.hopper_gluon import hopper_flash_launch
 
             yield "Gluon", workload, HOPPER_PREFILL[head_dim], lambda s, a=arguments: lambda: hopper_flash_launch(*a, s)
     count, tokens = 8, 8192
@@ -75,7 +75,7 @@ def cases(head_dim: int) -> Iterator[tuple[str, str, list[Any], Callable[[Any], 
         lambda s: lambda: paged_attention_launch(*steps, None, None, s),
     )  # fmt: skip
     if gluon:
-        from hf_paged_kernels.attention_hopper_gluon import hopper_paged_launch
+        from hf_paged_kernels.attention.hopper_gluon import hopper_paged_launch
 
         yield "Gluon", workload, HOPPER_DECODE[head_dim], lambda s: lambda: hopper_paged_launch(*steps, None, s)
 

@@ -4,7 +4,7 @@
 ``set_attn_implementation``; ``generate()`` on such a model keeps its keys and values in a :class:`PagedCache`.
 """
 
-from .cache import PagedCache
+from .cache.paged_cache import PagedCache
 from .engine import (
     Engine,
     EngineConfig,
@@ -16,7 +16,7 @@ from .engine import (
     is_supported,
 )
 from .errors import OutOfPagesError, RequestError, UnsupportedModelError
-from .generate_patch import generate, patch_generate, unpatch_generate
+from .generation.patch import generate, patch_generate, unpatch_generate
 from .hooks import row_wise
 from .paging import PagePool
 from .registration import register

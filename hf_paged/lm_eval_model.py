@@ -23,7 +23,7 @@ from transformers.utils.logging import tqdm
 
 from .engine import Engine, EngineConfig
 from .errors import UnsupportedModelError
-from .generate_patch import base_model, patch_generate
+from .generation.patch import base_model, patch_generate
 from .hooks import reason_in_adapter
 
 try:

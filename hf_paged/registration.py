@@ -5,10 +5,10 @@ from typing import Any
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
-from .attention import paged_flash_attention, paged_flash_mask
-from .cache import PagedCache
+from .attention.flash_functions import all_functions
+from .attention.interface import paged_flash_attention, paged_flash_mask
+from .cache.paged_cache import PagedCache
 from .errors import UnsupportedModelError
-from .flash_functions import all_functions
 from .transformers_internals import NAMES, PACKED_PREFIX, install
 
 logger = logging.get_logger(__name__)

@@ -27,7 +27,7 @@ def imports(path: Path) -> Iterator[str]:
             above = package[: len(package) - node.level + 1] if node.level else ()
             module = ".".join([*above, *([node.module] if node.module else [])])
             yield module
-            # "from . import ops" imports hf_paged_kernels.ops.
+            # "from . import ops" imports hf_paged_kernels.attention.ops.
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
@@ -63,13 +63,13 @@ def test_imports_point_down_only(folder, forbidden):
 
 def test_paging_needs_torch_and_the_errors_only():
     allowed = ("torch", "hf_paged.paging", "hf_paged.errors")
-    found = {m for path in (ROOT / "hf_paged" / "paging").glob("*.py") for m in imports(path)}
+    found = {m for path in (ROOT / "hf_paged" / "paging").rglob("*.py") for m in imports(path)}
     outside = {m for m in found if m.partition(".")[0] not in sys.stdlib_module_names and not m.startswith(allowed)}
     assert outside == set()
 
 
 def test_the_package_uses_triton_in_kernel_files_only():
-    files = [path for path in KERNELS.glob("*.py") if not path.stem.endswith(("_triton", "_gluon"))]
+    files = [path for path in KERNELS.rglob("*.py") if not path.stem.endswith(("_triton", "_gluon"))]
     assert [p.name for p in files if any(m.partition(".")[0] == "triton" for m in imports(p))] == []
 
 
@@ -77,10 +77,10 @@ LAUNCHERS = {
     f"hf_paged_kernels.{name}"
     for module, function in (
         ("backend", "uses_gluon"),
-        ("flash_attention_triton", "flash_attention_launch"),
-        ("paged_attention_quantized_triton", "quantized_paged_attention_launch"),
-        ("paged_attention_triton", "paged_attention_launch"),
-        ("paged_attention_quantized_triton", "quantized_paged_attention_launch"),
+        ("attention.flash_forward_triton", "flash_attention_launch"),
+        ("attention.paged_quantized_triton", "quantized_paged_attention_launch"),
+        ("attention.paged_triton", "paged_attention_launch"),
+        ("attention.paged_quantized_triton", "quantized_paged_attention_launch"),
     )
     for name in (module, f"{module}.{function}")
 }

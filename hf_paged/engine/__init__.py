@@ -3,8 +3,8 @@
 from .config import EngineConfig
 from .engine import Engine, EngineStats
 from .handle import RequestHandle
-from .request import RequestOutput, RequestTiming, SequenceOutput
-from .support import is_supported
+from .scheduling.request import RequestOutput, RequestTiming, SequenceOutput
+from .startup.support import is_supported
 
 __all__ = [
     "Engine",

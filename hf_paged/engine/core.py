@@ -18,25 +18,25 @@ import numpy as np
 import torch
 from hf_paged_kernels.settings import longest_short_query
 
-from ..cache import KV_DTYPES
+from ..cache.paged_cache import KV_DTYPES
 from ..errors import InvalidScoresError
 from ..paging import GONE, PagePool
-from .beam_search import BeamSearch
-from .chunk_graphs import ChunkGraphs, chunk_sizes
-from .compiled import CompiledModules
+from .async_copy import Arrival, send
 from .config import EngineConfig
-from .decode_graphs import Capture, CudaCapture, DecodeGraphs, reason_against
-from .engine_cache import EngineCache
-from .logprobs import prompt_logprobs
-from .memory import PageRoom, split_pages
-from .request import Request, RequestOutput, RequestTiming, Row, SequenceOutput, State
-from .runner import Runner, StepLogits
-from .scheduler import Scheduler, StepWork, job_tokens, mixed_prompt_tokens
-from .selection import Selection, TokenSelector, invalid_scores_error, merged
-from .slot_pages import SlotPages
-from .slots import Slots
-from .step_inputs import SlotTables
-from .transfers import Arrival, send
+from .execution.chunk_graphs import ChunkGraphs, chunk_sizes
+from .execution.compiled import CompiledModules
+from .execution.decode_graphs import Capture, CudaCapture, DecodeGraphs, reason_against
+from .execution.engine_cache import EngineCache
+from .execution.model_runner import Runner, StepLogits
+from .execution.step_inputs import SlotTables
+from .sampling.beam_search import BeamSearch
+from .sampling.logprobs import prompt_logprobs
+from .sampling.token_selector import Selection, TokenSelector, invalid_scores_error, merged
+from .scheduling.page_budget import PageRoom, split_pages
+from .scheduling.request import Request, RequestOutput, RequestTiming, Row, SequenceOutput, State
+from .scheduling.scheduler import Scheduler, StepWork, job_tokens, mixed_prompt_tokens
+from .scheduling.slot_pages import SlotPages
+from .scheduling.slots import Slots
 
 
 @dataclass(slots=True)

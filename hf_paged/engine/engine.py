@@ -39,15 +39,15 @@ from ..fusion import FusedModel
 from ..transformers_internals import is_tested_version
 from .config import EngineConfig
 from .core import EngineCore, Launched
-from .decode_graphs import reason_against
-from .fuse_steps import fuse
+from .execution.decode_graphs import reason_against
+from .execution.model_fingerprint import read_buffers, written_buffers
 from .handle import RequestHandle
-from .live_model import read_buffers, written_buffers
-from .memory import PageRoom, choose_num_pages, model_length, working_bytes
-from .request import Request, RequestOutput, Row
-from .self_check import probe, run_reference
-from .support import is_supported
-from .token_rules import TokenRules
+from .sampling.request_params import TokenRules
+from .scheduling.page_budget import PageRoom, choose_num_pages, model_length, working_bytes
+from .scheduling.request import Request, RequestOutput, Row
+from .startup.fusion_steps import fuse
+from .startup.self_check import probe, run_reference
+from .startup.support import is_supported
 from .trace import RequestRecord, StepRecord, Trace
 from .turn_lock import TurnLock
 

@@ -5,7 +5,7 @@ from collections.abc import AsyncIterator, Iterator
 from typing import TYPE_CHECKING
 
 from ..errors import RequestError
-from .request import Request, RequestOutput, State
+from .scheduling.request import Request, RequestOutput, State
 
 if TYPE_CHECKING:
     from .engine import Engine

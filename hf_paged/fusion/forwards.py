@@ -20,15 +20,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from hf_paged_kernels.backend import has_gluon
-from hf_paged_kernels.batch_linear import (
+from hf_paged_kernels.layers.ops import gated_activation_op, rms_norm_op, rms_norm_parts_op
+from hf_paged_kernels.linear.decode import (
     batch_gated_linear_op,
     batch_linear_op,
     batch_linear_settings,
     linear_parts_op,
     num_linear_parts,
 )
-from hf_paged_kernels.fused_ops import gated_activation_op, rms_norm_op, rms_norm_parts_op
-from hf_paged_kernels.small_linear import choose_small_linear, small_gated_linear_op, small_linear_op
+from hf_paged_kernels.linear.skinny import choose_small_linear, small_gated_linear_op, small_linear_op
 from torch import nn
 
 from ..transformers_internals import given_cache

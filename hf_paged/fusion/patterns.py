@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from hf_paged_kernels.fused_reference import rms_norm_reference
+from hf_paged_kernels.layers.reference import rms_norm_reference
 from torch import nn
 
 from .forwards import AttentionOptions, FusedNorm, LayerParts

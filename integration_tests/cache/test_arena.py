@@ -625,7 +625,7 @@ def test_cuda_from_another_thread():
 @pytest.mark.gpu
 def test_cuda_triton_takes_a_view():
     """A launcher of Triton asks the driver for each pointer that it gets."""
-    from hf_paged_kernels.ops import write_pages_op
+    from hf_paged_kernels.attention.ops import write_pages_op
 
     arena = make_cuda_arena(GIB)
     arena.commit(8 * MIB)

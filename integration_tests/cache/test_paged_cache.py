@@ -20,8 +20,8 @@ from transformers import (
 )
 
 import hf_paged
-from hf_paged.paged_layer import PagedLayer
-from hf_paged.paged_states import PagedStates
+from hf_paged.cache.paged_layer import PagedLayer
+from hf_paged.cache.paged_states import PagedStates
 from hf_paged.paging import GONE
 
 SHAPE = {

@@ -16,7 +16,7 @@ from host import cache_of, with_cache
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 import hf_paged
-from hf_paged.paged_layer import PagedLayer
+from hf_paged.cache.paged_layer import PagedLayer
 
 sys.path.append(str(Path(__file__).parents[1] / "models"))
 from tiny_models import build, copy_weights, randomise, tiny_config

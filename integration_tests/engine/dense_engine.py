@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from hf_paged_kernels.sampling_reference import gumbel_noise
+from hf_paged_kernels.sampling.reference import gumbel_noise
 from transformers import (
     EpsilonLogitsWarper,
     EtaLogitsWarper,
@@ -17,8 +17,8 @@ from transformers import (
     TypicalLogitsWarper,
 )
 
-from hf_paged.engine.beam_search import BeamSearch, BeamSequence
-from hf_paged.engine.selection import INVALID_TOKEN, TokenRules, TokenSelector, invalid_scores_error
+from hf_paged.engine.sampling.beam_search import BeamSearch, BeamSequence
+from hf_paged.engine.sampling.token_selector import INVALID_TOKEN, TokenRules, TokenSelector, invalid_scores_error
 
 
 @torch.no_grad()

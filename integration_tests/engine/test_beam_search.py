@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_paged_kernels.sampling_reference import gumbel_noise
+from hf_paged_kernels.sampling.reference import gumbel_noise
 from transformers import GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
 from dense_engine import all_logits, run_beams
 from explicit_models import prompts, tiny_model
 
-from hf_paged.engine.beam_search import BeamSearch
-from hf_paged.engine.selection import TokenRules
+from hf_paged.engine.sampling.beam_search import BeamSearch
+from hf_paged.engine.sampling.token_selector import TokenRules
 
 EOS = [3, 7, 19, 40, 55, 56]
 

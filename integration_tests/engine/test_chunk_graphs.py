@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from hf_paged.engine import chunk_graphs
-from hf_paged.engine.chunk_graphs import (
+from hf_paged.engine.execution import chunk_graphs
+from hf_paged.engine.execution.chunk_graphs import (
     KNOWN,
     MIN_ROWS,
     ChunkGraphs,
@@ -18,10 +18,10 @@ from hf_paged.engine.chunk_graphs import (
     mixed_totals,
     output_sizes,
 )
-from hf_paged.engine.engine_cache import EngineLayer
-from hf_paged.engine.scheduler import StepWork
-from hf_paged.engine.slots import Slots
-from hf_paged.engine.step_inputs import StepInputs
+from hf_paged.engine.execution.engine_cache import EngineLayer
+from hf_paged.engine.execution.step_inputs import StepInputs
+from hf_paged.engine.scheduling.scheduler import StepWork
+from hf_paged.engine.scheduling.slots import Slots
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
 from random_requests import tiny_model

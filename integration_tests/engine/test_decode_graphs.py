@@ -13,7 +13,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor
 
 import hf_paged
-from hf_paged.engine.decode_graphs import (
+from hf_paged.engine.execution.decode_graphs import (
     CaptureError,
     DecodeGraphs,
     RefuseHostReads,

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from hf_paged_kernels.ops import paged_attention_op
+from hf_paged_kernels.attention.ops import paged_attention_op
 from transformers import GenerationConfig, LogitsProcessor
 
 import hf_paged
-from hf_paged.engine.cpu_attention import attend_groups, plan_groups
-from hf_paged.engine.selection import TokenRules
+from hf_paged.engine.execution.cpu_attention import attend_groups, plan_groups
+from hf_paged.engine.sampling.token_selector import TokenRules
 from hf_paged.paging import LayerPages
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]

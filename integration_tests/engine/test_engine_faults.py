@@ -18,7 +18,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 import hf_paged
-from hf_paged.engine.token_rules import Sampling, TokenRules
+from hf_paged.engine.sampling.request_params import Sampling, TokenRules
 
 sys.path.insert(0, str(Path(__file__).parent))
 from random_requests import tiny_model

@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import hf_paged
-from hf_paged.engine.decode_graphs import CaptureError, CudaCapture
+from hf_paged.engine.execution.decode_graphs import CaptureError, CudaCapture
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
 from random_requests import tiny_model

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hf_paged_kernels.sampling_reference import gumbel_noise
+from hf_paged_kernels.sampling.reference import gumbel_noise
 from transformers import GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
 from explicit_models import prompts, tiny_model
 
 import hf_paged
-from hf_paged.engine.selection import TokenRules, TokenSelector
+from hf_paged.engine.sampling.token_selector import TokenRules, TokenSelector
 
 pytestmark = pytest.mark.gpu
 

@@ -13,7 +13,7 @@ sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "mod
 from random_requests import tiny_model
 from test_decode_graphs import alone, config, prompt
 
-from hf_paged.engine.scheduler import JOB_TOKENS, job_tokens
+from hf_paged.engine.scheduling.scheduler import JOB_TOKENS, job_tokens
 
 BUDGET, LEAST = 96, 24
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import hf_paged
-from hf_paged.engine.live_model import NUM_SUMS, LiveModel, sums, weighted_sums
+from hf_paged.engine.execution.model_fingerprint import NUM_SUMS, LiveModel, sums, weighted_sums
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
 from random_requests import tiny_model

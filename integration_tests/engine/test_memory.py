@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import hf_paged
-from hf_paged.engine import memory
-from hf_paged.engine.memory import PageRoom, choose_num_pages, working_bytes
+from hf_paged.engine.scheduling import page_budget
+from hf_paged.engine.scheduling.page_budget import PageRoom, choose_num_pages, working_bytes
 from hf_paged.paging import PagePool
 from hf_paged.paging import pool as pool_module
 from hf_paged.paging.arena import CopyingArena, CpuArena
@@ -205,7 +205,7 @@ def test_captured_steps_see_pages_that_got_memory_later(model, card):
 
 
 def test_pages_leave_room_for_steps(monkeypatch):
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(page_budget, "free_bytes", lambda device: 1000)
     sizes = {torch.device("cpu"): 10}
     assert choose_num_pages(sizes, 0.9, 1 << 20) == 90
     assert choose_num_pages(sizes, 0.9, 1 << 20, reserve=50) == 90

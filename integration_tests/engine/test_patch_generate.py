@@ -36,9 +36,10 @@ from explicit_models import prompts, tiny_model
 from tokenizers_of_tests import characters
 
 import hf_paged
-from hf_paged import EngineConfig, UnsupportedModelError, generate_loop
-from hf_paged.engine.token_rules import derived_seed
-from hf_paged.generate_patch import PatchedGenerate
+from hf_paged import EngineConfig, UnsupportedModelError
+from hf_paged.engine.sampling.request_params import derived_seed
+from hf_paged.generation import loop
+from hf_paged.generation.patch import PatchedGenerate
 from hf_paged.hooks import is_marked
 
 EOS = [3, 7, 19, 40, 55, 56]
@@ -581,10 +582,10 @@ def test_models_that_the_engine_cannot_serve(reasons):
 
 
 def test_the_reason_is_logged_once(model, caplog, monkeypatch):
-    monkeypatch.setattr(generate_loop.logger, "propagate", True)
+    monkeypatch.setattr(loop.logger, "propagate", True)
     lines = []
-    monkeypatch.setattr(generate_loop.logger, "warning", lambda message, *args: lines.append(message))
-    generate_loop.logger.warning_once.cache_clear()
+    monkeypatch.setattr(loop.logger, "warning", lambda message, *args: lines.append(message))
+    loop.logger.warning_once.cache_clear()
     hf_paged.patch_generate(model, CONFIG)
     for _ in range(3):
         model.generate(batch(5)["input_ids"], max_new_tokens=2, cache_implementation="static")

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from transformers import LlamaForCausalLM, WhisperConfig, WhisperForCausalLM
 
 import hf_paged
-from hf_paged import UnsupportedModelError, generate_loop
-from hf_paged.engine import runner
+from hf_paged import UnsupportedModelError
+from hf_paged.engine.execution import model_runner
+from hf_paged.generation import loop
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
 from random_requests import tiny_model
@@ -23,8 +24,8 @@ OPTIONS = dict(num_pages=32, page_size=8, max_num_seqs=6, max_batch_tokens=32)
 def reasons(monkeypatch) -> list[str]:
     """Why calls went to transformers."""
     found: list[str] = []
-    monkeypatch.setattr(hf_paged.generate_patch, "log_original", found.append)
-    monkeypatch.setattr(generate_loop, "log_original", found.append)
+    monkeypatch.setattr(hf_paged.generation.patch, "log_original", found.append)
+    monkeypatch.setattr(loop, "log_original", found.append)
     return found
 
 
@@ -112,7 +113,7 @@ def test_a_model_that_cannot_run_a_step_is_refused_at_the_start(reasons):
 
 @pytest.mark.parametrize("kind", ["usual", "lookup", "beams", "prompt logprobs"])
 def test_a_model_over_devices_gets_indices_that_are_good_everywhere(kind, monkeypatch):
-    monkeypatch.setattr(runner, "num_devices", lambda model: 2)
+    monkeypatch.setattr(model_runner, "num_devices", lambda model: 2)
     model = tiny_model("llama")
     options = {"lookup": dict(prompt_lookup_num_tokens=3), "beams": dict(num_beams=3)}.get(kind, {})
     prompts = [prompt(n, n) for n in (3, 20, 40, 9)]

@@ -6,14 +6,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hf_paged_kernels.sampling_reference import sample_tokens_reference
+from hf_paged_kernels.sampling.reference import sample_tokens_reference
 
 import hf_paged
-from hf_paged.engine import chunk_graphs, sampling
-from hf_paged.engine.decode_graphs import CudaCapture
-from hf_paged.engine.sampling import SlotSampling
-from hf_paged.engine.scheduler import StepWork
-from hf_paged.engine.token_rules import TokenRules
+from hf_paged.engine.execution import chunk_graphs
+from hf_paged.engine.execution.decode_graphs import CudaCapture
+from hf_paged.engine.sampling import slot_sampling
+from hf_paged.engine.sampling.request_params import TokenRules
+from hf_paged.engine.sampling.slot_sampling import SlotSampling
+from hf_paged.engine.scheduling.scheduler import StepWork
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
 from explicit_models import tiny_model as tiny_model_without_eos
@@ -283,7 +284,7 @@ def test_an_engine_with_graphs_gives_the_tokens_of_the_reference(monkeypatch):
     with hf_paged.Engine(model, hf_paged.EngineConfig(**options), background=False) as engine:
         outputs = [handle.result() for handle in submit_mix(engine, 30)]
         assert engine._core.runner.graphs.failure is None
-    monkeypatch.setattr(sampling, "sample_tokens_op", reference)
+    monkeypatch.setattr(slot_sampling, "sample_tokens_op", reference)
     eager = hf_paged.EngineConfig(**options, cuda_graphs=False)
     with hf_paged.Engine(model, eager, background=False) as engine:
         expected = [handle.result() for handle in submit_mix(engine, 30)]

@@ -12,7 +12,7 @@ sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "mod
 from random_requests import tiny_model
 from test_decode_graphs import FAMILIES, alone, config, prompt
 
-from hf_paged.engine.scheduler import mixed_prompt_tokens
+from hf_paged.engine.scheduling.scheduler import mixed_prompt_tokens
 
 BUDGET = 64
 

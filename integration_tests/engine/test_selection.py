@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hf_paged_kernels import sampling_reference
-from hf_paged_kernels.sampling_reference import INVALID_TOKEN, gumbel_noise, warp_logits
+from hf_paged_kernels.sampling import reference
+from hf_paged_kernels.sampling.reference import INVALID_TOKEN, gumbel_noise, warp_logits
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -25,9 +25,9 @@ from dense_engine import reference_tokens, run_assisted, run_rows
 from explicit_models import prompts, tiny_model
 from tokenizers_of_tests import characters
 
-from hf_paged.engine.logprobs import ComingLogprobs, prompt_logprobs
-from hf_paged.engine.selection import TokenRules, TokenSelector
-from hf_paged.engine.token_rules import derived_seed, unserved_reason
+from hf_paged.engine.sampling.logprobs import ComingLogprobs, prompt_logprobs
+from hf_paged.engine.sampling.request_params import derived_seed, unserved_reason
+from hf_paged.engine.sampling.token_selector import TokenRules, TokenSelector
 from hf_paged.transformers_internals import prepare_generation
 
 VOCAB = 97
@@ -47,8 +47,8 @@ def test_splitmix64_is_the_published_sequence():
     """The first outputs for seed 1234567 in the generator's reference implementation."""
     state, outputs = torch.tensor([1234567]), []
     for _ in range(3):
-        outputs.append(int(sampling_reference.splitmix64(state)[0]) % 2**64)
-        state += sampling_reference.GOLDEN
+        outputs.append(int(reference.splitmix64(state)[0]) % 2**64)
+        state += reference.GOLDEN
     assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
 
 
@@ -70,7 +70,7 @@ def test_noise_is_that_of_exact_integer_arithmetic():
 
     seeds, positions = [0, 1, 2**63 - 1, -1, -(2**63)], [0, 1, 7, 10**6, 2**40]
     where = torch.tensor(seeds), torch.tensor(positions), torch.arange(1000, dtype=torch.int32)
-    uniform, noise = sampling_reference.uniform_noise(*where), gumbel_noise(*where)
+    uniform, noise = reference.uniform_noise(*where), gumbel_noise(*where)
     for row, (seed, position) in enumerate(zip(seeds, positions)):
         key = splitmix(splitmix(seed % 2**64) ^ position)
         for token in (0, 1, 2, 500, 999):
@@ -417,7 +417,7 @@ def test_plain_requests_are_prepared_without_the_device(model, monkeypatch, opti
         devices.append(prompt.device.type)
         return prepare_generation(model, config, torch.zeros(prompt.shape, dtype=torch.int64), **kwargs)
 
-    monkeypatch.setattr("hf_paged.engine.token_rules.prepare_generation", prepare)
+    monkeypatch.setattr("hf_paged.engine.sampling.request_params.prepare_generation", prepare)
     monkeypatch.setattr(type(model), "device", torch.device("meta"))
     make = lambda: TokenRules.make(model, GenerationConfig(pad_token_id=0, **options), prompt_ids=[1, 2])  # noqa: E731
     torch.manual_seed(3)
@@ -585,8 +585,8 @@ def test_logprobs_of_large_logits(size):
     logits[0, :8] = size
     slot = torch.zeros(1, dtype=torch.int64)
     neutral = (torch.zeros(1), slot, torch.ones(1), torch.zeros(1), slot, slot + 1)
-    rules = torch.zeros(1, sampling_reference.MARKS + 4, dtype=torch.int64)
-    _, known = sampling_reference.sample_tokens_reference(logits, slot, slot, *neutral, rules)
+    rules = torch.zeros(1, reference.MARKS + 4, dtype=torch.int64)
+    _, known = reference.sample_tokens_reference(logits, slot, slot, *neutral, rules)
     for lse in (None, known):
         (got,) = ComingLogprobs(logits, torch.tensor([3]), [8], lse).wait()
         assert got.logprob == pytest.approx(-math.log(8), abs=1e-6)

@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, StopStringCriteria
 
 import hf_paged
-from hf_paged.stop_strings import StopStrings
+from hf_paged.engine.sampling.stop_strings import StopStrings
 
 sys.path.insert(0, str(Path(__file__).parent))
 from random_requests import tiny_model

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import hf_paged.attention
+import hf_paged
 from eval import generation
 from eval.generation import BeamResult, beam_check, chi_square, greedy_agreement, main, make_prompts, sampling_check
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
-import hf_paged.attention
 from eval import report, report_figure
 from eval.induction_model import induction_model
 from eval.kv_quantisation import kv_table
 from eval.quality import QualityRow, Reference, Settings, measure
 from eval.retrieval import INDUCTION_PATHS, QUANTISED_PATHS, Grid, induction_grid, passkey_grid, passkey_prompt
 from eval.verdict import judge, limits_of
+from hf_paged.attention import interface
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 PAGE = 16
@@ -142,18 +142,14 @@ def skip_the_last_tile(paged_attention):
 
 @pytest.mark.parametrize("fault", [drop_one_page, skip_the_last_tile], ids=lambda fault: fault.__name__)
 def test_faults_of_the_kernel_are_caught(monkeypatch, capsys, fault):
-    monkeypatch.setattr(
-        hf_paged.attention, "paged_attention_op", fault(hf_paged.attention.paged_attention_op)
-    )  # fmt: skip
+    monkeypatch.setattr(interface, "paged_attention_op", fault(interface.paged_attention_op))
     line = fails(capsys, "--path", "prefill", "decode", "--induction-lengths")
     assert "paged_flash decode: perplexity differs" in line
     assert "paged_flash prefill" not in line, "that path reads no pages"
 
 
 def test_a_dropped_page_is_caught_by_retrieval_alone(monkeypatch, capsys):
-    monkeypatch.setattr(
-        hf_paged.attention, "paged_attention_op", drop_one_page(hf_paged.attention.paged_attention_op)
-    )  # fmt: skip
+    monkeypatch.setattr(interface, "paged_attention_op", drop_one_page(interface.paged_attention_op))
     line = fails(capsys, "--path", "prefill", "--induction-lengths", "600")
     assert "induction model, chunked_prefill, auto pages" in line
     assert "induction model, decode, auto pages" in line

@@ -16,7 +16,7 @@ import transformers.testing_utils as testing
 from transformers import Cache, GenerationMixin, PreTrainedModel
 
 import hf_paged
-from hf_paged.generate_patch import PatchedGenerate
+from hf_paged.generation.patch import PatchedGenerate
 from hf_paged.transformers_internals import uses_attention_interface
 
 MODE = os.environ.get("HF_PAGED_HOST_MODE", "baseline")

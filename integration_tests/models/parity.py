@@ -20,6 +20,7 @@ sys.path[:0] = [
     str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent), str(ROOT / "integration_tests" / "support"),
 ]  # fmt: skip
 
+import hf_paged_kernels  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from host import cache_of, with_cache  # noqa: E402
@@ -27,8 +28,8 @@ from tiny_models import WINDOW, WINDOW_OFF, build, copy_weights, families, rando
 from transformers import AttentionInterface, GenerationConfig, PreTrainedModel  # noqa: E402
 
 import hf_paged  # noqa: E402
-from hf_paged import attention  # noqa: E402
-from hf_paged.paged_states import PagedStates  # noqa: E402
+from hf_paged.attention import interface  # noqa: E402
+from hf_paged.cache.paged_states import PagedStates  # noqa: E402
 
 SUPPORT_FILE = ROOT / "eval" / "results" / "model_support.md"
 STATUSES = ("works", "refused", "not built")
@@ -96,7 +97,7 @@ class _Keep(logging.Handler):
 def watch(change: Callable[..., Any] | None = None) -> Iterator[Spy]:
     """Count what reaches "paged_flash"; ``change`` takes its place, to see whether the matrix would notice."""
     spy = Spy()
-    dense, with_dense_mask, called = PagedStates.dense, attention._with_dense_mask, attention.paged_flash_attention
+    dense, with_dense_mask, called = PagedStates.dense, interface._with_dense_mask, interface.paged_flash_attention
 
     def count_call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         spy.calls[id(module)] += 1
@@ -114,14 +115,14 @@ def watch(change: Callable[..., Any] | None = None) -> Iterator[Spy]:
     type(logger).warning_once.cache_clear()  # type: ignore[attr-defined]
     level = logger.level
     AttentionInterface.register("paged_flash", count_call)
-    PagedStates.dense, attention._with_dense_mask = count_gather, count_dense_mask
+    PagedStates.dense, interface._with_dense_mask = count_gather, count_dense_mask
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING)
     try:
         yield spy
     finally:
         AttentionInterface.register("paged_flash", called)
-        PagedStates.dense, attention._with_dense_mask = dense, with_dense_mask
+        PagedStates.dense, interface._with_dense_mask = dense, with_dense_mask
         logger.removeHandler(handler)
         logger.setLevel(level)
 
@@ -239,7 +240,8 @@ def cache_column(outputs: dict[str, Any], spy: Spy) -> str:
 def is_clear(error: Exception) -> bool:
     """Whether an error is this package's own and says what to do."""
     frames = traceback.extract_tb(error.__traceback__)
-    ours = any(Path(frame.filename).parent.name in ("hf_paged", "hf_paged_kernels") for frame in frames[-2:])
+    packages = [Path(package.__file__).parent for package in (hf_paged, hf_paged_kernels)]
+    ours = any(package in Path(frame.filename).parents for frame in frames[-2:] for package in packages)
     return ours and isinstance(error, ValueError) and "attn_implementation=" in str(error)
 
 

@@ -31,7 +31,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from explicit_models import BASE, prompts, tiny_config, tiny_model, with_drawn_weights
 
 import hf_paged
-from hf_paged import attention
+from hf_paged.attention import interface
 
 FAMILIES = ["llama", "mistral", "gemma2", "gpt_oss"]
 LENGTHS = (13, 1, 22, 9)
@@ -184,7 +184,7 @@ def test_packed_sequences_by_position_ids(family):
 
 def test_packed_sequences_take_the_kernels(llama, monkeypatch):
     """Not the path with a full attention matrix, which would be right as well."""
-    monkeypatch.setattr(attention, "_with_dense_mask", None)
+    monkeypatch.setattr(interface, "_with_dense_mask", None)
     ids, positions = packed(prompts(*LENGTHS))
     llama(ids, position_ids=positions, use_cache=False)
 
@@ -279,7 +279,7 @@ def test_a_4d_mask(family, kind, cache):
 
 
 def test_a_4d_mask_is_reported_once(llama, caplog, monkeypatch):
-    attention.logger.warning_once.cache_clear()
+    interface.logger.warning_once.cache_clear()
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     for _ in range(2):
         llama(torch.tensor(prompts(6)), attention_mask=banded(6), use_cache=False)
@@ -321,7 +321,7 @@ def test_masks_of_other_ranks_are_refused(llama):
     module = llama.model.layers[0].self_attn
     q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16)
     with pytest.raises(ValueError, match=r"attention_mask must be 2D or 4D, got the shape \[1, 3, 3\]"):
-        attention.paged_flash_attention(module, q, k, k, torch.ones(1, 3, 3), sliding_window=None)
+        interface.paged_flash_attention(module, q, k, k, torch.ones(1, 3, 3), sliding_window=None)
 
 
 # Bidirectional attention

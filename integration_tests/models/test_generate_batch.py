@@ -22,7 +22,7 @@ from explicit_models import tiny_model as tiny_model_on_cpu
 from helpers import DEVICE, TOLERANCE, error, softmax_attention
 
 import hf_paged
-from hf_paged import attention, batched_decode
+from hf_paged.attention import continuous_batching, interface
 
 GREEDY = GenerationConfig(max_new_tokens=12, do_sample=False, eos_token_id=None, pad_token_id=0)
 LENGTHS = (1, 5, 23, 40, 11)
@@ -65,14 +65,14 @@ def generate_batch(model: PreTrainedModel, all_prompts: list[list[int]], **optio
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
     """What each call of our attention on a batching cache saw: tokens, sequences, whether by block table."""
     seen: list[SimpleNamespace] = []
-    original = attention._batched
+    original = interface._batched
 
     def spy(module, query, key, value, cache, options, kwargs):
         num_seqs = kwargs["cu_seq_lens_q"].shape[0] - 1
         seen.append(SimpleNamespace(tokens=query.shape[2], seqs=num_seqs, table=kwargs["block_table"] is not None))
         return original(module, query, key, value, cache, options, kwargs)
 
-    monkeypatch.setattr(attention, "_batched", spy)
+    monkeypatch.setattr(interface, "_batched", spy)
     return seen
 
 
@@ -302,7 +302,7 @@ class CacheOf517:
 @pytest.fixture(params=["reference", "triton"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both implementations of the ops, the Triton one through its interpreter where there is no GPU."""
-    monkeypatch.setattr("hf_paged_kernels.ops.uses_triton", lambda _: request.param == "triton")
+    monkeypatch.setattr("hf_paged_kernels.attention.ops.uses_triton", lambda _: request.param == "triton")
 
 
 PAGES, SIZE, HEADS, KV_HEADS, DIM = 12, 8, 4, 2, 16
@@ -342,7 +342,7 @@ def test_block_table_step_against_dense_attention(make_cache, options, seq_lens,
     if "s_aux" in kwargs:
         kwargs["s_aux"] = sinks()
     cu_seqlens_k = torch.tensor([0, *torch.tensor(seq_lens).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
-    out, weights = attention.paged_flash_attention(
+    out, weights = interface.paged_flash_attention(
         SimpleNamespace(layer_idx=3, is_causal=True), query, key, value, None,
         cache=make_cache(k_cache, v_cache), block_table=table.to(DEVICE), read_index=[], write_index=[],
         cu_seq_lens_q=torch.arange(num_seqs + 1, dtype=torch.int32, device=DEVICE), use_cache=False,
@@ -403,7 +403,7 @@ def test_layers_of_a_step_share_its_rows_and_a_step_starts_at_its_first_layer():
     queries = torch.tensor([0, 1, 2, 2], dtype=torch.int32)
 
     def rows(layer: int, group: int, queries=queries):
-        return batched_decode.decode_rows(queries, layer, tables[group], bounds, 8, None)
+        return continuous_batching.decode_rows(queries, layer, tables[group], bounds, 8, None)
 
     first = rows(0, 0)
     assert first.slots.tolist() == [1 * 8 + 0, 2 * 8 + 3, -1]
@@ -418,15 +418,15 @@ def test_layers_of_a_step_share_its_rows_and_a_step_starts_at_its_first_layer():
     other = queries.clone()
     assert rows(2, 0, other) is not again, "another step has other lengths"
     assert rows(2, 0) is again, "and may run between the layers of this one"
-    steps = len(batched_decode._steps)
+    steps = len(continuous_batching._steps)
     del other
-    assert len(batched_decode._steps) == steps - 1, "what a step shares goes with it"
+    assert len(continuous_batching._steps) == steps - 1, "what a step shares goes with it"
 
 
 @pytest.mark.usefixtures("block_tables_on_cpu")
 def test_rows_are_computed_once_a_step(steps, monkeypatch):
-    made, make = [], batched_decode._make_rows
-    monkeypatch.setattr(batched_decode, "_make_rows", lambda *args: made.append(1) or make(*args))
+    made, make = [], continuous_batching._make_rows
+    monkeypatch.setattr(continuous_batching, "_make_rows", lambda *args: made.append(1) or make(*args))
     model = tiny_model("llama", "paged_flash_2")
     generate_batch(model, prompts(*LENGTHS), use_cuda_graph=False, max_blocks_per_request=8)
     assert len(made) * model.config.num_hidden_layers == sum(step.table for step in steps) > 0

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from explicit_models import prompts, tiny_model
 
 import hf_paged  # noqa: F401  registers paged_flash
-from hf_paged import attention
+from hf_paged.attention import interface
 
 MODELS = Path(transformers.__file__).parent / "models"
 PARAMETERS = frozenset(
@@ -42,21 +42,21 @@ def written_keywords():
 
 
 def test_every_keyword_that_a_layer_of_transformers_writes_is_known():
-    known = PARAMETERS | attention.NO_EFFECT | attention.UNSUPPORTED | attention.BATCHING | set(attention.VARLEN)
+    known = PARAMETERS | interface.NO_EFFECT | interface.UNSUPPORTED | interface.BATCHING | set(interface.VARLEN)
     found = written_keywords()
     assert len(found) > 10
     assert found.keys() >= {"dropout", "scaling", "position_bias", "indices", "s_aux"}
     unknown = {name: sorted(models)[:5] for name, models in found.items() if name not in known}
-    assert not unknown, "decide what they do to attention, and put them into a list of hf_paged/attention.py"
+    assert not unknown, "decide what they do to attention, and put them into a list of hf_paged/attention/interface.py"
 
 
-@pytest.mark.parametrize("name", sorted(attention.UNSUPPORTED))
+@pytest.mark.parametrize("name", sorted(interface.UNSUPPORTED))
 def test_what_changes_attention_is_refused(name):
     module = tiny_model("llama", "paged_flash").model.layers[0].self_attn
     q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16)
-    attention.paged_flash_attention(module, q, k, k, None, **{name: None})
+    interface.paged_flash_attention(module, q, k, k, None, **{name: None})
     with pytest.raises(ValueError, match=f"LlamaAttention passes {name} to attention, which paged_flash does not"):
-        attention.paged_flash_attention(module, q, k, k, None, **{name: torch.zeros(1)})
+        interface.paged_flash_attention(module, q, k, k, None, **{name: torch.zeros(1)})
 
 
 class LayerOfMine(nn.Module):
@@ -90,9 +90,9 @@ def test_what_a_layer_of_another_library_writes_is_refused():
 def test_a_layer_without_a_source_is_taken_at_its_word():
     layer = type("Sourceless", (nn.Module,), {"__module__": "nowhere", "is_causal": True})()
     q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16)
-    attention.paged_flash_attention(layer, q, k, k, None, position_ids=torch.zeros(1))
+    interface.paged_flash_attention(layer, q, k, k, None, position_ids=torch.zeros(1))
     with pytest.raises(ValueError, match="Sourceless passes anything to attention"):
-        attention.paged_flash_attention(layer, q, k, k, None, anything=3)
+        interface.paged_flash_attention(layer, q, k, k, None, anything=3)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt_oss"])

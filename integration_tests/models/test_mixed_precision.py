@@ -182,7 +182,7 @@ def test_a_patched_model_whose_forward_enables_autocast(name, how, monkeypatch):
     call = dict(attention_mask=mask, max_new_tokens=5, do_sample=False)
     expected = model.generate(ids, **call)
     reasons = []
-    monkeypatch.setattr("hf_paged.generate_patch.log_original", reasons.append)
+    monkeypatch.setattr("hf_paged.generation.patch.log_original", reasons.append)
     hf_paged.patch_generate(model)
     assert torch.equal(model.generate(ids, **call), expected)
     assert len(reasons) == 1
@@ -223,7 +223,7 @@ def test_float32_norms_in_a_model_of_half_precision():
 def test_dtypes_that_no_rule_brings_together_are_refused():
     module = tiny_model("llama", "paged_flash").model.layers[0].self_attn
     q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16)
-    attend = hf_paged.attention.paged_flash_attention
+    attend = hf_paged.attention.interface.paged_flash_attention
     with pytest.raises(TypeError, match=r"the same dtype, got torch.float16, torch.bfloat16 and torch.bfloat16"):
         attend(module, q.half(), k.bfloat16(), k.bfloat16(), None)
     with pytest.raises(TypeError, match=r"the same dtype, got torch.float32, torch.float64 and torch.float64"):

@@ -28,7 +28,7 @@ from parity import (
 from tiny_models import build, copy_weights, families, randomise, tiny_config
 
 import hf_paged
-from hf_paged.attention import paged_flash_attention
+from hf_paged.attention.interface import paged_flash_attention
 
 MUST_WORK = {
     "llama", "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "gemma", "gemma2", "gemma3_text", "gpt_oss", "phi",

@@ -37,9 +37,10 @@ sys.path.insert(0, str(Path(__file__).parent))
 from explicit_models import prompts, tiny_config, tiny_model, with_drawn_weights
 
 import hf_paged
-from hf_paged import flash_functions, registration
+from hf_paged import registration
 from hf_paged import transformers_internals as internals
-from hf_paged.attention import paged_flash_attention, paged_flash_mask
+from hf_paged.attention import flash_functions
+from hf_paged.attention.interface import paged_flash_attention, paged_flash_mask
 
 PACKAGE = Path(hf_paged.__file__).parent
 WRAPPED = [

@@ -69,11 +69,11 @@ def decode_step(dim: int, page_dtype: torch.dtype = torch.bfloat16, width: int =
 
 def attention() -> None:
     """The Gluon kernel of each head dim, decode and prefill; the portable one."""
-    from hf_paged_kernels.attention_hopper_gluon import hopper_flash_launch, hopper_paged_launch
-    from hf_paged_kernels.flash_attention_backward_triton import flash_attention_backward_launch
-    from hf_paged_kernels.flash_attention_triton import flash_attention_launch
-    from hf_paged_kernels.merge_states_triton import merge_attention_states_launch
-    from hf_paged_kernels.paged_attention_triton import paged_attention_launch
+    from hf_paged_kernels.attention.flash_backward_triton import flash_attention_backward_launch
+    from hf_paged_kernels.attention.flash_forward_triton import flash_attention_launch
+    from hf_paged_kernels.attention.hopper_gluon import hopper_flash_launch, hopper_paged_launch
+    from hf_paged_kernels.attention.merge_states_triton import merge_attention_states_launch
+    from hf_paged_kernels.attention.paged_triton import paged_attention_launch
 
     options = (None, 0, None, None, 0.1)
     for dim in (64, 128, 256):
@@ -95,8 +95,8 @@ def attention() -> None:
 
 def quantised() -> None:
     """Attention over FP8 and INT8 pages: decode in Gluon, prefill."""
-    from hf_paged_kernels.paged_attention_quantized_gluon import quantized_splits_launch
-    from hf_paged_kernels.paged_attention_quantized_triton import quantized_paged_attention_launch
+    from hf_paged_kernels.attention.paged_quantized_gluon import quantized_splits_launch
+    from hf_paged_kernels.attention.paged_quantized_triton import quantized_paged_attention_launch
 
     scale = new(50, 2, 16, dtype=torch.float32)
     for dtype in (torch.int8, torch.float8_e4m3fn):
@@ -107,14 +107,14 @@ def quantised() -> None:
 
 def linear() -> None:
     """Linear layers of few and of more tokens, plain, gated and in parts."""
-    from hf_paged_kernels.batch_linear import choose_batch_linear
-    from hf_paged_kernels.batch_linear_gluon import (
+    from hf_paged_kernels.linear.decode import choose_batch_linear
+    from hf_paged_kernels.linear.decode_gluon import (
         batch_gated_linear_launch,
         batch_linear_launch,
         linear_parts_launch,
     )
-    from hf_paged_kernels.small_linear import choose_small_linear
-    from hf_paged_kernels.small_linear_gluon import small_gated_linear_launch, small_linear_launch
+    from hf_paged_kernels.linear.skinny import choose_small_linear
+    from hf_paged_kernels.linear.skinny_gluon import small_gated_linear_launch, small_linear_launch
 
     for rows, columns in ((4096, 1024), (6144, 4096)):
         weight = new(rows, columns)
@@ -137,11 +137,11 @@ def linear() -> None:
 
 def small() -> None:
     """What runs between matmuls, and around a step."""
-    from hf_paged_kernels.decode_inputs_triton import decode_inputs_launch, decode_rows_launch
-    from hf_paged_kernels.gated_activation_triton import gated_activation_launch
-    from hf_paged_kernels.pages_triton import copy_pages_launch, write_pages_launch
-    from hf_paged_kernels.rms_norm_triton import rms_norm_launch, rms_norm_parts_launch
-    from hf_paged_kernels.rotary_write_triton import rotary_write_launch
+    from hf_paged_kernels.attention.pages_triton import copy_pages_launch, write_pages_launch
+    from hf_paged_kernels.layers.decode_inputs_triton import decode_inputs_launch, decode_rows_launch
+    from hf_paged_kernels.layers.gated_activation_triton import gated_activation_launch
+    from hf_paged_kernels.layers.rms_norm_triton import rms_norm_launch, rms_norm_parts_launch
+    from hf_paged_kernels.layers.rotary_write_triton import rotary_write_launch
 
     x, weight, index = new(5, 4096), new(4096), torch.arange(5)
     rms_norm_launch(x, weight, 1e-5, 0.0, True, None)
@@ -164,13 +164,13 @@ def small() -> None:
 
 def sampling() -> None:
     """The choice of tokens."""
-    from hf_paged_kernels import sampling_triton
+    from hf_paged_kernels.sampling import choose_triton
 
     index, numbers = torch.zeros(3, dtype=torch.int64), new(3, dtype=torch.float64)
     rules = new(3, 5000, dtype=torch.int64)
     for dtype in (torch.bfloat16, torch.float32):
         logits = new(3, 50_257, dtype=dtype)
-        sampling_triton.sample_tokens_launch(
+        choose_triton.sample_tokens_launch(
             logits, index, index, numbers, index, numbers, numbers, index, index, rules
         )
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE, TOLERANCE, error, make_pages, prefix_sums, softmax_attention
-from hf_paged_kernels import reference
-from hf_paged_kernels.flash_attention_triton import flash_attention_launch
-from hf_paged_kernels.paged_attention_triton import paged_attention_launch
+from hf_paged_kernels.attention import reference
+from hf_paged_kernels.attention.flash_forward_triton import flash_attention_launch
+from hf_paged_kernels.attention.paged_triton import paged_attention_launch
 from hf_paged_kernels.settings import AttentionSettings
 
 PROFILE = settings(
@@ -225,7 +225,7 @@ def test_settings_given_by_hand(poison):
 @pytest.mark.parametrize("q_lens", [[1, 1, 1], [40, 1, 3]], ids=["decode", "mixed"])
 def test_quantised_pages(triton, poison, page_dtype, dtype, window, q_lens):
     """Written by write_pages, read by paged_attention: exact attention over the dequantised numbers."""
-    from hf_paged_kernels.pages_triton import write_pages_launch
+    from hf_paged_kernels.attention.pages_triton import write_pages_launch
 
     totals, page_size = [150, 9, 64], 8
     keys = [torch.randn(n, 2, 32, dtype=dtype, device=DEVICE) * 3 for n in totals]

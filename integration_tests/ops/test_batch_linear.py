@@ -9,7 +9,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE, TOLERANCE, error
-from hf_paged_kernels.batch_linear import (
+from hf_paged_kernels.layers.ops import rms_norm_parts_op
+from hf_paged_kernels.linear.decode import (
     BatchLinearSettings,
     batch_gated_linear_op,
     batch_linear_op,
@@ -19,7 +20,6 @@ from hf_paged_kernels.batch_linear import (
     linear_parts_reference,
     num_linear_parts,
 )
-from hf_paged_kernels.fused_ops import rms_norm_parts_op
 
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -163,7 +163,7 @@ GATED = [
 @pytest.mark.usefixtures("hopper", "poison")
 def test_kernels(dtype, settings, with_bias):
     """Odd numbers of tokens, features and columns, and more tiles than one of each."""
-    from hf_paged_kernels.batch_linear_gluon import batch_linear_launch, linear_parts_launch
+    from hf_paged_kernels.linear.decode_gluon import batch_linear_launch, linear_parts_launch
 
     tile = settings.tokens + settings.more_tokens
     for tokens, features, width in ((1, 64, 64), (tile, 130, 1000), (tile - 5, 200, 4104), (tile + 9, 67, 640)):
@@ -183,7 +183,7 @@ def test_kernels(dtype, settings, with_bias):
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.usefixtures("hopper", "poison")
 def test_gated_kernels(dtype, settings, with_bias):
-    from hf_paged_kernels.batch_linear_gluon import batch_gated_linear_launch
+    from hf_paged_kernels.linear.decode_gluon import batch_gated_linear_launch
 
     for tokens, features, width in ((1, 64, 64), (settings.tokens, 130, 1000), (settings.tokens + 3, 67, 4104)):
         x, weight, bias = inputs(tokens, features, width, dtype, gated=True)

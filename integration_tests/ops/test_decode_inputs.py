@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from hf_paged_kernels import decode_inputs_triton
-from hf_paged_kernels.decode_inputs_triton import decode_inputs_launch, decode_rows_launch
-from hf_paged_kernels.fused_ops import decode_inputs_op, decode_rows_op
-from hf_paged_kernels.fused_reference import decode_inputs_reference, decode_rows_reference
+from hf_paged_kernels.layers import decode_inputs_triton
+from hf_paged_kernels.layers.decode_inputs_triton import decode_inputs_launch, decode_rows_launch
+from hf_paged_kernels.layers.ops import decode_inputs_op, decode_rows_op
+from hf_paged_kernels.layers.reference import decode_inputs_reference, decode_rows_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 both = pytest.mark.parametrize("triton", [True, False], ids=["triton", "reference"])

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE, TOLERANCE, error, prefix_sums, softmax_attention
-from hf_paged_kernels import ops, reference
-from hf_paged_kernels.flash_attention_backward_triton import flash_attention_backward_launch
+from hf_paged_kernels.attention import ops, reference
+from hf_paged_kernels.attention.flash_backward_triton import flash_attention_backward_launch
 from hf_paged_kernels.settings import AttentionSettings, BackwardSettings, choose_flash_backward_settings
 
 PROFILE = settings(

@@ -1,9 +1,9 @@
-"""The functions of ``hf_paged.flash_functions``, by the arguments that transformers has for them."""
+"""The functions of ``hf_paged.attention.flash_functions``, by the arguments that transformers has for them."""
 
 import pytest
 import torch
 
-from hf_paged import flash_functions
+from hf_paged.attention import flash_functions
 
 D = 16
 

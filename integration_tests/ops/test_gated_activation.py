@@ -9,9 +9,9 @@ from transformers.activations import ACT2FN
 
 sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE, TOLERANCE, error
-from hf_paged_kernels.fused_ops import gated_activation_op
-from hf_paged_kernels.fused_reference import ACTIVATIONS, gated_activation_reference
-from hf_paged_kernels.gated_activation_triton import gated_activation_launch
+from hf_paged_kernels.layers.gated_activation_triton import gated_activation_launch
+from hf_paged_kernels.layers.ops import gated_activation_op
+from hf_paged_kernels.layers.reference import ACTIVATIONS, gated_activation_reference
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 both = pytest.mark.parametrize("triton", [True, False], ids=["triton", "reference"])

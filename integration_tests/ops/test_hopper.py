@@ -205,7 +205,7 @@ def test_the_same_bits_every_time(dim, heads, longest_query):
 def test_one_compilation_whatever_the_lengths(monkeypatch, gluon):
     """200 random mixes of lengths: dense, packed, prefill over pages, decode. One compilation for each kernel."""
     import triton
-    from hf_paged_kernels import ops
+    from hf_paged_kernels.attention import ops
 
     if not gluon:
         monkeypatch.setattr(ops, "uses_gluon", lambda *_: False)
@@ -251,8 +251,8 @@ def test_one_compilation_whatever_the_lengths(monkeypatch, gluon):
 def test_a_settled_plan_gives_the_same_bits(poison, dim, q_len):
     """Keys and values of earlier steps are read while the kernel ahead writes this step's: in a chain of dependent
     launches, whose queries and last keys are others each time."""
-    from hf_paged_kernels.fused_ops import rotary_write_op
-    from hf_paged_kernels.ops import paged_attention_op, split_plan_op
+    from hf_paged_kernels.attention.ops import paged_attention_op, split_plan_op
+    from hf_paged_kernels.layers.ops import rotary_write_op
 
     draw = random.Random(0)
     lens = [draw.randint(1, 1300) for _ in range(80)] + [0, 0] + [draw.randint(16, 1300) for _ in range(20)]

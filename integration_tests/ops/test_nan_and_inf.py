@@ -3,19 +3,19 @@
 import hf_paged_kernels as kernels
 import pytest
 import torch
-from hf_paged_kernels import ops
-from hf_paged_kernels.fused_ops import rotary_write_op
-from hf_paged_kernels.reference import paged_attention_reference, quantize
+from hf_paged_kernels.attention import ops
+from hf_paged_kernels.attention.reference import paged_attention_reference, quantize
+from hf_paged_kernels.layers.ops import rotary_write_op
 
 pytest.importorskip("triton")
 
-from hf_paged_kernels.flash_attention_backward_triton import flash_attention_backward_launch
-from hf_paged_kernels.flash_attention_triton import flash_attention_launch
-from hf_paged_kernels.merge_states_triton import merge_attention_states_launch
-from hf_paged_kernels.paged_attention_quantized_triton import quantized_paged_attention_launch
-from hf_paged_kernels.paged_attention_triton import paged_attention_launch
-from hf_paged_kernels.pages_triton import write_pages_launch
-from hf_paged_kernels.rotary_write_triton import rotary_write_launch
+from hf_paged_kernels.attention.flash_backward_triton import flash_attention_backward_launch
+from hf_paged_kernels.attention.flash_forward_triton import flash_attention_launch
+from hf_paged_kernels.attention.merge_states_triton import merge_attention_states_launch
+from hf_paged_kernels.attention.paged_quantized_triton import quantized_paged_attention_launch
+from hf_paged_kernels.attention.paged_triton import paged_attention_launch
+from hf_paged_kernels.attention.pages_triton import write_pages_launch
+from hf_paged_kernels.layers.rotary_write_triton import rotary_write_launch
 
 from .helpers import DEVICE, make_pages, prefix_sums
 

@@ -8,9 +8,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE, TOLERANCE, error, softmax_attention
-from hf_paged_kernels import reference
-from hf_paged_kernels.merge_states_triton import merge_attention_states_launch
-from hf_paged_kernels.pages_triton import copy_pages_launch, write_pages_launch
+from hf_paged_kernels.attention import reference
+from hf_paged_kernels.attention.merge_states_triton import merge_attention_states_launch
+from hf_paged_kernels.attention.pages_triton import copy_pages_launch, write_pages_launch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 both = pytest.mark.parametrize("triton", [True, False], ids=["triton", "reference"])

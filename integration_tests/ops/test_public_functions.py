@@ -4,7 +4,8 @@ import hf_paged_kernels as kernels
 import numpy as np
 import pytest
 import torch
-from hf_paged_kernels import backend, ops
+from hf_paged_kernels import backend
+from hf_paged_kernels.attention import ops
 from hf_paged_kernels.settings import choose_flash_settings, choose_paged_settings, is_short_query
 
 

@@ -9,10 +9,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE, TOLERANCE, error, make_pages, prefix_sums, softmax_attention
-from hf_paged_kernels import reference
+from hf_paged_kernels.attention import reference
+from hf_paged_kernels.attention.ops import paged_attention_op, split_plan_op
+from hf_paged_kernels.attention.paged_quantized_triton import quantized_paged_attention_launch
 from hf_paged_kernels.backend import uses_quantized_gluon
-from hf_paged_kernels.ops import paged_attention_op, split_plan_op
-from hf_paged_kernels.paged_attention_quantized_triton import quantized_paged_attention_launch
 from hf_paged_kernels.settings import QuantizedSettings, choose_quantized_hopper_settings, choose_quantized_settings
 
 PAGE_DTYPES = [torch.int8, torch.float8_e4m3fn]
@@ -42,7 +42,7 @@ class Step:
         arguments = self.arguments(**options)
         if kernel == "triton":
             return quantized_paged_attention_launch(*arguments, settings=settings)
-        from hf_paged_kernels.paged_attention_quantized_gluon import quantized_splits_launch
+        from hf_paged_kernels.attention.paged_quantized_gluon import quantized_splits_launch
 
         if not uses_quantized_gluon(self.q, *self.pages, *self.scales, max(self.q_lens)):
             pytest.skip("no work for the Gluon kernel, which needs a Hopper GPU and short queries")

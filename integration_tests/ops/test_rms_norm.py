@@ -11,9 +11,10 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE, TOLERANCE, error
-from hf_paged_kernels import dependent_launch_triton, fused_reference
-from hf_paged_kernels.fused_ops import gated_activation_op, rms_norm_op, rms_norm_parts_op
-from hf_paged_kernels.rms_norm_triton import rms_norm_launch, rms_norm_parts_launch, rms_norm_warps
+from hf_paged_kernels import dependent_launch_triton
+from hf_paged_kernels.layers import reference
+from hf_paged_kernels.layers.ops import gated_activation_op, rms_norm_op, rms_norm_parts_op
+from hf_paged_kernels.layers.rms_norm_triton import rms_norm_launch, rms_norm_parts_launch, rms_norm_warps
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 both = pytest.mark.parametrize("triton", [True, False], ids=["triton", "reference"])
@@ -34,7 +35,7 @@ def expected_norm(total, weight, eps, weight_offset):
 def test_rms_norm(triton, poison, dtype, offset, round_first, with_residual, n):
     x, residual = (torch.randn(3, n, dtype=dtype, device=DEVICE) for _ in range(2))
     weight = torch.randn(n, dtype=dtype, device=DEVICE)
-    run = rms_norm_launch if triton else fused_reference.rms_norm_reference
+    run = rms_norm_launch if triton else reference.rms_norm_reference
     normed, total = run(x, weight, 1e-5, offset, round_first, residual if with_residual else None)
     if with_residual:
         assert torch.equal(total, x + residual)
@@ -48,7 +49,7 @@ def test_rms_norm(triton, poison, dtype, offset, round_first, with_residual, n):
 @both
 def test_without_a_weight(triton, poison):
     x = torch.randn(5, 48, device=DEVICE)
-    run = rms_norm_launch if triton else fused_reference.rms_norm_reference
+    run = rms_norm_launch if triton else reference.rms_norm_reference
     normed, _ = run(x, None, 1e-6, 0.0, False, None)
     assert error(normed, expected_norm(x, None, 1e-6, 0.0)) <= TOLERANCE[torch.float32]
 
@@ -60,7 +61,7 @@ def test_views_and_leading_dimensions(triton, poison):
     wide[:, :24] = torch.randn(6, 24)
     x, residual = wide[:, :24].view(2, 3, 24), torch.randn(2, 3, 24, device=DEVICE)
     weight = torch.randn(24, device=DEVICE)
-    run = rms_norm_launch if triton else fused_reference.rms_norm_reference
+    run = rms_norm_launch if triton else reference.rms_norm_reference
     normed, total = run(x, weight, 1e-6, 0.0, True, residual)
     assert normed.is_contiguous()
     assert total.is_contiguous()
@@ -79,7 +80,7 @@ def test_parts(triton, poison, dtype, offset, round_first, num_parts, tokens, n)
     x = parts[0].clone()
     for part in parts[1:]:
         x += part
-    run = rms_norm_parts_launch if triton else fused_reference.rms_norm_parts_reference
+    run = rms_norm_parts_launch if triton else reference.rms_norm_parts_reference
     normed, total = run(parts, weight, 1e-5, offset, round_first, residual)
     assert torch.equal(total, x.to(dtype) + residual)
     assert normed.dtype == dtype
@@ -89,10 +90,10 @@ def test_parts(triton, poison, dtype, offset, round_first, num_parts, tokens, n)
 @both
 def test_no_rows(triton):
     x = torch.empty(0, 16, device=DEVICE)
-    run = rms_norm_launch if triton else fused_reference.rms_norm_reference
+    run = rms_norm_launch if triton else reference.rms_norm_reference
     normed, total = run(x, torch.ones(16, device=DEVICE), 1e-6, 0.0, True, x)
     assert normed.shape == total.shape == (0, 16)
-    run = rms_norm_parts_launch if triton else fused_reference.rms_norm_parts_reference
+    run = rms_norm_parts_launch if triton else reference.rms_norm_parts_reference
     normed, total = run(torch.empty(2, 0, 16, device=DEVICE), None, 1e-6, 0.0, True, x)
     assert normed.shape == total.shape == (0, 16)
 
@@ -115,7 +116,7 @@ def test_the_modules_of_transformers_bit_by_bit(dtype, kind, offset, round_first
 def test_a_large_residual_is_rounded_before_the_norm():
     """What is normalised is the sum that the next layer adds to, not a more exact one."""
     x, residual = torch.full((1, 4), 0.4, dtype=torch.bfloat16), torch.tensor([[256.0, 2.0, 2.0, 2.0]]).bfloat16()
-    run = (rms_norm_launch, fused_reference.rms_norm_reference)
+    run = (rms_norm_launch, reference.rms_norm_reference)
     for normed, total in (f(x.to(DEVICE), None, 0.0, 0.0, False, residual.to(DEVICE)) for f in run):
         assert float(total[0, 0]) == 256.0
         assert error(normed, expected_norm(total, None, 0.0, 0.0)) <= TOLERANCE[torch.bfloat16]

@@ -13,17 +13,17 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE, TOLERANCE, error
-from hf_paged_kernels.fused_ops import (
+from hf_paged_kernels.attention.pages_triton import write_pages_launch
+from hf_paged_kernels.attention.reference import dequantize, write_pages_reference
+from hf_paged_kernels.layers.ops import (
     decode_inputs_op,
     decode_rows_op,
     gated_activation_op,
     rms_norm_op,
     rotary_write_op,
 )
-from hf_paged_kernels.fused_reference import rotary_write_reference
-from hf_paged_kernels.pages_triton import write_pages_launch
-from hf_paged_kernels.reference import dequantize, write_pages_reference
-from hf_paged_kernels.rotary_write_triton import rotary_write_launch
+from hf_paged_kernels.layers.reference import rotary_write_reference
+from hf_paged_kernels.layers.rotary_write_triton import rotary_write_launch
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 both = pytest.mark.parametrize("triton", [True, False], ids=["triton", "reference"])

@@ -9,10 +9,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE
-from hf_paged_kernels import sampling_reference
-from hf_paged_kernels.sampling_ops import sample_tokens_op
-from hf_paged_kernels.sampling_reference import INVALID_TOKEN, gumbel_noise, sample_tokens_reference, tile_size
-from hf_paged_kernels.sampling_triton import sample_tokens_launch
+from hf_paged_kernels.sampling import reference
+from hf_paged_kernels.sampling.choose_triton import sample_tokens_launch
+from hf_paged_kernels.sampling.ops import sample_tokens_op
+from hf_paged_kernels.sampling.reference import INVALID_TOKEN, gumbel_noise, sample_tokens_reference, tile_size
 
 NEUTRAL = dict(temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
 KINDS = {
@@ -53,7 +53,7 @@ def tables(parameters: list[dict[str, float]]) -> tuple[torch.Tensor, ...]:
     seeds = torch.randint(-(2**63), 2**63 - 1, (num + 3,))
     positions = torch.randint(0, 2**20, (num,))
     wants_lse = torch.randint(0, 2, (num + 3,))
-    rules = torch.zeros(num + 3, sampling_reference.MARKS, dtype=torch.int64)
+    rules = torch.zeros(num + 3, reference.MARKS, dtype=torch.int64)
     return tuple(x.to(DEVICE) for x in (slots, positions, *columns, seeds, wants_lse, rules))
 
 
@@ -174,7 +174,7 @@ def test_a_large_vocabulary(poison, dtype):
 
 
 def test_vocabularies_beyond_the_number_of_tiles(poison, monkeypatch):
-    monkeypatch.setattr(sampling_reference, "MAX_TILES", 2)
+    monkeypatch.setattr(reference, "MAX_TILES", 2)
     parameters = [KINDS[name] for name in KINDS]
     check((torch.randn(len(parameters), 6000) * 3).bfloat16().to(DEVICE), parameters)
 
@@ -278,7 +278,7 @@ def test_tokens_have_the_distribution_of_the_kept_scores(options):
         *columns,
         seeds,
         torch.zeros_like(seeds),
-        torch.zeros(1, sampling_reference.MARKS, dtype=torch.int64).to(DEVICE),
+        torch.zeros(1, reference.MARKS, dtype=torch.int64).to(DEVICE),
     )
     kept, border = kept_or_border(logits, **options)
     assert not border.any()
@@ -312,7 +312,7 @@ def test_rules_of_slots(poison, dtype, vocab):
     num = len(parameters)
     slots, positions, *columns, wants_lse, _ = tables(parameters)
     logits = (torch.randn(num, vocab) * 3).to(dtype)
-    rules = torch.full((num + 3, sampling_reference.MARKS + -(-vocab // 32)), -1, dtype=torch.int64)
+    rules = torch.full((num + 3, reference.MARKS + -(-vocab // 32)), -1, dtype=torch.int64)
     expected, picks = logits.float().clone(), torch.Generator().manual_seed(5)
 
     def some(count: int) -> list[int]:
@@ -332,13 +332,13 @@ def test_rules_of_slots(poison, dtype, vocab):
             ][row // 2 % 4]  # fmt: skip
             full = dict(biases=(), penalty=None, seen=(), banned=()) | given
             expected[row] = changed(logits[row], position, **full)
-        words = torch.from_numpy(sampling_reference.slot_rules(vocab, **given))
+        words = torch.from_numpy(reference.slot_rules(vocab, **given))
         if given:
             rules[slots[row]] = words
         else:
             rules[slots[row], 0] = words[0]
     rules, before = rules.to(DEVICE), rules.clone()
-    none = torch.zeros(num + 3, sampling_reference.MARKS, dtype=torch.int64, device=DEVICE)
+    none = torch.zeros(num + 3, reference.MARKS, dtype=torch.int64, device=DEVICE)
     want, _ = sample_tokens_reference(expected.to(DEVICE), slots, positions, *columns, wants_lse, none)
     for choose in (sample_tokens_reference, sample_tokens_launch):
         table = rules.clone()
@@ -350,8 +350,8 @@ def test_rules_of_slots(poison, dtype, vocab):
         marked = before.clone()
         for row in range(num):
             token, words = int(got[row]), marked[slots[row].cpu()]
-            if words[0] == sampling_reference.WITH_MARKS and token >= 0:
-                words[sampling_reference.MARKS + token // 32] |= 1 << token % 32 * 2
+            if words[0] == reference.WITH_MARKS and token >= 0:
+                words[reference.MARKS + token // 32] |= 1 << token % 32 * 2
         assert torch.equal(table.cpu(), marked)
 
 

@@ -9,8 +9,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE, TOLERANCE, error, make_pages, prefix_sums, softmax_attention
-from hf_paged_kernels import make_shared_prefix, ops, paged_attention, reference, shared_prefix_attention
-from hf_paged_kernels.shared_prefix import attend_shared_prefix, cut_runs, run_length
+from hf_paged_kernels import make_shared_prefix, paged_attention, shared_prefix_attention
+from hf_paged_kernels.attention import ops, reference
+from hf_paged_kernels.attention.shared_prefix import attend_shared_prefix, cut_runs, run_length
 
 PAGE = 8
 

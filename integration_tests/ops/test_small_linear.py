@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE, TOLERANCE, error
-from hf_paged_kernels.small_linear import (
+from hf_paged_kernels.linear.skinny import (
     MAX_TOKENS,
     choose_small_linear,
     small_gated_linear_op,

@@ -10,9 +10,14 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE, error, prefix_sums
 from hf_paged_kernels import make_split_plan
-from hf_paged_kernels.ops import split_plan_op
+from hf_paged_kernels.attention.ops import split_plan_op
+from hf_paged_kernels.attention.split_plan_triton import (
+    SplitPlan,
+    empty_parts,
+    make_split_plan_launch,
+    merge_parts_launch,
+)
 from hf_paged_kernels.settings import ITEM_NUMBERS, SHORTEST_SPLIT, max_split_items, split_plan_size
-from hf_paged_kernels.split_plan_triton import SplitPlan, empty_parts, make_split_plan_launch, merge_parts_launch
 
 MIXES = [
     ([1], [1]),

@@ -5,20 +5,20 @@ import torch
 
 pytest.importorskip("triton")
 
-from hf_paged_kernels.decode_inputs_triton import decode_inputs_launch, decode_rows_launch
-from hf_paged_kernels.flash_attention_backward_triton import flash_attention_backward_launch
-from hf_paged_kernels.flash_attention_triton import flash_attention_launch
-from hf_paged_kernels.gated_activation_triton import gated_activation_launch
-from hf_paged_kernels.merge_states_triton import merge_attention_states_launch
-from hf_paged_kernels.paged_attention_quantized_triton import quantized_paged_attention_launch
-from hf_paged_kernels.paged_attention_triton import paged_attention_launch
-from hf_paged_kernels.pages_triton import copy_pages_launch, write_pages_launch
-from hf_paged_kernels.reference import quantize
-from hf_paged_kernels.rms_norm_triton import rms_norm_launch, rms_norm_parts_launch
-from hf_paged_kernels.rotary_write_triton import rotary_write_launch
-from hf_paged_kernels.sampling_reference import MARKS, TOKENS_OF_WORD, slot_rules
-from hf_paged_kernels.sampling_triton import sample_tokens_launch
-from hf_paged_kernels.split_plan_triton import make_split_plan_launch
+from hf_paged_kernels.attention.flash_backward_triton import flash_attention_backward_launch
+from hf_paged_kernels.attention.flash_forward_triton import flash_attention_launch
+from hf_paged_kernels.attention.merge_states_triton import merge_attention_states_launch
+from hf_paged_kernels.attention.paged_quantized_triton import quantized_paged_attention_launch
+from hf_paged_kernels.attention.paged_triton import paged_attention_launch
+from hf_paged_kernels.attention.pages_triton import copy_pages_launch, write_pages_launch
+from hf_paged_kernels.attention.reference import quantize
+from hf_paged_kernels.attention.split_plan_triton import make_split_plan_launch
+from hf_paged_kernels.layers.decode_inputs_triton import decode_inputs_launch, decode_rows_launch
+from hf_paged_kernels.layers.gated_activation_triton import gated_activation_launch
+from hf_paged_kernels.layers.rms_norm_triton import rms_norm_launch, rms_norm_parts_launch
+from hf_paged_kernels.layers.rotary_write_triton import rotary_write_launch
+from hf_paged_kernels.sampling.choose_triton import sample_tokens_launch
+from hf_paged_kernels.sampling.reference import MARKS, TOKENS_OF_WORD, slot_rules
 
 from .helpers import DEVICE, make_pages, prefix_sums
 

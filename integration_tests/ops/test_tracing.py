@@ -3,8 +3,11 @@
 import hf_paged_kernels as kernels
 import pytest
 import torch
-from hf_paged_kernels import batch_linear, fused_ops, ops, sampling_ops, small_linear
-from hf_paged_kernels.sampling_reference import MARKS
+from hf_paged_kernels.attention import ops
+from hf_paged_kernels.layers import ops as layer_ops
+from hf_paged_kernels.linear import decode, skinny
+from hf_paged_kernels.sampling import ops as sampling_ops
+from hf_paged_kernels.sampling.reference import MARKS
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.library import opcheck
@@ -172,26 +175,26 @@ def op_calls():
         ),
         "copy_pages": (ops.copy_pages_op, (k_pages, v_pages, int32(0, 1), int32(3, 4))),
         "merge": (ops.merge_attention_states_op, (q, lse, q.clone(), lse.clone())),
-        "rms_norm": (fused_ops.rms_norm_op, (x, *norm, x.clone())),
-        "rms_norm_alone": (fused_ops.rms_norm_op, (x, *norm, None)),
-        "rms_norm_parts": (fused_ops.rms_norm_parts_op, (torch.randn(2, 3, 32), *norm, x)),
-        "gated_activation": (fused_ops.gated_activation_op, (x, "silu", "gate_up")),
+        "rms_norm": (layer_ops.rms_norm_op, (x, *norm, x.clone())),
+        "rms_norm_alone": (layer_ops.rms_norm_op, (x, *norm, None)),
+        "rms_norm_parts": (layer_ops.rms_norm_parts_op, (torch.randn(2, 3, 32), *norm, x)),
+        "gated_activation": (layer_ops.gated_activation_op, (x, "silu", "gate_up")),
         "rotary_write": (
-            fused_ops.rotary_write_op,
+            layer_ops.rotary_write_op,
             (*rotary, torch.zeros(6, 2, 8, D), torch.zeros(6, 2, 8, D), None, None, slots),
         ),
-        "decode_inputs": (fused_ops.decode_inputs_op, (ids, int64(4, -1, 9), int64(7, 8, 9))),
-        "decode_rows": (fused_ops.decode_rows_op, (int64(1, 0), lens, table, 8)),
+        "decode_inputs": (layer_ops.decode_inputs_op, (ids, int64(4, -1, 9), int64(7, 8, 9))),
+        "decode_rows": (layer_ops.decode_rows_op, (int64(1, 0), lens, table, 8)),
         "sample_tokens": (
             sampling_ops.sample_tokens_op,
             (torch.randn(3, 50), ids, int64(5, 6, 7), doubles * 0.7, ids.clone(), doubles, doubles * 0, ids.clone(),
              ids.clone(), torch.zeros(3, MARKS + 2, dtype=torch.int64), int64(1, 1, 1)),
         ),
-        "small_linear": (small_linear.small_linear_op, (x, weight, torch.randn(24), torch.randn(3, 24), norm[0], 1e-6)),
-        "small_gated_linear": (small_linear.small_gated_linear_op, (x, weight, torch.randn(24), norm[0], 1e-6)),
-        "batch_linear": (batch_linear.batch_linear_op, (x, weight, torch.randn(24))),
-        "batch_gated_linear": (batch_linear.batch_gated_linear_op, (x, weight, torch.randn(24))),
-        "linear_parts": (batch_linear.linear_parts_op, (x, weight, torch.randn(24), 2)),
+        "small_linear": (skinny.small_linear_op, (x, weight, torch.randn(24), torch.randn(3, 24), norm[0], 1e-6)),
+        "small_gated_linear": (skinny.small_gated_linear_op, (x, weight, torch.randn(24), norm[0], 1e-6)),
+        "batch_linear": (decode.batch_linear_op, (x, weight, torch.randn(24))),
+        "batch_gated_linear": (decode.batch_gated_linear_op, (x, weight, torch.randn(24))),
+        "linear_parts": (decode.linear_parts_op, (x, weight, torch.randn(24), 2)),
     }  # fmt: skip
 
 

@@ -8,17 +8,17 @@ import torch
 
 pytest.importorskip("triton")
 
-from hf_paged_kernels import flash_attention_backward_triton, flash_attention_triton
+from hf_paged_kernels.attention import flash_backward_triton, flash_forward_triton
+from hf_paged_kernels.attention.flash_backward_triton import flash_attention_backward_launch
+from hf_paged_kernels.attention.flash_forward_triton import flash_attention_launch
+from hf_paged_kernels.attention.merge_states_triton import merge_attention_states_launch
+from hf_paged_kernels.attention.paged_quantized_triton import quantized_paged_attention_launch
+from hf_paged_kernels.attention.paged_triton import paged_attention_launch
+from hf_paged_kernels.attention.pages_triton import copy_pages_launch, write_pages_launch
+from hf_paged_kernels.attention.reference import quantize
 from hf_paged_kernels.backend import MAX_GRID
-from hf_paged_kernels.flash_attention_backward_triton import flash_attention_backward_launch
-from hf_paged_kernels.flash_attention_triton import flash_attention_launch
-from hf_paged_kernels.merge_states_triton import merge_attention_states_launch
-from hf_paged_kernels.paged_attention_quantized_triton import quantized_paged_attention_launch
-from hf_paged_kernels.paged_attention_triton import paged_attention_launch
-from hf_paged_kernels.pages_triton import copy_pages_launch, write_pages_launch
-from hf_paged_kernels.reference import quantize
-from hf_paged_kernels.rotary_write_triton import rotary_write_launch
-from hf_paged_kernels.sampling_triton import sample_tokens_launch
+from hf_paged_kernels.layers.rotary_write_triton import rotary_write_launch
+from hf_paged_kernels.sampling.choose_triton import sample_tokens_launch
 
 from .helpers import DEVICE, prefix_sums
 
@@ -145,7 +145,7 @@ def test_merge_attention_states(memory):
 
 
 def test_more_sequences_than_a_grid_takes(monkeypatch):
-    for module in (flash_attention_triton, flash_attention_backward_triton):
+    for module in (flash_forward_triton, flash_backward_triton):
         monkeypatch.setattr(module, "MAX_GRID", 2)
     q = [new(5, 3, 2, D, dtype=torch.float32) for _ in range(4)]
     out, lse = flash_attention_launch(*q[:3], None, None, 3, None, 0, None, None, 0.25)

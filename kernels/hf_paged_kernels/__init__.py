@@ -23,7 +23,7 @@ from .api import (
     shared_prefix_attention,
     write_pages,
 )
-from .shared_prefix import SharedPrefix
+from .attention.shared_prefix import SharedPrefix
 
 __all__ = [
     "SharedPrefix",

@@ -4,11 +4,12 @@ from collections.abc import Sequence
 
 import torch
 
-from . import checks, ops, shared_prefix
+from . import checks
+from .attention import ops, shared_prefix
+from .attention.shared_prefix import SharedPrefix
 from .backend import MAX_GRID
 from .checks import check_tensor, require
 from .settings import split_plan_size
-from .shared_prefix import SharedPrefix
 
 
 def flash_attention(

@@ -5,7 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
-from .ops import copy_pages_op, flash_attention_op, merge_attention_states_op, paged_attention_op, write_pages_op
+from .attention.ops import (
+    copy_pages_op,
+    flash_attention_op,
+    merge_attention_states_op,
+    paged_attention_op,
+    write_pages_op,
+)
 from .settings import SHORT_CONTEXT
 
 

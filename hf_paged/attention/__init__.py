@@ -1,0 +1,1 @@
+"""What transformers calls for ``attn_implementation="paged_flash"``."""

@@ -1,0 +1,88 @@
+"""Decode steps of transformers' own continuous batching: what all layers of a step share is computed in the first one.
+
+From its lengths and block table come the slots that new tokens are written to, the lengths that attention reads and the
+split plan: a dozen small kernels, which would run again in every layer.
+
+A step is told by its ``cu_seq_lens_q``, which transformers makes anew for each and hands to every layer, and by layers
+that follow one another: one that does not come behind the last one seen starts again. A captured graph runs its step
+once before the capture, with the same tensors, so this is what puts the computation into the graph too.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..cache.split_plans import SplitPlans
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeRows:
+    """The rows of a decode step in one group of layers.
+
+    Attributes:
+        slots: int64 ``[num_seqs]``, where each new token's keys and values go; -1 for a row that only pads the batch.
+        seq_lens: int32 ``[num_seqs]``, tokens with the new one; 0 for padding.
+        cu_seqlens_q: int32 ``[num_seqs + 1]``.
+        plan: the split plan, None where no kernel reads one.
+    """
+
+    slots: torch.Tensor
+    seq_lens: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    plan: torch.Tensor | None
+
+
+@dataclass(slots=True)
+class _Step:
+    """The step whose layers are running: the last layer, and its rows by group and window."""
+
+    layer: int
+    rows: dict[tuple[int, int | None], DecodeRows] = field(default_factory=dict)
+
+
+_steps: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+"""``_Step`` by the step's ``cu_seq_lens_q``: gone with the step."""
+
+
+def decode_rows(
+    cu_seqlens_q: torch.Tensor,
+    layer: int,
+    table: torch.Tensor,
+    cu_seqlens_k: torch.Tensor,
+    page_size: int,
+    window_left: int | None,
+) -> DecodeRows:
+    """The rows of a decode step, computed once for the layers that share them.
+
+    Args:
+        cu_seqlens_q: the step's, as it is handed to every layer.
+        layer: number of this layer.
+        table: int32 ``[num_seqs, max_pages]``, this layer's block table; -1 where there is no block.
+        cu_seqlens_k: int32 ``[num_seqs + 1 or more]``.
+        page_size: tokens of a page.
+        window_left: keys that a query sees before its own, None: all.
+    """
+    if torch.compiler.is_compiling():
+        return _make_rows(table, cu_seqlens_k, page_size, window_left)
+    step = _steps.get(cu_seqlens_q)
+    if step is None or layer <= step.layer:
+        step = _steps[cu_seqlens_q] = _Step(layer)
+    step.layer = layer
+    key = table.storage_offset(), window_left
+    if key not in step.rows:
+        step.rows[key] = _make_rows(table, cu_seqlens_k, page_size, window_left)
+    return step.rows[key]
+
+
+def _make_rows(table: torch.Tensor, cu_seqlens_k: torch.Tensor, page_size: int, window_left: int | None) -> DecodeRows:
+    num_seqs = table.shape[0]
+    seq_lens = cu_seqlens_k.diff()[:num_seqs].to(torch.int32)
+    last = (seq_lens - 1).clamp(min=0).long()
+    page = table.gather(1, (last // page_size)[:, None]).squeeze(1).long()
+    # A sequence that only pads the batch has no tokens or no block.
+    slots = torch.where((seq_lens > 0) & (page >= 0), page * page_size + last % page_size, -1)
+    seq_lens = torch.where(slots >= 0, seq_lens, 0)
+    cu_seqlens_q = torch.arange(num_seqs + 1, dtype=torch.int32, device=table.device)
+    plan = SplitPlans().get(table, seq_lens, cu_seqlens_q, 1, page_size, window_left)
+    return DecodeRows(slots, seq_lens, cu_seqlens_q, plan)

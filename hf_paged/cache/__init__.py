@@ -1,0 +1,1 @@
+"""PagedCache: keys and values of a model in pages."""

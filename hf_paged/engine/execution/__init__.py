@@ -1,0 +1,1 @@
+"""A step of the model: its inputs, its cache, its captured graphs."""

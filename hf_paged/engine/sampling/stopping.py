@@ -1,0 +1,32 @@
+"""Stopping criteria beyond eos and the maximum length, asked row by row with the row's full history."""
+
+import numpy as np
+import torch
+
+from .request_params import TokenRules
+from .stop_strings import StopStrings
+
+
+def history_tensor(rules: TokenRules, tokens: np.ndarray, device: torch.device) -> torch.Tensor:
+    """What processors and criteria are called with: ``[1, L]`` int64, a copy, the row's padding first.
+
+    Args:
+        rules: of the row's request.
+        tokens: ``[num_tokens]`` int64, prompt and generated tokens.
+        device: where the logits are.
+    """
+    padded = np.concatenate([np.array(rules.padding_ids, dtype=np.int64), tokens])
+    return torch.from_numpy(padded)[None].to(device)
+
+
+def is_stopped(rules: TokenRules, tokens: np.ndarray, device: torch.device) -> bool:
+    """Whether any of the request's criteria ends this row after its last token.
+
+    Every criterion is called at every token, as ``generate()`` does: some of them count.
+    """
+    in_text = [criterion.is_stopped(tokens) for criterion in rules.criteria if type(criterion) is StopStrings]
+    others = [criterion for criterion in rules.criteria if type(criterion) is not StopStrings]
+    # Stop strings need no device, and no padding.
+    ids = history_tensor(rules, tokens, device) if others else None
+    answers = [criterion(ids, None) for criterion in others]
+    return any(in_text) or any(bool(torch.as_tensor(answer).all()) for answer in answers)

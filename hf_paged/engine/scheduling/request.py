@@ -1,0 +1,170 @@
+"""One request: what was asked, its sequences (rows), and what it gives."""
+
+import enum
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from ..sampling.token_selector import TokenRules
+
+
+Key = tuple[float, int, int]
+"""Seconds, new tokens of a job's request as a negative number, order of submission."""
+
+
+class State(enum.Enum):
+    """Where a request is in its life."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True)
+class RequestTiming:
+    """Seconds of one request.
+
+    Attributes:
+        queued_s: from submit until it first ran.
+        first_token_s: from submit until its first new token; None if there was none.
+        total_s: from submit to the end.
+        preemptions: how often it lost its pages.
+    """
+
+    queued_s: float | None
+    first_token_s: float | None
+    total_s: float
+    preemptions: int
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceOutput:
+    """One sequence of a request.
+
+    Attributes:
+        token_ids: new tokens, the eos included.
+        finish_reason: "stop" (eos, a stop string or criterion), "length", "cancelled", "deadline" or "error".
+        logprobs: per new token, where asked for.
+        score: of a beam.
+        beam_indices: of a beam: for each new token, the beam it came from.
+    """
+
+    token_ids: list[int]
+    finish_reason: str
+    logprobs: list[Any] | None = None
+    score: float | None = None
+    beam_indices: list[int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """What a request gives when it ends; the fields without a number are those of its first sequence.
+
+    Attributes:
+        request_id: as given to submit, or made there.
+        prompt_ids: the prompt.
+        token_ids: new tokens of the first sequence.
+        finish_reason: "stop" (eos, a stop string or criterion), "length", "cancelled", "deadline" (it has passed) or
+            "error".
+        error: what ended it, for "error" and "deadline".
+        logprobs: of the first sequence, one entry for each new token, where asked for.
+        prompt_logprobs: of the prompt's tokens, None for the first one, where asked for.
+        cached_tokens: tokens of the prompt that were found in the prefix cache.
+        timing: seconds.
+        sequences: all sequences: one, ``num_return_sequences`` samples, or the best beams.
+    """
+
+    request_id: str
+    prompt_ids: list[int]
+    token_ids: list[int]
+    finish_reason: str
+    error: BaseException | None
+    logprobs: list[Any] | None
+    prompt_logprobs: list[Any] | None
+    cached_tokens: int
+    timing: RequestTiming
+    sequences: tuple[SequenceOutput, ...]
+
+
+class Row:
+    """One sequence of a request that runs: in a slot, or with its tokens saved.
+
+    Attributes:
+        slot: its slot, -1 while it has none.
+        saved: int64 tokens while it has no slot.
+        swapped: its pages in host memory, if it was swapped out.
+        finish_reason: None while it runs.
+        logprobs: of its new tokens.
+    """
+
+    __slots__ = ("finish_reason", "index", "logprobs", "request", "saved", "slot", "swapped")
+
+    def __init__(self, request: "Request", index: int) -> None:
+        self.request, self.index = request, index
+        self.slot = -1
+        self.saved: np.ndarray | None = request.prompt
+        self.swapped: Any = None
+        self.finish_reason: str | None = None
+        self.logprobs: list[Any] = []
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """int64, the tokens of a row without a slot."""
+        assert self.saved is not None, "the tokens of a running row are in its slot"
+        return self.saved
+
+
+@dataclass(eq=False, slots=True)
+class Request:
+    """A request inside the engine.
+
+    Attributes:
+        number: order of submission.
+        key: order of service: the smallest goes first; see :class:`EngineConfig.ageing_s`.
+        has_made_id: its id was not given, and may be exchanged while nobody has seen it.
+        is_job: nobody waits for its first token, only for the end of all requests of the same call, and it ends with
+            its last token that is allowed.
+        rows: its sequences.
+        forked: whether the other rows have their share of the prompt's pages already.
+        beams: the search over its rows, for beam requests.
+        is_watched: stopping criteria beyond eos and length.
+        stream: new tokens, for whoever iterates over the handle.
+        output: what it gave, once it has ended; ``is_public``: whether its caller may know.
+        uses_prefixes: whether cached prefixes may stand for the beginning of its prompt.
+        most_pages: of each group of layers, what it holds at most.
+    """
+
+    number: int
+    request_id: str
+    prompt: np.ndarray
+    rules: "TokenRules"
+    priority: float
+    salt: Any
+    submitted: float
+    key: Key
+    has_made_id: bool = False
+    deadline: float | None = None
+    is_watched: bool = False
+    is_job: bool = False
+    uses_prefixes: bool = True
+    most_pages: list[int] = field(default_factory=list)
+    state: State = State.WAITING
+    forked: bool = False
+    beams: Any = None
+    rows: list[Row] = field(default_factory=list)
+    error: BaseException | None = None
+    output: RequestOutput | None = None
+    is_public: bool = False
+    cached_tokens: int = 0
+    preemptions: int = 0
+    started: float | None = None
+    first_token: float | None = None
+    prompt_logprobs: list[Any] | None = None
+    stream: list[int] = field(default_factory=list)
+
+    @property
+    def live(self) -> list[Row]:
+        """Rows that have not ended."""
+        return [row for row in self.rows if row.finish_reason is None]

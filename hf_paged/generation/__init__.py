@@ -1,0 +1,1 @@
+"""``generate()`` of a patched model, over the engine."""

@@ -1,0 +1,1 @@
+"""The small work of a decode step, fused."""
