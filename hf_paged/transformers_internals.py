@@ -310,7 +310,7 @@ def is_plain_mask(mask_function: Callable) -> bool:
         return True
     # A chunk is plain only because transformers refuses flash implementations beyond one chunk.
     parts = _made_from("and_masks", mask_function)
-    return bool(parts) and all(part in plain or getattr(part, "__qualname__", None) in windows for part in parts)
+    return len(parts) > 0 and all(part in plain or getattr(part, "__qualname__", None) in windows for part in parts)
 
 
 def is_causal_mask(mask_function: Callable) -> bool:

@@ -444,10 +444,7 @@ def _with_dense_mask(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor, options: _Options
 ) -> torch.Tensor:
     """A 4D mask or bias: the reference computation, with an attention matrix."""
-    logger.warning_once(
-        "paged_flash got a 4D attention mask, which its kernels cannot express: attention takes the reference path, "
-        "with a full attention matrix in memory."
-    )
+    _log_dense_mask()
     num_queries, num_keys = query.shape[2], key.shape[2]
     if mask.shape[-1] < num_keys or mask.shape[-2] not in (1, num_queries):
         raise ValueError(
@@ -471,6 +468,15 @@ def _with_dense_mask(
         for q, k, v, b in zip(query, key, value, mask)
     ]  # fmt: skip
     return torch.stack(rows).masked_fill(is_empty.transpose(1, 2), 0.0)
+
+
+@torch.compiler.assume_constant_result
+def _log_dense_mask() -> None:
+    """One line. A model that is compiled logs it while it is traced: a graph cannot."""
+    logger.warning_once(
+        "paged_flash got a 4D attention mask, which its kernels cannot express: attention takes the reference path, "
+        "with a full attention matrix in memory."
+    )
 
 
 def _batched(
@@ -535,7 +541,7 @@ def paged_flash_mask(
     if isinstance(told, FakeTensor) and not torch.compiler.is_compiling() and (is_plain or segments is not None):
         return None  # Shapes alone are asked for, and no mask changes them.
     # An exported program has no number of tokens that depends on values: it gets masks as sdpa does.
-    is_exporting = torch.compiler.is_exporting()
+    is_exporting = _is_exporting()
     is_causal = is_plain and is_causal_mask(mask_function)
     if is_plain and not (is_exporting and attention_mask is not None):
         if attention_mask is None:
@@ -562,6 +568,12 @@ def paged_flash_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function, attention_mask=attention_mask, device=device, **kwargs,
     )  # fmt: skip
+
+
+@torch.compiler.assume_constant_result
+def _is_exporting() -> bool:
+    """``torch.compiler.is_exporting()``, which torch 2.11 traces as True in every compiled model."""
+    return torch.compiler.is_exporting()
 
 
 @torch.library.custom_op("hf_paged::without_gaps", mutates_args=())

@@ -12,6 +12,7 @@ from explicit_models import prompts, tiny_model
 from host import with_cache
 
 import hf_paged
+from hf_paged import attention
 
 BACKEND = "aot_eager"  # All that may go wrong before code is generated.
 
@@ -67,6 +68,34 @@ def test_one_graph_of_a_padded_batch_without_gradients(side):
     torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("family", ["mistral", "gemma2"])
+def test_one_graph_of_a_padded_batch_in_windows(monkeypatch, family):
+    """The mask stays 2D: torch 2.11 traces ``torch.compiler.is_exporting()`` as True, and exports get 4D masks."""
+    model, given = model_of(family), inputs()["padded"]
+    with torch.no_grad():
+        with monkeypatch.context() as patched:
+            patched.setattr(attention, "_with_dense_mask", None)
+            got = torch.compile(model, backend=BACKEND, fullgraph=True)(**given, use_cache=False).logits
+        model.set_attn_implementation("eager")
+        want = model(**given, use_cache=False).logits
+    held = given["attention_mask"].bool()
+    torch.testing.assert_close(got[held], want[held], rtol=0, atol=1e-5 * float(want.abs().max()))
+
+
+def test_one_graph_of_a_4d_mask(monkeypatch):
+    model, ids = model_of(), inputs()["dense"]["input_ids"]
+    mask = torch.ones(len(ids), 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+    mask[:, :, 5:, 1:4] = False
+    lines = []
+    monkeypatch.setattr(attention.logger, "warning_once", lines.append)
+    with torch.no_grad():
+        got = torch.compile(model, backend=BACKEND, fullgraph=True)(ids, attention_mask=mask, use_cache=False).logits
+        model.set_attn_implementation("eager")
+        want = model(ids, attention_mask=torch.where(mask, 0.0, torch.finfo().min), use_cache=False).logits
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+    assert ["4D attention mask" in line for line in lines] == [True]
+
+
 def test_steps_over_pages():
     model = model_of("mistral")
     given = inputs()["padded"]
@@ -87,7 +116,7 @@ def test_padding_between_tokens_of_a_window_is_refused_in_compiled_code(use_cach
     """A compiled model cannot choose another kind of mask by its values, which eager code does."""
     model, given = model_of("mistral"), inputs()["padded"]
     given["attention_mask"][1, 9] = 0
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend="eager", fullgraph=not use_cache)
     with torch.no_grad():
         model(**given, use_cache=False)
         cache = with_cache(hf_paged.PagedCache(model.config)) if use_cache else {}
