@@ -1,5 +1,6 @@
 """One model for several at once: engines, a patched generate(), plain forwards, whoever sets an implementation."""
 
+import contextlib
 import copy
 import io
 import random
@@ -43,6 +44,35 @@ def tokens_of(engine) -> list[list[int]]:
     return [output.token_ids for output in outputs]
 
 
+@contextlib.contextmanager
+def scoring(model, ids, callers=None, atol=1e-4):
+    """A thread's plain forwards, each as the first was; ``callers`` is held for each."""
+    with torch.no_grad():
+        logits = model(ids).logits
+    wrong, num_forwards, stop = [], [], threading.Event()
+
+    def score():
+        while not stop.is_set():
+            try:
+                with torch.no_grad(), callers or contextlib.nullcontext():
+                    got = model(ids).logits
+                if not torch.allclose(got, logits, atol=atol):
+                    wrong.append(float((got - logits).abs().max()))
+            except Exception as error:
+                wrong.append(error)
+            num_forwards.append(1)
+
+    thread = threading.Thread(target=score)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+    assert not wrong
+    assert num_forwards
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_engines_come_and_go_in_any_order(seed):
     draw = random.Random(seed)
@@ -80,34 +110,27 @@ def test_plain_forwards_beside_a_patched_generate(attention, fuse, often):
     model = tiny_model("llama")
     model.set_attn_implementation(attention)
     ids = torch.tensor([prompt(9), prompt(9, 1)])
-    with torch.no_grad():
-        logits = model(ids).logits
     tokens = model.generate(ids, max_new_tokens=4, do_sample=False)
     options = dict(page_size=8, max_num_seqs=4, max_batch_tokens=32, num_pages=32, fuse=fuse)
     hf_paged.patch_generate(model, hf_paged.EngineConfig(**options))
-    wrong, num_forwards, stop = [], [], threading.Event()
-
-    def score():
-        while not stop.is_set():
-            with torch.no_grad():
-                try:
-                    got = model(ids).logits
-                    if not torch.allclose(got, logits, atol=1e-4):
-                        wrong.append(float((got - logits).abs().max()))
-                except Exception as error:
-                    wrong.append(error)
-            num_forwards.append(1)
-
-    thread = threading.Thread(target=score)
-    thread.start()
-    try:
+    with scoring(model, ids):
         for _ in range(4):
             assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), tokens)
-    finally:
-        stop.set()
-        thread.join()
-    assert not wrong
-    assert num_forwards
+
+
+def test_the_caller_switches_between_its_own_forwards_beside_engines(often):
+    """A forward reads the implementation for its mask and again in every layer, with or without engines: one whose mask
+    is sdpa's (None) and whose next layer is eager's is not causal. So a caller's switches wait for its forwards."""
+    model, callers = tiny_model("llama"), threading.Lock()
+    expected = expected_of(model)
+    engines = [engine_of(model), engine_of(model, fuse=False)]
+    with scoring(model, torch.tensor([prompt(9)]), callers):
+        for name in ("eager", "sdpa", "eager", "sdpa"):
+            with callers:
+                model.set_attn_implementation(name)
+            assert [tokens_of(engine) for engine in engines] == [expected] * 2
+    for engine in engines:
+        engine.close()
 
 
 def test_engines_step_at_the_same_time(often):
@@ -217,33 +240,20 @@ def test_captured_steps_of_two_engines_on_a_gpu(tmp_path):
     first, second = hf_paged.Engine(model, options), hf_paged.Engine(model, options)
     assert first.fused is not None
     assert second.fused is not None
-    logits = model(torch.tensor([prompts[0]], device="cuda")).logits
-    stop, wrong = threading.Event(), []
-
-    def score():
-        while not stop.is_set():
-            with torch.no_grad():
-                got = model(torch.tensor([prompts[0]], device="cuda")).logits
-            if not torch.allclose(got, logits, atol=1e-3):
-                wrong.append(float((got - logits).abs().max()))
-
-    thread = threading.Thread(target=score)
-    thread.start()
-    try:
+    callers = threading.Lock()
+    with scoring(model, torch.tensor([prompts[0]], device="cuda"), callers, atol=1e-3):
         for _ in range(5):
             for engine in (first, second):
                 assert tokens_of(engine) == expected
-            model.set_attn_implementation("eager")
+            with callers:
+                model.set_attn_implementation("eager")
             model.save_pretrained(tmp_path)
-            model.set_attn_implementation("sdpa")
+            with callers:
+                model.set_attn_implementation("sdpa")
         assert len(first._core.runner.graphs) > 0
         assert len(second._core.runner.graphs) > 0
         first.close()
         assert tokens_of(second) == expected
         second.close()
-    finally:
-        stop.set()
-        thread.join()
-    assert not wrong
     saved = type(model).from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(saved[name], x.cpu()) for name, x in model.state_dict().items())
