@@ -1,14 +1,16 @@
 """Run the host-facing tests on other versions of transformers, torch and triton, each in an environment of its own.
 
     python integration_tests/support/versions.py                          # every version of VERSIONS, and the table
-    python integration_tests/support/versions.py --only oldest            # what CI runs; writes no table
+    python integration_tests/support/versions.py --only oldest            # what CI runs; what else has run is kept
     python integration_tests/support/versions.py --transformers 5.25.0    # the drill for a release: CONTRIBUTING.md
 
-Each environment is made once, in ``--environments``. Exit status 1: a test failed or a version cannot be installed.
+Each environment is made once, in ``--environments``; what its tests gave last is kept there, and the table is written
+once every version of VERSIONS has run. Exit status 1: a test failed or a version cannot be installed.
 """
 
 import argparse
 import datetime
+import json
 import os
 import platform
 import re
@@ -16,7 +18,7 @@ import subprocess
 import sys
 import time
 import venv
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from tqdm import tqdm
@@ -63,6 +65,7 @@ class Run:
     failed: int | None
     skipped: int | None
     seconds: float
+    date: str
 
     @property
     def is_right(self) -> bool:
@@ -91,14 +94,19 @@ def make_environment(folder: Path, versions: dict[str, str]) -> Path:
 
 def run_tests(name: str, versions: dict[str, str], folder: Path, processes: int) -> Run:
     """Install one set of versions and run :data:`HOST_TESTS` there."""
-    start = time.monotonic()
+    start, today = time.monotonic(), str(datetime.date.today())
     print(f"\n=== {name}: {versions}", flush=True)
     try:
         python = make_environment(folder / "-".join(versions.values()), versions)
     except subprocess.CalledProcessError as error:
         print(f"cannot be installed: {error}", flush=True)
-        return Run(name, versions, None, None, None, time.monotonic() - start)
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+        return Run(name, versions, None, None, None, time.monotonic() - start, today)
+    environment = os.environ | {
+        "OMP_NUM_THREADS": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        # An environment may have been made for another checkout: this one is tested.
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
+    }
     command = [str(python), "-m", "pytest", "-q", "-n", str(processes), "-p", "no:cacheprovider", *HOST_TESTS]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", result.stdout)}
@@ -106,9 +114,18 @@ def run_tests(name: str, versions: dict[str, str], folder: Path, processes: int)
     if result.returncode != 0:
         print(result.stdout[-6000:], result.stderr[-2000:], flush=True)
         failed = failed or 1
-    run = Run(name, versions, counts.get("passed", 0), failed, counts.get("skipped", 0), time.monotonic() - start)
+    seconds = time.monotonic() - start
+    run = Run(name, versions, counts.get("passed", 0), failed, counts.get("skipped", 0), seconds, today)
     print(f"{run.passed} passed, {run.failed} failed, {run.skipped} skipped in {run.seconds:.0f} s", flush=True)
     return run
+
+
+def keep(runs: list[Run], file: Path) -> list[Run]:
+    """Put runs among those of earlier calls; what is there now of VERSIONS, in its order."""
+    kept = {row["name"]: Run(**row) for row in json.loads(file.read_text())} if file.exists() else {}
+    kept |= {run.name: run for run in runs}
+    file.write_text(json.dumps([asdict(run) for run in kept.values()], indent=1), encoding="utf-8")
+    return [kept[name] for name, versions in VERSIONS.items() if name in kept and kept[name].versions == versions]
 
 
 def render(runs: list[Run]) -> str:
@@ -123,8 +140,8 @@ def render(runs: list[Run]) -> str:
         [
             "# The host-facing tests on other versions",
             "",
-            f"`make versions`, {datetime.date.today()}, Python {platform.python_version()}, CPU. Private names of "
-            f"transformers, parity of {families}, `generate_batch`, PagedCache, `patch_generate`, clients, fusion. "
+            f"`make versions`, {max(run.date for run in runs)}, Python {platform.python_version()}, CPU. Private names "
+            f"of transformers, parity of {families}, `generate_batch`, PagedCache, `patch_generate`, clients, fusion. "
             "Skipped: tests that need a GPU or a client that is not installed.",
             "",
             "| transformers | torch | triton | passed | failed | skipped |",
@@ -149,14 +166,13 @@ def main() -> int:
     if arguments.transformers:
         given = {"transformers": arguments.transformers, "torch": arguments.torch, "triton": arguments.triton}
         sets = {f"transformers {arguments.transformers}": given}
-    runs = [
-        run_tests(name, versions, arguments.environments, arguments.processes)
-        for name, versions in tqdm(sets.items(), unit="environment", disable=len(sets) == 1)
-    ]
-    table = render(runs)
-    print(f"\n{table}")
-    if sets == VERSIONS:
-        TABLE.write_text(table, encoding="utf-8")
+    runs, kept = [], []
+    for name, versions in tqdm(sets.items(), unit="environment", disable=len(sets) == 1):
+        runs.append(run_tests(name, versions, arguments.environments, arguments.processes))
+        kept = keep(runs, arguments.environments / "runs.json")
+    print(f"\n{render(runs)}")
+    if len(kept) == len(VERSIONS):
+        TABLE.write_text(render(kept), encoding="utf-8")
     # The plain line that test runners close with.
     print(f"{sum(run.passed or 0 for run in runs)} passed, {sum(run.failed or 0 for run in runs)} failed")
     return 0 if all(run.is_right for run in runs) else 1
