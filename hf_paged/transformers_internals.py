@@ -400,7 +400,7 @@ def batching_update(
         return key, value
     if "kwargs" in inspect.signature(cache.update).parameters:
         return cache.update(key_states=key, value_states=value, layer_idx=module.layer_idx, kwargs=kwargs)
-    # 5.17: one argument per index, and no help with the block table.
+    # 5.17 and 5.18: one argument per index, and no help with the block table.
     for old, new in (("max_seqlen_q", "max_length_q"), ("max_seqlen_k", "max_length_k")):
         if old in kwargs:
             kwargs[new] = kwargs.pop(old)
@@ -414,11 +414,14 @@ def batching_update(
             read_index=kwargs["read_index"], write_index=kwargs["write_index"],
         )  # fmt: skip
         return key.transpose(0, 1).unsqueeze(0), value.transpose(0, 1).unsqueeze(0)
-    group, layer = touch_attr(cache, "layer_index_to_group_indices")[module.layer_idx]
-    shape = (-1, cache.block_size, cache.num_key_value_heads, cache.head_dim)
+    if hasattr(cache, "get_cache_for_block_table"):  # 5.18
+        group, kwargs["k_cache"], kwargs["v_cache"] = cache.get_cache_for_block_table(module.layer_idx)
+    else:
+        group, layer = touch_attr(cache, "layer_index_to_group_indices")[module.layer_idx]
+        shape = (-1, cache.block_size, cache.num_key_value_heads, cache.head_dim)
+        kwargs["k_cache"] = touch_attr(cache, "key_cache")[layer].view(shape)
+        kwargs["v_cache"] = touch_attr(cache, "value_cache")[layer].view(shape)
     kwargs["block_table"] = kwargs["block_table"][group]
-    kwargs["k_cache"] = touch_attr(cache, "key_cache")[layer].view(shape)
-    kwargs["v_cache"] = touch_attr(cache, "value_cache")[layer].view(shape)
     return key, value
 
 

@@ -299,6 +299,17 @@ class CacheOf517:
         return dict(cu_seq_lens_k=cu_seqlens_k, max_seqlen_q=1, max_seqlen_k=1)
 
 
+class CacheOf518(CacheOf517):
+    """As in 5.17, and a method gives the views of the pages."""
+
+    def __init__(self, k_cache: torch.Tensor, v_cache: torch.Tensor) -> None:
+        self.pages = (k_cache, v_cache)
+
+    def get_cache_for_block_table(self, layer_idx: int):
+        assert layer_idx == 3
+        return 1, *self.pages
+
+
 @pytest.fixture(params=["reference", "triton"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both implementations of the ops, the Triton one through its interpreter where there is no GPU."""
@@ -310,7 +321,7 @@ OPTIONS = [{}, {"sliding_window": 3}, {"sliding_window": 11, "softcap": 2.0, "s_
 
 
 @pytest.mark.usefixtures("kernels", "poison")
-@pytest.mark.parametrize("make_cache", [CacheOf517, CacheOf523])
+@pytest.mark.parametrize("make_cache", [CacheOf517, CacheOf518, CacheOf523])
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "+".join(options) or "plain")
 @pytest.mark.parametrize(
     ("seq_lens", "unallocated"),
