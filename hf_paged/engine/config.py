@@ -21,7 +21,7 @@ class EngineConfig:
             get memory as they are first used; where the device has too little by then, the pool is as large as it
             allows.
         memory_fraction: the part of the device's free memory that pages may take where ``num_pages`` is None; on a
-            nearly full GPU less, since steps need an estimated part of it.
+            nearly full GPU less, since steps need a part of it, which is measured at start.
         max_batch_tokens: tokens that one step computes at most; longer prompts are computed in chunks.
         mixed_prompt_tokens: prompt tokens that a step computes while other sequences decode, which wait for them. Fewer
             make the longest steps shorter, but more steps longer than others: the time between tokens is more even and

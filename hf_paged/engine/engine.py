@@ -208,7 +208,8 @@ class Engine:
                     most = config.max_num_seqs * pages_of_one + 1
                     num_pages = choose_num_pages(learned.page_bytes, config.memory_fraction, most, reserve)
                 core = EngineCore(model, config, num_pages, self.max_model_len)
-                core.commit_as_used(learned.kinds, PageRoom(reserve, learned.page_bytes))
+                room = PageRoom(reserve, learned.page_bytes)
+                core.commit_as_used(learned.kinds, room)
                 core.runner.needs_lengths = core.cache.may_gather = learned.needs_lengths
                 core.runner.ignore_buffers(written)
                 if self.fused is not None:
@@ -219,6 +220,10 @@ class Engine:
                         raise ValueError(f"cuda_graphs=True cannot be: {reason}. Leave it None.")
                     if reason is not None and core.device.type == "cuda":
                         logger.warning_once(f"decode steps run without CUDA graphs: {reason}.")
+                if core.device.type == "cuda":
+                    with core.on_device():
+                        step_bytes = room.measure(lambda: core.runner.warm_up_prompts(config.max_batch_tokens))
+                    room.reserve = working_bytes(model, config, step_bytes)
                 return core
             except BaseException:
                 if self.fused is not None:

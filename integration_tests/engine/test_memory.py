@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_paged
 from hf_paged.engine.scheduling import page_budget
@@ -225,11 +226,15 @@ def test_working_bytes_follow_the_step(model):
     assert more_tokens >= 4096 * 4 * (2 * hidden + text.intermediate_size)
     assert of(max_num_seqs=512) - of(max_num_seqs=256) >= 256 * vocab * 4
     assert of() - of(cuda_graphs=False) >= 4000 * vocab * 4
+    # What was measured takes the place of the estimate, and of that alone.
+    measured = [working_bytes(model, hf_paged.EngineConfig(max_batch_tokens=n), 12345) for n in (4096, 8192)]
+    assert measured[0] == measured[1] == of(max_batch_tokens=8192) - 2 * more_tokens + 12345
 
 
-def test_the_room_on_a_gpu(monkeypatch):
-    """What is free, less what steps have still to take; what others left with PyTorch is asked back."""
-    gpu, numbers = torch.device("cuda", 0), {"reserved": 100, "allocated": 100, "free": 1000}
+@pytest.fixture
+def numbers(monkeypatch):
+    """Of a GPU that is none."""
+    numbers = {"reserved": 100, "allocated": 100, "free": 1000}
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: numbers["reserved"])
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: numbers["allocated"])
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (numbers["free"], 5000))
@@ -239,6 +244,12 @@ def test_the_room_on_a_gpu(monkeypatch):
         numbers["reserved"] = numbers["allocated"]
 
     monkeypatch.setattr(torch.cuda, "empty_cache", empty)
+    return numbers
+
+
+def test_the_room_on_a_gpu(numbers):
+    """What is free, less what steps have still to take; what others left with PyTorch is asked back."""
+    gpu = torch.device("cuda", 0)
     room = PageRoom(300, [gpu])
     assert room(gpu) == 700
     numbers.update(reserved=350, allocated=150, free=750)  # Steps have taken most of theirs, and keep it.
@@ -246,6 +257,35 @@ def test_the_room_on_a_gpu(monkeypatch):
     numbers.update(reserved=1100, allocated=150, free=0)  # A trainer has been there.
     assert room(gpu) == 950 - 250
     assert room(torch.device("cpu")) > 1 << 60
+
+
+@pytest.mark.parametrize("taken", [40, 700], ids=["less than estimated", "more"])
+def test_the_largest_step_is_measured(model, numbers, monkeypatch, taken):
+    """What was in PyTorch's cache does not hide what the step takes; what it took is held back, once."""
+    gpu = torch.device("cuda", 0)
+    numbers.update(reserved=160, free=940)  # 60 bytes are cached.
+    room = PageRoom(300, [gpu])
+    with make_engine(model) as engine:
+        runner = engine._core.runner
+        forward, widths = runner.forward, []
+
+        def step(inputs, keep):
+            widths.append(inputs.input_ids.shape[1])
+            if numbers["reserved"] < 100 + taken:
+                numbers.update(reserved=100 + taken, free=1000 - taken)
+            return forward(inputs, keep)
+
+        monkeypatch.setattr(runner, "forward", step)
+        room.reserve = 50 + room.measure(lambda: runner.warm_up_prompts(32))
+        assert set(widths) == {32}
+        assert room.reserve == 50 + taken
+        assert room(gpu) == 1000 - taken - 50
+
+        def is_full(inputs, keep):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        monkeypatch.setattr(runner, "forward", is_full)
+        assert room.measure(lambda: runner.warm_up_prompts(32)) is None
 
 
 # On a card
@@ -282,3 +322,30 @@ def test_an_engine_on_a_nearly_full_card(gib):
         torch.cuda.empty_cache()
         outputs = engine.generate(prompts, generation_config=config(30))
         assert [output.token_ids for output in outputs] == expected
+
+
+@pytest.mark.gpu
+def test_pages_leave_what_a_largest_step_takes():
+    """Every page that may be committed is; then a step of ``max_batch_tokens`` finds its memory at once."""
+    sizes = dict(hidden_size=512, intermediate_size=8192, num_hidden_layers=2, num_attention_heads=8)
+    shape = LlamaConfig(vocab_size=1000, num_key_value_heads=4, max_position_embeddings=32_768, **sizes)
+    model = LlamaForCausalLM._from_config(shape, attn_implementation="sdpa", dtype=torch.float32).cuda().eval()
+    torch.cuda.empty_cache()
+    hog = torch.empty(int(torch.cuda.mem_get_info()[0] - 3 * 2**30), dtype=torch.uint8, device="cuda")
+    options = hf_paged.EngineConfig(max_num_seqs=64, max_batch_tokens=4096, memory_fraction=1.0, cuda_graphs=False)
+    with hf_paged.Engine(model, options) as engine:
+        core, gpu = engine._core, torch.device("cuda", torch.cuda.current_device())
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        core.pool.room.measure(lambda: core.runner.warm_up_prompts(4096))
+        # At least a layer's gate and up of every token.
+        assert torch.cuda.max_memory_allocated() - before > 2 * 4096 * 8192 * 4
+        for group in core.pool.groups.values():
+            group.back(group.allocator.num_pages)
+        stats = torch.cuda.memory_stats()
+        assert core.pool.room(gpu) >= 0
+        assert core.runner.warm_up_prompts(4096)
+        for name in ("num_ooms", "num_alloc_retries"):
+            assert torch.cuda.memory_stats()[name] == stats[name]
+        engine.check()
+    del hog

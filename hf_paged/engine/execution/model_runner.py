@@ -197,11 +197,15 @@ class Runner:
         self.tables.note_tokens(slots, tokens, lengths)
         return logits, tokens, lse
 
-    def warm_up_prompts(self, num_tokens: int) -> None:
+    def warm_up_prompts(self, num_tokens: int) -> bool:
         """Run the model over ``num_tokens`` tokens of no request, as steps too large for a graph do: kernels that only
-        these take are compiled, for short contexts and for long ones. So is the copy of a page."""
+        these take are compiled, for short contexts and for long ones. So is the copy of a page.
+
+        Returns:
+            Whether it ran: models with recurrent states have no such step, and it may find no memory.
+        """
         if self.cache.has_states or self.needs_lengths:
-            return
+            return False
         device, page_size = self.tables.device, self.tables.pages.page_size
         widest = self.tables.page_tables[0].shape[1] if self.tables.page_tables else 0
         ids = torch.zeros(1, num_tokens, dtype=torch.int64, device=device)
@@ -216,15 +220,18 @@ class Runner:
                 self.forward(
                     StepInputs(no_slots, ids, ids, no_keys, bounds, num_tokens, longest, longest, groups), last
                 )  # fmt: skip
+            has_room = True
         except Exception as error:
             if not is_short_of_memory(error):
                 raise
+            has_room = False
             logger.warning(
                 f"a step of {num_tokens} tokens (max_batch_tokens) finds no room in the device's memory, nor will "
                 "prompts that make one: lower EngineConfig(max_batch_tokens=) or num_pages=."
             )
         for number in range(len(self.tables.page_tables)):
             self.cache.copy_pages(number, [0], [0])
+        return has_room
 
     def drop_graphs(self) -> None:
         """Forget what was captured: pages or modules are about to change."""

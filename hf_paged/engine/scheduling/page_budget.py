@@ -1,7 +1,7 @@
 """How many pages the engine takes, and how groups of layers share them."""
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -59,9 +59,13 @@ def choose_num_pages(bytes_by_device: dict[torch.device, int], fraction: float, 
     return max(1, min([most, *fit]))
 
 
-def working_bytes(model: Any, config: EngineConfig) -> int:
+def working_bytes(model: Any, config: EngineConfig, step_bytes: int | None = None) -> int:
     """Memory of a GPU that the engine needs beside pages and weights, at most: of the largest step its activations and
-    logits, the logits that captured steps keep, and what libraries take. An estimate from the model's widths."""
+    logits, the logits that captured steps keep, and what libraries take.
+
+    Args:
+        step_bytes: activations of the largest step (:meth:`PageRoom.measure`); None: an estimate from the widths.
+    """
     embeddings, head = model.get_input_embeddings().weight, model.get_output_embeddings()
     text = model.config.get_text_config(decoder=True)
     widths = [getattr(module, "out_features", 0) for module in model.modules() if module is not head]
@@ -72,7 +76,7 @@ def working_bytes(model: Any, config: EngineConfig) -> int:
     # Of the model's dtype, and twice in float32 where they are changed on the way to a token.
     logits = config.max_num_seqs * text.vocab_size * (size + 8)
     captured = 0 if config.cuda_graphs is False else sum(bucket_sizes(config.max_num_seqs)) * text.vocab_size * size
-    return LIBRARY_BYTES + activations + logits + captured
+    return LIBRARY_BYTES + (activations if step_bytes is None else step_bytes) + logits + captured
 
 
 class PageRoom:
@@ -86,7 +90,25 @@ class PageRoom:
 
     def __init__(self, reserve: int, devices: Iterable[torch.device]) -> None:
         self.reserve = reserve
-        self._before = {d: torch.cuda.memory_reserved(d) for d in devices if d.type == "cuda"}
+        self._devices = [d for d in devices if d.type == "cuda"]
+        self._note_taken()
+
+    def measure(self, step: Callable[[], bool]) -> int | None:
+        """Run a step, and return the bytes that PyTorch took for it on the device where it took most.
+
+        PyTorch keeps them, so they count as taken from then on.
+
+        Args:
+            step: returns False if it could not run; then the result is None.
+        """
+        torch.cuda.empty_cache()  # What was cached already would not be counted.
+        self._note_taken()
+        if not step():
+            return None
+        return max(torch.cuda.memory_reserved(d) - before for d, before in self._before.items())
+
+    def _note_taken(self) -> None:
+        self._before = {d: torch.cuda.memory_reserved(d) for d in self._devices}
 
     def __call__(self, device: torch.device) -> int:
         """Of this device."""
