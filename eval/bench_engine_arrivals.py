@@ -30,7 +30,7 @@ class TokenTimes:
 
     def __init__(self, engine: hf_paged.Engine) -> None:
         self._slots = engine._core.slots
-        self._length = self._slots.length.copy()
+        self.length = self._slots.length.copy()
         self._generation = self._slots.generation.copy()
         # Of the last token; NaN where the row has none that was seen.
         self._last = np.full(self._slots.num_slots, np.nan)
@@ -42,7 +42,7 @@ class TokenTimes:
         slots = self._slots
         is_same = self._generation == slots.generation
         self._last[~is_same] = np.nan
-        has_new = is_same & (slots.length > self._length)
+        has_new = is_same & (slots.length > self.length)
         gaps = now - self._last[has_new]
         gaps = gaps[~np.isnan(gaps)]
         if gaps.size:
@@ -51,7 +51,7 @@ class TokenTimes:
         # A prompt's first token may come in the step that admits the row, or later: the next gap starts at it.
         is_there = slots.length > slots.prompt_length
         self._last[(has_new | ~is_same) & is_there] = now
-        self._length[:] = slots.length
+        self.length[:] = slots.length
         self._generation[:] = slots.generation
 
     def since(self, start: float) -> np.ndarray:
@@ -147,7 +147,7 @@ def run_load(engine: hf_paged.Engine, sizes: Sizes, rate: float, load_s: float, 
         now = time.perf_counter()
         tokens.read(now)
         if now - started > counted_from:
-            running.append(int((tokens._length > 0).sum()))
+            running.append(int((tokens.length > 0).sum()))
     after = engine.stats()
     drain(engine, handles)
     counted = [i for i in range(len(handles)) if times[i] >= counted_from]

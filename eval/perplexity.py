@@ -72,7 +72,7 @@ Figures = tuple[list[list[float]], list[list[int]]]
 
 
 @torch.no_grad()
-def perplexity(
+def perplexity(  # noqa: PLR0913
     model: PreTrainedModel,
     token_ids: Sequence[int] | torch.Tensor,
     *,

@@ -1,6 +1,7 @@
 """Where things live and who may import whom: read from the source, and tried in a fresh process."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -26,9 +27,11 @@ def imports(path: Path) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom):
             above = package[: len(package) - node.level + 1] if node.level else ()
             module = ".".join([*above, *([node.module] if node.module else [])])
-            yield module
-            # "from . import ops" imports hf_paged_kernels.attention.ops.
-            yield from (f"{module}.{alias.name}" for alias in node.names)
+            names = [f"{module}.{alias.name}" for alias in node.names]
+            yield from names
+            # "from . import ops" imports hf_paged_kernels.attention.ops, whatever the __init__ beside it imports.
+            if not all(name in MODULES for name in names):
+                yield module
 
 
 def offenders(folder: Path, *forbidden: str) -> list[str]:
@@ -40,6 +43,150 @@ def offenders(folder: Path, *forbidden: str) -> list[str]:
         for module in imports(path)
         if any(module == name or module.startswith(name + ".") for name in forbidden)
     ]
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT / "kernels" if KERNELS in path.parents else ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {
+    module_name(path): path
+    for folder in (ROOT / "eval", ROOT / "hf_paged", KERNELS)
+    for path in sorted(folder.rglob("*.py"))
+}
+
+
+@functools.cache
+def imported_modules() -> dict[str, set[str]]:
+    """Which of MODULES each of them imports, for type checkers alone too."""
+    return {name: {m for m in imports(path) if m in MODULES and m != name} for name, path in MODULES.items()}
+
+
+def parents(module: str) -> set[str]:
+    parts = module.split(".")
+    return {".".join(parts[:i]) for i in range(1, len(parts))}
+
+
+KNOWN_CIRCLES = {
+    ("hf_paged.cache.layer_group", "hf_paged.cache.paged_cache", "hf_paged.cache.paged_layer",
+     "hf_paged.cache.paged_states", "hf_paged.cache.swap"),
+    ("hf_paged.engine.engine", "hf_paged.engine.handle"),
+    ("hf_paged_kernels.linear.decode", "hf_paged_kernels.linear.decode_gluon"),
+    ("hf_paged_kernels.linear.skinny", "hf_paged_kernels.linear.skinny_gluon"),
+}  # fmt: skip
+"""A circle that is broken goes from here; none may be added."""
+
+
+def test_imports_make_no_circles():
+    graph = imported_modules()
+
+    def reached(name: str) -> set[str]:
+        seen, left = set(), [name]
+        while left:
+            more = graph[left.pop()] - seen
+            seen |= more
+            left += more
+        return seen
+
+    reach = {name: reached(name) for name in graph}
+    circles = {tuple(sorted(b for b in reach[a] if a in reach[b])) for a in graph if a in reach[a]}
+    assert circles == KNOWN_CIRCLES
+
+
+# Rooms from the top down: a module imports its own room, and rooms of lines below. The longest name counts.
+ROOMS = {
+    "packages": [
+        ["eval"],
+        ["hf_paged"],
+        ["hf_paged.lm_eval_model"],
+        ["hf_paged.generation", "hf_paged.registration"],
+        ["hf_paged.engine", "hf_paged.attention"],
+        ["hf_paged.cache", "hf_paged.fusion"],
+        ["hf_paged.hooks", "hf_paged.mixed_precision"],
+        ["hf_paged.transformers_internals", "hf_paged.paging"],
+        ["hf_paged.errors"],
+        ["hf_paged_kernels"],
+    ],
+    "engine": [
+        ["hf_paged.engine"],
+        ["hf_paged.engine.startup"],
+        ["hf_paged.engine.core"],
+        ["hf_paged.engine.execution"],
+        ["hf_paged.engine.scheduling"],
+        ["hf_paged.engine.sampling"],
+        ["hf_paged.engine.config", "hf_paged.engine.trace", "hf_paged.engine.async_copy", "hf_paged.engine.turn_lock"],
+    ],
+    "kernels": [
+        ["hf_paged_kernels"],
+        ["hf_paged_kernels.api", "hf_paged_kernels.warm_up"],
+        ["hf_paged_kernels.attention.shared_prefix"],
+        [f"hf_paged_kernels.{feature}.ops" for feature in ("attention", "layers", "sampling")],
+        [f"hf_paged_kernels.{feature}" for feature in ("attention", "linear", "layers", "sampling")],
+        ["hf_paged_kernels.checks"],
+        ["hf_paged_kernels.backend", "hf_paged_kernels.compat_gluon", "hf_paged_kernels.dependent_launch_triton"],
+        ["hf_paged_kernels.settings"],
+    ],
+}
+KNOWN_CLIMBS = {
+    "packages": set(),
+    "engine": {("hf_paged.engine.scheduling.page_budget", "hf_paged.engine.execution.decode_graphs")},
+    "kernels": {
+        ("hf_paged_kernels.layers.reference", "hf_paged_kernels.attention.reference"),
+        ("hf_paged_kernels.layers.rotary_write_triton", "hf_paged_kernels.attention.pages_triton"),
+    },
+}
+"""An import that no longer climbs goes from here; none may be added."""
+
+
+@pytest.mark.parametrize("part", ROOMS)
+def test_rooms_are_entered_from_above(part):
+    level = {room: i for i, rooms in enumerate(ROOMS[part]) for room in rooms}
+
+    def room_of(module: str) -> str | None:
+        return max((name for name in {module, *parents(module)} if name in level), key=len, default=None)
+
+    climbs = set()
+    for module, imported in imported_modules().items():
+        for other in imported:
+            here, there = room_of(module), room_of(other)
+            if here and there and here != there and level[there] <= level[here]:
+                climbs.add((module, other))
+    assert climbs == KNOWN_CLIMBS[part]
+
+
+MOST_LINES_OF_A_CLASS = 400
+KNOWN_LARGE_CLASSES = {"PagedCache", "EngineCore", "Engine", "Scheduler"}
+"""A class that has shrunk goes from here; none may be added. Ruff counts parameters and branches, see pyproject."""
+
+
+def test_classes_are_of_a_size_that_can_be_read():
+    large = {
+        node.name
+        for path in MODULES.values()
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.ClassDef) and node.end_lineno - node.lineno >= MOST_LINES_OF_A_CLASS
+    }
+    assert large == KNOWN_LARGE_CLASSES
+
+
+PRIVATE_NAMES_OF_OTHERS = {"_from_config", "_attn_implementation", "_get_help_string"}
+KNOWN_PRIVATE_NAMES = {"_core"}
+"""An attribute that eval no longer touches goes from here; none may be added."""
+
+
+def test_eval_touches_no_private_attribute():
+    touched = {
+        node.attr
+        for name, path in MODULES.items()
+        if name.startswith("eval.")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Attribute)
+        and node.attr.startswith("_")
+        and not node.attr.startswith("__")
+        and not (isinstance(node.value, ast.Name) and node.value.id in ("self", "cls"))
+    }
+    assert touched - PRIVATE_NAMES_OF_OTHERS == KNOWN_PRIVATE_NAMES
 
 
 def test_the_kernels_folder_is_not_a_package():

@@ -38,7 +38,7 @@ def flash_attn_func(
     )  # type: ignore[return-value]  # fmt: skip
 
 
-def flash_attn_varlen_func(
+def flash_attn_varlen_func(  # noqa: PLR0913
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
@@ -63,7 +63,7 @@ def flash_attn_varlen_func(
     )  # type: ignore[return-value]  # fmt: skip
 
 
-def flash_attn_with_kvcache(
+def flash_attn_with_kvcache(  # noqa: PLR0913
     q: torch.Tensor,
     k_cache: torch.Tensor,
     v_cache: torch.Tensor,

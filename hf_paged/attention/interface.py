@@ -76,7 +76,7 @@ def _take_back_on_error(attention: Callable) -> Callable:
 
 
 @_take_back_on_error
-def paged_flash_attention(
+def paged_flash_attention(  # noqa: PLR0913
     module: torch.nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,

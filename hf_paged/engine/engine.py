@@ -250,7 +250,7 @@ class Engine:
 
     # Requests
 
-    def submit(
+    def submit(  # noqa: PLR0913
         self,
         prompt_ids: Sequence[int] | torch.Tensor,
         *,

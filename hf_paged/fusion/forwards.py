@@ -356,7 +356,7 @@ class FusedAttention(Unit):
 
     kind = "attention"
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         scope: Scope,
         module: nn.Module,

@@ -60,7 +60,7 @@ class EngineLayer(CacheLayerMixin):
             StepStates(self, value_states, step.num_keys, is_key=False),
         )
 
-    def rotate_and_write(
+    def rotate_and_write(  # noqa: PLR0913
         self,
         q: torch.Tensor,
         k: torch.Tensor,

@@ -131,7 +131,7 @@ class Scheduler:
             captured step of at least so many; None: there is none.
     """
 
-    def __init__(
+    def __init__(  # noqa: PLR0913
         self,
         slots: Slots,
         pages: SlotPages,
