@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: help demo test versions lint perplexity report support small-model clean
+.PHONY: help demo test versions lint docs perplexity report support small-model clean
 
 help:            ## list the tasks
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -25,6 +25,10 @@ versions: $(VENV)/.dev    ## the host-facing tests on every minor version of tra
 lint: $(VENV)/.dev        ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.dev        ## build/docs, the documentation as HTML; a broken link fails
+	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 perplexity: $(VENV)/.dev  ## the small model's perplexity, every path
 	$(BIN)/python -m eval.perplexity --model integration_tests/assets/small_model \

@@ -1,4 +1,4 @@
-"""Paged attention for every Hugging Face causal LM.
+"""A continuous-batching engine, paged attention and a paged KV cache for Hugging Face transformers.
 
 ``import hf_paged`` makes ``attn_implementation="paged_flash"`` valid in ``from_pretrained``, ``from_config`` and
 ``set_attn_implementation``; ``generate()`` on such a model keeps its keys and values in a :class:`PagedCache`.
