@@ -127,7 +127,7 @@ class PagedLM(HFLM):
             bar.close()
         finally:
             # generate_until has an engine of its own, which then has the memory.
-            self._engine.sleep()
+            self._engine.sleep(keep_graphs=True)
         return answers
 
     def _submit(self, tokens: list[int]) -> "_Scored":

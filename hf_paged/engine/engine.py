@@ -742,7 +742,7 @@ class Engine:
         if change is not None:
             self._start_over(change)
 
-    def _start_over(self, change: str | None) -> None:
+    def _start_over(self, change: str | None, keep_graphs: bool = False) -> None:
         """Drop captured steps and prefixes; running requests compute their tokens again."""
         core = self._core
         if change is not None and core.holds_computed():
@@ -751,7 +751,8 @@ class Engine:
                 f"running requests compute their tokens again."
             )
         self._collect_pending()
-        core.runner.drop_graphs()
+        if not keep_graphs:
+            core.runner.drop_graphs()
         core.preempt_all(allow_swap=False)
         core.drop_prefixes()
 
@@ -985,21 +986,35 @@ class Engine:
         with self._between_steps("drop_prefixes"):
             self._core.drop_prefixes()
 
-    def sleep(self) -> None:
+    def sleep(self, *, keep_graphs: bool = False) -> None:
         """Give the memory of the pages back, and pause.
 
         Requests wait, and compute their tokens again after :meth:`wake`.
+
+        Args:
+            keep_graphs: captured steps stay, with the memory of their intermediate results, so that :meth:`wake` need
+                not capture them again; see :meth:`pause` for the changes of the model that are seen.
         """
         with self._between_steps("sleep"):
-            self.refresh_weights()
-            self.pause()
-            self._core.cache.drop()
+            self._start_over(None, keep_graphs)
+            self.pause(keep_graphs=keep_graphs)
+            if not keep_graphs:
+                self._core.cache.drop()
+            elif not self._core.cache.release():
+                self._core.runner.drop_graphs()
             self._asleep = True
 
     def wake(self) -> None:
         """Go on after :meth:`sleep`."""
         with self._drive:
             self._check_open()
+            if self._asleep:
+                try:
+                    self._core.cache.restore()
+                except torch.OutOfMemoryError:
+                    # The device is full: pages are made as they are needed, at other addresses.
+                    self._core.runner.drop_graphs()
+                    self._core.cache.drop()
             self._asleep = False
             self.resume()
 

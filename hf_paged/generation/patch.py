@@ -137,7 +137,7 @@ class PatchedGenerate:
                     self.engine.drop_prefixes()
                     self.engine.pause(keep_graphs=True)
                 else:
-                    self.engine.sleep()
+                    self.engine.sleep(keep_graphs=True)
 
     def _awake_engine(self) -> Engine:
         if self.engine is not None and self._calls:
@@ -227,10 +227,10 @@ def patch_generate(model: Any, config: EngineConfig | None = None, *, keep_awake
     Args:
         model: a causal LM of transformers, or a PEFT model around one.
         config: the engine's options. Patching a patched model again takes the new ones.
-        keep_awake: between calls, keep the memory of the pages and the captured decode steps, so that the next call
-            starts at once: for many calls in a row, on a GPU with room. Cached prefixes are dropped all the same, and
-            weights may be trained or exchanged; see :meth:`Engine.pause` for the changes that are not seen. False: a
-            call gives all memory back when it ends.
+        keep_awake: between calls, keep the memory of the pages as well as the captured decode steps, so that the next
+            call starts at once: for many calls in a row, on a GPU with room. False: a call gives the memory of the
+            pages back when it ends; captured steps stay. Cached prefixes are dropped either way, and weights may be
+            trained or exchanged; see :meth:`Engine.pause` for the changes that are not seen.
 
     Raises:
         TypeError: not such a model, not an :class:`EngineConfig`, or not a bool.

@@ -174,7 +174,7 @@ class PageGroup:
         self.allocator = PageAllocator(0)
         self.layers: dict[int, LayerPages] = {}
         # What the keys and values of each layer are like: tensors [1, H, 0, D].
-        self.is_lazy = False
+        self.is_lazy = self.is_released = False
         self.kinds: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.tables: list[SequenceTable] = []
 
@@ -228,9 +228,37 @@ class PageGroup:
 
     def drop_layers(self) -> None:
         """Give the memory of all pages back; their contents are lost, the ids stay."""
+        self.is_released = False
         self.layers.clear()
         if self.is_lazy and not self.allocator.num_used:
             self.commit_as_used()
+
+    def release(self) -> bool:
+        """Give the memory of all pages back, and keep their addresses: captured CUDA graphs stay valid.
+
+        Contents are lost, the ids stay. No page may be touched before :meth:`restore`.
+
+        Returns:
+            False: a layer's addresses cannot stay, so that all were given back as well.
+        """
+        keeps_addresses = all(pages.arena.grows_in_place for pages in self.layers.values())
+        layers = dict(self.layers) if keeps_addresses else {}
+        for pages in layers.values():
+            pages.arena.decommit(0)
+        self.drop_layers()
+        self.layers.update(layers)
+        self.is_released = keeps_addresses
+        return keeps_addresses
+
+    def restore(self) -> None:
+        """Have memory behind the pages again, after :meth:`release`.
+
+        Raises:
+            torch.OutOfMemoryError: the device has less; some layers may have theirs.
+        """
+        for pages in self.layers.values():
+            pages.arena.commit(self.allocator.num_backed * pages.page_bytes, exactly=True)
+        self.is_released = False
 
     def _num_affordable(self) -> int:
         """Pages of all layers that the devices have memory for, as far as it is theirs to take."""
@@ -455,7 +483,8 @@ class PagePool:
                 for tensor in pages.tensors:
                     assert tensor.shape[0] >= group.allocator.num_pages, "a layer has fewer pages than its group"
                 has = pages.arena.committed
-                assert has >= group.allocator.num_backed * pages.page_bytes, "pages are handed out that have no memory"
+                enough = group.is_released or has >= group.allocator.num_backed * pages.page_bytes
+                assert enough, "pages are handed out that have no memory"
             for table in group.tables:
                 for held, length in zip(table.pages, table.lengths):
                     assert len(held) == -(-length // table.page_size), "a sequence has other pages than it needs"

@@ -177,6 +177,44 @@ def test_pausing_forgets_graphs_and_loses_nothing(model):
         assert handle.result().token_ids == expected
 
 
+@pytest.mark.parametrize("num_pages", [None, 40])
+def test_sleep_may_keep_graphs_and_the_addresses_of_pages(model, num_pages):
+    """Memory goes back, captured steps stay; a weight that changes meanwhile is seen."""
+    ids = prompt(12)
+    expected = alone(model, ids, config(20))
+    weight = model.model.layers[0].mlp.down_proj.weight
+    before = weight.detach().clone()
+    with make_engine(model, num_pages=num_pages) as engine:
+        assert engine.submit(ids, generation_config=config(20)).result().token_ids == expected
+        pages = [page for group in engine._core.pool.groups.values() for page in group.layers.values()]
+        addresses, graphs = [page.k.data_ptr() for page in pages], engine._core.runner.graphs
+        assert len(graphs) > 0
+        for factor in (1, -2, 1):
+            running = engine.submit(ids, generation_config=config(20))
+            for _ in range(6):
+                engine.step()
+            if factor != 1:
+                running.cancel()
+            engine.sleep(keep_graphs=True)
+            assert [page.arena.committed for page in pages] == [0] * len(pages)
+            assert len(graphs) > 0
+            engine.check()
+            try:
+                with torch.no_grad():
+                    weight.mul_(factor)
+                engine.wake()
+                assert [page.k.data_ptr() for page in pages] == addresses
+                if factor == 1:
+                    assert running.result().token_ids == expected
+                else:
+                    changed = engine.submit(ids, generation_config=config(20)).result().token_ids
+                    assert changed == alone(model, ids, config(20)) != expected
+                engine.check()
+            finally:
+                with torch.no_grad():
+                    weight.copy_(before)
+
+
 def test_hooks_take_their_steps_without_graphs():
     model = tiny_model("llama")
     calls = []

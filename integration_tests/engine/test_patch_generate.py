@@ -65,8 +65,8 @@ def restored(model):
 def reasons(monkeypatch):
     """Reasons for which calls went to transformers' own loop."""
     found = []
-    for module in ("generate_loop", "generate_patch"):
-        monkeypatch.setattr(f"hf_paged.{module}.log_original", found.append)
+    for module in ("loop", "patch"):
+        monkeypatch.setattr(f"hf_paged.generation.{module}.log_original", found.append)
     return found
 
 
@@ -853,14 +853,16 @@ def test_the_model_is_as_it_was_between_calls(model):
         model.lm_head.weight.data.neg_()
 
 
-def test_an_engine_kept_awake_keeps_its_pages_and_no_prefix(model, reasons):
+@pytest.mark.parametrize("keep_awake", [False, True])
+def test_an_engine_keeps_the_addresses_of_its_pages_and_no_prefix(model, reasons, keep_awake):
     inputs = batch(20, 17)
     expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)
-    hf_paged.patch_generate(model, CONFIG, keep_awake=True)
+    hf_paged.patch_generate(model, CONFIG, keep_awake=keep_awake)
     assert torch.equal(model.generate(**inputs, max_new_tokens=6, do_sample=False), expected)
     engine = model.generate.engine
-    pages = [page.k.data_ptr() for group in engine._core.pool.groups.values() for page in group.layers.values()]
+    pages = [page for group in engine._core.pool.groups.values() for page in group.layers.values()]
     assert pages
+    assert all((page.arena.committed > 0) == keep_awake for page in pages)
     assert model.config._attn_implementation == "sdpa"
     assert engine.stats().pages_used == 0
     weight = model.model.layers[0].mlp.down_proj.weight

@@ -64,8 +64,8 @@ SOFT_PROMPTS = ("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", 
 def reasons(monkeypatch):
     """Reasons for which calls went to transformers' own loop."""
     found = []
-    for module in ("generate_loop", "generate_patch"):
-        monkeypatch.setattr(f"hf_paged.{module}.log_original", found.append)
+    for module in ("loop", "patch"):
+        monkeypatch.setattr(f"hf_paged.generation.{module}.log_original", found.append)
     return found
 
 

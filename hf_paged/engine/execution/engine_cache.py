@@ -301,5 +301,23 @@ class EngineCache(Cache):
         """Give the memory of pages and states back; contents are lost, the page ids stay."""
         for group in self.pool.groups.values():
             group.drop_layers()
+        self._drop_states()
+
+    def release(self) -> bool:
+        """As :meth:`drop`, but the addresses of pages stay, until :meth:`restore`; False: they cannot."""
+        self._drop_states()
+        kept = [group.release() for group in self.pool.groups.values()]
+        return all(kept)
+
+    def restore(self) -> None:
+        """Have memory behind the pages again, after :meth:`release`.
+
+        Raises:
+            torch.OutOfMemoryError: the device has less.
+        """
+        for group in self.pool.groups.values():
+            group.restore()
+
+    def _drop_states(self) -> None:
         self._states.clear()
         self._kinds.clear()
