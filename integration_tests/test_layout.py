@@ -189,6 +189,15 @@ def test_eval_touches_no_private_attribute():
     assert touched - PRIVATE_NAMES_OF_OTHERS == KNOWN_PRIVATE_NAMES
 
 
+def test_no_test_imports_another():
+    """What tests share is in ``support/``, which conftest.py puts on the path."""
+    tests = {path.stem: path for path in (ROOT / "integration_tests").rglob("test_*.py")}
+    assert len(tests) > 80
+    for path in tests.values():
+        assert not {module.split(".")[0] for module in imports(path)} & tests.keys(), path
+        assert not re.search(r"sys\.path(\.| \+=)", path.read_text("utf-8")), path
+
+
 def test_the_kernels_folder_is_not_a_package():
     """``kernels`` is the import name of Hugging Face's hub-kernel package, which transformers imports when present."""
     assert (ROOT / "kernels").is_dir()

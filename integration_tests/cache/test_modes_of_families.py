@@ -5,20 +5,16 @@ refused with the same words.
 """
 
 import copy
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from host import cache_of, with_cache
+from tiny_models import WINDOW, build, copy_weights, randomise, tiny_config
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 import hf_paged
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from tiny_models import WINDOW, build, copy_weights, randomise, tiny_config
 
 ENCODER_DECODERS: dict[str, dict[str, Any]] = {
     "t5": dict(

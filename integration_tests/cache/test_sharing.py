@@ -2,17 +2,13 @@
 
 import copy
 import gc
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from host import cache_of, with_cache
+from tiny_models import build, copy_weights, randomise, tiny_config
 
 import hf_paged
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from tiny_models import build, copy_weights, randomise, tiny_config
 
 PAGE = 8
 KINDS = ["llama", "mistral", "gemma3_text"]

@@ -5,21 +5,17 @@ float32: tokens are equal, scores and states close, the books right, and no page
 ``eval/results/cache_behaviour.md`` says which test of transformers is asked where, and which do not apply.
 """
 
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from host import cache_of, with_cache
+from tiny_models import build, copy_weights, randomise, tiny_config
 from transformers import AutoConfig, AutoModelForSeq2SeqLM, Cache, DynamicCache, EncoderDecoderCache, PreTrainedModel
 
 import hf_paged
 from hf_paged.cache.paged_layer import PagedLayer
-
-sys.path.append(str(Path(__file__).parents[1] / "models"))
-from tiny_models import build, copy_weights, randomise, tiny_config
 
 FAMILIES = ("llama", "mistral", "gemma3_text", "gpt_oss", "gpt2", "deepseek_v3", "falcon_h1")
 """Full attention, windows, both mixed, sinks, learned positions, latent attention, recurrent states."""

@@ -3,20 +3,16 @@
 import asyncio
 import os
 import signal
-import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from random_requests import tiny_model
+from small_engines import run_again
 from transformers import GenerationConfig
 
 import hf_paged
-
-sys.path.insert(0, str(Path(__file__).parent))
-from random_requests import tiny_model
-from test_decode_graphs import run_again
 
 PROMPT = [5, 6, 7, 8, 9]
 ERRORS = [SystemExit, KeyboardInterrupt, GeneratorExit, asyncio.CancelledError, pytest.fail.Exception, KeyError]

@@ -1,17 +1,12 @@
 """Beam search without the engine: sequences, scores and beam indices of generate() on the same model."""
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from hf_paged_kernels.sampling.reference import gumbel_noise
-from transformers import GenerationConfig
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
 from dense_engine import all_logits, run_beams
 from explicit_models import prompts, tiny_model
+from hf_paged_kernels.sampling.reference import gumbel_noise
+from transformers import GenerationConfig
 
 from hf_paged.engine.sampling.beam_search import BeamSearch
 from hf_paged.engine.sampling.token_selector import TokenRules

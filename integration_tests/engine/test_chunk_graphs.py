@@ -1,11 +1,12 @@
 """Steps over chunks of prompts in static buffers: on a CPU, with a replay that runs the step again."""
 
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from random_requests import tiny_model
+from small_engines import GRAPH_FAMILIES as FAMILIES
+from small_engines import alone, config, make_engine, prompt
 from transformers import GenerationConfig
 
 from hf_paged.engine.execution import chunk_graphs
@@ -22,10 +23,6 @@ from hf_paged.engine.execution.engine_cache import EngineLayer
 from hf_paged.engine.execution.step_inputs import StepInputs
 from hf_paged.engine.scheduling.scheduler import StepWork
 from hf_paged.engine.scheduling.slots import Slots
-
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
-from random_requests import tiny_model
-from test_decode_graphs import FAMILIES, alone, config, make_engine, prompt
 
 
 @pytest.fixture(autouse=True)

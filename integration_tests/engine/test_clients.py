@@ -4,18 +4,13 @@ Each is skipped, visibly, where its library is not installed; ``eval/results/cli
 """
 
 import json
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import GenerationConfig, pipeline
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
 from explicit_models import prompts, tiny_model
 from tokenizers_of_tests import characters
+from transformers import GenerationConfig, pipeline
 
 import hf_paged
 

@@ -1,16 +1,12 @@
 """``EngineConfig(compile=True)``: which modules are compiled, the same tokens, and a model that stays as it is."""
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from random_requests import tiny_model
+from small_engines import alone, config, prompt
 
 import hf_paged
-
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
-from random_requests import tiny_model
-from test_decode_graphs import alone, config, prompt
 
 
 @pytest.fixture

@@ -3,22 +3,18 @@
 import csv
 import dataclasses
 import json
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 from hf_paged_kernels.attention.ops import paged_attention_op
+from random_requests import tiny_model
+from tiny_models import build, randomise, tiny_config
 from transformers import GenerationConfig, LogitsProcessor
 
 import hf_paged
 from hf_paged.engine.execution.cpu_attention import attend_groups, plan_groups
 from hf_paged.engine.sampling.token_selector import TokenRules
 from hf_paged.paging import LayerPages
-
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
-from random_requests import tiny_model
-from tiny_models import build, randomise, tiny_config
 
 FAMILIES = ("llama", "gemma3_text", "gpt_oss", "qwen3_next", "deepseek_v3", "jamba", "falcon_h1", "lfm2", "gpt2")
 

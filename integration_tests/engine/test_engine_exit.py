@@ -5,7 +5,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).parents[1] / "support"
 
 SCRIPT = textwrap.dedent(
     """

@@ -6,22 +6,18 @@ import dataclasses
 import gc
 import pickle
 import re
-import sys
 import threading
 import time
 import weakref
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from random_requests import tiny_model
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 import hf_paged
 from hf_paged.engine.sampling.request_params import Sampling, TokenRules
-
-sys.path.insert(0, str(Path(__file__).parent))
-from random_requests import tiny_model
 
 PROMPT = [5, 6, 7, 8, 9]
 

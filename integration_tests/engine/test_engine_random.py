@@ -1,17 +1,13 @@
 """200 random requests in one run, against generate() one prompt at a time: same tokens, however often preempted."""
 
 import itertools
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
+from random_requests import FAMILIES, RandomRequest, draw_requests, tiny_model
 from transformers.utils import logging
 
 import hf_paged
-
-sys.path.insert(0, str(Path(__file__).parent))
-from random_requests import FAMILIES, RandomRequest, draw_requests, tiny_model
 
 NUM_REQUESTS = 200
 NUM_PAGES = {"mistral": (13, 12), "qwen3_next": (24, 12)}

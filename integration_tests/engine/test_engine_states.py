@@ -2,19 +2,15 @@
 
 import collections
 import functools
-import sys
-from pathlib import Path
 
 import hypothesis.strategies as st
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from random_requests import tiny_model
 from transformers import GenerationConfig
 
 import hf_paged
-
-sys.path.insert(0, str(Path(__file__).parent))
-from random_requests import tiny_model
 
 PROMPTS = [torch.randint(3, 90, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 7, 16, 30, 45)]
 MODES = {

@@ -2,10 +2,8 @@
 
 import copy
 import itertools
-import sys
 import threading
 import types
-from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -13,16 +11,14 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 from host import CACHE
+from random_requests import tiny_model
+from small_engines import alone, config, engine_of, make_engine, prompt
+from tiny_models import build, randomise, tiny_config
 from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 import hf_paged
 from hf_paged.fusion import forwards
-
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
-from random_requests import tiny_model
-from test_decode_graphs import alone, config, make_engine, prompt
-from tiny_models import build, randomise, tiny_config
 
 LENGTHS = (1, 3, 9, 17, 30)
 WHOLE = {"layer": 3, "attention": 3, "mlp": 3, "norm": 7, "rotary": 1}
@@ -38,11 +34,6 @@ COUNTS = {
     "mixtral": {"layer": 3, "attention": 3, "norm": 7, "rotary": 1},
     "gpt_oss": {"layer": 3, "attention": 3, "norm": 7, "rotary": 1},
 }
-
-
-def engine_of(model, **options) -> hf_paged.Engine:
-    defaults = dict(num_pages=48, page_size=8, max_num_seqs=8, max_batch_tokens=32, self_check=False, fuse=True)
-    return hf_paged.Engine(model, hf_paged.EngineConfig(**(defaults | options)), background=False)
 
 
 def tokens_of(engine: hf_paged.Engine, new: int = 6) -> list[list[int]]:

@@ -1,17 +1,13 @@
 """The engine on a GPU: tokens of generate(), captured decode steps at any lengths, steps that nothing waits for."""
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from random_requests import tiny_model
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
 import hf_paged
 from hf_paged.engine.execution.decode_graphs import CaptureError, CudaCapture
-
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
-from random_requests import tiny_model
 
 pytestmark = pytest.mark.gpu
 

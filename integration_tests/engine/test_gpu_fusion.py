@@ -1,18 +1,14 @@
 """Fused forwards on a GPU: the kernels of few tokens and of many, inside captured steps."""
 
-import sys
-from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
+from small_engines import config, prompt
+from tiny_models import build, randomise, tiny_config
 
 import hf_paged
 from hf_paged.fusion import forwards
-
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
-import tiny_models
-from test_decode_graphs import config, prompt
-from tiny_models import build, randomise, tiny_config
 
 pytestmark = pytest.mark.gpu
 

@@ -1,17 +1,12 @@
 """Token selection on the device: the same noise as on the host, and rows that do not depend on their batch."""
 
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from explicit_models import prompts, tiny_model
 from hf_paged_kernels.sampling.reference import gumbel_noise
 from transformers import GenerationConfig
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
-from explicit_models import prompts, tiny_model
 
 import hf_paged
 from hf_paged.engine.sampling.token_selector import TokenRules, TokenSelector

@@ -1,17 +1,13 @@
 """``torch.inference_mode()`` around any part of an engine's life: its own tensors are of use outside too."""
 
 import contextlib
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from random_requests import AddToToken, tiny_model
+from small_engines import alone, config, prompt
 
 import hf_paged
-
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
-from random_requests import AddToToken, tiny_model
-from test_decode_graphs import alone, config, prompt
 
 OPTIONS = {
     "greedy": {},

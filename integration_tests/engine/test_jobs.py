@@ -1,18 +1,13 @@
 """Requests of one call that returns when all have ended: the longest go first, the others wait where they have time."""
 
 import random
-import sys
 import threading
-from pathlib import Path
 
 import pytest
+from random_requests import tiny_model
+from small_engines import alone, config, prompt
 
 import hf_paged
-
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
-from random_requests import tiny_model
-from test_decode_graphs import alone, config, prompt
-
 from hf_paged.engine.scheduling.scheduler import JOB_TOKENS, job_tokens
 
 BUDGET, LEAST = 96, 24

@@ -1,20 +1,15 @@
 """A model that changes: nothing that was computed with another one is used, whatever changes it, and whenever."""
 
 import logging
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from random_requests import tiny_model
+from small_engines import alone, config, engine_of, make_engine, prompt
 from torch import nn
 
 import hf_paged
 from hf_paged.engine.execution.model_fingerprint import NUM_SUMS, LiveModel, sums, weighted_sums
-
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
-from random_requests import tiny_model
-from test_decode_graphs import alone, config, make_engine, prompt
-from test_fusion import engine_of
 
 PROMPT = prompt(20)
 

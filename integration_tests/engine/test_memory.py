@@ -1,13 +1,13 @@
 """Pages get memory as they are first used; where a device has too little, the pool is smaller, and tokens are right."""
 
 import gc
-import sys
 import weakref
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from random_requests import tiny_model
+from small_engines import alone, config, make_engine, prompt
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import hf_paged
@@ -17,10 +17,6 @@ from hf_paged.paging import PagePool
 from hf_paged.paging import pool as pool_module
 from hf_paged.paging.arena import CopyingArena, CpuArena
 from hf_paged.paging.pool import FIRST_PAGES
-
-sys.path.insert(0, str(Path(__file__).parent))
-from random_requests import tiny_model
-from test_decode_graphs import alone, config, make_engine, prompt
 
 PAGE = 8
 

@@ -8,16 +8,17 @@ import gc
 import inspect
 import io
 import pickle
-import sys
 import threading
 import types
 import weakref
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from dense_engine import reference_tokens
+from explicit_models import prompts, tiny_model
 from host import CACHE, cache_of, with_cache
+from tokenizers_of_tests import characters
 from transformers import (
     AutoModelForCausalLM,
     BartConfig,
@@ -28,12 +29,6 @@ from transformers import (
     StoppingCriteria,
 )
 from transformers.generation.streamers import BaseStreamer
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
-from dense_engine import reference_tokens
-from explicit_models import prompts, tiny_model
-from tokenizers_of_tests import characters
 
 import hf_paged
 from hf_paged import EngineConfig, UnsupportedModelError

@@ -1,13 +1,9 @@
 """Every method of PEFT on a patched model, and on "paged_flash": the tokens that the model on sdpa gives with it."""
 
 import inspect
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
 from explicit_models import prompts, tiny_model
 from host import CACHE
 

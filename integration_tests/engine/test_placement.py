@@ -1,21 +1,17 @@
 """Models in parts: over devices they are served, over processes not; and models whose positions count padding."""
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from random_requests import tiny_model
+from small_engines import alone, config, prompt
 from transformers import LlamaForCausalLM, WhisperConfig, WhisperForCausalLM
 
 import hf_paged
 from hf_paged import UnsupportedModelError
 from hf_paged.engine.execution import model_runner
 from hf_paged.generation import loop
-
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
-from random_requests import tiny_model
-from test_decode_graphs import alone, config, prompt
 
 OPTIONS = dict(num_pages=32, page_size=8, max_num_seqs=6, max_batch_tokens=32)
 

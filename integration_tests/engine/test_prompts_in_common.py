@@ -1,17 +1,13 @@
 """Prompts with the same beginning that run at the same time: it is computed once, by the first of them."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from random_requests import tiny_model
+from small_engines import alone, config, prompt
 
 import hf_paged
-
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
-from random_requests import tiny_model
-from test_decode_graphs import alone, config, prompt
 
 PAGE_SIZE = 8
 BEGINNING = prompt(37, 5)

@@ -1,12 +1,14 @@
 """Sampled rows in captured decode steps: next to greedy ones, one step ahead, the same tokens as without capture."""
 
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from explicit_models import tiny_model as tiny_model_without_eos
 from hf_paged_kernels.sampling.reference import sample_tokens_reference
+from random_requests import tiny_model
+from small_engines import config, prompt, run_again
+from small_engines import make_engine as captured_engine
 
 import hf_paged
 from hf_paged.engine.execution import chunk_graphs
@@ -15,12 +17,6 @@ from hf_paged.engine.sampling import slot_sampling
 from hf_paged.engine.sampling.request_params import TokenRules
 from hf_paged.engine.sampling.slot_sampling import SlotSampling
 from hf_paged.engine.scheduling.scheduler import StepWork
-
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
-from explicit_models import tiny_model as tiny_model_without_eos
-from random_requests import tiny_model
-from test_decode_graphs import config, prompt, run_again
-from test_decode_graphs import make_engine as captured_engine
 
 MIX = [
     dict(),

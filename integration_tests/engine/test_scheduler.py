@@ -1,17 +1,13 @@
 """How the scheduler divides a step between rows that decode and prompts."""
 
-import sys
-from pathlib import Path
 
 import pytest
+from random_requests import tiny_model
+from small_engines import GRAPH_FAMILIES as FAMILIES
+from small_engines import alone, config, prompt
 from transformers import GenerationConfig
 
 import hf_paged
-
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
-from random_requests import tiny_model
-from test_decode_graphs import FAMILIES, alone, config, prompt
-
 from hf_paged.engine.scheduling.scheduler import mixed_prompt_tokens
 
 BUDGET = 64

@@ -1,14 +1,15 @@
 """Token selection without the engine: transformers' processors on the same logits, and generate() on the same model."""
 
 import math
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from dense_engine import reference_tokens, run_assisted, run_rows
+from explicit_models import prompts, tiny_model
 from hf_paged_kernels.sampling import reference
 from hf_paged_kernels.sampling.reference import INVALID_TOKEN, gumbel_noise, warp_logits
+from tokenizers_of_tests import characters
 from transformers import (
     GenerationConfig,
     LogitsProcessorList,
@@ -18,12 +19,6 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "models"))
-from dense_engine import reference_tokens, run_assisted, run_rows
-from explicit_models import prompts, tiny_model
-from tokenizers_of_tests import characters
 
 from hf_paged.engine.sampling.logprobs import ComingLogprobs, prompt_logprobs
 from hf_paged.engine.sampling.request_params import derived_seed, unserved_reason

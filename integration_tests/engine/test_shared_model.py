@@ -6,18 +6,14 @@ import io
 import random
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 import torch
+from random_requests import tiny_model
+from small_engines import alone, config, engine_of, make_engine, prompt
 
 import hf_paged
 from hf_paged import UnsupportedModelError
-
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
-from random_requests import tiny_model
-from test_decode_graphs import alone, config, make_engine, prompt
-from test_fusion import engine_of
 
 LENGTHS = (3, 9, 17)
 

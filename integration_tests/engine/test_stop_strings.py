@@ -1,20 +1,17 @@
 """Stop strings found in the text of the last tokens, beside transformers' criterion."""
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from random_requests import tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers_of_tests import characters
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast, StopStringCriteria
 
 import hf_paged
 from hf_paged.engine.sampling.stop_strings import StopStrings
-
-sys.path.insert(0, str(Path(__file__).parent))
-from random_requests import tiny_model
-from tokenizers_of_tests import characters
 
 SMALL_MODEL = Path(__file__).parent.parent / "assets" / "small_model"
 

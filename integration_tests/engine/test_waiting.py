@@ -1,19 +1,15 @@
 """Who waits for the loop has it after the running step, in the order of asking: by a count of steps, not by a clock."""
 
-import sys
 import threading
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from random_requests import tiny_model
 from transformers import GenerationConfig
 
 import hf_paged
 from hf_paged.engine.turn_lock import TurnLock
-
-sys.path.insert(0, str(Path(__file__).parent))
-from random_requests import tiny_model
 
 CONFIG = GenerationConfig(max_new_tokens=100, do_sample=False, pad_token_id=0)
 

@@ -4,12 +4,11 @@ The answer is eager attention, on the real tokens alone where there is padding o
 """
 
 import logging
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from explicit_models import BASE, prompts, tiny_config, tiny_model, with_drawn_weights
 from host import with_cache
 from transformers import (
     AutoModel,
@@ -26,9 +25,6 @@ from transformers import (
     T5Config,
     T5ForConditionalGeneration,
 )
-
-sys.path.insert(0, str(Path(__file__).parent))
-from explicit_models import BASE, prompts, tiny_config, tiny_model, with_drawn_weights
 
 import hf_paged
 from hf_paged.attention import interface

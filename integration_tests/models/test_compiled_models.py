@@ -1,15 +1,11 @@
 """``torch.compile``, ``torch.export`` and fake tensors of models on "paged_flash", with and without pages."""
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from torch._subclasses import FakeTensorMode
-
-sys.path.insert(0, str(Path(__file__).parent))
 from explicit_models import prompts, tiny_model
 from host import with_cache
+from torch._subclasses import FakeTensorMode
 
 import hf_paged
 from hf_paged.attention import interface

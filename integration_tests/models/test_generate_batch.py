@@ -5,21 +5,16 @@ The answer is ``generate()`` with eager attention, one prompt at a time.
 
 import importlib
 import inspect
-import sys
 from collections.abc import Callable
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
-
-sys.path.insert(0, str(Path(__file__).parent))
-sys.path.insert(0, str(Path(__file__).parent.parent / "ops"))
 from explicit_models import prompts
 from explicit_models import tiny_model as tiny_model_on_cpu
 from helpers import DEVICE, TOLERANCE, error, softmax_attention
+from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
 import hf_paged
 from hf_paged.attention import continuous_batching, interface

@@ -3,11 +3,11 @@
 The answer is eager attention. The prefill takes the reference path, decode steps read the pages.
 """
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from explicit_models import prompts, tiny_model, with_drawn_weights
+from host import cache_of, with_cache
 from transformers import (
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -15,10 +15,6 @@ from transformers import (
     PaliGemmaConfig,
     PaliGemmaForConditionalGeneration,
 )
-
-sys.path.insert(0, str(Path(__file__).parent))
-from explicit_models import prompts, tiny_model, with_drawn_weights
-from host import cache_of, with_cache
 
 import hf_paged
 

@@ -1,17 +1,14 @@
 """Keyword arguments of attention: those that a layer writes are honoured or refused, those of the caller ignored."""
 
 import ast
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from explicit_models import prompts, tiny_model
 from torch import nn
 from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
-
-sys.path.insert(0, str(Path(__file__).parent))
-from explicit_models import prompts, tiny_model
 
 import hf_paged  # noqa: F401  registers paged_flash
 from hf_paged.attention import interface

@@ -4,16 +4,12 @@ The answer is eager attention in float32; an error may be twice that of eager at
 ``test_parity.py`` trains and runs every family under autocast.
 """
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, Qwen3Config
-
-sys.path.insert(0, str(Path(__file__).parent))
 from explicit_models import BASE, prompts, tiny_model, with_drawn_weights
 from host import CACHE, cache_of, with_cache
+from transformers import AutoModelForCausalLM, DynamicCache, GenerationConfig, Qwen3Config
 
 import hf_paged
 from hf_paged.engine import Engine

@@ -1,14 +1,11 @@
 """Every causal-LM family of transformers: the tokens of eager, or a clear refusal; and the committed matrix says so."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-
-sys.path.insert(0, str(Path(__file__).parent))
 from parity import (
     CALLS,
     SUPPORT_FILE,

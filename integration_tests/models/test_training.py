@@ -1,12 +1,8 @@
 """Training with paged_flash: the gradients of eager, with padding, packing and gradient checkpointing."""
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from explicit_models import prompts, tiny_model
 
 import hf_paged  # noqa: F401  registers paged_flash

@@ -6,7 +6,6 @@ import functools
 import inspect
 import io
 import logging
-import sys
 import threading
 import types
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from explicit_models import prompts, tiny_config, tiny_model, with_drawn_weights
 from host import CACHE, cache_of, with_cache
 from torch.nn.utils import prune
 from transformers import (
@@ -32,9 +32,6 @@ from transformers import (
     modeling_flash_attention_utils,
 )
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
-
-sys.path.insert(0, str(Path(__file__).parent))
-from explicit_models import prompts, tiny_config, tiny_model, with_drawn_weights
 
 import hf_paged
 from hf_paged import registration

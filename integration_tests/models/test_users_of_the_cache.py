@@ -2,17 +2,13 @@
 
 import copy
 import pickle
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import DynamicCache
-
-sys.path.insert(0, str(Path(__file__).parent))
 from explicit_models import prompts, tiny_model
 from host import with_cache
+from transformers import DynamicCache
 
 import hf_paged
 

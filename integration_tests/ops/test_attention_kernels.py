@@ -1,19 +1,15 @@
 """The attention kernels (interpreter on CPU, compiled on a GPU) and the references, against float64."""
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE, TOLERANCE, error, make_pages, prefix_sums, softmax_attention
 from hf_paged_kernels.attention import reference
 from hf_paged_kernels.attention.flash_forward_triton import flash_attention_launch
 from hf_paged_kernels.attention.paged_triton import paged_attention_launch
 from hf_paged_kernels.settings import AttentionSettings
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 PROFILE = settings(
     max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate],  # shrinking costs minutes here

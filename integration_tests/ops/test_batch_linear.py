@@ -1,13 +1,9 @@
 """Linear layers of some tens of tokens: ops, settings and kernels, against float64 and against themselves."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE, TOLERANCE, error
 from hf_paged_kernels.layers.ops import rms_norm_parts_op
 from hf_paged_kernels.linear.decode import (

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-SCRIPT = Path(__file__).with_name("compile_for_hopper.py")
+SCRIPT = Path(__file__).parents[1] / "support" / "compile_for_hopper.py"
 KERNELS = {
     "attention": "_flash_backward_keys _flash_backward_queries _flash_forward _hopper_forward _merge_parts "
     "_merge_splits _merge_states _paged_forward _plan_splits row_sums",

@@ -1,19 +1,15 @@
 """The backward kernels (interpreter on CPU, compiled on a GPU) and the reference, against float64 autograd."""
 
-import sys
-from pathlib import Path
 
 import hf_paged_kernels as kernels
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
-from hypothesis import strategies as st
-
-sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE, TOLERANCE, error, prefix_sums, softmax_attention
 from hf_paged_kernels.attention import ops, reference
 from hf_paged_kernels.attention.flash_backward_triton import flash_attention_backward_launch
 from hf_paged_kernels.settings import AttentionSettings, BackwardSettings, choose_flash_backward_settings
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
 
 PROFILE = settings(
     max_examples=6, deadline=None, derandomize=True, phases=[Phase.generate],  # shrinking costs minutes here

@@ -1,17 +1,13 @@
 """gated_activation: kernel and reference against float64 and against eager PyTorch."""
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from transformers.activations import ACT2FN
-
-sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE, TOLERANCE, error
 from hf_paged_kernels.layers.gated_activation_triton import gated_activation_launch
 from hf_paged_kernels.layers.ops import gated_activation_op
 from hf_paged_kernels.layers.reference import ACTIVATIONS, gated_activation_reference
+from transformers.activations import ACT2FN
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 both = pytest.mark.parametrize("triton", [True, False], ids=["triton", "reference"])

@@ -1,12 +1,8 @@
 """On a GPU: half-precision error no larger than 1.5 times that of PyTorch's SDPA, both against float64."""
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from helpers import error, make_pages, prefix_sums
 from hf_paged_kernels import flash_attention, paged_attention
 

@@ -1,13 +1,9 @@
 """On a Hopper GPU: the Gluon kernel against float64, and how often attention kernels are compiled."""
 
 import random
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from helpers import error, make_pages, prefix_sums
 from hf_paged_kernels import flash_attention, make_split_plan, paged_attention
 from hf_paged_kernels.backend import uses_gluon

@@ -9,6 +9,7 @@ from hf_paged_kernels.layers.ops import rotary_write_op
 
 pytest.importorskip("triton")
 
+from helpers import DEVICE, make_pages, prefix_sums
 from hf_paged_kernels.attention.flash_backward_triton import flash_attention_backward_launch
 from hf_paged_kernels.attention.flash_forward_triton import flash_attention_launch
 from hf_paged_kernels.attention.merge_states_triton import merge_attention_states_launch
@@ -16,8 +17,6 @@ from hf_paged_kernels.attention.paged_quantized_triton import quantized_paged_at
 from hf_paged_kernels.attention.paged_triton import paged_attention_launch
 from hf_paged_kernels.attention.pages_triton import write_pages_launch
 from hf_paged_kernels.layers.rotary_write_triton import rotary_write_launch
-
-from .helpers import DEVICE, make_pages, prefix_sums
 
 NAN, INF = float("nan"), float("inf")
 D = 64

@@ -1,12 +1,8 @@
 """write_pages, copy_pages and merge_attention_states: kernels and references against loops and float64."""
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE, TOLERANCE, error, softmax_attention
 from hf_paged_kernels.attention import reference
 from hf_paged_kernels.attention.merge_states_triton import merge_attention_states_launch

@@ -1,13 +1,9 @@
 """Attention over FP8 and INT8 pages, against float64 over the numbers that the pages stand for."""
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE, TOLERANCE, error, make_pages, prefix_sums, softmax_attention
 from hf_paged_kernels.attention import reference
 from hf_paged_kernels.attention.ops import paged_attention_op, split_plan_op

@@ -1,20 +1,16 @@
 """rms_norm: kernel and reference against float64, and the reference against transformers' modules bit by bit."""
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
-from transformers.models.llama.modeling_llama import LlamaRMSNorm
-
-sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE, TOLERANCE, error
 from hf_paged_kernels import dependent_launch_triton
 from hf_paged_kernels.layers import reference
 from hf_paged_kernels.layers.ops import gated_activation_op, rms_norm_op, rms_norm_parts_op
 from hf_paged_kernels.layers.rms_norm_triton import rms_norm_launch, rms_norm_parts_launch, rms_norm_warps
+from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 both = pytest.mark.parametrize("triton", [True, False], ids=["triton", "reference"])

@@ -1,17 +1,8 @@
 """rotary_write: kernel and reference against a loop in float64 over heads and pairs, and against transformers."""
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from transformers.models.cohere import modeling_cohere
-from transformers.models.glm import modeling_glm
-from transformers.models.gpt_oss import modeling_gpt_oss
-from transformers.models.llama import modeling_llama
-from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
-
-sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE, TOLERANCE, error
 from hf_paged_kernels.attention.pages_triton import write_pages_launch
 from hf_paged_kernels.attention.reference import dequantize, write_pages_reference
@@ -24,6 +15,11 @@ from hf_paged_kernels.layers.ops import (
 )
 from hf_paged_kernels.layers.reference import rotary_write_reference
 from hf_paged_kernels.layers.rotary_write_triton import rotary_write_launch
+from transformers.models.cohere import modeling_cohere
+from transformers.models.glm import modeling_glm
+from transformers.models.gpt_oss import modeling_gpt_oss
+from transformers.models.llama import modeling_llama
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 both = pytest.mark.parametrize("triton", [True, False], ids=["triton", "reference"])

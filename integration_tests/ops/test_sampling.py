@@ -1,13 +1,9 @@
 """The sampling kernels (in the interpreter on CPU) against warpers and noise in float64, and against the reference."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE
 from hf_paged_kernels.sampling import reference
 from hf_paged_kernels.sampling.choose_triton import sample_tokens_launch

@@ -1,13 +1,9 @@
 """Shared-prefix attention: kernels (in the interpreter on CPU) and references, against float64 and no sharing."""
 
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE, TOLERANCE, error, make_pages, prefix_sums, softmax_attention
 from hf_paged_kernels import make_shared_prefix, paged_attention, shared_prefix_attention
 from hf_paged_kernels.attention import ops, reference

@@ -1,12 +1,8 @@
 """Linear layers of a few tokens: ops, settings and kernels, against float64 and against themselves."""
 
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE, TOLERANCE, error
 from hf_paged_kernels.linear.skinny import (
     MAX_TOKENS,

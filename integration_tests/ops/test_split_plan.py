@@ -1,13 +1,9 @@
 """The split plan and the merge of parts: kernels (in the interpreter on CPU) against plain Python and float64."""
 
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from helpers import DEVICE, error, prefix_sums
 from hf_paged_kernels import make_split_plan
 from hf_paged_kernels.attention.ops import split_plan_op

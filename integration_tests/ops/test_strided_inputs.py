@@ -5,6 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from helpers import DEVICE, make_pages, prefix_sums
 from hf_paged_kernels.attention.flash_backward_triton import flash_attention_backward_launch
 from hf_paged_kernels.attention.flash_forward_triton import flash_attention_launch
 from hf_paged_kernels.attention.merge_states_triton import merge_attention_states_launch
@@ -19,8 +20,6 @@ from hf_paged_kernels.layers.rms_norm_triton import rms_norm_launch, rms_norm_pa
 from hf_paged_kernels.layers.rotary_write_triton import rotary_write_launch
 from hf_paged_kernels.sampling.choose_triton import sample_tokens_launch
 from hf_paged_kernels.sampling.reference import MARKS, TOKENS_OF_WORD, slot_rules
-
-from .helpers import DEVICE, make_pages, prefix_sums
 
 D = 16
 

@@ -8,6 +8,7 @@ import torch
 
 pytest.importorskip("triton")
 
+from helpers import DEVICE, prefix_sums
 from hf_paged_kernels.attention import flash_backward_triton, flash_forward_triton
 from hf_paged_kernels.attention.flash_backward_triton import flash_attention_backward_launch
 from hf_paged_kernels.attention.flash_forward_triton import flash_attention_launch
@@ -19,8 +20,6 @@ from hf_paged_kernels.attention.reference import quantize
 from hf_paged_kernels.backend import MAX_GRID
 from hf_paged_kernels.layers.rotary_write_triton import rotary_write_launch
 from hf_paged_kernels.sampling.choose_triton import sample_tokens_launch
-
-from .helpers import DEVICE, prefix_sums
 
 D, LIMIT = 16, 2**31
 """Head dim; elements that int32 cannot count, from the first to the last and before the first: where offsets that have

@@ -1,17 +1,13 @@
 """Random requests with random valid generation configs, and what generate() makes of each alone."""
 
 import dataclasses
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
-
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parent.parent / "models")]
 from dense_engine import reference_tokens
 from tiny_models import VOCAB_SIZE, build, randomise, tiny_config
+from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StoppingCriteria
 
 FAMILIES = ("llama", "qwen3", "gemma3_text", "gpt_oss", "mistral", "mixtral", "qwen3_next", "gpt2")
 """Full attention; per-head norms; windows of every second layer; sinks; windows everywhere; experts; recurrent states;

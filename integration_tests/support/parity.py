@@ -1,6 +1,6 @@
 """One row of the support matrix: a family's greedy ``generate()`` with "paged_flash" against its own eager attention.
 
-``python integration_tests/models/parity.py`` examines every family and writes ``eval/results/model_support.md``.
+``python integration_tests/support/parity.py`` examines every family and writes ``eval/results/model_support.md``.
 """
 
 import argparse
@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [
-    str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent), str(ROOT / "integration_tests" / "support"),
-]  # fmt: skip
+sys.path[:0] = [str(ROOT), str(ROOT / "kernels"), str(Path(__file__).parent)]
 
 import hf_paged_kernels  # noqa: E402
 import torch  # noqa: E402
@@ -326,7 +324,7 @@ def render(rows: list[Row]) -> str:
 
 transformers {transformers.__version__}, torch {torch.__version__.split("+")[0]}, hf_paged {hf_paged.__version__}, \
 {datetime.date.today().isoformat()}.
-Written by `python integration_tests/models/parity.py`; `integration_tests/models/test_parity.py` runs the same.
+Written by `python integration_tests/support/parity.py`; `integration_tests/models/test_parity.py` runs the same.
 
 Every causal LM of transformers, built small from its config with random weights: {counts["works"]} families give with
 `paged_flash` the tokens that their eager attention gives ({num_paged} of them on a `PagedCache`), \
