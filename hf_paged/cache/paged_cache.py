@@ -26,7 +26,6 @@ from .paged_states import LayerUpdate
 from .swap import SwappedSequence, swap_in, swap_out
 
 HYBRID = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
-KV_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
 
 
 class PagedCache(Cache):
@@ -73,9 +72,7 @@ class PagedCache(Cache):
         if pool is None:
             self.pool = make_pool(16 if page_size is None else page_size, kv_dtype or "auto", num_pages)
         elif page_size is not None or kv_dtype is not None or num_pages is not None:
-            raise ValueError(
-                "page_size, kv_dtype and num_pages are those of the pool (its page_dtype): do not give them with pool=."
-            )
+            raise ValueError("page_size, kv_dtype and num_pages are those of the pool: do not give them with pool=.")
         else:
             self.pool = pool
         self.owns_pool = pool is None
@@ -123,13 +120,13 @@ class PagedCache(Cache):
 
     @property
     def pages_in_use(self) -> int:
-        """Pages of the pool with an owner, over all groups of layers. A page counts once however many share it."""
-        return self.pool.pages_in_use
+        """Pages that the sequences hold, over all groups of layers. A page counts once however many share it."""
+        return sum(len(set(group.table.held())) for group in self.groups.values())
 
     @property
     def bytes_in_use(self) -> int:
-        """Bytes of the pages in use, keys and values of all layers."""
-        return self.pool.bytes_in_use
+        """Bytes of :attr:`pages_in_use`, keys and values of all layers."""
+        return sum(len(set(group.table.held())) * group.pages.page_bytes for group in self.groups.values())
 
     def memory(self) -> tuple[GroupMemory, ...]:
         """What the pool's pages are used for, by group of layers: held, shared, cached, free, and bytes."""
@@ -578,11 +575,9 @@ def make_pool(page_size: int = 16, kv_dtype: str = "auto", num_pages: int | None
     """A :class:`PagePool` from checked arguments, as in :class:`PagedCache`."""
     if page_size not in PAGE_SIZES:
         raise ValueError(f"page_size must be one of {PAGE_SIZES}, got {page_size!r}.")
-    if kv_dtype not in KV_DTYPES:
-        raise ValueError(f"kv_dtype must be one of {tuple(KV_DTYPES)}, got {kv_dtype!r}.")
     if num_pages is not None and (not isinstance(num_pages, Integral) or isinstance(num_pages, bool) or num_pages < 1):
         raise ValueError(f"num_pages must be None or a positive int, got {num_pages!r}.")
-    return PagePool(int(page_size), None if num_pages is None else int(num_pages), KV_DTYPES[kv_dtype])
+    return PagePool(int(page_size), None if num_pages is None else int(num_pages), kv_dtype)
 
 
 def layer_window(template: Any, index: int, config: PreTrainedConfig) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 from hf_paged_kernels.checks import PAGE_SIZES
 
-from ..cache.paged_cache import KV_DTYPES
+from ..paging.pool import KV_DTYPES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

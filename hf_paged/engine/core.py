@@ -18,7 +18,6 @@ import numpy as np
 import torch
 from hf_paged_kernels.settings import longest_short_query
 
-from ..cache.paged_cache import KV_DTYPES
 from ..errors import InvalidScoresError
 from ..paging import GONE, PagePool
 from .async_copy import Arrival, send
@@ -31,6 +30,7 @@ from .execution.model_runner import Runner, StepLogits
 from .execution.step_inputs import SlotTables
 from .sampling.beam_search import BeamSearch
 from .sampling.logprobs import prompt_logprobs
+from .sampling.request_params import num_logits_of
 from .sampling.token_selector import Selection, TokenSelector, invalid_scores_error, merged
 from .scheduling.page_budget import PageRoom, split_pages
 from .scheduling.request import Request, RequestOutput, RequestTiming, Row, SequenceOutput, State
@@ -120,7 +120,7 @@ class EngineCore:
         self.device = model.get_input_embeddings().weight.device
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.vocab_size = model.config.get_text_config(decoder=True).vocab_size
-        self.pool = PagePool(config.page_size, None, KV_DTYPES[config.kv_dtype])
+        self.pool = PagePool(config.page_size, None, config.kv_dtype)
         num_slots = config.max_num_seqs
         self.cache = EngineCache(model.config, self.pool, num_slots)
         self.slots = Slots(num_slots, capacity=min(1024, max_model_len + 1))
@@ -137,8 +137,8 @@ class EngineCore:
         self.allocators = [group.allocator for group in groups]
         self.tables = SlotTables(self.slots, self.pages, self.device)
         # Logits may be of more tokens than the vocabulary has.
-        num_logits = max(self.vocab_size, getattr(model.get_output_embeddings(), "out_features", None) or 0)
-        self.selector = TokenSelector(num_slots, num_logits, self.device)
+        self.num_logits = num_logits_of(model)
+        self.selector = TokenSelector(num_slots, self.num_logits, self.device)
         self.runner = Runner(model, self.cache, self.slots, self.tables, self.selector.sampling)
         if config.compile:
             self.runner.compiled = CompiledModules(model)

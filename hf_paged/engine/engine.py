@@ -42,7 +42,7 @@ from .core import EngineCore, Launched
 from .execution.decode_graphs import reason_against
 from .execution.model_fingerprint import read_buffers, written_buffers
 from .handle import RequestHandle
-from .sampling.request_params import TokenRules
+from .sampling.request_params import TokenRules, check_token_ids
 from .scheduling.page_budget import PageRoom, choose_num_pages, model_length, working_bytes
 from .scheduling.request import Request, RequestOutput, Row
 from .startup.fusion_steps import fuse
@@ -311,6 +311,7 @@ class Engine:
                 stopping_criteria=stopping_criteria, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn, seed=seed,
                 tokenizer=tokenizer, logprobs=logprobs, prompt_logprobs=prompt_logprobs,
             )  # fmt: skip
+        check_token_ids(rules.config, self._core.num_logits)
         most_pages = self._checked_pages(prompt, rules)
         now = self._core.clock()
         # Longest first: whoever waits for all of a job waits for its longest request.

@@ -13,7 +13,7 @@ from transformers import GenerationConfig, GenerationMixin, PreTrainedModel, Sto
 from transformers.utils import logging
 
 from ..engine import Engine, EngineConfig, is_supported
-from ..engine.sampling.request_params import checked_seed
+from ..engine.sampling.request_params import INDEXING, check_token_ids, checked_seed, num_logits_of
 from ..engine.sampling.stop_strings import StopStrings
 from ..errors import RequestError, UnsupportedModelError
 from ..hooks import active_hooks, foreign_forwards
@@ -67,6 +67,7 @@ class PatchedGenerate:
         config_keywords.pop("trust_remote_code", None)
         streamer = arguments.get("streamer")
         config, rest = resolve_generation_config(model, arguments.get("generation_config"), **config_keywords)
+        check_token_ids(config, num_logits_of(model), INDEXING)
         reason = (
             reason_in_arguments(model, arguments, rest)
             or self._why_unsupported()

@@ -188,7 +188,7 @@ class PageGroup:
     def _make_layer(self, index: int) -> None:
         """Make the pages of a layer whose kind is known."""
         allocator, pool = self.allocator, self.pool
-        pages = LayerPages(*self.kinds[index], pool.page_size, pool.page_dtype)
+        pages = LayerPages(*self.kinds[index], pool.page_size, KV_DTYPES[pool.kv_dtype])
         is_whole = allocator.num_backed == allocator.num_pages or not pages.arena.grows_in_place
         pages.grow(allocator.num_pages) if is_whole else pages.grow(allocator.num_backed, shown=allocator.num_pages)
         self.layers[index] = pages  # Last: nobody shall find pages without memory.
@@ -344,7 +344,8 @@ class PageGroup:
         return sum(pages.page_bytes for pages in self.layers.values())
 
 
-QUANTIZED_DTYPES = (torch.float8_e4m3fn, torch.int8)
+KV_DTYPES: dict[str, torch.dtype | None] = {"auto": None, "fp8": torch.float8_e4m3fn, "int8": torch.int8}
+"""Dtypes of pages by name; None: that of the model's keys and values."""
 
 
 class PagePool:
@@ -354,7 +355,7 @@ class PagePool:
         page_size: token slots of a page.
         num_pages: a budget: pages of the whole model (every layer). Groups of layers draw on it as they need, a page of
             one layer being the unit; None: the pool grows as tokens come.
-        page_dtype: dtype of quantised pages (float8_e4m3fn or int8); None: that of the model's keys and values.
+        kv_dtype: "auto": pages have the dtype of the model's keys and values; "fp8" or "int8": quantised pages.
 
     Attributes:
         room: gives the bytes of a device that pages may take now, for pools whose ids come before their memory; None:
@@ -366,16 +367,12 @@ class PagePool:
         ValueError: an argument is not one of those accepted.
     """
 
-    def __init__(
-        self, page_size: int = 16, num_pages: int | None = None, page_dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, page_size: int = 16, num_pages: int | None = None, kv_dtype: str = "auto") -> None:
         if page_size < 1 or (num_pages is not None and num_pages < 1):
             raise ValueError(f"page_size and num_pages must be at least 1, got {page_size!r} and {num_pages!r}.")
-        if page_dtype not in (None, *QUANTIZED_DTYPES):
-            raise ValueError(
-                f"page_dtype must be None (the model's dtype), torch.float8_e4m3fn or torch.int8, got {page_dtype!r}."
-            )
-        self.page_size, self.num_pages, self.page_dtype = page_size, num_pages, page_dtype
+        if kv_dtype not in KV_DTYPES:
+            raise ValueError(f"kv_dtype must be one of {tuple(KV_DTYPES)}, got {kv_dtype!r}.")
+        self.page_size, self.num_pages, self.kv_dtype = page_size, num_pages, kv_dtype
         self.groups: dict[int | None, PageGroup] = {}
         self.room: Callable[[torch.device], int] | None = None
         self.prefixes: PrefixCache | None = None

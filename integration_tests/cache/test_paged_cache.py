@@ -436,6 +436,8 @@ def test_caches_share_a_pool():
         for cache in (one, two):
             assert torch.allclose(m(ids[:, 29:], **with_cache(cache)).logits[:, -1], expected, atol=1e-4)
         assert pool.pages_in_use == 8
+        assert "1 sequences, 30 columns, 4 pages" in repr(one)  # Its own, not the other's.
+        assert (one.pages_in_use, one.bytes_in_use) == (4, pool.bytes_in_use // 2)
         pool.check()
         with pytest.raises(hf_paged.OutOfPagesError):
             m(torch.randint(1, 97, (1, 60)), **with_cache(two))

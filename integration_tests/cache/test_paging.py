@@ -300,7 +300,7 @@ def test_tokens_that_no_query_will_see_take_no_page():
 
 @pytest.mark.parametrize(
     "arguments",
-    [dict(page_size=0), dict(num_pages=-1), dict(page_dtype="fp8"), dict(page_dtype=torch.float16)],
+    [dict(page_size=0), dict(num_pages=-1), dict(kv_dtype="fp16"), dict(kv_dtype=torch.int8)],
     ids=str,
 )
 def test_a_pool_refuses_what_it_cannot_hold(arguments):

@@ -125,7 +125,7 @@ def test_a_page_that_others_hold_is_copied_once_for_all_rows(poison):
     m, ids = model(), prompts(1, 21)
     cache = hf_paged.PagedCache(m.config, page_size=PAGE)
     logits_of(m, ids, **with_cache(cache))
-    pool_pages = cache.pages_in_use
+    pool_pages = cache.pool.pages_in_use
     twin = copy.copy(cache.groups[None].table)
     cache.groups[None].table.allocator.share(twin.held())  # another owner of all pages
     kept = cache.layers[0].keys.clone()
@@ -134,7 +134,7 @@ def test_a_page_that_others_hold_is_copied_once_for_all_rows(poison):
     new = prompts(1, 2, seed=2).expand(4, -1)
     got = logits_of(m, new, **with_cache(cache))
     assert torch.allclose(got, logits_of(m, torch.cat([ids.expand(4, -1), new], 1), use_cache=False), atol=1e-4)
-    assert cache.pages_in_use == pool_pages + 1
+    assert cache.pool.pages_in_use == pool_pages + 1
     pages = cache.layers[0].pages()
     held = pages.k[torch.tensor(twin.pages[0])].transpose(1, 2).flatten(0, 1)[:21]
     assert torch.equal(held, kept[0].transpose(0, 1))

@@ -340,6 +340,39 @@ def test_allowed_tokens_beyond_the_vocabulary_are_refused_before_they_index(engi
     assert other.result(timeout_s=30).token_ids == expected
 
 
+@pytest.mark.parametrize(
+    ("options", "token"),
+    [
+        (dict(forced_bos_token_id=99), 99),
+        (dict(forced_eos_token_id=[5, 1000]), 1000),
+        (dict(forced_bos_token_id=-1), -1),
+        (dict(eos_token_id=[5, 99]), 99),
+        (dict(pad_token_id=99), 99),
+        (dict(suppress_tokens=[3, 99]), 99),
+        (dict(begin_suppress_tokens=[100]), 100),
+        (dict(sequence_bias=[[[4, 101], 2.0], [[5], 1.0]]), 101),
+        (dict(bad_words_ids=[[5], [6, 102]]), 102),
+    ],
+    ids=str,
+)
+def test_token_ids_beyond_the_vocabulary_are_refused(model, engine, options, token):
+    """Device asserts on a GPU, which end the process's context."""
+    (name,) = options
+    wanted = f"{name} has token {token}, and the model has 99 logits: ids from 0 to 98 are accepted"
+    settings = GenerationConfig(max_new_tokens=4, do_sample=False, **({"pad_token_id": 0} | options))
+    with pytest.raises(ValueError, match=wanted):
+        engine.submit(PROMPT, generation_config=settings)
+    none = GenerationConfig(max_new_tokens=4, do_sample=False, pad_token_id=-1, eos_token_id=98)
+    assert engine.submit(PROMPT, generation_config=none).result(timeout_s=30).error is None
+    if name.startswith("forced"):
+        hf_paged.patch_generate(model)
+        try:
+            with pytest.raises(ValueError, match=wanted):
+                model.generate(torch.tensor([PROMPT]), generation_config=settings)
+        finally:
+            hf_paged.unpatch_generate(model)
+
+
 @pytest.mark.parametrize("name", ["refresh_weights", "sleep", "pause", "drop_prefixes", "warm_up"])
 def test_what_changes_the_engine_is_refused_inside_a_step(engine, expected, name):
     class Calls(LogitsProcessor):

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from numbers import Integral
 from typing import Any, Literal
 
@@ -344,6 +344,59 @@ def unserved_reason(config: GenerationConfig) -> str | None:
             f'pages; quantised ones are EngineConfig(kv_dtype="fp8" or "int8").'
         )
     return None
+
+
+TOKENS = (
+    "eos_token_id", "pad_token_id", "forced_bos_token_id", "forced_eos_token_id", "suppress_tokens",
+    "begin_suppress_tokens", "sequence_bias", "bad_words_ids",
+)  # fmt: skip
+"""Options whose values have token ids in them."""
+INDEXING = ("forced_bos_token_id", "forced_eos_token_id")
+"""Those that transformers indexes scores with, unchecked."""
+MAY_BE_NEGATIVE = ("eos_token_id", "pad_token_id")
+"""-1 is a usual way to say that there is none."""
+
+
+def check_token_ids(config: GenerationConfig, num_logits: int, names: Sequence[str] = TOKENS) -> None:
+    """Refuse token ids that a config names and the model's logits do not have: on a GPU, an index outside of them ends
+    every later call of the process.
+
+    Args:
+        config: resolved.
+        num_logits: of :func:`num_logits_of`.
+        names: options to look at.
+
+    Raises:
+        ValueError: it names the option, the id and what is accepted.
+    """
+    for name in names if num_logits else ():
+        for token in _integers(getattr(config, name, None), is_bias=name == "sequence_bias"):
+            if token >= num_logits or (token < 0 and name not in MAY_BE_NEGATIVE):
+                raise ValueError(
+                    f"generation_config: {name} has token {token}, and the model has {num_logits} logits: ids from 0 "
+                    f"to {num_logits - 1} are accepted."
+                )
+
+
+def _integers(value: Any, is_bias: bool = False) -> Iterator[int]:
+    """The token ids in an option: a number, a tensor, lists of lists; keys of a dict, or a list of (ids, bias)."""
+    if value is None:
+        return
+    if is_bias:
+        value = list(value) if isinstance(value, dict) else [entry[0] for entry in value]
+    if isinstance(value, (torch.Tensor, np.ndarray)):
+        value = value.tolist()
+    if isinstance(value, (list, tuple, set, frozenset)):
+        for item in value:
+            yield from _integers(item)
+    elif isinstance(value, Integral):
+        yield int(value)
+
+
+def num_logits_of(model: Any) -> int:
+    """Logits of a token: the vocabulary's, or as many as the head gives where that is more; 0: not known."""
+    vocab_size = getattr(model.config.get_text_config(decoder=True), "vocab_size", None) or 0
+    return max(vocab_size, getattr(model.get_output_embeddings(), "out_features", None) or 0)
 
 
 def derived_seed(seed: int, index: int) -> int:
