@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 HALF = (torch.float16, torch.bfloat16)
+UNCHANGED = nullcontext()
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -29,11 +30,11 @@ def in_one_dtype(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
     sources: tuple[torch.dtype, ...] = (torch.float32, *HALF)
     if target is None:
         target, sources = states[-1].dtype, (torch.float32,)
-        if target not in HALF:
+        if target not in HALF or all(x.dtype == target for x in states):
             return states
     return tuple(x.to(target) if x.dtype in sources and x.dtype != target else x for x in states)
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """A context in which references compute in float32, whatever autocast says outside of it."""
-    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)
+    return UNCHANGED if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)

@@ -22,6 +22,7 @@ class LayerGroup:
     Attributes:
         columns: columns of the batch that the table knows, padding counted.
         recording: keep what the window has passed until the next crop, for models that roll back.
+        reads_pages: whether attention of the running step reads pages in place.
     """
 
     def __init__(self, cache: "PagedCache", pages: PageGroup) -> None:
@@ -32,10 +33,14 @@ class LayerGroup:
         self.plan: StepPlan | None = None
         self.plan_mask: torch.Tensor | None = None
         self.columns = 0
-        self.recording = False
+        self.recording = self.reads_pages = False
         self.device_tables: dict[torch.device, DeviceTable] = {}
 
     # A step
+
+    def is_in_step(self, start: int, num_new: int) -> bool:
+        """Whether another layer of the group has placed a step of ``num_new`` columns behind ``start``."""
+        return self.plan is not None and self.plan.start == start and self.plan.num_new == num_new
 
     def plan_step(self, update: "LayerUpdate", mask: torch.Tensor | None) -> StepPlan:
         """The plan of the step that ``update`` belongs to; the first layer that asks builds it, the others share it.
@@ -49,7 +54,7 @@ class LayerGroup:
             UnsupportedModelError, ValueError: the mask or the layers do not fit what is held.
         """
         num_seqs, _, num_new, _ = update.key.shape
-        if self.plan is not None and (self.plan.start, self.plan.num_new) == (update.start, num_new):
+        if self.plan is not None and self.is_in_step(update.start, num_new):
             if mask is not self.plan_mask:
                 self.cache.step_columns(update, mask)
             return self.plan

@@ -116,7 +116,7 @@ class PagedCache(Cache):
     @property
     def num_seqs(self) -> int:
         """Sequences (batch rows) held."""
-        return max((len(group.table) for group in self.groups.values()), default=0)
+        return next((len(group.table) for group in self.groups.values()), 0)
 
     @property
     def pages_in_use(self) -> int:
@@ -146,7 +146,8 @@ class PagedCache(Cache):
 
     def check_new_states(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """New keys and values must fit the sequences held."""
-        if key.ndim != 4 or value.ndim != 4 or key.shape[:3] != value.shape[:3]:
+        shape = key.shape
+        if len(shape) != 4 or value.ndim != 4 or shape[:3] != value.shape[:3]:
             raise ValueError(
                 f"keys and values must be [batch, heads, tokens, head_dim], got {list(key.shape)}, {list(value.shape)}."
             )
@@ -156,9 +157,10 @@ class PagedCache(Cache):
                 f"an error has ended an earlier step, and the recurrent states of {self.config.model_type} cannot be "
                 f"taken back: call reset()."
             )
-        if self.num_seqs and key.shape[0] != self.num_seqs:
+        num_seqs = self.num_seqs
+        if num_seqs and shape[0] != num_seqs:
             raise ValueError(
-                f"the cache holds {self.num_seqs} sequences, the step brings {key.shape[0]}: call reset(), "
+                f"the cache holds {num_seqs} sequences, the step brings {shape[0]}: call reset(), "
                 f"batch_repeat_interleave() or batch_select_indices() first."
             )
 

@@ -80,10 +80,14 @@ class PagedLayer(CacheLayerMixin):
         self.cache.check_new_states(key_states, value_states)
         key_states, value_states = in_one_dtype(key_states, value_states)
         update = LayerUpdate(self, self.columns, key_states, value_states)
-        self.columns += key_states.shape[2]
+        num_new = key_states.shape[2]
+        self.columns += num_new
         self.pending = update
-        if uses_paged_flash(self.cache.config):
-            return PagedStates(update, is_key=True), PagedStates(update, is_key=False)
+        if not self.group.is_in_step(update.start, num_new):
+            # Asked once a step: a config answers slowly.
+            self.group.reads_pages = uses_paged_flash(self.cache.config)
+        if self.group.reads_pages:
+            return PagedStates.of(update, self.columns - self.group.first_column(update.start))
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise ValueError(
                 "PagedCache keeps keys and values without their gradients: call the model under torch.no_grad(), or "

@@ -35,17 +35,17 @@ class PagedStates(torch.Tensor):
     is_key: bool
 
     @staticmethod
-    def __new__(cls, update: LayerUpdate, is_key: bool) -> "PagedStates":
-        """A tensor of the dense shape without storage of its own."""
-        new = update.key if is_key else update.value
-        seen = update.start - update.layer.group.first_column(update.start)
-        shape = (*new.shape[:2], seen + new.shape[2], new.shape[3])
-        self = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=new.dtype, device=new.device)
-        self.update, self.is_key = update, is_key
-        return self
-
-    def __init__(self, update: LayerUpdate, is_key: bool) -> None:
-        pass
+    def of(update: LayerUpdate, num_keys: int) -> tuple["PagedStates", "PagedStates"]:
+        """Keys and values of the dense shapes, ``num_keys`` columns, without storage of their own."""
+        pair = []
+        for new, is_key in ((update.key, True), (update.value, False)):
+            num_seqs, heads, _, head_dim = new.shape
+            states = torch.Tensor._make_wrapper_subclass(
+                PagedStates, (num_seqs, heads, num_keys, head_dim), dtype=new.dtype, device=new.device
+            )
+            states.update, states.is_key = update, is_key
+            pair.append(states)
+        return pair[0], pair[1]
 
     def dense(self) -> torch.Tensor:
         """The gathered ``[B, H, tokens, D]``."""

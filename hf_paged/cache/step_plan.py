@@ -1,11 +1,17 @@
 """The tensors of one step, built once and shared by all layers of a cache."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import accumulate
+from typing import Any
 
+import numpy as np
 import torch
 
 from .split_plans import SplitPlans
+
+ALIGNMENT = 16
+"""Bytes to which tensors that travel together are aligned: kernels are compiled for pointers like those of a tensor."""
 
 
 @dataclass(slots=True)
@@ -43,8 +49,8 @@ class StepPlan:
     token_index: torch.Tensor | None
     padding_index: torch.Tensor | None = None
     cu_seqlens_padding: torch.Tensor | None = None
-    _copies: dict[torch.device, "StepPlan"] = field(default_factory=dict)
-    _split_plans: SplitPlans = field(default_factory=SplitPlans)
+    _copies: dict[torch.device, "StepPlan"] = field(init=False, default_factory=dict)
+    _split_plans: SplitPlans = field(init=False, default_factory=SplitPlans)
 
     def on(self, device: torch.device, place_table: Callable[[torch.Tensor], torch.Tensor]) -> "StepPlan":
         """The plan with its tensors on ``device``; one copy per device, made once.
@@ -52,12 +58,9 @@ class StepPlan:
         ``place_table`` brings the page table there, which is kept from step to step.
         """
         if device not in self._copies:
-            move = lambda x: None if x is None else x.to(device, non_blocking=True)  # noqa: E731
-            self._copies[device] = StepPlan(
-                self.start, self.num_new, self.is_first, self.max_query_len, move(self.slot_mapping),
-                place_table(self.page_table), move(self.seq_lens), move(self.cu_seqlens_q), move(self.token_index),
-                move(self.padding_index), move(self.cu_seqlens_padding),
-            )  # fmt: skip
+            names = "slot_mapping", "token_index", "padding_index", "seq_lens", "cu_seqlens_q", "cu_seqlens_padding"
+            sent: dict[str, Any] = dict(zip(names, send_together([getattr(self, name) for name in names], device)))
+            self._copies[device] = replace(self, page_table=place_table(self.page_table), **sent)
         return self._copies[device]
 
     def split_plan(self, page_size: int, window_left: int | None) -> torch.Tensor | None:
@@ -68,6 +71,8 @@ class StepPlan:
 
     def pack(self, states: torch.Tensor) -> torch.Tensor:
         """``[B, H, L, D]`` to packed tokens ``[T, H, D]``."""
+        if self.num_new == 1 and self.token_index is None:
+            return states.squeeze(2)
         flat = states.transpose(1, 2).flatten(0, 1)
         return flat if self.token_index is None else flat[self.token_index]
 
@@ -75,12 +80,25 @@ class StepPlan:
         """Packed ``[T, H, D]`` to ``[B, L, H, D]``; padding gives zeros, or ``padding`` ``[num_padding, H, D]``."""
         num_seqs = self.seq_lens.shape[0]
         if self.token_index is None:
-            return packed.view(num_seqs, self.num_new, *packed.shape[1:])
+            return packed.unsqueeze(1) if self.num_new == 1 else packed.view(num_seqs, self.num_new, *packed.shape[1:])
         out = packed.new_zeros(num_seqs * self.num_new, *packed.shape[1:])
         out[self.token_index] = packed
         if padding is not None:
             out[self.padding_index] = padding
         return out.view(num_seqs, self.num_new, *packed.shape[1:])
+
+
+def send_together(tensors: Sequence[torch.Tensor | None], device: torch.device) -> list[torch.Tensor | None]:
+    """CPU tensors of one dimension on a device, by one transfer that the host does not wait for; None stays None."""
+    ends = list(accumulate(0 if x is None else -(-x.nbytes // ALIGNMENT) * ALIGNMENT for x in tensors))
+    begins = [0, *ends[:-1]]
+    packed = np.empty(ends[-1], dtype=np.uint8)
+    for x, begin in zip(tensors, begins):
+        if x is not None:
+            packed[begin : begin + x.nbytes] = x.numpy().view(np.uint8)
+    host = torch.from_numpy(packed)
+    sent = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
+    return [None if x is None else sent[begin : begin + x.nbytes].view(x.dtype) for x, begin in zip(tensors, begins)]
 
 
 def padding_behind(is_token: torch.Tensor, has_tokens: torch.Tensor) -> torch.Tensor:

@@ -39,6 +39,7 @@ class LayerPages:
         self.model_dtype, self.device = key.dtype, key.device
         self.is_quantized = dtype is not None
         heads = key.shape[1]
+        self.kind = heads, key.shape[3], value.shape[3], key.dtype, key.device
         self._parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
             "k": ((heads, page_size, key.shape[3]), dtype or key.dtype),
             "v": ((heads, page_size, value.shape[3]), dtype or value.dtype),
@@ -122,11 +123,11 @@ class LayerPages:
 
     def check_like(self, key: torch.Tensor, value: torch.Tensor) -> None:
         """New keys and values must be of the kind that the pages were made for."""
-        expected = (self.k.shape[1], self.k.shape[3], self.v.shape[3], self.model_dtype, self.device)
-        got = (key.shape[1], key.shape[3], value.shape[3], key.dtype, key.device)
-        if expected != got:
+        (_, heads, _, key_dim), value_dim = key.shape, value.shape[3]
+        if self.kind != (heads, key_dim, value_dim, key.dtype, key.device):
+            got = (heads, key_dim, value_dim, key.dtype, key.device)
             raise ValueError(
-                f"the pages hold (heads, key dim, value dim, dtype, device) {expected}, the step brings {got}: call "
+                f"the pages hold (heads, key dim, value dim, dtype, device) {self.kind}, the step brings {got}: call "
                 f"reset() on the cache, or give the model a pool of its own."
             )
 
