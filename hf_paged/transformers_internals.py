@@ -116,6 +116,7 @@ NEEDED: dict[Any, tuple[str, ...]] = {
     ),
     output_capturing: ("_active_collector",),
     torch.Tensor: ("_version",),
+    torch.nn.Module: ("_compiled_call_impl",),
     torch._C: ("_AutoDispatchBelowAutograd",),
 }  # fmt: skip
 """Every name that is used somewhere below, looked up at import."""
@@ -788,6 +789,14 @@ def hooks_of(model: torch.nn.Module) -> list[dict[int, Any]]:
     module = torch.nn.modules.module
     everywhere = [touch_attr(module, "_global_forward_hooks"), touch_attr(module, "_global_forward_pre_hooks")]
     return everywhere + [h for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
+
+
+def has_compiled(model: torch.nn.Module) -> bool:
+    """Whether a module, or its forward, is compiled by ``torch.compile``."""
+    return any(
+        touch_attr(module, "_compiled_call_impl") is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
+        for module in model.modules()
+    )
 
 
 def tables_of(module: torch.nn.Module) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:

@@ -47,7 +47,8 @@ class EngineConfig:
             rows that decode beside them. Each graph keeps its logits: 1.3 GB for all batch sizes up to 256 and a
             vocabulary of 152k. None: where that is possible; True: an engine that cannot is refused; False: never.
         compile: torch.compile compiles norms, MLPs and the like (whatever sees neither the cache nor attention), which
-            makes the first steps slow and serves every length.
+            makes the first steps slow and serves every length. What the model's owner has compiled
+            (``model.compile()``) runs uncompiled in the engine without it.
         fuse: modules of usual kinds (norms, gated MLPs, attention, decoder layers) run fused while the engine computes:
             fewer kernels and larger matmuls. Each is compared with its own forward first. Weights of matmuls that
             become one are moved next to one another: whoever keeps addresses of weights, as a CUDA graph does, must

@@ -39,6 +39,7 @@ from ..fusion import FusedModel
 from ..transformers_internals import is_tested_version
 from .config import EngineConfig
 from .core import EngineCore, Launched
+from .execution.compiled import as_written
 from .execution.decode_graphs import reason_against
 from .execution.model_fingerprint import read_buffers, written_buffers
 from .handle import RequestHandle
@@ -193,7 +194,7 @@ class Engine:
     def _start(self) -> EngineCore:
         """Check the model, see what a page costs, make the pages."""
         model, config = self.model, self.config
-        with _no_gradients():
+        with _no_gradients(), as_written(model):
             reference = run_reference(model) if config.self_check else None
             try:
                 buffers = read_buffers(model)

@@ -7,6 +7,7 @@ from random_requests import tiny_model
 from small_engines import alone, config, prompt
 
 import hf_paged
+from hf_paged.engine.execution.compiled import as_written
 
 
 @pytest.fixture
@@ -81,3 +82,31 @@ def test_other_modules_are_seen_by_an_idle_engine(compiled_forwards):
         mlp.forward = lambda x: forward(x) * -3
         expected = alone(model, ids, config(4))
         assert engine.generate([ids], generation_config=config(4))[0].token_ids == expected
+
+
+@pytest.mark.parametrize("how", ["model", "layers", "forward"])
+def test_what_its_owner_has_compiled_runs_as_it_is_written(how):
+    """torch.compile would trace the engine's bookkeeping, for a minute; other threads' steps do not throw the switch."""
+    model, graphs = tiny_model("llama"), []
+    ids = torch.tensor([prompt(9)])
+    expected = model.generate(ids, max_new_tokens=4, do_sample=False)
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    if how == "forward":
+        model.forward = torch.compile(model.forward, backend=backend)
+    for module in {"model": [model], "layers": model.model.layers, "forward": []}[how]:
+        module.compile(backend=backend)
+    double = torch.compile(lambda x: 2 * x, backend=backend)
+    hf_paged.patch_generate(model, hf_paged.EngineConfig(num_pages=32, page_size=8, max_num_seqs=4, fuse=False))
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
+    with as_written(model):
+        assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
+        assert double(3 * torch.ones(1)) == 6
+    assert not graphs
+    assert double(torch.ones(1)) == 2
+    assert len(graphs) == 1
+    hf_paged.unpatch_generate(model)
+    torch.compiler.reset()

@@ -5,6 +5,7 @@ and so do plain linear layers and embeddings, which are one kernel already. Modu
 """
 
 import contextlib
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,9 +13,39 @@ import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ...fusion import runs_another_forward, standing_in
-from ...transformers_internals import any_hooks, hooks_of
+from ...transformers_internals import any_hooks, has_compiled, hooks_of
 
 ONE_KERNEL = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Dropout, torch.nn.Identity)
+
+
+class _ForceEager:
+    """What callers have compiled runs as it is written while at least one thread is inside. PyTorch has one switch for
+    the process, so it is thrown by the first thread that comes and by the last one that leaves."""
+
+    def __init__(self) -> None:
+        self._lock, self._depth, self._stance = threading.Lock(), 0, contextlib.ExitStack()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._depth:
+                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self._depth += 1
+
+    def __exit__(self, *error: Any) -> None:
+        with self._lock:
+            self._depth -= 1
+            if not self._depth:
+                self._stance.close()
+
+
+_force_eager = _ForceEager()
+
+
+def as_written(model: torch.nn.Module) -> contextlib.AbstractContextManager:
+    """A context in which a model that its owner has compiled (``model.compile()``, compiled layers or forwards) runs
+    without ``torch.compile``: it would trace the engine's bookkeeping at every new size of a step. See
+    ``EngineConfig(compile=)`` for what the engine compiles."""
+    return _force_eager if has_compiled(model) else contextlib.nullcontext()
 
 
 class CompiledModules:

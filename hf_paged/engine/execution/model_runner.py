@@ -19,7 +19,7 @@ from ..sampling.slot_sampling import SlotSampling
 from ..scheduling.scheduler import StepWork
 from ..scheduling.slots import Slots
 from .chunk_graphs import KNOWN, ChunkGraphs, Layout
-from .compiled import CompiledModules
+from .compiled import CompiledModules, as_written
 from .decode_graphs import DecodeGraphs, is_short_of_memory
 from .engine_cache import EngineCache
 from .model_fingerprint import LiveModel
@@ -104,6 +104,7 @@ class Runner:
         # Where each index is needed is the model's business: those on the host are good everywhere.
         self.is_spread = num_devices(model) > 1
         self._live = LiveModel(model, tables.device)
+        self._as_written = as_written(model)
 
     def run(self, work: StepWork, num_logits: np.ndarray) -> StepLogits:
         """One step.
@@ -251,6 +252,7 @@ class Runner:
 
     def _look_again(self) -> None:
         self._live = LiveModel(self.model, self.tables.device, self._live.written)
+        self._as_written = as_written(self.model)
 
     # Changes of the model
 
@@ -357,6 +359,8 @@ class Runner:
         self.cache.step = inputs
         with ExitStack() as stack:
             stack.enter_context(self.attention.here())
+            if self.compiled is None:
+                stack.enter_context(self._as_written)
             for modules in (self.fused, self.compiled):
                 if modules is not None:
                     stack.enter_context(modules.active(self.cache))
