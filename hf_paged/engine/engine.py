@@ -44,7 +44,7 @@ from .execution.decode_graphs import reason_against
 from .execution.model_fingerprint import read_buffers, written_buffers
 from .handle import RequestHandle
 from .sampling.request_params import TokenRules, check_token_ids
-from .scheduling.page_budget import PageRoom, choose_num_pages, model_length, working_bytes
+from .scheduling.page_budget import PageRoom, choose_num_pages, give_back_unused, model_length, working_bytes
 from .scheduling.request import Request, RequestOutput, Row
 from .startup.fusion_steps import fuse
 from .startup.self_check import probe, run_reference
@@ -998,12 +998,15 @@ class Engine:
                 not capture them again; see :meth:`pause` for the changes of the model that are seen.
         """
         with self._between_steps("sleep"):
+            cache, device = self._core.cache, self._core.device
+            num_used = cache.num_used()
             self._start_over(None, keep_graphs)
             self.pause(keep_graphs=keep_graphs)
             if not keep_graphs:
-                self._core.cache.drop()
-            elif not self._core.cache.release():
+                cache.drop()
+            elif not cache.release(num_used):
                 self._core.runner.drop_graphs()
+            give_back_unused(device)
             self._asleep = True
 
     def wake(self) -> None:

@@ -234,10 +234,13 @@ class PageGroup:
         if self.is_lazy and not self.allocator.num_used:
             self.commit_as_used()
 
-    def release(self) -> bool:
+    def release(self, num_wanted: int) -> bool:
         """Give the memory of all pages back, and keep their addresses: captured CUDA graphs stay valid.
 
         Contents are lost, the ids stay. No page may be touched before :meth:`restore`.
+
+        Args:
+            num_wanted: pages to have memory for at :meth:`restore`, where pages get theirs as they are used.
 
         Returns:
             False: a layer's addresses cannot stay, so that all were given back as well.
@@ -249,6 +252,8 @@ class PageGroup:
         self.drop_layers()
         self.layers.update(layers)
         self.is_released = keeps_addresses
+        if keeps_addresses and self.is_lazy:
+            self.allocator.back(max(num_wanted, self.allocator.num_backed))
         return keeps_addresses
 
     def restore(self) -> None:

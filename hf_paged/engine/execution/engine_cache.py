@@ -303,10 +303,17 @@ class EngineCache(Cache):
             group.drop_layers()
         self._drop_states()
 
-    def release(self) -> bool:
-        """As :meth:`drop`, but the addresses of pages stay, until :meth:`restore`; False: they cannot."""
+    def num_used(self) -> list[int]:
+        """Pages of each group that have an owner, cached prefixes among them."""
+        return [group.allocator.num_used for group in self.pool.groups.values()]
+
+    def release(self, num_wanted: Sequence[int]) -> bool:
+        """As :meth:`drop`, but the addresses of pages stay; False: they cannot.
+
+        ``num_wanted`` pages of each group are to have memory again at :meth:`restore`.
+        """
         self._drop_states()
-        kept = [group.release() for group in self.pool.groups.values()]
+        kept = [group.release(count) for group, count in zip(self.pool.groups.values(), num_wanted)]
         return all(kept)
 
     def restore(self) -> None:
