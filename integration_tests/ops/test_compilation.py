@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from integration_tests.support.ptx_hashes import differences, normalised
+
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).parents[1] / "support" / "compile_for_hopper.py"
 KERNELS = {
@@ -29,3 +31,19 @@ def test_kernels_compile(family, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.split() == KERNELS[family].split()
+
+
+def test_hashes_of_ptx_see_code_and_not_where_it_came_from():
+    code = "\t.file\t1 \"a.py\"\n// made by\n\t.loc\t1 2 3 // a.py:2:3\n\tadd.s32 %r1, %r2, 1; // sum\n"
+    moved = code.replace("a.py", "b.py").replace("1 2 3", "1 9 9")
+    assert normalised(code) == normalised(moved) == "\tadd.s32 %r1, %r2, 1;"
+    assert normalised(code) != normalised(code.replace("%r2, 1", "%r2, 2"))
+
+
+def test_differences_name_the_kernels():
+    old = {"small/a": ["1", "2"], "small/b": ["3"], "small/c": ["4"]}
+    assert differences(old, dict(old)) == []
+    assert differences(old, {"small/a": ["1", "5"], "small/b": ["3"]}) == [
+        "small/a: 1 of 2 variants are gone, 1 of 2 are new",
+        "small/c: 1 of 1 variants are gone, 0 of 0 are new",
+    ]

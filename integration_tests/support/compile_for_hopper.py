@@ -1,4 +1,5 @@
-"""Compiles kernels for a Hopper GPU on a machine without one; run by ``test_compilation.py``, one family at a time.
+"""Compiles kernels for a Hopper GPU on a machine without one; run by ``test_compilation.py`` and
+``ptx_hashes.py``, one family at a time.
 
 Launch functions run as they do on a GPU, on tensors in host memory, with a driver that compiles and launches nothing.
 """
@@ -12,6 +13,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
 COMPILED: list[str] = []
+PTX: list[tuple[str, str]] = []
+"""Name and PTX of each variant, in the order of compilation."""
 
 
 class Driver:
@@ -36,6 +39,7 @@ def compile_only(own_run: Callable) -> Callable:
     def run(self, *args, grid, warmup=False, **kwargs):
         kernel = own_run(self, *args, grid=grid, warmup=True, **kwargs)
         COMPILED.append(self.fn.__name__)
+        PTX.append((self.fn.__name__, kernel.asm["ptx"]))
         return kernel
 
     return run
@@ -175,7 +179,9 @@ def sampling() -> None:
         )
 
 
+FAMILIES = {function.__name__: function for function in (attention, quantised, linear, small, sampling)}
+
 if __name__ == "__main__":
     pretend_hopper()
-    globals()[sys.argv[1]]()
+    FAMILIES[sys.argv[1]]()
     print(*sorted(set(COMPILED)))
