@@ -5,6 +5,7 @@ in another dtype than values. So they do from norms that were left in float32.
 """
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
@@ -17,6 +18,17 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
+
+
+def enables_autocast(model: torch.nn.Module) -> bool:
+    """Whether a decorator of the model's forward is ``torch.autocast``: accelerate leaves one in a prepared model."""
+    function: Any = model.__dict__.get("forward")
+    while function is not None:
+        cells = getattr(function, "__closure__", None) or ()
+        if any(isinstance(cell.cell_contents, torch.autocast) for cell in cells):
+            return True
+        function = getattr(function, "__wrapped__", None)
+    return False
 
 
 def in_one_dtype(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:

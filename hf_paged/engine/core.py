@@ -19,6 +19,7 @@ import torch
 from hf_paged_kernels.settings import longest_short_query
 
 from ..errors import InvalidScoresError
+from ..mixed_precision import enables_autocast
 from ..paging import GONE, PagePool
 from .async_copy import Arrival, send
 from .config import EngineConfig
@@ -123,6 +124,7 @@ class EngineCore:
         self.pool = PagePool(config.page_size, None, config.kv_dtype)
         num_slots = config.max_num_seqs
         self.cache = EngineCache(model.config, self.pool, num_slots)
+        self.cache.has_autocast = enables_autocast(model)
         self.slots = Slots(num_slots, capacity=min(1024, max_model_len + 1))
         width = -(-max_model_len // config.page_size)
         on_host = self.device.type == "cpu"

@@ -36,6 +36,7 @@ from transformers.utils.logging import tqdm
 
 from ..errors import RequestError, UnsupportedModelError
 from ..fusion import FusedModel
+from ..mixed_precision import enables_autocast
 from ..transformers_internals import is_tested_version
 from .config import EngineConfig
 from .core import EngineCore, Launched
@@ -241,6 +242,8 @@ class Engine:
         device = self.model.get_input_embeddings().weight.device
         if wanted is False or (wanted is None and reason_against(self.model, device) is not None):
             return None
+        if enables_autocast(self.model):
+            raise ValueError("fuse=True cannot be: the model's forward enables autocast. Leave it None.")
         fused = fuse(self.model, self.config, needs_lengths, self.max_model_len)
         # On a transformers that nobody has tried, what no longer matches a pattern is said aloud.
         say = logger.info if is_tested_version() or not fused.refusals else logger.warning_once

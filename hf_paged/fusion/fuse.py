@@ -17,6 +17,7 @@ from torch import nn
 from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
+from ..mixed_precision import enables_autocast
 from ..transformers_internals import any_hooks, hooks_of, without_autograd
 from .forwards import (
     ROTATIONS,
@@ -95,7 +96,8 @@ class FusedModel:
         has been exchanged or changed runs unfused until it is the one it was.
         """
         device = next(iter(self._model.parameters())).device.type
-        if any_hooks(self._hooks) or torch.is_autocast_enabled(device) or torch.is_grad_enabled():
+        has_autocast = torch.is_autocast_enabled(device) or enables_autocast(self._model)
+        if any_hooks(self._hooks) or has_autocast or torch.is_grad_enabled():
             yield
             return
         self.refresh()

@@ -67,8 +67,6 @@ def reason_in_model(model: Any) -> str | None:
         return "the model's weights are offloaded (accelerate), and come to the device layer by layer"
     if autocast_dtype(model.device) is not None:
         return "autocast is enabled, and the engine's pages have the dtype of the weights"
-    if _enables_autocast(model):
-        return "the model's forward enables autocast (accelerate), and the engine's pages have the dtype of weights"
     if not model.training:
         return None
     for name, module in model.named_modules():
@@ -81,17 +79,6 @@ def reason_in_model(model: Any) -> str | None:
         if any(word in name for word in ("dropout", "pdrop", "jitter")) and isinstance(value, float) and value > 0:
             return f"the model is in training mode with {name}={value}; call model.eval() first"
     return None
-
-
-def _enables_autocast(model: Any) -> bool:
-    """Whether a decorator of the model's forward is ``torch.autocast``: accelerate leaves one in a prepared model."""
-    function = model.__dict__.get("forward")
-    while function is not None:
-        cells = getattr(function, "__closure__", None) or ()
-        if any(isinstance(cell.cell_contents, torch.autocast) for cell in cells):
-            return True
-        function = getattr(function, "__wrapped__", None)
-    return False
 
 
 def reason_in_config(config: GenerationConfig, has_streamer: bool) -> str | None:

@@ -17,6 +17,7 @@ from ..engine.sampling.request_params import INDEXING, check_token_ids, checked_
 from ..engine.sampling.stop_strings import StopStrings
 from ..errors import RequestError, UnsupportedModelError
 from ..hooks import active_hooks, foreign_forwards
+from ..mixed_precision import enables_autocast
 from ..transformers_internals import hooks_of, resolve_generation_config
 from .fallback_reasons import reason_in_arguments, reason_in_config, reason_in_model
 from .loop import log_original, refuse_seed, run_loop
@@ -187,12 +188,14 @@ class PatchedGenerate:
         return self if copied is None else type(copied).generate.__get__(copied)
 
 
-_Seen = tuple[frozenset[Any], frozenset[Any]]
+_Seen = tuple[frozenset[Any], frozenset[Any], bool]
 
 
 def _seen(model: PreTrainedModel) -> _Seen:
-    """What an engine sees of a model when it starts, and takes for granted: dtypes and devices, code of its own."""
-    return frozenset((weight.dtype, weight.device) for weight in model.parameters()), foreign_forwards(model)
+    """What an engine sees of a model when it starts, and takes for granted: dtypes and devices, code of its own,
+    autocast."""
+    weights = frozenset((weight.dtype, weight.device) for weight in model.parameters())
+    return weights, foreign_forwards(model), enables_autocast(model)
 
 
 def _stop_strings_as_criterion(
@@ -216,8 +219,8 @@ def patch_generate(model: Any, config: EngineConfig | None = None, *, keep_awake
     Same signature, arguments and results as before, and one argument more: ``seed``. Each prompt of a batch is
     computed without its padding and leaves the batch when it ends. Calls that the engine does not run (contrastive
     search, inputs that are not text, scores asked for, a model that it cannot serve, steps that the model overrides,
-    forward hooks that are not marked by :func:`row_wise`, autocast, ...) go to transformers' own loop, with one line in
-    the log that says why.
+    forward hooks that are not marked by :func:`row_wise`, an autocast around the call, ...) go to transformers' own
+    loop, with one line in the log that says why.
 
     Samples are drawn by noise from the call's seed, which comes from torch's global generator where none is given:
     repeatable by ``torch.manual_seed``, but not the samples of ``torch.multinomial``. A logits processor of another

@@ -86,7 +86,7 @@ def test_other_modules_are_seen_by_an_idle_engine(compiled_forwards):
 
 @pytest.mark.parametrize("how", ["model", "layers", "forward"])
 def test_what_its_owner_has_compiled_runs_as_it_is_written(how):
-    """torch.compile would trace the engine's bookkeeping, for a minute; other threads' steps do not throw the switch."""
+    """torch.compile would trace the engine's bookkeeping, for a minute."""
     model, graphs = tiny_model("llama"), []
     ids = torch.tensor([prompt(9)])
     expected = model.generate(ids, max_new_tokens=4, do_sample=False)

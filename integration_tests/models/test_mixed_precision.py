@@ -164,6 +164,21 @@ def test_generate_batch_of_a_forward_under_autocast(name):
         assert output.generated_tokens == expected.tolist()
 
 
+def check_choices(model, ids, num_prompt):
+    """Most new tokens have the best float32 logit, the others one so near to it that roundings may have chosen.
+
+    Two logits may be off by twice the largest error that the model itself makes at that place under autocast.
+    """
+    with torch.no_grad():
+        rounded = model(torch.tensor([ids])).logits[0, num_prompt - 1 : -1]
+        exact = tiny_model(model.config.model_type, "eager")(torch.tensor([ids])).logits[0, num_prompt - 1 : -1]
+    behind = exact.amax(-1) - exact.gather(1, torch.tensor(ids[num_prompt:])[:, None])[:, 0]
+    errors = (rounded - exact).abs().amax(-1)
+    assert bool((errors > 0).all())
+    assert bool((behind <= 4 * errors).all())
+    assert int((behind == 0).sum()) > len(behind) / 2
+
+
 @pytest.mark.parametrize("how", ["accelerate", "decorator"])
 @pytest.mark.parametrize("name", ["sdpa", "paged_flash"])
 def test_a_patched_model_whose_forward_enables_autocast(name, how, monkeypatch):
@@ -176,13 +191,63 @@ def test_a_patched_model_whose_forward_enables_autocast(name, how, monkeypatch):
         model.forward = autocast()(model.forward)
     ids, mask = padded()
     call = dict(attention_mask=mask, max_new_tokens=5, do_sample=False)
-    expected = model.generate(ids, **call)
     reasons = []
     monkeypatch.setattr("hf_paged.generation.patch.log_original", reasons.append)
     hf_paged.patch_generate(model)
-    assert torch.equal(model.generate(ids, **call), expected)
-    assert len(reasons) == 1
-    assert "forward enables autocast" in reasons[0]
+    for row, held in zip(model.generate(ids, **call), mask.sum(1)):
+        check_choices(model, row[ids.shape[1] - held :].tolist(), int(held))
+    assert reasons == []
+    pool = model.generate.engine._core.pool
+    assert {kind.dtype for group in pool.groups.values() for pair in group.kinds.values() for kind in pair} == {
+        torch.bfloat16
+    }
+
+
+def test_a_patched_model_that_accelerate_prepares_and_unwraps():
+    """Each time another engine, whose pages have the dtype of then."""
+    accelerate = pytest.importorskip("accelerate")
+    model, (ids, mask) = tiny_model("llama", "sdpa"), padded()
+    call = dict(attention_mask=mask, max_new_tokens=12, do_sample=False)
+    accelerator = accelerate.Accelerator(mixed_precision="bf16", cpu=True)
+    single = model.generate(ids, **call)
+    hf_paged.patch_generate(model)
+    assert torch.equal(model.generate(ids, **call), single)
+    engine = model.generate.engine
+    accelerator.prepare(model)
+    for row, held in zip(model.generate(ids, **call), mask.sum(1)):
+        check_choices(model, row[ids.shape[1] - held :].tolist(), int(held))
+    assert model.generate.engine is not engine
+    engine = model.generate.engine
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    assert torch.equal(model.generate(ids, **call), single)
+    assert model.generate.engine is not engine
+
+
+def test_requests_of_a_forward_under_autocast():
+    """Chunks of prompts beside decode steps, in the engine's thread, which knows of no autocast itself."""
+    model = tiny_model("mistral", "sdpa")
+    model.forward = autocast()(model.forward)
+    sequences = prompts(5, 30, 17, 9, 40)
+    greedy = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    options = hf_paged.EngineConfig(num_pages=64, page_size=8, max_num_seqs=4, max_batch_tokens=16)
+    with Engine(model, options) as engine:
+        outputs = engine.generate(sequences, generation_config=greedy)
+        for output, ids in zip(outputs, sequences):
+            assert len(output.token_ids) == 8
+            check_choices(model, ids + output.token_ids, len(ids))
+        engine.check()
+    with pytest.raises(ValueError, match="fuse=True cannot be: the model's forward enables autocast"):
+        Engine(model, hf_paged.EngineConfig(num_pages=64, fuse=True))
+
+
+def test_an_engine_ends_requests_of_a_model_that_enables_autocast_later():
+    model = tiny_model("llama", "sdpa")
+    greedy = GenerationConfig(max_new_tokens=4, do_sample=False, eos_token_id=None, pad_token_id=0)
+    with Engine(model, hf_paged.EngineConfig(num_pages=64, fuse=True), background=False) as engine:
+        model.forward = autocast()(model.forward)
+        output = engine.submit(prompts(5)[0], generation_config=greedy).result()
+        assert output.finish_reason == "error"
+        assert "autocast" in str(output.error)
 
 
 def test_an_engine_refuses_autocast_that_it_cannot_see():

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
+from ...mixed_precision import enables_autocast
 from ...transformers_internals import is_moved_by_accelerate, without_autograd
 from ..async_copy import send
 
@@ -319,6 +320,8 @@ def reason_against(model: Any, device: torch.device) -> str | None:
         return f"the model is on {device}"
     if len({p.device for p in model.parameters()}) > 1:
         return "the model is on several devices"
+    if enables_autocast(model):
+        return "its forward enables autocast; accelerator.unwrap_model(model, keep_fp32_wrapper=False) takes that off"
     if is_moved_by_accelerate(model):
         return "accelerate moves or offloads the model's modules"
     return None

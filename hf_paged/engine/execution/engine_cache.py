@@ -15,6 +15,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionAndF
 from ...cache.paged_cache import HYBRID, layer_window
 from ...cache.step_states import StepStates
 from ...errors import UnsupportedModelError
+from ...mixed_precision import in_one_dtype
 from ...paging import PageGroup, PagePool
 from ..async_copy import send
 from .cpu_attention import attend_groups, plan_groups
@@ -44,10 +45,13 @@ class EngineLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new keys and values ``[B, H, L, D]``, packed over B and L in the step's order."""
+        if self.cache.has_autocast:
+            key_states, value_states = in_one_dtype(key_states, value_states)
         if key_states.dtype != value_states.dtype:
             raise UnsupportedModelError(
                 f"layer {self.index} brings keys in {key_states.dtype} and values in {value_states.dtype}, as under "
-                f"autocast, and the engine's pages have one dtype: cast the model to it, or use its generate()."
+                f"autocast, and the engine's pages have one dtype: cast the model to it, let accelerate prepare the "
+                f"model before the engine starts (autocast is then a decorator of its forward), or use its generate()."
             )
         step = self.cache.step.on(key_states.device)
         pages = self.group.layer(self.index, key_states, value_states)
@@ -188,12 +192,14 @@ class EngineCache(Cache):
         num_gathers: how often a model asked for dense keys or values instead of reading pages in place.
         may_gather: whether it may: what does not know the step's sequences would mix them.
         has_states: whether layers keep recurrent states beside pages.
+        has_autocast: the model's forward enables autocast: pages have the dtype in which its attention multiplies.
 
     Raises:
         UnsupportedModelError: the model has cache layers that are not plain keys, values and states.
     """
 
     step: StepInputs
+    has_autocast = False
 
     def __init__(self, config: Any, pool: PagePool, num_slots: int) -> None:
         self.config, self.pool, self.num_slots = config.get_text_config(decoder=True), pool, num_slots

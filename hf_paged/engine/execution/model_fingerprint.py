@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ...fusion import has_own_forward
 from ...hooks import active_hooks
+from ...mixed_precision import enables_autocast
 from ...transformers_internals import any_hooks, hooks_of, tables_of, tensor_version, tensor_versions
 
 ADAPTERS = ("_active_adapter", "_disable_adapters", "merged_adapters", "scaling")
@@ -137,6 +138,8 @@ class LiveModel:
             return "a module of the model has forward hooks, which a graph would not call"
         if torch.is_autocast_enabled(self._device.type):
             return "autocast is on, which keeps copies of weights that a graph would outlive"
+        if enables_autocast(self._model):
+            return "the model's forward enables autocast"
         return None
 
     def remember(self, other: "LiveModel | None" = None) -> None:

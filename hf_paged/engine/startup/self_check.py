@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ...errors import UnsupportedModelError
+from ...mixed_precision import enables_autocast
 from ..config import EngineConfig
 from ..core import EngineCore
 from ..execution.decode_graphs import is_short_of_memory
@@ -47,10 +48,12 @@ class Reference:
     Attributes:
         logits: ``[L, vocab]`` of each prompt, one at a time and without a cache.
         layers: what each decoder layer gives for the second prompt, ``[L, hidden]``, by the layer's name.
+        is_rounded: it computes in half precision, whatever dtype its logits have (accelerate's autocast).
     """
 
     logits: list[torch.Tensor]
     layers: dict[str, torch.Tensor]
+    is_rounded: bool
 
 
 def run_reference(model: Any) -> Reference:
@@ -66,7 +69,7 @@ def run_reference(model: Any) -> Reference:
             logits.append(model(input_ids=prompt[None], use_cache=False, return_dict=True).logits[0])
             seen = dict(layers) if number == 1 else seen
     _check_padding(model, logits)
-    return Reference(logits, seen)
+    return Reference(logits, seen, enables_autocast(model))
 
 
 def _check_padding(model: Any, logits: list[torch.Tensor]) -> None:
@@ -83,7 +86,7 @@ def _check_padding(model: Any, logits: list[torch.Tensor]) -> None:
     mask = torch.nn.functional.pad(torch.ones_like(short), (padding, 0))
     mask = torch.stack([mask, torch.ones_like(long)])
     padded = model(input_ids=ids, attention_mask=mask, use_cache=False, return_dict=True).logits[0, padding:]
-    if not agree(logits[:1], [padded]):
+    if not agree(logits[:1], [padded], enables_autocast(model)):
         raise UnsupportedModelError(
             f"{type(model).__name__} has no position_ids and counts padding as tokens: what it gives for a prompt "
             f"depends on the batch, which the engine cannot repeat. Use the model's own generate()."
@@ -112,7 +115,7 @@ def probe(model: Any, config: EngineConfig, reference: Reference | None) -> Prob
         # Not of every token, as in steps.
         wanted = [logits.to(at.device)[at] for logits, (at, _) in zip(reference.logits, packed)]
         got = [logits for _, logits in packed]
-        if not agree(wanted, got):
+        if not agree(wanted, got, reference.is_rounded):
             raise UnsupportedModelError(_describe(model, reference, wanted, got, core))
     if config.kv_dtype != "auto":
         _, core = _packed_logits(model, config, prompts)
@@ -201,11 +204,16 @@ def differences(dense: list[torch.Tensor], packed: list[torch.Tensor]) -> tuple[
     return float(difference.max()), float(difference.mean())
 
 
-def agree(dense: list[torch.Tensor], packed: list[torch.Tensor]) -> bool:
-    """Whether logits ``[L, vocab]`` of several prompts differ by no more than roundings."""
+def agree(dense: list[torch.Tensor], packed: list[torch.Tensor], is_rounded: bool = False) -> bool:
+    """Whether logits ``[L, vocab]`` of several prompts differ by no more than roundings.
+
+    Args:
+        dense, packed: of each prompt.
+        is_rounded: those of half precision, whatever the dtype is.
+    """
     most, mean = differences(dense, packed)
     # NaN agrees with nothing.
-    limit = MOST_DIFFERENCE.get(dense[0].dtype)
+    limit = None if is_rounded else MOST_DIFFERENCE.get(dense[0].dtype)
     return most <= limit if limit is not None else mean <= MEAN_DIFFERENCE
 
 
@@ -233,7 +241,7 @@ def _blame(model: Any, reference: Reference, core: EngineCore) -> str:
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
     for number, (name, layer) in enumerate(_layers(model).items()):
         own, got = reference.layers.get(name), paged.get(name)
-        if own is not None and got is not None and not agree([own], [got]):
+        if own is not None and got is not None and not agree([own], [got], reference.is_rounded):
             kind = f" ({kinds[number]})" if kinds and number < len(kinds) else ""
             return f"The first layer that differs is {name}{kind}, a {type(layer).__name__}."
     return "A prompt computed alone agrees: its layers mix the sequences of a packed batch."
