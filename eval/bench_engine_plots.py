@@ -40,8 +40,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
     for row, (name, found) in enumerate(bars.items()):
         _throughput(figure.add_subplot(grid[row, :]), name, found, models[name]["roofline"]["tokens_per_s"])
     if sweeps:
-        _sweep(figure.add_subplot(grid[-1, 0]), sweeps, "first_token_ms", "time to first token, ms")
-        _sweep(figure.add_subplot(grid[-1, 1]), sweeps, "between_tokens_ms", "time between tokens, ms")
+        drawing = _sweep if any(len(rates) > 1 for rates in sweeps.values()) else _one_load
+        drawing(figure.add_subplot(grid[-1, 0]), sweeps, "first_token_ms", "time to first token, ms")
+        drawing(figure.add_subplot(grid[-1, 1]), sweeps, "between_tokens_ms", "time between tokens, ms")
     sizes = report["sizes"]
     low, high = sizes["lengths"]
     figure.suptitle(
@@ -82,6 +83,22 @@ def _throughput(axes: Any, name: str, found: list[tuple[str, float, str]], roofl
     axes.annotate("roofline", (roofline, places[0]), fontsize=8, color="#8d8d8d", ha="right")
     axes.set_xlabel("new tokens a second")
     axes.set_title(name, fontsize=9)
+
+
+def _one_load(axes: Any, sweeps: dict[str, Any], key: str, title: str) -> None:
+    """Percentiles of each model as bars, where one arrival rate was measured."""
+    percentiles = ("p50", "p90", "p99")
+    width = 0.8 / len(sweeps)
+    for index, ((name, [rate]), color) in enumerate(zip(sweeps.items(), LINES)):
+        places = [place + (index - (len(sweeps) - 1) / 2) * width for place in range(len(percentiles))]
+        values = [rate[key][percentile] for percentile in percentiles]
+        label = f"{name}, {rate['fraction']:.0%} of saturation"
+        drawn = axes.bar(places, values, width, color=color, label=label)
+        axes.bar_label(drawn, [f"{value:,.1f}" for value in values], fontsize=7)
+    axes.set_xticks(range(len(percentiles)), percentiles, fontsize=8)
+    axes.margins(y=0.3)
+    axes.set_title(title, fontsize=9)
+    axes.legend(frameon=False, fontsize=7)
 
 
 def _sweep(axes: Any, sweeps: dict[str, Any], key: str, title: str) -> None:

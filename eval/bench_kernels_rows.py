@@ -326,6 +326,10 @@ COLORS = {
 }  # fmt: skip
 
 
+DOTTED = {"matmul": "an 8192\u00b3 BF16 matmul", "copy": "a copy, read and written"}
+"""What the dotted lines are: figures of one PyTorch call, which a kernel can exceed, and no bounds."""
+
+
 def _draw_prefill(figure: Any, rows: list[dict[str, Any]], ceilings: dict[str, Any]) -> None:
     """A panel per head dim and mask, a line per column."""
     panels: dict[str, list[dict[str, Any]]] = {}
@@ -342,8 +346,13 @@ def _draw_prefill(figure: Any, rows: list[dict[str, Any]], ceilings: dict[str, A
         _lines(axes, "prefill", panels[title], [short(row["seq_lens"][0]) for row in panels[title]], ceilings)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("tokens a sequence")
-    grid[0][0].set_ylabel("TFLOP/s")
-    grid[0][0].legend(fontsize=8)
+    for row in grid:
+        row[0].set_ylabel("TFLOP/s")
+    # Panels share the axis: the largest of all must fit.
+    highest = max(max(y for y in line.get_ydata() if y == y) for axes in grid.flat for line in axes.lines)
+    grid[0][0].set_ylim(0, 1.05 * highest)
+    lines = {line.get_label(): line for axes in grid.flat for line in axes.lines}
+    figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=len(lines), fontsize=8)
 
 
 def _draw_decode(figure: Any, rows: list[dict[str, Any]], ceilings: dict[str, Any]) -> None:
@@ -351,7 +360,7 @@ def _draw_decode(figure: Any, rows: list[dict[str, Any]], ceilings: dict[str, An
     _lines(axes, "decode", rows, [row["label"] for row in rows], ceilings)
     axes.set_ylabel("TB/s of keys and values read")
     axes.set_title("Decode: batch x context", fontsize=10)
-    axes.tick_params(axis="x", rotation=25)
+    axes.set_xticks(axes.get_xticks(), [label.get_text() for label in axes.get_xticklabels()], rotation=25, ha="right")
     axes.legend(fontsize=8)
 
 
@@ -364,7 +373,8 @@ def _lines(axes: Any, name: str, rows: list[dict[str, Any]], labels: list[str], 
             axes.plot(range(len(rows)), rates, marker="o", label=column, color=COLORS.get(column))
     ceiling = ceilings.get(_rate_name(name))
     if isinstance(ceiling, float):
-        axes.axhline(ceiling, color="black", linewidth=0.8, linestyle=":", label=f"the card's {_rate_name(name)} rate")
+        label = f"measured beside: {DOTTED[_rate_name(name)]}"
+        axes.axhline(ceiling, color="black", linewidth=0.8, linestyle=":", label=label)
     axes.set_xticks(range(len(rows)), labels, fontsize=8)
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)

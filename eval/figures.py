@@ -2,9 +2,9 @@
 
     python -m eval.figures --output eval/results/figures.png
 
-Left: memory of one prefill over its length (`prefill_memory_h200.json`). Middle: bytes that each cache holds
-(`cache_memory.json`). Right: tokens a second of the engine, with one request and with many running
-(`bench_engine_h200.json`). Pages over time have a picture of their own: `eval/page_picture.py`.
+Left: tokens a second of the engine beside `generate_batch` and the roofline (`bench_engine_h200.json`). Middle: bytes
+that each cache holds (`cache_memory.json`). Right: memory of one prefill over its length (`prefill_memory_h200.json`).
+Pages over time have a picture of their own: `eval/page_picture.py`.
 """
 
 import json
@@ -19,9 +19,7 @@ INPUTS = ("prefill_memory_h200.json", "cache_memory.json", "bench_engine_h200.js
 COLORS = {"paged_flash": "#2a6f97", "sdpa": "#c8553d", "eager": "#8d8d8d"}
 CACHES = {"PagedCache": "#2a6f97", "PagedCache int8": "#7fb0cc", "DynamicCache": "#c8553d"}
 CASES = {"a": "32 ragged\nprompts", "b": "8 beams,\n2k prompt", "c": "16 samples,\n4k prompt"}
-RUNNING = 256
-"""Requests that run in the part `steady` of `eval.bench_engine --gpu`."""
-LOADS = {"1 request": "#7fb0cc", f"{RUNNING} running": "#2a6f97"}
+THROUGHPUT = {"Engine.generate": "#2a6f97", "generate_batch, same kernels": "#c8553d", "roofline": "#d9d9d9"}
 
 
 def load(folder: Path) -> dict[str, Any]:
@@ -55,7 +53,7 @@ def draw(results: dict[str, Any], path: Path) -> None:
         raise ImportError('eval.figures draws with matplotlib: pip install "hf-paged[eval]"') from error
     figure = Figure(figsize=(13, 4.2), dpi=100, layout="constrained")
     FigureCanvasAgg(figure)
-    prefill, caches, engine = figure.subplots(1, 3)
+    engine, caches, prefill = figure.subplots(1, 3)
     _prefill(prefill, results["prefill_memory_h200.json"])
     _caches(caches, results["cache_memory.json"])
     _engine(engine, results["bench_engine_h200.json"])
@@ -91,21 +89,23 @@ def _caches(axes: Any, report: dict[str, Any]) -> None:
 
 
 def _engine(axes: Any, report: dict[str, Any]) -> None:
-    speeds = {
-        name: (1000 / parts["latency"]["ms_per_token"], RUNNING * 1000 / parts["steady"]["step_ms"])
-        for name, model in report["models"].items()
-        if {"latency", "steady"} <= (parts := model.get("graphs", {})).keys()
-    }
-    for index, (label, color) in enumerate(LOADS.items()):
-        values = [pair[index] for pair in speeds.values()]
-        bars = axes.bar([place + (index - 0.5) * 0.4 for place in range(len(speeds))], values, 0.4, color=color,
-                        label=label)  # fmt: skip
-        axes.bar_label(bars, [f"{value:,.0f}" for value in values], fontsize=8)
+    speeds = {}
+    for name, model in report["models"].items():
+        peers = [peer.get("tokens_per_s") for peer in model.get("peers", {}).values()]
+        ours = model.get("graphs", {}).get("throughput", {}).get("tokens_per_s")
+        if ours is not None:
+            speeds[name] = (ours, max(filter(None, peers), default=None), model["roofline"]["tokens_per_s"])
+    width = 0.8 / len(THROUGHPUT)
+    for index, (label, color) in enumerate(THROUGHPUT.items()):
+        values = [found[index] or 0 for found in speeds.values()]
+        places = [place + (index - 1) * width for place in range(len(speeds))]
+        bars = axes.bar(places, values, width, color=color, label=label)
+        axes.bar_label(bars, [f"{value / 1000:.1f}k" if value else "" for value in values], fontsize=7)
     axes.set_xticks(range(len(speeds)), list(speeds), fontsize=8)
-    axes.set_yscale("log")
-    axes.set_ylabel("tokens a second, decode")
-    axes.set_title(f"Engine, {report['device']}, bfloat16", fontsize=10)
-    axes.margins(y=0.2)
+    axes.set_ylabel("new tokens a second")
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value / 1000:.0f}k")
+    requests = report["sizes"]["num_requests"]
+    axes.set_title(f"{requests} requests at once, {report['device']}", fontsize=10)
     axes.legend(frameon=False, fontsize=8)
 
 

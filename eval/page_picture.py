@@ -163,7 +163,9 @@ def draw(recording: Recording, sizes: Sizes, path: Path) -> None:
     figure = Figure(figsize=(12, 7.2), dpi=100)
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.06, 0.17, 0.925, 0.7))
-    num_steps, num_pages = len(recording.steps), sizes.num_pages
+    num_steps = len(recording.steps)
+    used = [page for owners in recording.steps for page, owner in enumerate(owners) if owner != FREE]
+    num_pages = min(sizes.num_pages, max(used) + 4)  # those above were never taken
     seen: set[int] = {FREE}
     for page in range(num_pages):
         start = 0

@@ -338,3 +338,25 @@ def test_portable_triton_alone(fake_run, tmp_path):
     cells = report["tables"]["prefill"][0]["cells"]
     assert PORTABLE in cells
     assert OURS not in cells
+
+
+def test_plots_name_every_line_and_cut_none():
+    """A column that only some panels have is in the legend; the highest point of any panel fits the common axis."""
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+
+    def row(head_dim, causal, **us):
+        return {"label": "", "head_dim": head_dim, "causal": causal, "group": 1, "seq_lens": [1024], "flops": 1e12,
+                "cells": {name: {"us": value} for name, value in us.items()}}  # fmt: skip
+
+    rows = [row(64, True, ours=2000.0), row(128, False, ours=1250.0, FlexAttention=4000.0)]
+    figure = Figure(layout="constrained")
+    bench_kernels_rows._draw_prefill(figure, rows, {"matmul": 500.0})
+    [legend] = figure.legends
+    assert {text.get_text() for text in legend.get_texts()} == {
+        "ours", "FlexAttention", "measured beside: an 8192³ BF16 matmul",
+    }  # fmt: skip
+    low, high = figure.axes[0].get_ylim()
+    for axes in figure.axes:
+        assert axes.get_ylim() == (low, high)
+        assert all(low <= y <= high for line in axes.lines for y in line.get_ydata())
