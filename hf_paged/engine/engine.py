@@ -223,8 +223,9 @@ class Engine:
                     if reason is not None and core.device.type == "cuda":
                         logger.warning_once(f"decode steps run without CUDA graphs: {reason}.")
                 if core.device.type == "cuda":
+                    largest = min(config.max_batch_tokens, config.max_num_seqs * self.max_model_len)
                     with core.on_device():
-                        step_bytes = room.measure(lambda: core.runner.warm_up_prompts(config.max_batch_tokens))
+                        step_bytes = room.measure(lambda: core.runner.warm_up_prompts(largest))
                     room.reserve = working_bytes(model, config, step_bytes)
                 return core
             except BaseException:

@@ -170,7 +170,7 @@ def check_choices(model, ids, num_prompt):
     Two logits may be off by twice the largest error that the model itself makes at that place under autocast.
     """
     with torch.no_grad():
-        rounded = model(torch.tensor([ids])).logits[0, num_prompt - 1 : -1]
+        rounded = model(torch.tensor([ids], device=model.device)).logits[0, num_prompt - 1 : -1].cpu()
         exact = tiny_model(model.config.model_type, "eager")(torch.tensor([ids])).logits[0, num_prompt - 1 : -1]
     behind = exact.amax(-1) - exact.gather(1, torch.tensor(ids[num_prompt:])[:, None])[:, 0]
     errors = (rounded - exact).abs().amax(-1)
@@ -238,6 +238,23 @@ def test_requests_of_a_forward_under_autocast():
         engine.check()
     with pytest.raises(ValueError, match="fuse=True cannot be: the model's forward enables autocast"):
         Engine(model, hf_paged.EngineConfig(num_pages=64, fuse=True))
+
+
+@pytest.mark.gpu
+def test_requests_of_a_forward_under_autocast_on_a_gpu():
+    """Unfused and without graphs, which would keep copies of the weights."""
+    model = tiny_model("llama", "sdpa").cuda()
+    model.forward = torch.autocast("cuda", torch.bfloat16)(model.forward)
+    sequences = prompts(5, 30, 17, 9, 40)
+    greedy = GenerationConfig(max_new_tokens=8, do_sample=False, eos_token_id=None, pad_token_id=0)
+    with Engine(model, hf_paged.EngineConfig(num_pages=256)) as engine:
+        for output, ids in zip(engine.generate(sequences, generation_config=greedy), sequences):
+            check_choices(model, ids + output.token_ids, len(ids))
+        assert engine.fused is None
+        assert engine.warm_up() == 0
+        engine.check()
+    with pytest.raises(ValueError, match="cuda_graphs=True cannot be: its forward enables autocast"):
+        Engine(model, hf_paged.EngineConfig(num_pages=256, cuda_graphs=True))
 
 
 def test_an_engine_ends_requests_of_a_model_that_enables_autocast_later():
