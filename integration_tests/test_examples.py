@@ -1,0 +1,88 @@
+"""The scripts of ``examples/`` run on the small model, each where its packages are installed."""
+
+import io
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import hf_paged
+
+ROOT = Path(__file__).resolve().parent.parent
+MODEL = str(ROOT / "integration_tests" / "assets" / "small_model")
+TASK = """task: next_word
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{{{question}}}}"
+target_delimiter: ""
+doc_to_choice: "{{{{[good, bad]}}}}"
+doc_to_target: 0
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.fixture
+def run(monkeypatch):
+    """Run a script as its command does."""
+
+    def run(name: str, *arguments: str) -> None:
+        monkeypatch.setattr(sys, "argv", [name, "--model", MODEL, *map(str, arguments)])
+        runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
+
+    return run
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_an_example_is_short_and_is_run_here(path):
+    assert len(path.read_text("utf-8").splitlines()) <= 60
+    assert f'run("{path.name}"' in Path(__file__).read_text("utf-8").replace("'", '"')
+
+
+def test_batch(run, tmp_path, capsys):
+    prompts = ["def main():", "import os", "class Parser:"]
+    (tmp_path / "prompts.txt").write_text("\n".join(prompts), encoding="utf-8")
+    run("batch.py", "--prompts", tmp_path / "prompts.txt", "--output", tmp_path / "out.jsonl", "--max-new-tokens", "9")
+    entries = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text("utf-8").splitlines()]
+    assert [entry["prompt"] for entry in entries] == prompts
+    assert capsys.readouterr().out.splitlines()[-1].startswith("3 answers, 27 tokens")
+    tokenizer, model = AutoTokenizer.from_pretrained(MODEL), AutoModelForCausalLM.from_pretrained(MODEL)
+    for entry in entries:
+        ids = tokenizer(entry["prompt"], return_tensors="pt")
+        own = model.generate(**ids, max_new_tokens=9, do_sample=False)[0, ids.input_ids.shape[1] :]
+        assert entry["answer"] == tokenizer.decode(own, skip_special_tokens=True)
+
+
+def test_chat_finds_earlier_turns(run, monkeypatch, capsys):
+    lines = "def read_lines(path):", "    return open(path)", "class A:", "", "not read"
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines)))
+    run("chat.py", "--max-new-tokens", "24")
+    found = [line for line in capsys.readouterr().out.splitlines() if "were found in the cache]" in line]
+    assert len(found) == 3
+    counts = [int(line.split()[0].strip("[")) for line in found]
+    assert counts[0] == 0
+    assert 16 <= counts[1] < counts[2]
+
+
+def test_evaluate(run, tmp_path, capsys):
+    pytest.importorskip("lm_eval")
+    data = tmp_path / "documents.jsonl"
+    data.write_text(json.dumps({"question": "def __init__(", "good": "self", "bad": "zzqx"}) + "\n", encoding="utf-8")
+    (tmp_path / "next_word.yaml").write_text(TASK.format(data=data), encoding="utf-8")
+    run("evaluate.py", "--tasks", "next_word", "--include-path", tmp_path, "--dtype", "float32")
+    assert "next_word  acc,none  1.0000" in capsys.readouterr().out
+
+
+def test_grpo(run, tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    made = []
+    submit = hf_paged.Engine.submit
+    monkeypatch.setattr(hf_paged.Engine, "submit", lambda self, *a, **k: made.append(1) or submit(self, *a, **k))
+    run("grpo.py", "--steps", "2", "--max-new-tokens", "8", "--output", tmp_path / "trained")
+    assert made, "the engine made no completion"
+    before, after = (AutoModelForCausalLM.from_pretrained(p, dtype="float32") for p in (MODEL, tmp_path / "trained"))
+    assert any(not a.equal(b) for a, b in zip(before.parameters(), after.parameters()))
