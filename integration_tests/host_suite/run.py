@@ -37,9 +37,9 @@ DOCUMENTED = {
     "attention_outputs": "output_attentions is refused: there is no attention matrix",
     "compilation_all_outputs": "output_attentions is refused: there is no attention matrix",
     "dropout": "attention dropout is refused",
-    "static_cache": "transformers' StaticCache is compared with its own DynamicCache layers, by their class",
     "quant_cache": "compares the class of the cache's layers",
-    "past_key_values_format": "compares the class and the tensors of the cache's layers",
+    "compile_model_forward_fullgraph": "counts compilations with dynamic=False: a 2D mask grows with each token, with "
+    'any attention called "flash", for which transformers itself takes back fullgraph',
 }
 """Parts of names of tests that fail, and why."""
 
