@@ -33,11 +33,6 @@ SELECTED = (
     "position_ids or 4d_attention_mask or flash"
 )
 DOCUMENTED = {
-    "dict_output": "output_attentions is refused: there is no attention matrix",
-    "attention_outputs": "output_attentions is refused: there is no attention matrix",
-    "compilation_all_outputs": "output_attentions is refused: there is no attention matrix",
-    "dropout": "attention dropout is refused",
-    "quant_cache": "compares the class of the cache's layers",
     "compile_model_forward_fullgraph": "counts compilations with dynamic=False: a 2D mask grows with each token, with "
     'any attention called "flash", for which transformers itself takes back fullgraph',
 }
