@@ -43,7 +43,7 @@ report: $(VENV)/.dev      ## was anything lost? the small model's report and gen
 	  --data integration_tests/assets/heldout.txt --dtype float32 --output eval/results/report/generation.json
 
 support: $(VENV)/.dev     ## regenerate eval/results/model_support.md
-	$(BIN)/python integration_tests/models/parity.py
+	$(BIN)/python integration_tests/support/parity.py
 
 small-model: $(VENV)/.dev ## train the small model again (some minutes)
 	$(BIN)/python -m eval.small_model --output integration_tests/assets/small_model

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from host import CACHE
 from parity import (
     CALLS,
     SUPPORT_FILE,
@@ -33,6 +34,8 @@ MUST_WORK = {
     "smollm3", "glm4", "deepseek_v2", "deepseek_v3", "granite_swa", "mimo_v2_flash", "flint",
 }  # fmt: skip
 LEAST_WORKING = 120
+OUTSIDE = () if CACHE == "cache" else ("codegen", "gptj")
+"""Families that the committed file says work, but whose attention is on the interface only since transformers 5.24."""
 IS_COMMITTED_VERSION = f"transformers {transformers.__version__}," in SUPPORT_FILE.read_text(encoding="utf-8")
 
 
@@ -52,7 +55,7 @@ def test_generates_the_tokens_of_eager_or_refuses_clearly(family: str) -> None:
     if IS_COMMITTED_VERSION:
         assert row.status == listed, f"{SUPPORT_FILE.name} says {listed!r}: write it again (see parity.py). {row}"
     elif listed == "works":
-        assert row.status == "works", row
+        assert row.status == ("refused" if family in OUTSIDE else "works"), row
 
 
 def test_the_committed_matrix_lists_enough_and_nothing_unknown() -> None:

@@ -51,6 +51,10 @@ INDEXER: dict[str, Any] = dict(
     indexer_n_heads=2, indexer_kv_heads=1, indexer_head_dim=16, indexer_budget=8, indexer_compress_ratio=4,
     hc_lowrank=8, layer_types=["linear_attention", "indexed_attention", "linear_attention"],
 )  # fmt: skip
+SECOND_INKLING: dict[str, Any] = dict(
+    unpadded_vocab_size=VOCAB_SIZE, swa_num_attention_heads=4, swa_num_key_value_heads=2, swa_head_dim=16,
+    sliding_window_size=WINDOW,
+)  # fmt: skip
 IMAGES: dict[str, Any] = dict(
     model_type="siglip_vision_model", hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
     image_size=32, patch_size=16,
@@ -71,6 +75,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
         attn_config=dict(kv_n_heads=2, clip_qkv=8.0, rope_theta=10000.0),
         ffn_config=dict(ffn_hidden_size=64, moe_num_experts=4, moe_top_k=2),
     ),
+    "dory": dict(num_hidden_layers=4, layer_types=MIXED, n_input_layers=1, n_output_layers=1, n_recurrent_layers=2),
     "dots3_note_text": dict(head_dim=16, per_layer_config={}),
     "dots3_note": dict(text_config=dict(head_dim=16, per_layer_config={}), audio_config=dict(adapter_input_size=64)),
     "falcon_h1": dict(mamba_d_ssm=128),
@@ -85,6 +90,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "gpt_neo": dict(attention_types=[[["global", "local"], 2]], num_layers=4, window_size=WINDOW),
     "granitemoehybrid": dict(layer_types=["mamba", "attention", "mamba"]),
     "hrm_text": dict(prefix_lm=False),
+    "inkling2_text": SECOND_INKLING,
+    "inkling2_loop_text": dict(
+        SECOND_INKLING, n_layers_per_attn_res_block=1, loop_layer_index_start=1, loop_layer_index_end=2,
+        loop_gate_rank=8,
+    ),
     "jamba": dict(attn_layer_period=2, attn_layer_offset=1),
     "kimi_linear": dict(linear_head_dim=16, linear_num_heads=4),
     "lfm2": dict(layer_types=CONVOLUTION),
@@ -155,7 +165,7 @@ def build(config: PreTrainedConfig, attn_implementation: str) -> PreTrainedModel
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation="eager")
     if empty.num_parameters() > MAX_PARAMETERS:
-        raise ValueError(f"the table of tiny_models.py leave it with {empty.num_parameters():,} parameters")
+        raise ValueError(f"the table of tiny_models.py leaves it with {empty.num_parameters():,} parameters")
     torch.manual_seed(0)
     config = copy.deepcopy(config)
     return AutoModelForCausalLM.from_config(config, attn_implementation=attn_implementation, dtype=torch.float32).eval()
