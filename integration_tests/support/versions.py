@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import venv
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from tqdm import tqdm
@@ -66,6 +66,7 @@ class Run:
     skipped: int | None
     seconds: float
     date: str
+    failures: list[str] = field(default_factory=list)
 
     @property
     def is_right(self) -> bool:
@@ -115,24 +116,31 @@ def run_tests(name: str, versions: dict[str, str], folder: Path, processes: int)
         print(result.stdout[-6000:], result.stderr[-2000:], flush=True)
         failed = failed or 1
     seconds = time.monotonic() - start
-    run = Run(name, versions, counts.get("passed", 0), failed, counts.get("skipped", 0), seconds, today)
+    failures = re.findall(r"^(?:FAILED|ERROR) (\S+)", result.stdout, re.MULTILINE)
+    run = Run(name, versions, counts.get("passed", 0), failed, counts.get("skipped", 0), seconds, today, failures)
     print(f"{run.passed} passed, {run.failed} failed, {run.skipped} skipped in {run.seconds:.0f} s", flush=True)
     return run
 
 
 def keep(runs: list[Run], file: Path) -> list[Run]:
-    """Put runs among those of earlier calls; what is there now of VERSIONS, in its order."""
+    """Put runs among those of earlier calls; all of VERSIONS in its order, without counts where there is no run."""
     kept = {row["name"]: Run(**row) for row in json.loads(file.read_text())} if file.exists() else {}
     kept |= {run.name: run for run in runs}
     file.write_text(json.dumps([asdict(run) for run in kept.values()], indent=1), encoding="utf-8")
-    return [kept[name] for name, versions in VERSIONS.items() if name in kept and kept[name].versions == versions]
+    not_run = {name: Run(name, versions, None, None, None, 0.0, "") for name, versions in VERSIONS.items()}
+    return [kept[name] if name in kept and kept[name].versions == run.versions else run for name, run in not_run.items()]
+
+
+def absent(run: Run) -> str:
+    """Why there are no counts."""
+    return "not installed" if run.date else "not run"
 
 
 def render(runs: list[Run]) -> str:
     """The table as Markdown."""
     rows = [
         f"| {run.versions['transformers']} | {run.versions['torch']} | {run.versions['triton']} | "
-        + ("not installed | | |" if run.passed is None else f"{run.passed} | {run.failed} | {run.skipped} |")
+        + (f"{run.passed} | {run.failed} | {run.skipped} |" if run.passed is not None else f"{absent(run)} | | |")
         for run in runs
     ]
     families = ", ".join(FAMILIES)
@@ -148,6 +156,7 @@ def render(runs: list[Run]) -> str:
             "|---|---|---|---|---|---|",
             *rows,
             "",
+            *(f"- {run.name} fails: `{test}`\n" for run in runs for test in run.failures),
         ]
     )
 
@@ -171,7 +180,7 @@ def main() -> int:
         runs.append(run_tests(name, versions, arguments.environments, arguments.processes))
         kept = keep(runs, arguments.environments / "runs.json")
     print(f"\n{render(runs)}")
-    if len(kept) == len(VERSIONS):
+    if all(run.date for run in kept):
         TABLE.write_text(render(kept), encoding="utf-8")
     # The plain line that test runners close with.
     print(f"{sum(run.passed or 0 for run in runs)} passed, {sum(run.failed or 0 for run in runs)} failed")
