@@ -128,7 +128,9 @@ def keep(runs: list[Run], file: Path) -> list[Run]:
     kept |= {run.name: run for run in runs}
     file.write_text(json.dumps([asdict(run) for run in kept.values()], indent=1), encoding="utf-8")
     not_run = {name: Run(name, versions, None, None, None, 0.0, "") for name, versions in VERSIONS.items()}
-    return [kept[name] if name in kept and kept[name].versions == run.versions else run for name, run in not_run.items()]
+    return [
+        kept[name] if name in kept and kept[name].versions == run.versions else run for name, run in not_run.items()
+    ]
 
 
 def absent(run: Run) -> str:
