@@ -71,7 +71,6 @@ def parents(module: str) -> set[str]:
 KNOWN_CIRCLES = {
     ("hf_paged.cache.layer_group", "hf_paged.cache.paged_cache", "hf_paged.cache.paged_layer",
      "hf_paged.cache.paged_states", "hf_paged.cache.swap"),
-    ("hf_paged.engine.engine", "hf_paged.engine.handle"),
     ("hf_paged_kernels.linear.decode", "hf_paged_kernels.linear.decode_gluon"),
     ("hf_paged_kernels.linear.skinny", "hf_paged_kernels.linear.skinny_gluon"),
 }  # fmt: skip
@@ -115,7 +114,7 @@ ROOMS = {
         ["hf_paged.engine.execution"],
         ["hf_paged.engine.scheduling"],
         ["hf_paged.engine.sampling"],
-        ["hf_paged.engine.config", "hf_paged.engine.trace", "hf_paged.engine.async_copy", "hf_paged.engine.turn_lock"],
+        [f"hf_paged.engine.{name}" for name in ("config", "trace", "async_copy", "turn_lock", "process", "loop_thread")],
     ],
     "kernels": [
         ["hf_paged_kernels"],
@@ -156,7 +155,7 @@ def test_rooms_are_entered_from_above(part):
 
 
 MOST_LINES_OF_A_CLASS = 400
-KNOWN_LARGE_CLASSES = {"PagedCache", "EngineCore", "Engine", "Scheduler"}
+KNOWN_LARGE_CLASSES = {"PagedCache", "EngineCore", "Scheduler"}
 """A class that has shrunk goes from here; none may be added. Ruff counts parameters and branches, see pyproject."""
 
 

@@ -9,8 +9,8 @@ host. Rows that end with a token that was on its way compute one token too many,
 """
 
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -671,3 +671,11 @@ class EngineCore:
         self.scheduler.check()
         if self.pool.prefixes is not None:
             self.pool.prefixes.check()
+
+
+@contextmanager
+def no_gradients() -> Iterator[None]:
+    """What is made inside lasts longer than the caller's ``torch.inference_mode()``, whose tensors are of no use behind
+    it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield

@@ -2,13 +2,10 @@
 
 import functools
 from collections.abc import AsyncIterator, Iterator
-from typing import TYPE_CHECKING
 
 from ..errors import RequestError
 from .scheduling.request import Request, RequestOutput, State
-
-if TYPE_CHECKING:
-    from .engine import Engine
+from .waiting import Steps, wait_async, wait_for
 
 
 class RequestHandle:
@@ -19,7 +16,7 @@ class RequestHandle:
     was iterated over is cancelled once nobody holds its handle or an iterator any more.
     """
 
-    def __init__(self, engine: "Engine", request: Request) -> None:
+    def __init__(self, engine: Steps, request: Request) -> None:
         self._engine, self._request = engine, request
         self._is_streamed = False
 
@@ -39,7 +36,7 @@ class RequestHandle:
         Raises:
             TimeoutError: ``timeout_s`` seconds passed; the request goes on.
         """
-        self._engine.wait_for(lambda: self._request.is_public, timeout_s, self.request_id)
+        wait_for(self._engine, lambda: self._request.is_public, timeout_s, self.request_id)
         assert self._request.output is not None
         return self._request.output
 
@@ -51,8 +48,8 @@ class RequestHandle:
         self._check_streamable()
         given = 0
         while True:
-            self._engine.wait_for(functools.partial(self._has_more, given), None, self.request_id)
-            tokens = self._engine.new_tokens(self._request, given)
+            wait_for(self._engine, functools.partial(self._has_more, given), None, self.request_id)
+            tokens = self._engine.mail.new_tokens(self._request, given)
             yield from tokens
             given += len(tokens)
             if not tokens and self._request.is_public:
@@ -63,8 +60,8 @@ class RequestHandle:
         self._check_streamable()
         given = 0
         while True:
-            await self._engine.wait_async(functools.partial(self._has_more, given))
-            tokens = self._engine.new_tokens(self._request, given)
+            await wait_async(self._engine, functools.partial(self._has_more, given))
+            tokens = self._engine.mail.new_tokens(self._request, given)
             for token in tokens:
                 yield token
             given += len(tokens)
@@ -74,13 +71,13 @@ class RequestHandle:
 
     async def result_async(self) -> RequestOutput:
         """As :meth:`result`, without blocking the event loop."""
-        await self._engine.wait_async(lambda: self._request.is_public)
+        await wait_async(self._engine, lambda: self._request.is_public)
         assert self._request.output is not None
         return self._request.output
 
     def _has_more(self, given: int) -> bool:
         request = self._request
-        return request.is_public or self._engine.num_new_tokens(request) > given
+        return request.is_public or self._engine.mail.num_new_tokens(request) > given
 
     def _check_streamable(self) -> None:
         self._is_streamed = True
@@ -101,7 +98,7 @@ class RequestHandle:
         # An iterator holds its handle, so nobody can ask for another token. Who never asked for one may want no more
         # than that the request runs.
         if self._is_streamed and self._request.output is None:
-            self._engine.abandon(self._request)
+            self._engine.mail.abandon(self._request)
 
     def __repr__(self) -> str:
         state = self._request.state if not self._request.is_public else State.FINISHED

@@ -1,13 +1,92 @@
-"""What the engine did, step by step: a Chrome trace, a CSV, or a picture."""
+"""What the engine did: its statistics; and step by step, a Chrome trace, a CSV, or a picture."""
 
 import csv
 import json
 from collections import deque
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 KINDS = (".json", ".csv", ".png", ".svg", ".pdf")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """What the engine holds and has done.
+
+    Attributes:
+        running, waiting: requests.
+        rows: sequences in slots.
+        pages_total, pages_used, pages_cached, pages_free: over all groups of layers; cached pages are those in use by
+            the prefix cache alone.
+        steps, prompt_tokens, new_tokens: since the start; prompt tokens without those found in the prefix cache.
+        tokens_per_s: new tokens per second of stepping.
+        prefix_hit_rate: the part of the prompts' tokens that was found in the prefix cache.
+        preemptions: requests that lost their pages, by recomputing and by swapping.
+        recomputed, swapped: the same, apart.
+        finished: requests that have ended, by finish reason.
+    """
+
+    running: int
+    waiting: int
+    rows: int
+    pages_total: int
+    pages_used: int
+    pages_cached: int
+    pages_free: int
+    steps: int
+    prompt_tokens: int
+    new_tokens: int
+    tokens_per_s: float
+    prefix_hit_rate: float
+    preemptions: int
+    recomputed: int
+    swapped: int
+    finished: dict[str, int]
+
+
+@dataclass(slots=True)
+class Counters:
+    """Counts since the engine started, for :class:`EngineStats`."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    new_tokens: int = 0
+    busy_s: float = 0.0
+    finished: dict[str, int] = field(default_factory=dict)
+
+    def snapshot(self, core: Any) -> tuple[Any, ...]:
+        """What :func:`engine_stats` is made of, as of now: it is taken after every step."""
+        counts = core.scheduler.counts
+        return (
+            len(core.scheduler.running), core.slots.num_used, self.steps, self.prompt_tokens, self.new_tokens,
+            self.busy_s, counts.prefix_tokens, counts.prompt_tokens, counts.recomputed, counts.swapped, self.finished,
+            [(a.num_pages, a.num_used, a.num_kept_alone) for a in core.allocators],
+        )  # fmt: skip
+
+
+def engine_stats(snapshot: tuple[Any, ...], num_unfinished: int) -> EngineStats:
+    """The statistics of a snapshot, while so many requests have not ended."""
+    running, rows, steps, prompts, new, busy_s, found, asked, recomputed, swapped, finished, pages = snapshot
+    total, used, cached = (sum(counts) for counts in zip(*pages))
+    return EngineStats(
+        running=running,
+        waiting=max(0, num_unfinished - running),
+        rows=rows,
+        pages_total=total,
+        pages_used=used,
+        pages_cached=cached,
+        pages_free=total - used,
+        steps=steps,
+        prompt_tokens=prompts,
+        new_tokens=new,
+        tokens_per_s=new / busy_s if busy_s else 0.0,
+        prefix_hit_rate=found / asked if asked else 0.0,
+        preemptions=recomputed + swapped,
+        recomputed=recomputed,
+        swapped=swapped,
+        finished=dict(finished),
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +158,7 @@ class Trace:
             path.write_text(json.dumps({"traceEvents": self.events(), "displayTimeUnit": "ms"}), encoding="utf-8")
         elif path.suffix == ".csv":
             with path.open("w", newline="", encoding="utf-8") as file:
-                writer = csv.DictWriter(file, [field.name for field in fields(StepRecord)])
+                writer = csv.DictWriter(file, [column.name for column in fields(StepRecord)])
                 writer.writeheader()
                 writer.writerows(asdict(step) for step in self.steps)
         elif path.suffix in KINDS:

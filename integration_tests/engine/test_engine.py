@@ -129,7 +129,7 @@ def test_urgent_requests_go_first_and_nobody_starves(model):
         while len(order) < 20:
             engine.step()
             for request_id in [i for i in ("first", "urgent", *(f"low-{n}" for n in range(6))) if i not in order]:
-                if request_id not in engine._unfinished:
+                if request_id not in engine.mail.unfinished:
                     order.append(request_id)
             # A stream of urgent requests that never ends: what has waited for 10 seconds is as urgent as they are.
             now[0] += 1

@@ -37,7 +37,7 @@ def engine(model, request):
     with hf_paged.Engine(model, options, background=request.param) as engine:
         yield engine
         engine.check()
-        assert engine.stats().rows == 0 or not engine._closed
+        assert engine.stats().rows == 0 or not engine.mail.is_closed
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -444,7 +444,7 @@ def test_requests_that_have_ended_are_not_kept_for_their_deadlines(engine):
     first = engine.submit(PROMPT, generation_config=config(100), deadline_s=80)
     for _ in range(25):
         engine.submit(PROMPT, generation_config=config(1), deadline_s=86400).result(timeout_s=30)
-    assert len(engine._deadlines) < 20
+    assert len(engine._loop.deadlines) < 20
     first.cancel()
     late = engine.submit(PROMPT, generation_config=config(100), logits_processor=[Slow()], deadline_s=0.1)
     assert late.result(timeout_s=30).finish_reason == "deadline"

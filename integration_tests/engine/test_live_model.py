@@ -131,7 +131,7 @@ def test_beside_a_running_request(change, kind):
         for _ in range(5):
             engine.step()
         core = engine._core
-        engine._collect_pending()
+        engine._loop.collect_pending()
         before = core.slots.tokens(handle._request.rows[0].slot).tolist()
         assert 1 < len(before) - len(PROMPT) < 10
         change(model)
@@ -242,7 +242,7 @@ def test_no_look_at_the_bytes_where_nothing_changes_or_nothing_is_kept(monkeypat
 def test_it_is_said_once(monkeypatch):
     model = tiny_model("llama")
     said = []
-    monkeypatch.setattr(logging.getLogger("hf_paged.engine.engine"), "warning_once", said.append, raising=False)
+    monkeypatch.setattr(logging.getLogger("hf_paged.engine.loop"), "warning_once", said.append, raising=False)
     with make_engine(model) as engine:
         tokens_of(engine)
         in_place(model)

@@ -58,7 +58,7 @@ def in_thread(function: Any) -> tuple[threading.Thread, list[Any]]:
 
 def asked(engine: hf_paged.Engine, count: int) -> None:
     """Wait until so many threads wait for the loop."""
-    while len(engine._drive._waiting) < count:
+    while len(engine.drive._waiting) < count:
         threading.Event().wait(0.001)
 
 
@@ -108,7 +108,7 @@ def test_in_the_order_of_asking(loaded):
     for number in range(6):
 
         def ask(number: int = number) -> None:
-            with engine._drive:
+            with engine.drive:
                 seen.append((number, gate.steps))
                 check()
 

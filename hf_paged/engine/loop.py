@@ -1,0 +1,347 @@
+"""The steps of an engine: one after the other, the next launched before the tokens of the last are on the host."""
+
+import contextlib
+import heapq
+from typing import Any
+
+import torch
+from transformers.utils import logging
+
+from ..errors import RequestError
+from ..fusion import FusedModel
+from .core import EngineCore, Launched
+from .scheduling.page_budget import give_back_unused
+from .scheduling.request import Request, RequestOutput
+from .trace import Counters, RequestRecord, StepRecord, Trace
+from .waiting import Mailbox
+
+logger = logging.get_logger(__name__)
+
+MOST_ENDED = 16
+"""Ended requests among those with a deadline, beyond as many as have not ended, before they are taken out."""
+
+
+class StepLoop:
+    """Runs steps, and lets other threads see what has happened. Whoever calls it holds the engine's lock of steps.
+
+    Args:
+        core: the sequences.
+        mail: what other threads ask, and see.
+        fused: modules that run fused, None: none do.
+
+    Attributes:
+        pending: the step that is on its way, None: there is none.
+        deadlines: heap of (when, number, request).
+        is_paused, is_asleep: no step runs; pages have no memory either.
+        broken: what has ended the engine.
+        seen: of the end of the last step, for statistics.
+    """
+
+    def __init__(self, core: EngineCore, mail: Mailbox, fused: FusedModel | None) -> None:
+        self.core, self.mail, self.fused = core, mail, fused
+        self.trace = Trace(core.config.trace_steps, core.clock())
+        self.counters = Counters()
+        self.pending: Launched | None = None
+        self.deadlines: list[tuple[float, int, Request]] = []
+        self._num_deadlines = 0
+        self.is_paused = self.is_asleep = False
+        self._weights_change = True
+        self.broken: BaseException | None = None
+        self._to_raise: BaseException | None = None
+        self.note_counts()
+
+    def note_counts(self) -> None:
+        """Let the statistics be those of now."""
+        self.seen = self.counters.snapshot(self.core)
+
+    def check_open(self) -> None:
+        """
+        Raises:
+            RequestError: the engine is closed, or has stopped with an error.
+        """
+        if isinstance(self.broken, RequestError):
+            raise RequestError(str(self.broken))
+        if self.broken is not None:
+            raise RequestError(f"the engine has stopped with an error of its own: {self.broken!r}.") from self.broken
+        if self.mail.is_closed:
+            raise RequestError("the engine is closed: make another, hf_paged.Engine(model).")
+
+    def step(self) -> bool:
+        """Run one step, if there is anything to compute; returns whether there was."""
+        try:
+            moved = self._run_step()
+        except BaseException as error:
+            # Not a request's fault: the books cannot be trusted any more. Nobody shall wait forever.
+            self.mark_broken(error)
+            self._note(error)
+            moved = True
+        return moved
+
+    def take_error(self) -> BaseException | None:
+        """What is meant for the thread that ran the step."""
+        error, self._to_raise = self._to_raise, None
+        return error
+
+    def _note(self, error: BaseException) -> None:
+        """What is no Exception is meant for the thread that runs the step, once that has ended; a thread of the
+        engine's own goes on."""
+        if not isinstance(error, Exception):
+            self._to_raise = error
+
+    def _run_step(self) -> bool:
+        core, clock = self.core, self.core.clock
+        start = clock()
+        self.intake()
+        self._expire(start)
+        if self.is_paused or self.mail.is_closed:
+            self.publish()
+            return False
+        if not core.can_plan_ahead():
+            self.collect_pending()
+        work = core.plan(is_ahead=self.pending is not None)
+        if work is None:
+            moved = self.collect_pending()
+            self.publish()
+            return moved
+        num_tokens, forward_s = work.num_tokens, 0.0
+        try:
+            result = core.run(work)
+            forward_s = clock() - start
+            launched = core.launch(work, result)
+            self.counters.new_tokens += launched.num_tokens
+            self.collect_pending()
+            self.pending = launched
+            if not core.can_wait(launched):
+                self.collect_pending()
+        except BaseException as error:
+            self.collect_pending()
+            core.fail(work, error)
+            self._note(error)
+        self.counters.steps += 1
+        self.counters.prompt_tokens += num_tokens - work.num_decode
+        duration = clock() - start
+        self.counters.busy_s += duration
+        self._record(work, start, duration, forward_s, num_tokens)
+        self.publish()
+        return True
+
+    def collect_pending(self) -> bool:
+        """Take the tokens of the step that is on its way; returns whether there was one."""
+        launched, self.pending = self.pending, None
+        if launched is None:
+            return False
+        try:
+            self.counters.new_tokens -= self.core.collect(launched)
+        except BaseException as error:
+            self.core.fail(launched.work, error)
+            self._note(error)
+        return True
+
+    def _record(self, work: Any, start: float, duration: float, forward_s: float, num_tokens: int) -> None:
+        core = self.core
+        counts = core.scheduler.counts
+        self.trace.steps.append(
+            StepRecord(
+                start - self.trace.start,
+                duration,
+                forward_s,
+                len(work.slots),
+                work.num_decode,
+                num_tokens,
+                len(core.scheduler.running),
+                len(core.scheduler.waiting),
+                core.pool.pages_in_use,
+                counts.recomputed + counts.swapped,
+            )
+        )
+
+    def intake(self) -> None:
+        """Take in what other threads asked for."""
+        incoming, cancels = self.mail.take()
+        if not self.is_paused and not self.mail.is_closed:
+            self._look_for_changes(incoming)
+        for request in incoming:
+            self.core.scheduler.add(request)
+            if request.deadline is not None:
+                heapq.heappush(self.deadlines, (request.deadline, request.number, request))
+                self._num_deadlines += 1
+        for request in cancels:
+            self.core.end(request, "cancelled")
+
+    def _look_for_changes(self, incoming: list[Request]) -> None:
+        """Drop what was computed with other weights than the model has now."""
+        core = self.core
+        change = core.runner.change(look_closely=bool(incoming))
+        if change is None and incoming and not core.scheduler.running and core.would_reuse(incoming):
+            change = core.runner.change_of_values()
+        if change is not None:
+            self.start_over(change)
+
+    def start_over(self, change: str | None, keep_graphs: bool = False) -> None:
+        """Drop captured steps and prefixes; running requests compute their tokens again."""
+        core = self.core
+        if change is not None and core.holds_computed():
+            logger.warning_once(
+                f"{type(core.model).__name__} has changed ({change}): what an engine has computed with it is dropped, "
+                f"running requests compute their tokens again."
+            )
+        self.collect_pending()
+        if not keep_graphs:
+            core.runner.drop_graphs()
+        core.preempt_all(allow_swap=False)
+        core.drop_prefixes()
+
+    def _expire(self, now: float) -> None:
+        while self.deadlines and self.deadlines[0][0] <= now:
+            _, _, request = heapq.heappop(self.deadlines)
+            assert request.deadline is not None
+            seconds = request.deadline - request.submitted
+            self.core.end(request, "deadline", RequestError(f"the deadline of {seconds:.3g} seconds has passed."))
+
+    def publish(self) -> None:
+        """Let other threads see what has happened."""
+        core = self.core
+        if core.finished and not core.scheduler.running and core.holds_computed():
+            # Before anybody knows that nothing runs, and may write to the weights.
+            core.runner.remember_values()
+        if not core.finished and not self.mail.streams and not self.mail.sleepers:
+            self.seen = self.counters.snapshot(self.core)
+            return
+        with self.mail.changed:
+            for request in core.finished:
+                self.mail.unfinished.pop(request.request_id, None)
+                self.mail.streams.pop(request, None)
+                self._num_deadlines -= request.deadline is not None
+                output = request.output
+                assert output is not None
+                reason = output.finish_reason
+                # Another one: who looks at the statistics has the one before.
+                self.counters.finished = {**self.counters.finished, reason: self.counters.finished.get(reason, 0) + 1}
+                self._record_request(request, output)
+            self.seen = self.counters.snapshot(self.core)
+            # Last: whoever gets a result may look at the statistics at once.
+            for request in core.finished:
+                request.is_public = True
+            core.finished.clear()
+            if len(self.deadlines) > 2 * self._num_deadlines + MOST_ENDED:
+                self.deadlines = [entry for entry in self.deadlines if entry[2].output is None]
+                heapq.heapify(self.deadlines)
+            for request in self.mail.streams:
+                row = request.rows[0]
+                tokens = core.slots.tokens(row.slot) if row.slot >= 0 else row.tokens
+                request.stream.extend(tokens[len(request.prompt) + len(request.stream) :].tolist())
+            sleepers, self.mail.sleepers = self.mail.sleepers, []
+            self.mail.changed.notify_all()
+        self.mail.wake_sleepers(sleepers)
+
+    def _record_request(self, request: Request, output: RequestOutput) -> None:
+        origin, timing = self.trace.start, output.timing
+        at = request.submitted - origin
+        self.trace.requests.append(
+            RequestRecord(
+                request.request_id,
+                at,
+                None if timing.queued_s is None else at + timing.queued_s,
+                None if timing.first_token_s is None else at + timing.first_token_s,
+                at + timing.total_s,
+                len(request.prompt),
+                sum(len(s.token_ids) for s in output.sequences),
+                output.finish_reason,
+                timing.preemptions,
+            )
+        )
+
+    def mark_broken(self, error: BaseException) -> None:
+        """End every request with an error that no request has caused."""
+        self.broken = error
+        with self.mail.changed:
+            self.mail.is_closed = True
+            unfinished = list(self.mail.unfinished.values())
+        for request in unfinished:
+            with contextlib.suppress(Exception):
+                self.core.end(request, "error", error)
+            if request.output is None:
+                self.core.abandon(request, error)
+        self.publish()
+
+    # Between steps
+
+    def pause(self, keep_graphs: bool, weights_change: bool) -> None:
+        """See :meth:`Engine.pause`."""
+        self.collect_pending()
+        if not self.is_paused and self.core.holds_computed():
+            self.core.runner.remember_values()
+        if not keep_graphs:
+            self.core.runner.drop_graphs()
+        self.is_paused, self._weights_change = True, weights_change
+
+    def resume(self) -> None:
+        """Run steps again after a pause; what was computed with another model is dropped."""
+        if self.is_paused:
+            runner = self.core.runner
+            change = runner.change(look_closely=True)
+            if change is None and self._weights_change and self.core.holds_computed():
+                change = runner.change_of_values()
+            if change is not None:
+                self.start_over(change)
+            elif self.fused is not None:
+                self.fused.compare_tables()
+            self.is_paused = False
+
+    def sleep(self, keep_graphs: bool) -> None:
+        """Pause, and give the memory of the pages back."""
+        cache, num_used = self.core.cache, self.core.cache.num_used()
+        self.start_over(None, keep_graphs)
+        self.pause(keep_graphs, weights_change=True)
+        if not keep_graphs:
+            cache.drop()
+        elif not cache.release(num_used):
+            self.core.runner.drop_graphs()
+        give_back_unused(self.core.device)
+        self.is_asleep = True
+
+    def wake(self) -> None:
+        """Have memory for the pages again; the pause goes on."""
+        if self.is_asleep:
+            try:
+                self.core.cache.restore()
+            except torch.OutOfMemoryError:
+                # The device is full: pages are made as they are needed, at other addresses.
+                self.core.runner.drop_graphs()
+                self.core.cache.drop()
+        self.is_asleep = False
+
+    def warm_up(self, sizes: list[int] | None, progress: bool) -> int:
+        """Capture steps, see :meth:`Engine.warm_up`; returns how many graphs there are."""
+        if self.is_paused:
+            raise RequestError("the engine is paused: call resume().")
+        runner = self.core.runner
+        if sizes is None and self.core.device.type != "cpu":
+            runner.warm_up_prompts(self.core.config.max_batch_tokens)
+        graphs, chunk_graphs = runner.graphs, runner.chunk_graphs
+        if graphs is None or chunk_graphs is None:
+            return 0
+        graphs.warm_up(sizes, progress)
+        if sizes is None and graphs.failure is None:
+            chunk_graphs.warm_up(progress)
+        return len(graphs) + len(chunk_graphs)
+
+    def shut(self, reason: str) -> None:
+        """End every request with ``reason``, and give all memory back."""
+        with self.mail.changed:
+            if self.mail.is_closed:
+                return
+            self.mail.is_closed = True
+        self.collect_pending()
+        self.core.runner.drop_graphs()
+        self.intake()
+        for request in list(self.mail.unfinished.values()):
+            self.core.end(request, reason)
+        self.core.drop_prefixes()
+        self.core.cache.drop()
+        if self.fused is not None:
+            self.fused.restore()
+        # Last: whoever gets a result may go on with the model at once.
+        self.publish()
+        with self.mail.changed:
+            self.mail.changed.notify_all()

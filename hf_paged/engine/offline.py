@@ -1,0 +1,96 @@
+"""Many prompts in one call that returns when all have ended."""
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from transformers import GenerationConfig
+from transformers.utils.logging import tqdm
+
+from .admission import Job
+from .config import EngineConfig
+from .handle import RequestHandle
+from .scheduling.request import Request, RequestOutput
+from .waiting import Steps, wait_for
+
+PROGRESS_S = 0.5
+"""A bar is drawn again after so many seconds."""
+
+
+class OfflineEngine(Steps, Protocol):
+    """What such a call needs of an engine."""
+
+    config: EngineConfig
+
+    @property
+    def num_new_tokens(self) -> int:
+        """Tokens since the start."""
+
+    def clock(self) -> float:
+        """Seconds."""
+
+    @property
+    def submit(self) -> Callable[..., RequestHandle]:
+        """See :class:`Engine`."""
+
+    def hand_over(self, requests: list[Request]) -> None:
+        """Let the loop have requests."""
+
+    def advance(self) -> None:
+        """Launch a step if nobody else does and none is on its way."""
+
+
+def generate(
+    engine: OfflineEngine,
+    prompts: Sequence[Sequence[int] | torch.Tensor],
+    generation_config: GenerationConfig | Sequence[GenerationConfig] | None,
+    progress: bool,
+    **options: Any,
+) -> list[RequestOutput]:
+    """See :meth:`Engine.generate`."""
+    prompts = list(prompts)
+    if generation_config is None or isinstance(generation_config, GenerationConfig):
+        configs: list[Any] = [generation_config] * len(prompts)
+    else:
+        configs = list(generation_config)
+    if len(configs) != len(prompts):
+        raise ValueError(
+            f"generation_config must be one, or one for each of {len(prompts)} prompts, got {len(configs)}."
+        )
+    handles: list[RequestHandle] = []
+    job, coming = Job(engine.clock()), list[RequestHandle]()
+    try:
+        for number, (prompt, config) in enumerate(zip(prompts, configs), 1):
+            coming.append(engine.submit(prompt, generation_config=config, _job=job, **options))
+            # What is enough for a step runs while the others are prepared.
+            if job.num_tokens >= engine.config.max_batch_tokens or number == len(prompts):
+                engine.hand_over(job.take())
+                handles += coming
+                coming = []
+                engine.advance()
+        if progress:
+            _show_progress(engine, handles)
+        return [handle.result() for handle in handles]
+    except BaseException:
+        for handle in handles:
+            handle.cancel()
+        raise
+
+
+def _show_progress(engine: OfflineEngine, handles: list[RequestHandle]) -> None:
+    """A bar until all have ended, which may be at the same time: tokens show that something happens."""
+    before, num_done, shown = engine.num_new_tokens, 0, time.monotonic()
+
+    def has_news() -> bool:
+        is_late = engine.num_new_tokens > before and time.monotonic() > shown + PROGRESS_S
+        return is_late or sum(handle.is_done for handle in handles) > num_done
+
+    with tqdm(total=len(handles), desc="generate", unit="prompt") as bar:
+        while num_done < len(handles):
+            wait_for(engine, has_news, None, "generate")
+            num_ended, shown = sum(handle.is_done for handle in handles), time.monotonic()
+            bar.set_postfix(new_tokens=engine.num_new_tokens - before, refresh=False)
+            bar.update(num_ended - num_done)
+            bar.refresh()
+            num_done = num_ended
