@@ -111,10 +111,12 @@ ROOMS = {
         ["hf_paged.engine"],
         ["hf_paged.engine.startup"],
         ["hf_paged.engine.core"],
+        ["hf_paged.engine.collect", "hf_paged.engine.in_flight"],
+        ["hf_paged.engine.endings"],
         ["hf_paged.engine.execution"],
         ["hf_paged.engine.scheduling"],
         ["hf_paged.engine.sampling"],
-        [f"hf_paged.engine.{name}" for name in ("config", "trace", "async_copy", "turn_lock", "process", "loop_thread")],
+        [f"hf_paged.engine.{name}" for name in ("config", "trace", "async_copy", "process", "turn_lock")],
     ],
     "kernels": [
         ["hf_paged_kernels"],
@@ -155,7 +157,7 @@ def test_rooms_are_entered_from_above(part):
 
 
 MOST_LINES_OF_A_CLASS = 400
-KNOWN_LARGE_CLASSES = {"PagedCache", "EngineCore", "Scheduler"}
+KNOWN_LARGE_CLASSES = {"PagedCache"}
 """A class that has shrunk goes from here; none may be added. Ruff counts parameters and branches, see pyproject."""
 
 

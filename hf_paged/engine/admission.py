@@ -104,7 +104,7 @@ class Admission:
             key=(came - float(priority) * self.core.config.ageing_s, length, number),
             deadline=None if deadline_s is None else now + float(deadline_s),
             is_watched=rules.has_criteria,
-            isjob=job is not None and rules.mode == "rows" and rules.ends_by_length,
+            is_job=job is not None and rules.mode == "rows" and rules.ends_by_length,
             uses_prefixes=rules.num_prompt_logprobs is None,
             most_pages=most_pages,
         )
@@ -166,7 +166,9 @@ class Admission:
             )
         most_pages = []
         for group, table in enumerate(core.pages.tables):
-            needed = core.scheduler.pages_for(len(prompt), rules.max_length, rules.num_rows, group)
+            needed = core.pages.pages_for(
+                len(prompt), rules.max_length, rules.num_rows, group, core.limits.whole_prompts
+            )
             most_pages.append(needed)
             total = table.allocator.num_pages
             if needed > total:

@@ -11,87 +11,36 @@ host. Rows that end with a token that was on its way compute one token too many,
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from hf_paged_kernels.settings import longest_short_query
 
-from ..errors import InvalidScoresError
 from ..mixed_precision import enables_autocast
-from ..paging import GONE, PagePool
+from ..paging import PagePool
 from .async_copy import Arrival, send
+from .collect import Collector
 from .config import EngineConfig
+from .endings import Endings
 from .execution.chunk_graphs import ChunkGraphs, chunk_sizes
 from .execution.compiled import CompiledModules
 from .execution.decode_graphs import Capture, CudaCapture, DecodeGraphs, reason_against
 from .execution.engine_cache import EngineCache
 from .execution.model_runner import Runner, StepLogits
 from .execution.step_inputs import SlotTables
-from .sampling.beam_search import BeamSearch
-from .sampling.logprobs import prompt_logprobs
+from .in_flight import Launched
 from .sampling.request_params import num_logits_of
-from .sampling.token_selector import Selection, TokenSelector, invalid_scores_error, merged
+from .sampling.token_selector import TokenSelector, merged
+from .scheduling.pacing import job_tokens, mixed_prompt_tokens
 from .scheduling.page_budget import PageRoom, split_pages
-from .scheduling.request import Request, RequestOutput, RequestTiming, Row, SequenceOutput, State
-from .scheduling.scheduler import Scheduler, StepWork, job_tokens, mixed_prompt_tokens
+from .scheduling.request import Request, Row
+from .scheduling.scheduler import Scheduler
 from .scheduling.slot_pages import SlotPages
 from .scheduling.slots import Slots
-
-
-@dataclass(slots=True)
-class Launched:
-    """A step whose results are on their way.
-
-    Attributes:
-        work: its rows.
-        slots: int64 ``[n]`` on the host: rows whose tokens ``selection`` has.
-        generation: int64 ``[n]``, of these slots: tokens of rows that have left meanwhile are dropped.
-        selection: their tokens, None where there are none.
-        tokens: the same on their way to the host.
-        firsts: requests whose first token this is.
-        drafted: rows whose candidates are verified, with their logits ``[candidates + 1, vocab]``.
-        beams: rows of beam searches, with their logits ``[1, vocab]``.
-        prompts: rows whose prompt's log-probabilities were asked for: row, first token computed, logits.
-    """
-
-    work: StepWork
-    slots: np.ndarray
-    selection: Selection | None
-    generation: np.ndarray | None = None
-    tokens: Arrival | None = None
-    firsts: list[Request] = field(default_factory=list)
-    drafted: list[tuple[Row, torch.Tensor]] = field(default_factory=list)
-    beams: dict[Request, list[tuple[Row, torch.Tensor]]] = field(default_factory=dict)
-    prompts: list[tuple[Row, int, torch.Tensor]] = field(default_factory=list)
-
-    @property
-    def has_arrived(self) -> bool:
-        """Whether its tokens are on the host."""
-        return self.tokens is None or self.tokens.is_here
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens that the step chooses, those of verified candidates counted as one."""
-        return len(self.slots) + len(self.drafted) + sum(len(rows) for rows in self.beams.values())
-
-
-@dataclass(frozen=True, slots=True)
-class SwappedRow:
-    """A row's pages in host memory.
-
-    Attributes:
-        computed: tokens in the pages.
-        held: for each group, whether each logical page was held.
-        layers: for each group, layer index -> uint8 ``[pages, page_bytes]``.
-        num_bytes: host memory.
-    """
-
-    computed: int
-    held: list[list[bool]]
-    layers: list[dict[int, torch.Tensor]]
-    num_bytes: int
+from .scheduling.step import StepWork
+from .scheduling.step_budget import StepLimits
+from .scheduling.swapping import Swapping
 
 
 class EngineCore:
@@ -105,7 +54,7 @@ class EngineCore:
         clock: seconds.
 
     Attributes:
-        finished: requests that have ended since the caller last emptied it.
+        endings: ends requests, and has those that have ended.
         runs_ahead: a step may be launched before the tokens of the one ahead of it are on the host.
     """
 
@@ -144,25 +93,28 @@ class EngineCore:
         self.runner = Runner(model, self.cache, self.slots, self.tables, self.selector.sampling)
         if config.compile:
             self.runner.compiled = CompiledModules(model)
+        self.swapping = Swapping(self.slots, self.pages, int(config.swap_space_gib * 2**30))
+        self.limits = StepLimits(
+            config.max_batch_tokens,
+            mixed_prompt_tokens(config.mixed_prompt_tokens, self.num_parameters),
+            job_tokens(config.mixed_prompt_tokens, self.num_parameters, config.max_batch_tokens),
+            whole_prompts=self.cache.has_states,
+        )
         self.scheduler = Scheduler(
             self.slots,
             self.pages,
-            max_batch_tokens=config.max_batch_tokens,
-            mixed_prompt_tokens=mixed_prompt_tokens(config.mixed_prompt_tokens, self.num_parameters),
-            job_tokens=job_tokens(config.mixed_prompt_tokens, self.num_parameters, config.max_batch_tokens),
-            whole_prompts=self.cache.has_states,
+            self.limits,
             prefix_caching=config.prefix_caching and not self.cache.has_states,
             on_admit=self._admit,
             on_release=self._release,
-            swap_out=self._swap_out,
-            swap_in=self._swap_in,
+            swapping=None if self.cache.has_states else self.swapping,
             clock=clock,
         )
-        self.swap_left = int(config.swap_space_gib * 2**30)
         self.wants_prompt = np.zeros(num_slots, dtype=bool)
         # On a CPU there is nothing to hide: a step has run when it was launched.
         self.runs_ahead = not on_host and not self.cache.has_states
-        self.finished: list[Request] = []
+        self.endings = Endings(self.scheduler, self.swapping, lambda: self.clock())
+        self.collector = Collector(self.scheduler, self.selector, self.tables, self.cache, self.endings)
 
     def commit_as_used(
         self, kinds: dict[int | None, dict[int, tuple[torch.Tensor, torch.Tensor]]], room: PageRoom
@@ -192,11 +144,11 @@ class EngineCore:
             graphs = DecodeGraphs(runner.static_decode, self.slots.num_slots, device, captures[0])
             sizes = chunk_sizes(self.config.max_batch_tokens, self.num_parameters)
             chunk_graphs = ChunkGraphs(
-                runner.static_chunk, self.slots, sizes, device, captures[1], self.scheduler.mixed_prompt_tokens,
-                self._row_tokens(), self.scheduler.job_tokens,
+                runner.static_chunk, self.slots, sizes, device, captures[1], self.limits.mixed_prompt_tokens,
+                self._row_tokens(), self.limits.job_tokens,
             )  # fmt: skip
             runner.use_graphs(graphs, chunk_graphs)
-            self.scheduler.fill = chunk_graphs.fill
+            self.limits.fill = chunk_graphs.fill
         return reason
 
     def _row_tokens(self) -> int | None:
@@ -229,58 +181,11 @@ class EngineCore:
         self.selector.release(row.slot)
         self.wants_prompt[row.slot] = False
 
-    def _swap_out(self, row: Row) -> SwappedRow | None:
-        """Copy a row's pages to host memory; None where there is no room for them, or it has states beside them."""
-        slot = row.slot
-        if self.cache.has_states or not self.swap_left:
-            return None
-        held = [[page != GONE for page in table.pages[slot]] for table in self.pages.tables]
-        num_bytes = sum(sum(h) * table.group.page_bytes for h, table in zip(held, self.pages.tables))
-        if num_bytes > self.swap_left:
-            return None
-        layers = []
-        for table in self.pages.tables:
-            ids = torch.tensor([page for page in table.pages[slot] if page != GONE], dtype=torch.int64)
-            copies = {}
-            for index, pages in table.group.layers.items():
-                raw = pages.raw()[ids.to(pages.device)]
-                host = torch.empty(raw.shape, dtype=raw.dtype, pin_memory=raw.device.type == "cuda")
-                # Queued on the stream that will overwrite the pages, so they can be given back at once.
-                copies[index] = host.copy_(raw, non_blocking=True)
-            layers.append(copies)
-        self.swap_left -= num_bytes
-        # The token of a step on its way is lost: its row computes the last one that is known again.
-        computed = min(int(self.slots.computed[slot]), int(self.slots.length[slot]) - 1)
-        return SwappedRow(computed, held, layers, num_bytes)
-
-    def _swap_in(self, row: Row) -> bool:
-        swapped: SwappedRow = row.swapped
-        self.swap_left += swapped.num_bytes
-        if not self.pages.make_room([sum(held) for held in swapped.held]):
-            return False
-        adopted: list[list[int | None]] = []
-        for table, held, layers in zip(self.pages.tables, swapped.held, swapped.layers):
-            taken = table.allocator.allocate(sum(held))
-            for index, host in layers.items():
-                pages = table.group.layers[index]
-                ids = torch.tensor(taken, dtype=torch.int64, device=pages.device)
-                pages.raw()[ids] = host.to(pages.device, non_blocking=True)
-            remaining = iter(taken)
-            adopted.append([next(remaining) if is_held else None for is_held in held])
-        self.pages.adopt(row.slot, adopted)
-        self.slots.computed[row.slot] = swapped.computed
-        return True
-
     def forget_swapped(self) -> None:
         """Drop what is in host memory: those requests are computed again."""
-        for _, request in self.scheduler.waiting:
+        for request in self.scheduler.waiting:
             for row in request.rows:
-                self._drop_swapped(row)
-
-    def _drop_swapped(self, row: Row) -> None:
-        if row.swapped is not None:
-            self.swap_left += row.swapped.num_bytes
-            row.swapped = None
+                self.swapping.drop(row)
 
     # Steps
 
@@ -293,7 +198,7 @@ class EngineCore:
         work = self.scheduler.schedule(may_give_up=not is_ahead)
         while self.scheduler.impossible:
             request, error = self.scheduler.impossible.pop()
-            self.end(request, "error", error)
+            self.endings.end(request, "error", error)
             if work is None:
                 work = self.scheduler.schedule(may_give_up=not is_ahead)
         return work
@@ -396,246 +301,8 @@ class EngineCore:
         host.decoding[chosen] = host.computed[chosen] + 1 < host.max_length[chosen]
 
     def collect(self, launched: Launched) -> int:
-        """Take the tokens of a step; requests that end are put in ``finished``.
-
-        Returns:
-            How many tokens were dropped, because their rows have left.
-        """
-        tokens = None if launched.tokens is None else launched.tokens.wait()
-        now = self.clock()
-        for request in launched.firsts:
-            request.first_token = now if request.first_token is None else request.first_token
-        for row, start, logits in launched.prompts:
-            self._guarded(row.request, self._take_prompt_logprobs, row, start, logits)
-        dropped = 0
-        if tokens is not None and launched.selection is not None:
-            slots = launched.slots
-            is_there = self.slots.generation[slots] == launched.generation
-            dropped = len(slots) - int(is_there.sum())
-            if len(slots) > dropped:
-                self._take_tokens(slots[is_there], tokens[is_there], launched.selection)
-        for row, logits in launched.drafted:
-            self._guarded(row.request, self._verify, row, logits)
-        for request, rows in launched.beams.items():
-            if request.state is State.RUNNING:
-                rows.sort(key=lambda entry: entry[0].index)
-                self._guarded(request, self._step_beams, request, torch.cat([logits for _, logits in rows]))
-        return dropped
-
-    def _guarded(self, request: Request, function: Callable[..., None], *args: Any) -> None:
-        """Whatever a request's own code raises ends that request alone."""
-        try:
-            function(*args)
-        except BaseException as error:
-            self.end(request, "error", error)
-
-    def _take_tokens(self, slots: np.ndarray, ids: np.ndarray, selection: Selection) -> None:
-        """One token for each of ``slots``."""
-        errors: dict[int, BaseException] = dict(selection.errors)
-        for slot in slots[ids < 0].tolist():
-            errors.setdefault(slot, invalid_scores_error(slot))
-        if errors:
-            slots, ids = self._drop_failed(slots, ids, errors)
-            if not len(slots):
-                return
-        host = self.slots
-        lengths = host.length[slots]
-        host.reserve(int(lengths.max()) + 2)
-        host.history[slots, lengths] = ids
-        lengths = lengths + 1
-        host.length[slots] = lengths
-        logprobs = selection.logprobs
-        if logprobs:
-            for slot in slots.tolist():
-                if slot in logprobs:
-                    host.row(slot).logprobs.append(logprobs[slot])
-        is_eos = (ids[:, None] == host.eos[slots]).any(1)
-        ended = is_eos | (lengths >= host.max_length[slots])
-        if host.watched[slots].any():
-            stopped, errors = self.selector.stopped(slots[host.watched[slots]], host.history, host.length)
-            if errors:
-                self._end_failed(errors)
-            is_eos |= np.isin(slots, list(stopped))
-            ended |= is_eos
-        if ended.any():
-            for slot, is_stop in zip(slots[ended].tolist(), is_eos[ended].tolist()):
-                ended_row = host.rows[slot]
-                if ended_row is not None:
-                    self._finish_row(ended_row, "stop" if is_stop else "length")
-
-    def _end_failed(self, errors: dict[int, BaseException]) -> None:
-        for slot, error in errors.items():
-            row = self.slots.rows[slot]
-            if row is not None and not (isinstance(error, InvalidScoresError) and self._begins_again(row)):
-                self.end(row.request, "error", error)
-
-    def _begins_again(self, row: Row) -> bool:
-        """Let a row whose scores are invalid compute what others computed for it, once: NaN may have come from their
-        pages. Returns whether it does."""
-        request = row.request
-        if not (request.uses_prefixes and request.cached_tokens and request.rules.is_plain and len(request.rows) == 1):
-            return False
-        self.pages.forget_prefix(row.slot)
-        request.uses_prefixes, request.cached_tokens = False, 0
-        self.slots.computed[row.slot] = 0  # Nothing of it is stored.
-        self.scheduler.preempt(request, allow_swap=False)
-        return True
-
-    def _drop_failed(
-        self, slots: np.ndarray, ids: np.ndarray, errors: dict[int, BaseException]
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """End the requests of failed rows; returns the slots that still run, and their tokens."""
-        self._end_failed(errors)
-        runs = np.array([self.slots.rows[slot] is not None for slot in slots.tolist()], dtype=bool)
-        return slots[runs], ids[runs]
-
-    def _verify(self, row: Row, logits: torch.Tensor) -> None:
-        """Take the tokens of a row that had candidates, and propose the next ones."""
-        host, slot = self.slots, row.slot
-        if slot < 0:
-            return
-        length, draft = int(host.length[slot]), int(host.draft[slot])
-        host.draft[slot] = 0
-        candidates = host.history[slot, length : length + draft].copy()
-        tokens = self.selector.verify(slot, candidates, logits, host.history, length)
-        host.reserve(length + len(tokens) + 1)
-        host.history[slot, length : length + len(tokens)] = tokens
-        length += len(tokens)
-        host.length[slot] = length
-        # What was rejected is behind the sequence's end: its slots are written again.
-        host.computed[slot] = length - 1
-        self.pages.shrink(slot, length - 1)
-        self.tables.stale[slot] = host.decoding[slot] = True
-        is_stop = tokens[-1] in row.request.rules.eos_token_ids
-        if host.watched[slot]:
-            stopped, errors = self.selector.stopped(np.array([slot]), host.history, host.length)
-            if errors:
-                raise errors[slot]
-            is_stop |= slot in stopped
-        if is_stop or length >= host.max_length[slot]:
-            self._finish_row(row, "stop" if is_stop else "length")
-        elif not self.cache.has_states:
-            proposed = self.selector.propose(slot, host.history, length)
-            host.reserve(length + len(proposed) + 1)
-            host.history[slot, length : length + len(proposed)] = proposed
-            host.draft[slot] = len(proposed)
-
-    def _step_beams(self, request: Request, logits: torch.Tensor) -> None:
-        """Move the rows of a beam search; ``logits`` are ``[num_beams, vocab]``, or ``[1, vocab]`` at the start."""
-        if request.beams is None:
-            request.beams = BeamSearch(request.rules, request.prompt.tolist())
-        step = request.beams.step(logits)
-        if step.is_done:
-            self._finish_beams(request)
-            return
-        host = self.slots
-        slots = [row.slot for row in request.rows]
-        parents = [slots[parent] for parent in step.parents]
-        length = int(host.length[slots[0]])
-        host.reserve(length + 2)
-        host.history[slots, :length] = host.history[parents, :length]
-        host.history[slots, length] = step.tokens
-        host.length[slots] = length + 1
-        self.pages.permute(slots, parents)
-        if self.cache.has_states:
-            self.cache.copy_states(slots, parents)
-        host.shares[slots] = host.decoding[slots] = self.tables.stale[slots] = True
-
-    def _finish_beams(self, request: Request) -> None:
-        prompt = len(request.prompt)
-        eos = request.rules.eos_token_ids
-        sequences = []
-        for beam in request.beams.finalize():
-            at_limit = prompt + len(beam.token_ids) >= request.rules.max_length
-            ended = "length" if at_limit and (not beam.token_ids or beam.token_ids[-1] not in eos) else "stop"
-            sequences.append(SequenceOutput(beam.token_ids, ended, None, beam.score, beam.beam_indices))
-        for row in request.rows:
-            row.finish_reason = sequences[0].finish_reason
-            self.scheduler.finish_row(row)
-        self._finalize(request, tuple(sequences))
-
-    def _take_prompt_logprobs(self, row: Row, start: int, logits: torch.Tensor) -> None:
-        request = row.request
-        if request.prompt_logprobs is None:
-            request.prompt_logprobs = [None]
-        known = request.prompt_logprobs
-        # A prompt that is computed again has some of them already.
-        skip = len(known) - 1 - start
-        following = request.prompt[start + 1 + skip : start + 1 + len(logits)]
-        if skip >= 0 and len(following):
-            ids = torch.from_numpy(following).to(logits.device)
-            count = request.rules.num_prompt_logprobs or 0
-            known.extend(prompt_logprobs(logits[skip : skip + len(following)], ids, count))
-
-    # Ends
-
-    def _finish_row(self, row: Row, reason: str) -> None:
-        row.finish_reason = reason
-        self.scheduler.finish_row(row)
-        if not row.request.live:
-            self._finalize(row.request)
-
-    def end(self, request: Request, reason: str, error: BaseException | None = None) -> None:
-        """End a request that has not ended, wherever it is."""
-        if request.state is State.FINISHED:
-            return
-        for row in request.live:
-            row.finish_reason = reason
-            self._drop_swapped(row)
-        for row in request.rows:
-            if row.slot >= 0 and isinstance(error, InvalidScoresError):
-                self.pages.forget_prefix(row.slot)
-        self.scheduler.remove(request)
-        request.error = error
-        self._finalize(request)
-
-    def fail(self, work: StepWork, error: BaseException) -> None:
-        """A step's forward has raised: its requests end with the cause, their pages come back."""
-        for slot in work.slots.tolist():
-            row = self.slots.rows[slot]
-            if row is not None:
-                self.end(row.request, "error", error)
-        self.scheduler.failed()
-
-    def _finalize(self, request: Request, sequences: tuple[SequenceOutput, ...] | None = None) -> None:
-        now, prompt = self.clock(), len(request.prompt)
-        if sequences is None:
-            sequences = tuple(
-                SequenceOutput(row.tokens[prompt:].tolist(), row.finish_reason or "error", row.logprobs or None)
-                for row in request.rows[: request.rules.num_return_sequences]
-            )
-        first = sequences[0]
-        reason = first.finish_reason
-        for row in request.rows:
-            if row.finish_reason in ("error", "cancelled", "deadline"):
-                reason = row.finish_reason
-        request.output = RequestOutput(
-            request_id=request.request_id,
-            prompt_ids=request.prompt.tolist(),
-            token_ids=first.token_ids,
-            finish_reason=reason,
-            error=request.error,
-            logprobs=first.logprobs,
-            prompt_logprobs=request.prompt_logprobs,
-            cached_tokens=request.cached_tokens,
-            timing=RequestTiming(
-                queued_s=None if request.started is None else request.started - request.submitted,
-                first_token_s=None if request.first_token is None else request.first_token - request.submitted,
-                total_s=now - request.submitted,
-                preemptions=request.preemptions,
-            ),
-            sequences=sequences,
-        )
-        request.state = State.FINISHED
-        self.finished.append(request)
-
-    def abandon(self, request: Request, error: BaseException) -> None:
-        """Give an output to a request whose books cannot be trusted any more."""
-        for row in request.rows:
-            row.finish_reason = "error"
-            row.saved = request.prompt if row.saved is None else row.saved
-        request.error = error
-        self._finalize(request)
+        """Take the tokens of a step, see :meth:`Collector.collect`."""
+        return self.collector.collect(launched)
 
     # Between steps
 

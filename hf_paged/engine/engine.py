@@ -279,7 +279,7 @@ class Engine:
         self._loop.broken, self.mail.is_closed = RequestError(FORKED), True
         for request in list(self.mail.unfinished.values()):
             if request.output is None:
-                self._core.abandon(request, self._loop.broken)
+                self._core.endings.abandon(request, self._loop.broken)
         self._loop.publish()
 
     # Life

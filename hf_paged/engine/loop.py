@@ -9,7 +9,8 @@ from transformers.utils import logging
 
 from ..errors import RequestError
 from ..fusion import FusedModel
-from .core import EngineCore, Launched
+from .core import EngineCore
+from .in_flight import Launched
 from .scheduling.page_budget import give_back_unused
 from .scheduling.request import Request, RequestOutput
 from .trace import Counters, RequestRecord, StepRecord, Trace
@@ -115,7 +116,7 @@ class StepLoop:
                 self.collect_pending()
         except BaseException as error:
             self.collect_pending()
-            core.fail(work, error)
+            core.endings.fail(work, error)
             self._note(error)
         self.counters.steps += 1
         self.counters.prompt_tokens += num_tokens - work.num_decode
@@ -133,7 +134,7 @@ class StepLoop:
         try:
             self.counters.new_tokens -= self.core.collect(launched)
         except BaseException as error:
-            self.core.fail(launched.work, error)
+            self.core.endings.fail(launched.work, error)
             self._note(error)
         return True
 
@@ -166,7 +167,7 @@ class StepLoop:
                 heapq.heappush(self.deadlines, (request.deadline, request.number, request))
                 self._num_deadlines += 1
         for request in cancels:
-            self.core.end(request, "cancelled")
+            self.core.endings.end(request, "cancelled")
 
     def _look_for_changes(self, incoming: list[Request]) -> None:
         """Drop what was computed with other weights than the model has now."""
@@ -196,19 +197,21 @@ class StepLoop:
             _, _, request = heapq.heappop(self.deadlines)
             assert request.deadline is not None
             seconds = request.deadline - request.submitted
-            self.core.end(request, "deadline", RequestError(f"the deadline of {seconds:.3g} seconds has passed."))
+            self.core.endings.end(
+                request, "deadline", RequestError(f"the deadline of {seconds:.3g} seconds has passed.")
+            )
 
     def publish(self) -> None:
         """Let other threads see what has happened."""
         core = self.core
-        if core.finished and not core.scheduler.running and core.holds_computed():
+        if core.endings.finished and not core.scheduler.running and core.holds_computed():
             # Before anybody knows that nothing runs, and may write to the weights.
             core.runner.remember_values()
-        if not core.finished and not self.mail.streams and not self.mail.sleepers:
+        if not core.endings.finished and not self.mail.streams and not self.mail.sleepers:
             self.seen = self.counters.snapshot(self.core)
             return
         with self.mail.changed:
-            for request in core.finished:
+            for request in core.endings.finished:
                 self.mail.unfinished.pop(request.request_id, None)
                 self.mail.streams.pop(request, None)
                 self._num_deadlines -= request.deadline is not None
@@ -220,9 +223,9 @@ class StepLoop:
                 self._record_request(request, output)
             self.seen = self.counters.snapshot(self.core)
             # Last: whoever gets a result may look at the statistics at once.
-            for request in core.finished:
+            for request in core.endings.finished:
                 request.is_public = True
-            core.finished.clear()
+            core.endings.finished.clear()
             if len(self.deadlines) > 2 * self._num_deadlines + MOST_ENDED:
                 self.deadlines = [entry for entry in self.deadlines if entry[2].output is None]
                 heapq.heapify(self.deadlines)
@@ -259,9 +262,9 @@ class StepLoop:
             unfinished = list(self.mail.unfinished.values())
         for request in unfinished:
             with contextlib.suppress(Exception):
-                self.core.end(request, "error", error)
+                self.core.endings.end(request, "error", error)
             if request.output is None:
-                self.core.abandon(request, error)
+                self.core.endings.abandon(request, error)
         self.publish()
 
     # Between steps
@@ -336,7 +339,7 @@ class StepLoop:
         self.core.runner.drop_graphs()
         self.intake()
         for request in list(self.mail.unfinished.values()):
-            self.core.end(request, reason)
+            self.core.endings.end(request, reason)
         self.core.drop_prefixes()
         self.core.cache.drop()
         if self.fused is not None:

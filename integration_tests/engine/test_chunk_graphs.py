@@ -21,8 +21,8 @@ from hf_paged.engine.execution.chunk_graphs import (
 )
 from hf_paged.engine.execution.engine_cache import EngineLayer
 from hf_paged.engine.execution.step_inputs import StepInputs
-from hf_paged.engine.scheduling.scheduler import StepWork
 from hf_paged.engine.scheduling.slots import Slots
+from hf_paged.engine.scheduling.step import StepWork
 
 
 @pytest.fixture(autouse=True)

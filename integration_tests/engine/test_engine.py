@@ -161,11 +161,11 @@ def test_swapped_pages_come_back(model):
     prompts = [prompt(30, n) for n in range(6)]
     expected = [alone(model, ids, config(20)) for ids in prompts]
     with make_engine(model, num_pages=16, swap_space_gib=0.001, prefix_caching=False) as engine:
-        space = engine._core.swap_left
+        space = engine._core.swapping.space_left
         assert [out.token_ids for out in engine.generate(prompts, generation_config=config(20))] == expected
         stats = engine.stats()
         assert stats.swapped > 0
-        assert engine._core.swap_left == space, "host memory was not given back"
+        assert engine._core.swapping.space_left == space, "host memory was not given back"
 
 
 def test_pause_sleep_and_new_weights(model):

@@ -57,7 +57,7 @@ class EngineMachine(RuleBasedStateMachine):
         core = self.engine._core
         core.clock = core.scheduler.clock = lambda: self.now
         self.handles, self.ends = [], collections.Counter()
-        finalize, run = core._finalize, core.run
+        finalize, run = core.endings.finalize, core.run
 
         def count_end(request, *args):
             self.ends[request.request_id] += 1
@@ -69,7 +69,7 @@ class EngineMachine(RuleBasedStateMachine):
                 raise RuntimeError("a forward that fails")
             return run(work)
 
-        core._finalize, core.run = count_end, maybe_fail
+        core.endings.finalize, core.run = count_end, maybe_fail
 
     @rule(
         prompt=st.integers(0, len(PROMPTS) - 1),
@@ -138,7 +138,7 @@ class EngineMachine(RuleBasedStateMachine):
         stats = self.engine.stats()
         assert (stats.running, stats.waiting, stats.rows) == (0, 0, 0)
         assert stats.pages_used == stats.pages_cached
-        assert self.engine._core.swap_left == int(0.0001 * 2**30)
+        assert self.engine._core.swapping.space_left == int(0.0001 * 2**30)
         self.engine.refresh_weights()
         assert self.engine.stats().pages_used == 0
         self.engine.close()

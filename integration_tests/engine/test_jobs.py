@@ -8,7 +8,7 @@ from random_requests import tiny_model
 from small_engines import alone, config, prompt
 
 import hf_paged
-from hf_paged.engine.scheduling.scheduler import JOB_TOKENS, job_tokens
+from hf_paged.engine.scheduling.pacing import JOB_TOKENS, job_tokens
 
 BUDGET, LEAST = 96, 24
 
@@ -24,7 +24,7 @@ def make_engine(model, least: int = LEAST, **options) -> hf_paged.Engine:
         num_pages=400, page_size=8, max_num_seqs=32, max_batch_tokens=BUDGET, prefix_caching=False, self_check=False
     )
     engine = hf_paged.Engine(model, hf_paged.EngineConfig(**(defaults | options)), background=False)
-    engine._core.scheduler.job_tokens = least
+    engine._core.limits.job_tokens = least
     return engine
 
 
@@ -168,7 +168,7 @@ def test_a_small_model_computes_whole_budgets_of_prompts(model):
     """Also of the last few, which others would compute in shares."""
     prompts, new = [prompt(30, i) for i in range(20)], [40, *[4] * 19]
     with make_engine(model, BUDGET) as engine:
-        engine._core.scheduler.mixed_prompt_tokens = 4
+        engine._core.limits.mixed_prompt_tokens = 4
         engine.generate(prompts, generation_config=[config(n) for n in new])
         steps = [(rows, tokens) for rows, tokens in steps_of(engine) if tokens]
         assert all(rows + tokens == BUDGET for rows, tokens in steps[2:-1])

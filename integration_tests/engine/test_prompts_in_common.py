@@ -82,13 +82,13 @@ def test_random_beginnings_in_a_small_pool(family, page_size):
     options = dict(page_size=page_size, num_pages=200 // page_size, max_num_seqs=7, max_batch_tokens=40)
     with make_engine(model, **options) as engine:
         scheduler, shared = engine._core.scheduler, []
-        follow = scheduler._follow
+        follow = scheduler.prefixes.follow
 
-        def follow_and_count(row, tokens, found):
-            shared.append(follow(row, tokens, found) - found)
+        def follow_and_count(row, tokens, found, *step):
+            shared.append(follow(row, tokens, found, *step) - found)
             return found + shared[-1]
 
-        scheduler._follow = follow_and_count
+        scheduler.prefixes.follow = follow_and_count
         handles, is_running = [], True
         while is_running:
             for i in range(len(handles), min(len(handles) + draw.randint(0, 8), len(prompts))):
@@ -148,7 +148,9 @@ def test_who_shares_what_a_failed_step_was_to_compute_starts_again(monkeypatch):
         plan_chunk, run = scheduler._plan_chunk, engine._core.runner.run
         # The second one shares, and has no place in the step.
         monkeypatch.setattr(
-            scheduler, "_plan_chunk", lambda row, budget: 0 if row in scheduler._followers else plan_chunk(row, budget)
+            scheduler,
+            "_plan_chunk",
+            lambda row, budget: 0 if row in scheduler.prefixes.followers else plan_chunk(row, budget),
         )
 
         def fail(*args):

@@ -16,7 +16,7 @@ from hf_paged.engine.execution.decode_graphs import CudaCapture
 from hf_paged.engine.sampling import slot_sampling
 from hf_paged.engine.sampling.request_params import TokenRules
 from hf_paged.engine.sampling.slot_sampling import SlotSampling
-from hf_paged.engine.scheduling.scheduler import StepWork
+from hf_paged.engine.scheduling.step import StepWork
 
 MIX = [
     dict(),

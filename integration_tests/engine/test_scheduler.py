@@ -8,7 +8,7 @@ from small_engines import alone, config, prompt
 from transformers import GenerationConfig
 
 import hf_paged
-from hf_paged.engine.scheduling.scheduler import mixed_prompt_tokens
+from hf_paged.engine.scheduling.pacing import mixed_prompt_tokens
 
 BUDGET = 64
 
@@ -88,12 +88,12 @@ def test_only_those_that_find_a_slot_are_queued(model):
         engine.step()
         assert steps_of(engine)[-1] == (1, 64 * 64 // (2 * 64))
         scheduler = engine._core.scheduler
-        assert scheduler._waiting_tokens == 19 * 32
-        engine.cancel(scheduler.waiting[3][1].request_id)
+        assert scheduler.waiting.num_tokens == 19 * 32
+        engine.cancel(list(scheduler.waiting)[3].request_id)
         engine.step()
         engine.check()
         # One was cancelled, one has a slot.
-        assert scheduler._waiting_tokens == 17 * 32
+        assert scheduler.waiting.num_tokens == 17 * 32
 
 
 def test_who_goes_first_does_not_wait_for_the_rest_of_a_long_prompt(model):

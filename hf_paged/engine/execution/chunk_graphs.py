@@ -33,8 +33,9 @@ from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
 from ..async_copy import send
-from ..scheduling.scheduler import StepWork, enough
+from ..scheduling.pacing import enough
 from ..scheduling.slots import Slots
+from ..scheduling.step import StepWork
 from .decode_graphs import Capture, is_short_of_memory
 
 logger = logging.get_logger(__name__)
@@ -154,7 +155,7 @@ class ChunkGraphs:
         capture: makes the function that replays a step.
         mixed_tokens: prompt tokens of most steps with decode rows; None: not known.
         row_tokens: tokens of the runs that chunks attend in; None: there are none, and no decode rows go along.
-        job_tokens: tokens of a job's steps at least, see :mod:`scheduler`; None: not known.
+        job_tokens: tokens of a job's steps at least, see :mod:`.pacing`; None: not known.
 
     Attributes:
         failure: why there are no graphs, None while there may be.

@@ -16,8 +16,8 @@ from ...hooks import reason_in_hooks
 from ...transformers_internals import AttentionChoice, cache_name
 from ..async_copy import send
 from ..sampling.slot_sampling import SlotSampling
-from ..scheduling.scheduler import StepWork
 from ..scheduling.slots import Slots
+from ..scheduling.step import StepWork
 from .chunk_graphs import KNOWN, ChunkGraphs, Layout
 from .compiled import CompiledModules, as_written
 from .decode_graphs import DecodeGraphs, is_short_of_memory

@@ -17,9 +17,9 @@ from hf_paged_kernels.layers.ops import decode_inputs_op, decode_rows_op
 
 from ...cache.split_plans import SplitPlans
 from ..async_copy import send
-from ..scheduling.scheduler import StepWork
 from ..scheduling.slot_pages import SlotPages
 from ..scheduling.slots import Slots
+from ..scheduling.step import StepWork
 from .chunk_graphs import KNOWN, Layout
 from .cpu_attention import RowGroup
 

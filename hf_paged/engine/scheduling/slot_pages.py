@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ...errors import OutOfPagesError, RequestError
 from ...paging import GONE, PageGroup, PagePool, SequenceTable
 
 
@@ -130,6 +131,37 @@ class SlotPages:
         if table.window is None:
             return self.pages_of(tokens)
         return min(self.pages_of(tokens), self.pages_of(table.window + chunk) + 2)
+
+    def pages_for(self, prompt: int, total: int, num_rows: int, group: int, whole_prompts: bool) -> int:
+        """Pages of a group that a request holds at most: a prompt that ``num_rows`` rows of ``total`` tokens share.
+
+        Args:
+            whole_prompts: a prompt is computed in one step.
+        """
+        table = self.tables[group]
+        chunk = prompt if whole_prompts else self.page_size
+        if num_rows == 1:
+            return self.most_pages(table, total, chunk)
+        if table.window is not None or whole_prompts:
+            return num_rows * self.most_pages(table, total, chunk)
+        shared = prompt // self.page_size
+        return shared + num_rows * (self.pages_of(total) - shared) + 1
+
+    def want_of_pages(self) -> Exception:
+        """What ends a request that has the pool for itself and finds it too small.
+
+        Admission checks promise that a request alone always fits into the pool. Where the device has no memory for the
+        pool, the promise is broken: that ends the request, not the loop.
+        """
+        free = self.num_free()
+        allocators = [table.allocator for table in self.tables]
+        total, backed = sum(a.num_pages for a in allocators), sum(a.num_backed for a in allocators)
+        if backed == total:
+            return OutOfPagesError(free + 1, free, total)
+        return RequestError(
+            f"the device has memory for {backed} of the pool's {total} pages at the moment, which is too little "
+            f"for this request alone: free memory of the device, or ask for fewer new tokens."
+        )
 
     # Taking and giving back
 

@@ -103,6 +103,15 @@ class Slots:
         """int64 ``[length]``, a view."""
         return self.history[slot, : self.length[slot]]
 
+    def target(self, row: Row) -> int:
+        """Tokens that a row computes before it decodes."""
+        length, prompt = int(self.length[row.slot]), len(row.request.prompt)
+        if not row.request.forked:
+            return prompt  # The other rows go on from the prompt that the first computes.
+        if row.request.rules.mode == "beams" and length > prompt:
+            return length - 1  # Beams choose their tokens together, so they wait for one another.
+        return length
+
     def check(self) -> None:
         """Prove the books (AssertionError if wrong)."""
         used = [slot for slot, row in enumerate(self.rows) if row is not None]

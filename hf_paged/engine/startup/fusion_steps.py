@@ -14,7 +14,7 @@ from ..config import EngineConfig
 from ..core import EngineCore
 from ..execution.step_inputs import StepInputs
 from ..scheduling.page_budget import LENGTH_NAMES, model_length
-from ..scheduling.scheduler import StepWork
+from ..scheduling.step import StepWork
 from .self_check import agree, differences, make_prompts, small_core
 
 logger = logging.get_logger(__name__)

@@ -15,7 +15,7 @@ from ...mixed_precision import enables_autocast
 from ..config import EngineConfig
 from ..core import EngineCore
 from ..execution.decode_graphs import is_short_of_memory
-from ..scheduling.scheduler import StepWork
+from ..scheduling.step import StepWork
 
 LENGTHS = (5, 17, 11)
 """Tokens of the prompts: shorter than a page, longer, and not a multiple."""

@@ -1,0 +1,96 @@
+"""How requests end: their slots and pages come back, and they get an output."""
+
+from collections.abc import Callable
+
+from ..errors import InvalidScoresError
+from .scheduling.request import Request, RequestOutput, RequestTiming, Row, SequenceOutput, State
+from .scheduling.scheduler import Scheduler
+from .scheduling.step import StepWork
+from .scheduling.swapping import Swapping
+
+
+class Endings:
+    """Ends requests.
+
+    Attributes:
+        finished: requests that have ended since the caller last emptied it.
+    """
+
+    def __init__(self, scheduler: Scheduler, swapping: Swapping, clock: Callable[[], float]) -> None:
+        self.scheduler, self.slots, self.pages = scheduler, scheduler.slots, scheduler.pages
+        self.swapping, self.clock = swapping, clock
+        self.finished: list[Request] = []
+
+    def finish_row(self, row: Row, reason: str) -> None:
+        """A row has ended, and with its last one the request."""
+        row.finish_reason = reason
+        self.scheduler.finish_row(row)
+        if not row.request.live:
+            self.finalize(row.request)
+
+    def end(self, request: Request, reason: str, error: BaseException | None = None) -> None:
+        """End a request that has not ended, wherever it is."""
+        if request.state is State.FINISHED:
+            return
+        for row in request.live:
+            row.finish_reason = reason
+            self.swapping.drop(row)
+        for row in request.rows:
+            if row.slot >= 0 and isinstance(error, InvalidScoresError):
+                self.pages.forget_prefix(row.slot)
+        self.scheduler.remove(request)
+        request.error = error
+        self.finalize(request)
+
+    def fail(self, work: StepWork, error: BaseException) -> None:
+        """A step's forward has raised: its requests end with the cause, their pages come back."""
+        for slot in work.slots.tolist():
+            row = self.slots.rows[slot]
+            if row is not None:
+                self.end(row.request, "error", error)
+        self.scheduler.failed()
+
+    def finalize(self, request: Request, sequences: tuple[SequenceOutput, ...] | None = None) -> None:
+        """Give a request its output.
+
+        Args:
+            sequences: None: those of its rows.
+        """
+        now, prompt = self.clock(), len(request.prompt)
+        if sequences is None:
+            sequences = tuple(
+                SequenceOutput(row.tokens[prompt:].tolist(), row.finish_reason or "error", row.logprobs or None)
+                for row in request.rows[: request.rules.num_return_sequences]
+            )
+        first = sequences[0]
+        reason = first.finish_reason
+        for row in request.rows:
+            if row.finish_reason in ("error", "cancelled", "deadline"):
+                reason = row.finish_reason
+        request.output = RequestOutput(
+            request_id=request.request_id,
+            prompt_ids=request.prompt.tolist(),
+            token_ids=first.token_ids,
+            finish_reason=reason,
+            error=request.error,
+            logprobs=first.logprobs,
+            prompt_logprobs=request.prompt_logprobs,
+            cached_tokens=request.cached_tokens,
+            timing=RequestTiming(
+                queued_s=None if request.started is None else request.started - request.submitted,
+                first_token_s=None if request.first_token is None else request.first_token - request.submitted,
+                total_s=now - request.submitted,
+                preemptions=request.preemptions,
+            ),
+            sequences=sequences,
+        )
+        request.state = State.FINISHED
+        self.finished.append(request)
+
+    def abandon(self, request: Request, error: BaseException) -> None:
+        """Give an output to a request whose books cannot be trusted any more."""
+        for row in request.rows:
+            row.finish_reason = "error"
+            row.saved = request.prompt if row.saved is None else row.saved
+        request.error = error
+        self.finalize(request)

@@ -1,0 +1,48 @@
+"""A step between its launch and the arrival of its tokens."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+
+from .async_copy import Arrival
+from .sampling.token_selector import Selection
+from .scheduling.request import Request, Row
+from .scheduling.step import StepWork
+
+
+@dataclass(slots=True)
+class Launched:
+    """A step whose results are on their way.
+
+    Attributes:
+        work: its rows.
+        slots: int64 ``[n]`` on the host: rows whose tokens ``selection`` has.
+        generation: int64 ``[n]``, of these slots: tokens of rows that have left meanwhile are dropped.
+        selection: their tokens, None where there are none.
+        tokens: the same on their way to the host.
+        firsts: requests whose first token this is.
+        drafted: rows whose candidates are verified, with their logits ``[candidates + 1, vocab]``.
+        beams: rows of beam searches, with their logits ``[1, vocab]``.
+        prompts: rows whose prompt's log-probabilities were asked for: row, first token computed, logits.
+    """
+
+    work: StepWork
+    slots: np.ndarray
+    selection: Selection | None
+    generation: np.ndarray | None = None
+    tokens: Arrival | None = None
+    firsts: list[Request] = field(default_factory=list)
+    drafted: list[tuple[Row, torch.Tensor]] = field(default_factory=list)
+    beams: dict[Request, list[tuple[Row, torch.Tensor]]] = field(default_factory=dict)
+    prompts: list[tuple[Row, int, torch.Tensor]] = field(default_factory=list)
+
+    @property
+    def has_arrived(self) -> bool:
+        """Whether its tokens are on the host."""
+        return self.tokens is None or self.tokens.is_here
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the step chooses, those of verified candidates counted as one."""
+        return len(self.slots) + len(self.drafted) + sum(len(rows) for rows in self.beams.values())

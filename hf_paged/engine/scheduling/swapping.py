@@ -1,0 +1,91 @@
+"""Pages of preempted sequences in host memory."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ...paging import GONE
+from .request import Row
+from .slot_pages import SlotPages
+from .slots import Slots
+
+
+@dataclass(frozen=True, slots=True)
+class SwappedRow:
+    """A row's pages in host memory.
+
+    Attributes:
+        computed: tokens in the pages.
+        held: for each group, whether each logical page was held.
+        layers: for each group, layer index -> uint8 ``[pages, page_bytes]``.
+        num_bytes: host memory.
+    """
+
+    computed: int
+    held: list[list[bool]]
+    layers: list[dict[int, torch.Tensor]]
+    num_bytes: int
+
+
+class Swapping:
+    """Copies the pages of sequences to host memory and back.
+
+    Args:
+        slots, pages: of the sequences.
+        space: bytes of host memory.
+
+    Attributes:
+        space_left: of these.
+    """
+
+    def __init__(self, slots: Slots, pages: SlotPages, space: int) -> None:
+        self.slots, self.pages, self.space_left = slots, pages, space
+
+    def swap_out(self, row: Row) -> SwappedRow | None:
+        """Copy a row's pages to host memory; None where there is no room for them."""
+        slot = row.slot
+        if not self.space_left:
+            return None
+        held = [[page != GONE for page in table.pages[slot]] for table in self.pages.tables]
+        num_bytes = sum(sum(h) * table.group.page_bytes for h, table in zip(held, self.pages.tables))
+        if num_bytes > self.space_left:
+            return None
+        layers = []
+        for table in self.pages.tables:
+            ids = torch.tensor([page for page in table.pages[slot] if page != GONE], dtype=torch.int64)
+            copies = {}
+            for index, pages in table.group.layers.items():
+                raw = pages.raw()[ids.to(pages.device)]
+                host = torch.empty(raw.shape, dtype=raw.dtype, pin_memory=raw.device.type == "cuda")
+                # Queued on the stream that will overwrite the pages, so they can be given back at once.
+                copies[index] = host.copy_(raw, non_blocking=True)
+            layers.append(copies)
+        self.space_left -= num_bytes
+        # The token of a step on its way is lost: its row computes the last one that is known again.
+        computed = min(int(self.slots.computed[slot]), int(self.slots.length[slot]) - 1)
+        return SwappedRow(computed, held, layers, num_bytes)
+
+    def swap_in(self, row: Row) -> bool:
+        """Bring the pages of a row back, which has a slot without pages; False: there are too few, compute it again."""
+        swapped: SwappedRow = row.swapped
+        self.space_left += swapped.num_bytes
+        if not self.pages.make_room([sum(held) for held in swapped.held]):
+            return False
+        adopted: list[list[int | None]] = []
+        for table, held, layers in zip(self.pages.tables, swapped.held, swapped.layers):
+            taken = table.allocator.allocate(sum(held))
+            for index, host in layers.items():
+                pages = table.group.layers[index]
+                ids = torch.tensor(taken, dtype=torch.int64, device=pages.device)
+                pages.raw()[ids] = host.to(pages.device, non_blocking=True)
+            remaining = iter(taken)
+            adopted.append([next(remaining) if is_held else None for is_held in held])
+        self.pages.adopt(row.slot, adopted)
+        self.slots.computed[row.slot] = swapped.computed
+        return True
+
+    def drop(self, row: Row) -> None:
+        """Forget what a row has in host memory: it is computed again."""
+        if row.swapped is not None:
+            self.space_left += row.swapped.num_bytes
+            row.swapped = None
