@@ -11,7 +11,7 @@ Two measurements:
   contestant has one warm-up with two short requests; all have the same weights, and give the same tokens where their
   arithmetic agrees.
 
-Writes the table as Markdown beside the JSON. With ``--gpu``: what :mod:`eval.bench_engine_gpu` measures; ``--plots``:
+Writes the table as Markdown beside the JSON. With ``--gpu``: what :mod:`eval.engine_bench.gpu` measures; ``--plots``:
 its plots from its JSON.
 """
 
@@ -33,7 +33,9 @@ from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 import hf_paged
-from eval import bench_engine_gpu, bench_engine_plots, command_line
+from eval import command_line
+from eval.engine_bench import gpu as bench_engine_gpu
+from eval.engine_bench import plots as bench_engine_plots
 
 NUM_REQUESTS = 64
 PROMPT_LENGTHS = (16, 512)

@@ -21,8 +21,8 @@ import torch
 from transformers import ContinuousBatchingConfig, GenerationConfig
 from transformers.utils import is_flash_attn_2_available, is_flash_attn_3_available
 
-from eval.bench_engine_models import draw_requests
-from eval.bench_engine_parts import Deadline, Sizes, synchronize
+from eval.engine_bench.models import draw_requests
+from eval.engine_bench.parts import Deadline, Sizes, synchronize
 
 VLLM_START_S = 400
 # The size of a page is called page_size from transformers 5.18 on.

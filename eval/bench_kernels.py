@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from eval import command_line
 
-from . import bench_kernels_timing as timing
-from .bench_kernels_calls import columns_of, find_peers, our_columns
-from .bench_kernels_rows import FLOPS_TABLES, TITLES, Row, all_rows, draw, markdown, rate, table
+from .kernel_bench import timing
+from .kernel_bench.calls import columns_of, find_peers, our_columns
+from .kernel_bench.rows import FLOPS_TABLES, TITLES, Row, all_rows, draw, markdown, rate, table
 
 COMPILE_LIMIT_S = 60.0
 QUICK_COMPILE_LIMIT_S = 25.0

@@ -13,7 +13,7 @@ import hf_paged
 from eval import command_line
 from eval.loading import cache_name, load_pretrained
 from eval.perplexity import perplexity
-from eval.verdict import FLOAT32
+from eval.quality.verdict import FLOAT32
 
 ASSETS = Path(__file__).parent.parent / "integration_tests" / "assets"
 PROMPT = 'def read_lines(path):\n    """Return the lines of a text file."""\n'

@@ -35,7 +35,7 @@ from transformers.utils import logging
 import hf_paged
 from eval import command_line
 from eval.loading import DTYPES, checked_device, device_name, load_pretrained, versions
-from eval.text_data import ACCEPTED_SPECS, load_text
+from eval.quality.text_data import ACCEPTED_SPECS, load_text
 
 SAMPLING: dict[str, dict[str, float]] = {
     "plain": {},

@@ -6,8 +6,8 @@
 The figure is exp of the mean negative log-likelihood (nll, in nats) of the tokens scored. Figures of different
 conventions differ by several percent, so the convention is printed and stored with every figure.
 
-Conventions: `eval/windows.py`. Paths, all of which lead to the same figure; whether they do is what is being measured:
-`eval/scoring.py`. Texts and datasets by name: `eval/text_data.py`, `eval/named_data.py`.
+Conventions: `eval/quality/windows.py`. Paths, which lead to the same figure; whether they do is what is measured:
+`eval/quality/scoring.py`. Texts and datasets by name: `eval/quality/text_data.py`, `eval/quality/named_data.py`.
 
 Several processes: `accelerate launch --num_processes 2 -m eval.perplexity ...` gives the same figures, bit for bit. On
 CPUs add `--multi_gpu` before `-m` and `--device cpu` at the end: with `--cpu`, accelerate starts one process.
@@ -57,13 +57,13 @@ from eval.loading import (
     set_attention,
     versions,
 )
-from eval.partial_results import PartialResults
-from eval.perplexity_result import PairedDifference, PerplexityResult
-from eval.perplexity_table import format_report, report_row
-from eval.processes import Processes
-from eval.scoring import KV_DTYPES, PATHS, engine_scores, reason_against, scored_logits, token_nll
-from eval.text_data import ACCEPTED_SPECS, Documents, load_documents, load_text
-from eval.windows import BY_DOCUMENT, CONVENTIONS, DISJOINT, Window, plan_windows
+from eval.quality.partial_results import PartialResults
+from eval.quality.perplexity_result import PairedDifference, PerplexityResult
+from eval.quality.perplexity_table import format_report, report_row
+from eval.quality.processes import Processes
+from eval.quality.scoring import KV_DTYPES, PATHS, engine_scores, reason_against, scored_logits, token_nll
+from eval.quality.text_data import ACCEPTED_SPECS, Documents, load_documents, load_text
+from eval.quality.windows import BY_DOCUMENT, CONVENTIONS, DISJOINT, Window, plan_windows
 
 __all__ = ["PairedDifference", "PerplexityResult", "Window", "load_text", "main", "perplexity", "plan_windows"]
 
@@ -92,7 +92,7 @@ def perplexity(  # noqa: PLR0913
     partial: PartialResults | None = None,
     progress: bool = False,
 ) -> PerplexityResult:
-    """Score `token_ids` with `model` window by window, along one of the paths of `eval.scoring`.
+    """Score `token_ids` with `model` window by window, along one of the paths of `eval.quality.scoring`.
 
     Logits are asked of the model for the scored tokens only (`logits_to_keep`, where its forward has it), in the
     model's dtype, and turned to float32 a bounded number of rows at a time.
@@ -103,8 +103,8 @@ def perplexity(  # noqa: PLR0913
         token_ids: [num_tokens], the tokenised text.
         window: most tokens in a window, at most the model's max_position_embeddings.
         stride: tokens from one window to the next; see `plan_windows`.
-        path: one of `eval.scoring.PATHS`.
-        convention: one of `eval.windows.CONVENTIONS`.
+        path: one of `eval.quality.scoring.PATHS`.
+        convention: one of `eval.quality.windows.CONVENTIONS`.
         document_starts: for conventions "lm-eval" and "last-word", the first token of each document.
         word_tokens: for convention "last-word", how many tokens each last word has.
         page_size: tokens in a page of the default PagedCache and of the engine.
@@ -498,7 +498,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--kv-dtype", nargs="+", choices=KV_DTYPES, default=["auto"], help="dtypes of the pages, each a run"
     )
-    parser.add_argument("--convention", choices=CONVENTIONS, default="hf", help="windows, see eval/windows.py")
+    parser.add_argument("--convention", choices=CONVENTIONS, default="hf", help="windows, see eval/quality/windows.py")
     parser.add_argument("--window", type=int, help="tokens in a window (default: 2048, or the model's positions)")
     parser.add_argument(
         "--stride",

@@ -24,7 +24,7 @@ class Published:
     Attributes:
         model: of the hub.
         data: as `--data` takes it.
-        convention, window, stride: of `eval.windows`.
+        convention, window, stride: of `eval.quality.windows`.
         dtype: of the weights, "float16" where the source says fp16.
         ppl: as published.
         tolerance: relative; half a unit of the last digit published, and what other versions and devices differ by.
@@ -47,7 +47,7 @@ def _gptq(model: str, ppl: float) -> Published:
 
 
 PUBLISHED = {
-    # The guide's loop weighs its windows a little differently: see eval/windows.py.
+    # The guide's loop weighs its windows a little differently: see eval/quality/windows.py.
     "gpt2-large-512": Published(
         "openai-community/gpt2-large", "wikitext-2", "hf", 1024, 512, "float32", 16.45, 0.01, GUIDE
     ),
@@ -63,8 +63,9 @@ def markdown() -> str:
     """The table, as eval/reference.md has it."""
     lines = [
         "# Published perplexities\n",
-        "Figures that others have published, with everything that decides them; conventions as `eval/windows.py` has "
-        "them. Written by `python -m eval.reference`. A real model is held against its figure by\n",
+        "Figures that others have published, with everything that decides them; conventions as "
+        "`eval/quality/windows.py` has them. Written by `python -m eval.reference`. A real model is held against its "
+        "figure by\n",
         "```bash\npython -m eval.reference --check llama-2-7b --attn paged_flash --path paged_prefill\n```\n",
         "where the hub can be reached. The tolerance is relative, and covers the digits published and what versions "
         "and devices differ by.\n",

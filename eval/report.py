@@ -4,12 +4,12 @@
         --window 256 --stride 128 --max-tokens 4096 --dtype float32 --output eval/results/report
 
 - Perplexity of every attention implementation, path and cache dtype, token by token beside eager attention in float32
-  (`eval/quality.py`), with bootstrap intervals over windows.
+  (`eval/quality/distances.py`), with bootstrap intervals over windows.
 - Retrieval from far context: the hand-built induction model on every path, which must score 1.000, and for a model that
-  can answer, a passkey in filler text (`--passkey-lengths`) beside another attention (`eval/retrieval.py`).
-- Perplexity against bits of the cache, beside transformers' QuantizedCache (`eval/kv_quantisation.py`).
-- The verdict (`eval/verdict.py`): limits by the dtype of weights and pages; `--max-delta-ppl 0.001` sets one for the
-  perplexity of all runs, relative. Exit status 0: passed, 1: failed, 2: bad arguments.
+  can answer, a passkey in filler text (`--passkey-lengths`) beside another attention (`eval/quality/retrieval.py`).
+- Perplexity against bits of the cache, beside transformers' QuantizedCache (`eval/quality/kv_quantisation.py`).
+- The verdict (`eval/quality/verdict.py`): limits by the dtype of weights and pages; `--max-delta-ppl 0.001` sets one
+  for the perplexity of all runs, relative. Exit status 0: passed, 1: failed, 2: bad arguments.
 """
 
 import argparse
@@ -28,8 +28,6 @@ from transformers.utils import logging
 import hf_paged
 from eval import command_line, report_figure
 from eval.cache_memory import held_bytes
-from eval.induction_model import induction_model
-from eval.kv_quantisation import CacheRow, kv_table
 from eval.loading import (
     DTYPES,
     check_attention,
@@ -43,12 +41,14 @@ from eval.loading import (
     with_cache,
 )
 from eval.perplexity import check_path, plan_runs
-from eval.quality import Reference, Settings, measure
-from eval.retrieval import INDUCTION_PATHS, QUANTISED_PATHS, Grid, induction_grid, passkey_grid
-from eval.scoring import KV_DTYPES, PATHS
-from eval.text_data import ACCEPTED_SPECS, load_text
-from eval.verdict import judge, limits_of
-from eval.windows import BY_DOCUMENT, CONVENTIONS, plan_windows
+from eval.quality.distances import Reference, Settings, measure
+from eval.quality.induction_model import induction_model
+from eval.quality.kv_quantisation import CacheRow, kv_table
+from eval.quality.retrieval import INDUCTION_PATHS, QUANTISED_PATHS, Grid, induction_grid, passkey_grid
+from eval.quality.scoring import KV_DTYPES, PATHS
+from eval.quality.text_data import ACCEPTED_SPECS, load_text
+from eval.quality.verdict import judge, limits_of
+from eval.quality.windows import BY_DOCUMENT, CONVENTIONS, plan_windows
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -238,7 +238,7 @@ def markdown(report: dict[str, Any], verdict_line: str) -> str:
 
 
 def kv_lines(rows: Sequence[CacheRow]) -> list[str]:
-    """The table of `eval.kv_quantisation` as Markdown."""
+    """The table of `eval.quality.kv_quantisation` as Markdown."""
     lines = [
         "All windows through the cache in chunks; bits of memory for each number, scales and unfilled pages included; "
         "differences against the first row.\n",
@@ -268,7 +268,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--path", nargs="+", default=list(PATHS), help=f"from {PATHS}")
     parser.add_argument("--kv-dtype", nargs="+", choices=KV_DTYPES, default=list(KV_DTYPES), help="of the pages")
     conventions = [c for c in CONVENTIONS if c not in BY_DOCUMENT]
-    parser.add_argument("--convention", choices=conventions, default="hf", help="windows, see eval/windows.py")
+    parser.add_argument("--convention", choices=conventions, default="hf", help="windows, see eval/quality/windows.py")
     parser.add_argument("--window", type=int, help="tokens in a window (default: 2048, or the model's positions)")
     parser.add_argument("--stride", type=int, help="tokens from window to window")
     parser.add_argument("--max-tokens", type=int, help="use the first so many tokens of the text (default: all)")

@@ -30,7 +30,7 @@ The recipe, and why:
     default recipe, one taking more than twice as long as the other, wrote the same bytes.
 
 RoPE is trained on positions below `CONTEXT` only. `max_position_embeddings` allows more, but what the model says beyond
-`CONTEXT` is not to be judged by its likelihood; `eval.induction_model` is the instrument for long context.
+`CONTEXT` is not to be judged by its likelihood; `eval.quality.induction_model` is the instrument for long context.
 """
 
 from __future__ import annotations
@@ -493,7 +493,7 @@ Held-out text tokenised once, disjoint windows of {context} tokens, tail dropped
 
 ## Limits
 - RoPE was trained on positions below {context} only. The configuration allows {max_positions}, so that longer inputs
-  can be run, but their likelihood is no measure of anything. For long context see `eval/induction_model.py`.
+  can be run, but their likelihood is no measure of anything. For long context see `eval/quality/induction_model.py`.
 - The perplexity belongs to this tokenizer and this text. Compare implementations on the same windows.
 - Most of what it knows is near by: a fault that touches only far context moves the mean likelihood little. Look at the
   paired difference with its standard error and at the greatest difference of any label, not at the perplexity.

@@ -11,13 +11,16 @@ import pytest
 import torch
 
 import hf_paged
-from eval import bench_engine, bench_engine_busy, bench_engine_gpu, bench_engine_peers, bench_engine_plots
-from eval import bench_engine_arrivals as sweep
-from eval.bench_engine_gpu import PARTS, SWITCHES, Plan, objection
-from eval.bench_engine_models import TINY as TINY_SHAPE
-from eval.bench_engine_models import build
-from eval.bench_engine_parts import TINY, config, make_engine
-from eval.bench_engine_report import markdown
+from eval import bench_engine, bench_engine_peers
+from eval.engine_bench import arrivals as sweep
+from eval.engine_bench import busy as bench_engine_busy
+from eval.engine_bench import gpu as bench_engine_gpu
+from eval.engine_bench import plots as bench_engine_plots
+from eval.engine_bench.gpu import PARTS, SWITCHES, Plan, objection
+from eval.engine_bench.models import TINY as TINY_SHAPE
+from eval.engine_bench.models import build
+from eval.engine_bench.parts import TINY, config, make_engine
+from eval.engine_bench.report import markdown
 
 HAS_GPU = torch.cuda.is_available()
 VARIANTS = [name for name in SWITCHES if name != "compiled"]

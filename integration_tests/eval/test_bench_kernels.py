@@ -8,8 +8,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-from eval import bench_kernels, bench_kernels_calls, bench_kernels_rows, bench_kernels_timing
-from eval.bench_kernels_rows import (
+from eval import bench_kernels
+from eval.kernel_bench import calls as bench_kernels_calls
+from eval.kernel_bench import rows as bench_kernels_rows
+from eval.kernel_bench import timing as bench_kernels_timing
+from eval.kernel_bench.rows import (
     CUDNN,
     DENSE,
     FA3,

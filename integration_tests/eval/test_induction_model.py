@@ -5,7 +5,7 @@ import torch
 from transformers import AttentionInterface, DynamicCache, LlamaForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from eval.induction_model import (
+from eval.quality.induction_model import (
     MAX_VOCAB_SIZE,
     NUM_KV_HEADS,
     copy_accuracy,

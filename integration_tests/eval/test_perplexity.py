@@ -14,8 +14,8 @@ from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, Pre
 
 import hf_paged
 from eval import perplexity as perplexity_module
-from eval import scoring
 from eval.perplexity import Window, load_text, main, perplexity, plan_windows
+from eval.quality import scoring
 
 VOCAB_SIZE = 97
 NUM_TOKENS = 111

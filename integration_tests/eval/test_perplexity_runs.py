@@ -11,13 +11,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval import named_data, perplexity_result, text_data
-from eval.named_data import NAMED_DATA, detokenize_wikitext
-from eval.partial_results import PartialResults
 from eval.perplexity import encode, main, perplexity, plan_runs
-from eval.processes import Processes
-from eval.text_data import load_documents
-from eval.windows import Window, plan_windows
+from eval.quality import named_data, perplexity_result, text_data
+from eval.quality.named_data import NAMED_DATA, detokenize_wikitext
+from eval.quality.partial_results import PartialResults
+from eval.quality.processes import Processes
+from eval.quality.text_data import load_documents
+from eval.quality.windows import Window, plan_windows
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "integration_tests" / "assets"

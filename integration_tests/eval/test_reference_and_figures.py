@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from eval import figures, reference
-from eval.windows import plan_windows
+from eval.quality.windows import plan_windows
 
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "integration_tests" / "assets"

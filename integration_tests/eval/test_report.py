@@ -11,11 +11,11 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from eval import report, report_figure
-from eval.induction_model import induction_model
-from eval.kv_quantisation import kv_table
-from eval.quality import QualityRow, Reference, Settings, measure
-from eval.retrieval import INDUCTION_PATHS, QUANTISED_PATHS, Grid, induction_grid, passkey_grid, passkey_prompt
-from eval.verdict import judge, limits_of
+from eval.quality.distances import QualityRow, Reference, Settings, measure
+from eval.quality.induction_model import induction_model
+from eval.quality.kv_quantisation import kv_table
+from eval.quality.retrieval import INDUCTION_PATHS, QUANTISED_PATHS, Grid, induction_grid, passkey_grid, passkey_prompt
+from eval.quality.verdict import judge, limits_of
 from hf_paged.attention import interface
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"

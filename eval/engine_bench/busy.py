@@ -23,7 +23,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import hf_paged
-from eval.bench_engine_parts import Deadline, Sizes, all_decoding, synchronize, timed_steps
+from eval.engine_bench.parts import Deadline, Sizes, all_decoding, synchronize, timed_steps
 
 DISPATCH_US = 3.0
 ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")

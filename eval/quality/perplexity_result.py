@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from eval.windows import Window
+from eval.quality.windows import Window
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,8 +34,8 @@ class PerplexityResult:
         positions: [num_scored] int64, index in the text of the token that each nll belongs to; ascending.
         windows: the windows, in the order of `nll`.
         attn: attention implementation of the model.
-        path: one of `eval.scoring.PATHS`.
-        convention: one of `eval.windows.CONVENTIONS`.
+        path: one of `eval.quality.scoring.PATHS`.
+        convention: one of `eval.quality.windows.CONVENTIONS`.
         seconds: wall time of all forwards of this process, compilation of kernels included; batches taken over from an
             earlier run are not in it.
         kv_dtype: of the pages: "auto", "fp8", "int8"; or the name of a cache of the caller.

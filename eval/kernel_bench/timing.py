@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from .bench_kernels_calls import COMPILED_PEERS, MAKERS, Call, columns_of, has_flex
-from .bench_kernels_rows import DENSE, FA4, FLEX, OURS, Row
+from .calls import COMPILED_PEERS, MAKERS, Call, columns_of, has_flex
+from .rows import DENSE, FA4, FLEX, OURS, Row
 
 OUTSIDE_A_GRAPH = ("prefill", "backward")
 SPLIT_TABLES = ("decode", "verify")

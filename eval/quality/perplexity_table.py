@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
-from eval.perplexity_result import PerplexityResult
-from eval.text_data import Documents
+from eval.quality.perplexity_result import PerplexityResult
+from eval.quality.text_data import Documents
 
 FEW_SCORED = 100
 """Tokens below which a report says that its figure says little."""

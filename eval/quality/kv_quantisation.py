@@ -17,7 +17,7 @@ import hf_paged
 from eval.cache_memory import held_bytes
 from eval.loading import set_attention, with_cache
 from eval.perplexity import perplexity
-from eval.quality import Settings
+from eval.quality.distances import Settings
 
 RESIDUAL = 16
 

@@ -4,7 +4,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
-from eval.bench_engine_report import VARIANTS
+from eval.engine_bench.report import VARIANTS
 
 COLORS = {"engine": "#2a6f97", "off": "#7fb0cc", "peer": "#c8553d"}
 LINES = ("#2a6f97", "#c8553d", "#588157", "#7b5ea7", "#f2c14e")

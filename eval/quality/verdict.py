@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from eval.quality import QualityRow
-from eval.retrieval import Grid
+from eval.quality.distances import QualityRow
+from eval.quality.retrieval import Grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +84,7 @@ def judge(
     """Hold every figure against its limit.
 
     Args:
-        rows: of `eval.quality.measure`.
+        rows: of `eval.quality.distances.measure`.
         induction: grids of the induction model; each cell must be 1.
         passkey: grids of the model under test, the first of them by the reference attention: no cell of another may be
             below it.

@@ -12,7 +12,7 @@ import torch
 from hf_paged_kernels.backend import uses_gluon
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from .bench_kernels_rows import (
+from .rows import (
     CUDNN,
     DENSE,
     FA2,

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 import hf_paged
-from eval.bench_engine_models import draw_requests
-from eval.bench_engine_parts import Deadline, Sizes, config, drain
+from eval.engine_bench.models import draw_requests
+from eval.engine_bench.parts import Deadline, Sizes, config, drain
 
 UNCOUNTED = 1 / 3
 LEAST_LOAD_S = 5.0

@@ -46,13 +46,14 @@ import torch
 import transformers
 
 import hf_paged
-from eval import bench_engine_peers, bench_engine_plots
-from eval.bench_engine_arrivals import arrivals
-from eval.bench_engine_busy import busy
-from eval.bench_engine_equality import equality
-from eval.bench_engine_models import MODELS, NUM_REQUESTS, Costs, build, draw_requests
-from eval.bench_engine_models import TINY as TINY_SHAPE
-from eval.bench_engine_parts import (
+from eval import bench_engine_peers
+from eval.engine_bench import plots as bench_engine_plots
+from eval.engine_bench.arrivals import arrivals
+from eval.engine_bench.busy import busy
+from eval.engine_bench.equality import equality
+from eval.engine_bench.models import MODELS, NUM_REQUESTS, Costs, build, draw_requests
+from eval.engine_bench.models import TINY as TINY_SHAPE
+from eval.engine_bench.parts import (
     FULL,
     TINY,
     Sizes,
@@ -68,7 +69,7 @@ from eval.bench_engine_parts import (
     throughput,
     throughput_in_order,
 )
-from eval.bench_engine_report import VARIANTS, markdown
+from eval.engine_bench.report import VARIANTS, markdown
 
 __all__ = ["NUM_REQUESTS", "PARTS", "add_arguments", "build", "config", "draw_requests", "main", "make_engine", "run"]
 
@@ -110,7 +111,7 @@ class Plan:
     """What to run.
 
     Attributes:
-        models: of :data:`~eval.bench_engine_models.MODELS`.
+        models: of :data:`~eval.engine_bench.models.MODELS`.
         parts: of :data:`PARTS`, with everything on.
         switch_parts: with the other variants.
         variants: of :data:`SWITCHES`.

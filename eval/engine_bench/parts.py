@@ -17,7 +17,7 @@ import torch
 from transformers import GenerationConfig
 
 import hf_paged
-from eval.bench_engine_models import LENGTHS, NUM_REQUESTS, TOKENS, Costs, draw_requests
+from eval.engine_bench.models import LENGTHS, NUM_REQUESTS, TOKENS, Costs, draw_requests
 
 SAMPLED = dict(do_sample=True, temperature=0.8, top_p=0.95, top_k=0)
 SPARE_STEPS = 80

@@ -1,7 +1,7 @@
 """Far context: is a token found again that stands far back? On a grid of depth and length.
 
-`induction_grid`  the hand-built model of `eval.induction_model`, which copies a string without a miss at any length:
-                  less than 1.000 is a fault of attention or cache. Along the paths of `eval.scoring`.
+`induction_grid`  the hand-built model of `eval.quality.induction_model`, which copies a string without a miss at any
+                  length: less than 1.000 is a fault of attention or cache. Along the paths of `eval.quality.scoring`.
 `passkey_grid`    a number in filler text that the model under test is asked for at the end (Mohtashami and Jaggi 2023,
                   https://arxiv.org/abs/2305.16300): what the model can do, beside the same with another attention.
 """
@@ -16,8 +16,8 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerB
 
 import hf_paged
 from eval.cache_memory import held_bytes
-from eval.induction_model import copy_prompt
-from eval.scoring import engine_scores, scored_logits
+from eval.quality.induction_model import copy_prompt
+from eval.quality.scoring import engine_scores, scored_logits
 
 FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 KEY = "The pass key is {key}. Remember it. {key} is the pass key. "
@@ -75,8 +75,8 @@ def induction_grid(
     """Share of a string seen before that the induction model predicts, on "paged_flash".
 
     Args:
-        model: of `eval.induction_model.induction_model`.
-        lengths, depths: of the prompts, see `eval.induction_model.copy_prompt`.
+        model: of `eval.quality.induction_model.induction_model`.
+        lengths, depths: of the prompts, see `eval.quality.induction_model.copy_prompt`.
         path: one of `INDUCTION_PATHS`.
         kv_dtype, page_size: of the pages.
     """

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 
 import hf_paged
-from eval.bench_engine_models import SMALL, TINY, build, draw_requests
-from eval.bench_engine_parts import Deadline, Sizes, config, make_engine
+from eval.engine_bench.models import SMALL, TINY, build, draw_requests
+from eval.engine_bench.parts import Deadline, Sizes, config, make_engine
 
 NUM_REQUESTS = 32
 PROMPTS = (5, 60)

@@ -9,8 +9,8 @@ from transformers import PreTrainedModel
 
 from eval.loading import set_attention
 from eval.perplexity import perplexity
-from eval.perplexity_result import PerplexityResult
-from eval.windows import DISJOINT
+from eval.quality.perplexity_result import PerplexityResult
+from eval.quality.windows import DISJOINT
 
 MAX_KEPT_LOGITS = 2**27
 """Log-probabilities of the reference that are kept for the divergence, in float32: 512 MiB."""

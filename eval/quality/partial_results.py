@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from eval.processes import Processes
+from eval.quality.processes import Processes
 
 
 class PartialResults:

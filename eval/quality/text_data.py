@@ -3,7 +3,7 @@
 `load_text` turns one specification into one string. Rows are joined by two newlines, as the GPTQ code and the
 transformers perplexity guide join WikiText, so a text file, a `.jsonl` file and a `.parquet` file with the same rows
 give the same string. Empty rows are kept (WikiText-2 has many, and published figures count them). `load_documents`
-keeps the rows apart. Datasets with a preprocessing of their own have names: `eval/named_data.py`.
+keeps the rows apart. Datasets with a preprocessing of their own have names: `eval/quality/named_data.py`.
 
 Text and `.jsonl` files need nothing but Python; `.parquet` and `.arrow` need pyarrow, dataset names and folders need
 `datasets`.
@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from eval.loading import did_you_mean
-from eval.named_data import NAMED_DATA, NamedData
+from eval.quality.named_data import NAMED_DATA, NamedData
 
 if TYPE_CHECKING:
     from datasets import Dataset

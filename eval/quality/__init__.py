@@ -1,0 +1,1 @@
+"""What perplexities, reports and generation checks are made of."""
