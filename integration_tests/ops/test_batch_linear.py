@@ -69,9 +69,9 @@ def test_ops_meet_the_contract_of_custom_ops():
     tests = ("test_schema", "test_faketensor")
     x, weight, bias = inputs(19, 24, 64, torch.float32)
     for given in (bias, None):
-        torch.library.opcheck(batch_linear_op, (x, weight, given), test_utils=tests)
-        torch.library.opcheck(batch_gated_linear_op, (x, weight, given), test_utils=tests)
-        torch.library.opcheck(linear_parts_op, (x, weight, given, 3), test_utils=tests)
+        torch.library.opcheck(batch_linear_op.op, (x, weight, given), test_utils=tests)
+        torch.library.opcheck(batch_gated_linear_op.op, (x, weight, given), test_utils=tests)
+        torch.library.opcheck(linear_parts_op.op, (x, weight, given, 3), test_utils=tests)
 
 
 def test_no_backward():

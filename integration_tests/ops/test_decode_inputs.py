@@ -64,12 +64,12 @@ def test_decode_rows(triton, page_size, block, monkeypatch):
 def test_the_ops():
     computed, last_token = (x.to(DEVICE) for x in tables())
     slots = torch.tensor([3, 7, 1], device=DEVICE)
-    torch.library.opcheck(decode_inputs_op, (slots, computed, last_token))
+    torch.library.opcheck(decode_inputs_op.op, (slots, computed, last_token))
     table = torch.randint(0, 99, (NUM_SLOTS + 1, 40), dtype=torch.int32, device=DEVICE)
     if DEVICE == "cpu":
         # On a device entries beyond a row's pages are undefined, which the check would compare.
         seq_lens = torch.tensor([5, 0, 70], dtype=torch.int32)
-        torch.library.opcheck(decode_rows_op, (slots, seq_lens, table, 16))
+        torch.library.opcheck(decode_rows_op.op, (slots, seq_lens, table, 16))
 
 
 @pytest.mark.gpu

@@ -196,14 +196,14 @@ def test_no_tokens_have_no_gradients():
 def test_opcheck():
     """Schema, fake implementation, and autograd registration, which AOT dispatch goes through."""
     q, k = (torch.randn(2, n, h, 16, device=DEVICE, requires_grad=True) for n, h in ((3, 4), (5, 2)))
-    torch.library.opcheck(ops.flash_attention_op, (q, k, k, None, None, 3, None, 0, None, None, 0.25))
+    torch.library.opcheck(ops.flash_attention_op.op, (q, k, k, None, None, 3, None, 0, None, None, 0.25))
     cu, sinks = prefix_sums([2, 4], DEVICE), torch.randn(4, device=DEVICE, requires_grad=True)
     packed = torch.randn(6, 4, 16, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(ops.flash_attention_op, (packed, packed, packed, cu, cu, 4, 2, 0, 5.0, sinks, 0.25))
+    torch.library.opcheck(ops.flash_attention_op.op, (packed, packed, packed, cu, cu, 4, 2, 0, 5.0, sinks, 0.25))
     packed, sinks = packed.detach(), sinks.detach()
     lse = torch.randn(4, 6, device=DEVICE)
     torch.library.opcheck(
-        ops.flash_attention_backward_op,
+        ops.flash_attention_backward_op.op,
         (packed, packed, packed, packed, lse, packed, lse, cu, cu, 2, 0, 5.0, sinks, 0.25),
         test_utils=("test_schema", "test_faketensor"),
     )

@@ -79,7 +79,7 @@ def test_no_rows(triton):
 
 def test_the_op():
     packed = torch.randn(3, 16, device=DEVICE)
-    torch.library.opcheck(gated_activation_op, (packed, "silu", "gate_up"))
+    torch.library.opcheck(gated_activation_op.op, (packed, "silu", "gate_up"))
     with pytest.raises(RuntimeError, match="no backward pass"):
         gated_activation_op(packed.requires_grad_(), "silu", "gate_up").sum().backward()
 

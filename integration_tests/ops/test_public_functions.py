@@ -176,29 +176,31 @@ def test_custom_ops_pass_opcheck():
     """Schema, fake implementation and mutation annotations agree with what the ops do."""
     q, k = torch.randn(2, 3, 4, 16), torch.randn(2, 5, 2, 16)
     tests = ("test_schema", "test_faketensor")
-    torch.library.opcheck(ops.flash_attention_op, (q, k, k, None, None, 3, None, 0, None, None, 0.25), test_utils=tests)
+    torch.library.opcheck(
+        ops.flash_attention_op.op, (q, k, k, None, None, 3, None, 0, None, None, 0.25), test_utils=tests
+    )
     packed = torch.randn(6, 4, 16)
     cu = ints(0, 2, 6)
     torch.library.opcheck(
-        ops.flash_attention_op,
+        ops.flash_attention_op.op,
         (packed, packed, packed, cu, cu, 4, 2, 0, 5.0, torch.randn(4), 0.25),
         test_utils=tests,
     )
     p = paged()
     torch.library.opcheck(
-        ops.paged_attention_op,
+        ops.paged_attention_op.op,
         (p["q"], p["k_pages"], p["v_pages"], p["page_table"], p["seq_lens"], p["cu_seqlens_q"], 1, None, 0, None, None,
          0.25, None, None), test_utils=tests,
     )  # fmt: skip
     new = torch.randn(2, 2, 16)
     torch.library.opcheck(
-        ops.write_pages_op,
+        ops.write_pages_op.op,
         (new, new, p["k_pages"], p["v_pages"], ints(0, -1, dtype=torch.int64), None, None),
         test_utils=tests,
     )
-    torch.library.opcheck(ops.copy_pages_op, (p["k_pages"], p["v_pages"], ints(0), ints(1)), test_utils=tests)
+    torch.library.opcheck(ops.copy_pages_op.op, (p["k_pages"], p["v_pages"], ints(0), ints(1)), test_utils=tests)
     torch.library.opcheck(
-        ops.merge_attention_states_op, (new, torch.randn(2, 2), new, torch.randn(2, 2)), test_utils=tests
+        ops.merge_attention_states_op.op, (new, torch.randn(2, 2), new, torch.randn(2, 2)), test_utils=tests
     )
 
 

@@ -121,8 +121,8 @@ def test_a_large_residual_is_rounded_before_the_norm():
 def test_the_op():
     x, weight = torch.randn(3, 16, device=DEVICE), torch.randn(16, device=DEVICE)
     for residual in (None, torch.randn(3, 16, device=DEVICE)):
-        torch.library.opcheck(rms_norm_op, (x, weight, 1e-6, 0.0, True, residual))
-    torch.library.opcheck(rms_norm_parts_op, (torch.randn(2, 3, 16, device=DEVICE), weight, 1e-6, 0.0, True, x))
+        torch.library.opcheck(rms_norm_op.op, (x, weight, 1e-6, 0.0, True, residual))
+    torch.library.opcheck(rms_norm_parts_op.op, (torch.randn(2, 3, 16, device=DEVICE), weight, 1e-6, 0.0, True, x))
     normed, _ = rms_norm_op(x.requires_grad_(), weight, 1e-6, 0.0, True, None)
     with pytest.raises(RuntimeError, match="no backward pass"):
         normed.sum().backward()

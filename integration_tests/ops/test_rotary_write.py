@@ -211,7 +211,7 @@ def test_the_op(quantised):
     scales = [torch.zeros(4, 2, 8, device=DEVICE) for _ in range(2)] if quantised else [None, None]
     slots = torch.tensor(SLOTS, device=DEVICE)
     torch.library.opcheck(
-        rotary_write_op, (q, k, v, cos, sin, False, None, None, 0.0, 0.0, True, *pages, *scales, slots)
+        rotary_write_op.op, (q, k, v, cos, sin, False, None, None, 0.0, 0.0, True, *pages, *scales, slots)
     )
 
 

@@ -388,4 +388,4 @@ def test_no_rows():
 def test_the_op_has_a_fake_implementation():
     slots, positions, *rest = tables([KINDS[name] for name in KINDS])
     logits = torch.randn(len(KINDS), 100, device=DEVICE)
-    torch.library.opcheck(sample_tokens_op, (logits, slots, positions, *rest, None), test_utils="test_faketensor")
+    torch.library.opcheck(sample_tokens_op.op, (logits, slots, positions, *rest, None), test_utils="test_faketensor")

@@ -72,8 +72,8 @@ def test_ops_meet_the_contract_of_custom_ops(all_terms):
     tests = ("test_schema", "test_faketensor")
     if not all_terms:
         bias = residual = norm_weight = None
-    torch.library.opcheck(small_linear_op, (x, weight, bias, residual, norm_weight, EPS), test_utils=tests)
-    torch.library.opcheck(small_gated_linear_op, (x, weight, bias, norm_weight, EPS), test_utils=tests)
+    torch.library.opcheck(small_linear_op.op, (x, weight, bias, residual, norm_weight, EPS), test_utils=tests)
+    torch.library.opcheck(small_gated_linear_op.op, (x, weight, bias, norm_weight, EPS), test_utils=tests)
 
 
 def test_no_backward():

@@ -205,7 +205,7 @@ def test_opcheck(name, strided):
     if strided:
         # Not pages, which come by the rows of a head.
         arguments = [x if isinstance(x, torch.Tensor) and x.ndim == 4 else apart(x) for x in arguments]
-    opcheck(op, tuple(arguments), test_utils=("test_schema", "test_faketensor"))
+    opcheck(op.op, tuple(arguments), test_utils=("test_schema", "test_faketensor"))
 
 
 def test_forward_mode_derivatives_are_refused():

@@ -64,6 +64,38 @@ def flash_attention(
 
     Source: Dao, "FlashAttention-2" (2023), algorithms 1 and 2.
     """
+    if cu_seqlens_k is None:
+        cu_seqlens_k = cu_seqlens_q
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, sinks)
+    longest, window_left, window_right, softcap, scale = checks.once(
+        _check_flash, tensors, max_seqlen_q, max_seqlen_k, causal, window, softcap, scale
+    )
+    checks.refuse_tangents(q=q, k=k, v=v, sinks=sinks)
+    if cu_seqlens_q is not None and cu_seqlens_k is not None and checks.may_read_values(q, cu_seqlens_q, cu_seqlens_k):
+        checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q.shape[0], longest)
+        checks.check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, k.shape[0], None)
+    out, lse = ops.flash_attention_op(
+        _unit_stride(q), _unit_stride(k), _unit_stride(v), cu_seqlens_q, cu_seqlens_k, longest, window_left,
+        window_right, softcap, sinks, scale,
+    )  # fmt: skip
+    return (out, lse) if return_lse else out
+
+
+def _check_flash(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    max_seqlen_q: int | None,
+    max_seqlen_k: int | None,
+    causal: bool,
+    window: int | tuple[int | None, int | None] | None,
+    softcap: float | None,
+    scale: float | None,
+) -> tuple[int, int | None, int | None, float | None, float]:
+    """``(longest query, window to the left, to the right, softcap, scale)`` of arguments that fit."""
     varlen = cu_seqlens_q is not None
     dims = ("[Tq, Hq, D]", "[Tk, Hk, D]") if varlen else ("[B, Lq, Hq, D]", "[B, Lk, Hk, D]")
     check_tensor("q", q, dims[0])
@@ -73,10 +105,8 @@ def flash_attention(
     require(k.shape[:-1] == v.shape[:-1], f"k and v must hold the same tokens, got {list(k.shape)}, {list(v.shape)}.")
     checks.check_sinks(sinks, q.shape[-2])
     window_left, window_right = checks.resolve_window(window, causal)
-    if cu_seqlens_q is not None:
+    if cu_seqlens_q is not None and cu_seqlens_k is not None:
         checks.check_cu_seqlens("cu_seqlens_q", cu_seqlens_q)
-        if cu_seqlens_k is None:
-            cu_seqlens_k = cu_seqlens_q
         checks.check_cu_seqlens("cu_seqlens_k", cu_seqlens_k)
         require(
             cu_seqlens_q.shape == cu_seqlens_k.shape,
@@ -87,24 +117,15 @@ def flash_attention(
         require(cu_seqlens_k is None, "cu_seqlens_k needs cu_seqlens_q: packed queries [Tq, Hq, D].")
         require(q.shape[0] == k.shape[0], f"q and k must have the same batch size, got {q.shape[0]}, {k.shape[0]}.")
     checks.check_same_device(q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, sinks=sinks)
-    checks.refuse_tangents(q=q, k=k, v=v, sinks=sinks)
     longest = q.shape[0 if varlen else 1]
     if max_seqlen_q is not None:
         max_seqlen_q = checks.count("max_seqlen_q", max_seqlen_q, 0)
         longest = max_seqlen_q if varlen else longest
     if max_seqlen_k is not None:
         checks.count("max_seqlen_k", max_seqlen_k, 0)
-    if cu_seqlens_q is not None and cu_seqlens_k is not None:
-        reads = q.device.type == "cpu" and checks.may_read_values(q, cu_seqlens_q, cu_seqlens_k)
-        if reads:
-            checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q.shape[0], longest)
-            checks.check_cu_seqlens_values("cu_seqlens_k", cu_seqlens_k, k.shape[0], None)
-    out, lse = ops.flash_attention_op(
-        _unit_stride(q), _unit_stride(k), _unit_stride(v), cu_seqlens_q, cu_seqlens_k,
-        longest, window_left, window_right,
-        checks.check_softcap(softcap), sinks, checks.resolve_scale(scale, q.shape[-1]),
+    return (
+        longest, window_left, window_right, checks.check_softcap(softcap), checks.resolve_scale(scale, q.shape[-1])
     )  # fmt: skip
-    return (out, lse) if return_lse else out
 
 
 def paged_attention(
@@ -161,23 +182,17 @@ def paged_attention(
 
     Raises:
         ValueError: shapes, devices, options, lengths or pages that do not fit; TypeError: dtypes that are not
-            supported. Lengths and pages are read back from the device for this, except during graph capture and
-            tracing; callers that launch many layers with one table check it once and call ``ops.paged_attention_op``.
+            supported. Lengths and pages are checked where they are in host memory. On an accelerator a look at them
+            would wait for all that runs: there they are checked with ``HF_PAGED_CHECK_VALUES=1`` in the environment,
+            except during graph capture, and a page outside of the pool is read wherever it would be.
 
     Source: Kwon et al., "Efficient Memory Management for Large Language Model Serving with PagedAttention" (2023).
     """
-    _check_paged(
-        q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, sinks, k_scale, v_scale
-    )  # fmt: skip
-    max_query_len = checks.count("max_query_len", max_query_len)
-    checks.refuse_tangents(q=q, k_pages=k_pages, v_pages=v_pages, sinks=sinks)
-    size = split_plan_size(page_table.shape[0], page_table.shape[1] * k_pages.shape[2])
-    require(
-        plan is None or (plan.dtype == torch.int32 and plan.shape == (size,) and plan.device == q.device),
-        f"plan must be what make_split_plan() gave for this page table, int32 {[size]}, "
-        f"got {None if plan is None else (plan.dtype, list(plan.shape), plan.device)}.",
+    tensors = (q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, sinks, k_scale, v_scale, plan)
+    max_query_len, window_left, window_right, softcap, scale = checks.once(
+        _check_paged_call, tensors, max_query_len, causal, window, softcap, scale
     )
-    window_left, window_right = checks.resolve_window(window, causal)
+    checks.refuse_tangents(q=q, k_pages=k_pages, v_pages=v_pages, sinks=sinks)
     if checks.may_read_values(q, page_table, seq_lens, cu_seqlens_q):
         checks.check_cu_seqlens_values("cu_seqlens_q", cu_seqlens_q, q.shape[0], max_query_len)
         checks.check_page_table_values(
@@ -185,10 +200,44 @@ def paged_attention(
         )
     out, lse = ops.paged_attention_op(
         _unit_stride(q), k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, max_query_len,
-        window_left, window_right, checks.check_softcap(softcap), sinks, checks.resolve_scale(scale, q.shape[-1]),
-        k_scale, v_scale, plan,
+        window_left, window_right, softcap, sinks, scale, k_scale, v_scale, plan,
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def _check_paged_call(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    sinks: torch.Tensor | None,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    plan: torch.Tensor | None,
+    max_query_len: int,
+    causal: bool,
+    window: int | tuple[int | None, int | None] | None,
+    softcap: float | None,
+    scale: float | None,
+) -> tuple[int, int | None, int | None, float | None, float]:
+    """``(longest query, window to the left, to the right, softcap, scale)`` of arguments that fit."""
+    _check_paged(
+        q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, sinks, k_scale, v_scale
+    )  # fmt: skip
+    max_query_len = checks.count("max_query_len", max_query_len)
+    size = split_plan_size(page_table.shape[0], page_table.shape[1] * k_pages.shape[2])
+    require(
+        plan is None or (plan.dtype == torch.int32 and plan.shape == (size,) and plan.device == q.device),
+        f"plan must be what make_split_plan() gave for this page table, int32 {[size]}, "
+        f"got {None if plan is None else (plan.dtype, list(plan.shape), plan.device)}.",
+    )
+    window_left, window_right = checks.resolve_window(window, causal)
+    return (
+        max_query_len, window_left, window_right, checks.check_softcap(softcap),
+        checks.resolve_scale(scale, q.shape[-1]),
+    )  # fmt: skip
 
 
 def make_split_plan(
@@ -221,11 +270,26 @@ def make_split_plan(
     Raises:
         ValueError, TypeError: tensors of other shapes or dtypes.
     """
+    max_tokens, window_left = checks.once(
+        _check_split_plan, (seq_lens, cu_seqlens_q, page_table), page_size, causal, window
+    )
+    return ops.split_plan_op(seq_lens, cu_seqlens_q, max_tokens, window_left)
+
+
+def _check_split_plan(
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    page_table: torch.Tensor,
+    page_size: int,
+    causal: bool,
+    window: int | tuple[int | None, int | None] | None,
+) -> tuple[int, int | None]:
+    """``(tokens that a row of the table has room for, window to the left)`` of arguments that fit."""
     _check_same_sequences(page_table, seq_lens, cu_seqlens_q)
     checks.check_same_device(seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q, page_table=page_table)
     page_size = checks.check_page_size(page_size)
     window_left, _ = checks.resolve_window(window, causal)
-    return ops.split_plan_op(seq_lens, cu_seqlens_q, page_table.shape[1] * page_size, window_left)
+    return page_table.shape[1] * page_size, window_left
 
 
 def make_shared_prefix(
@@ -266,7 +330,7 @@ def make_shared_prefix(
 
     Raises:
         ValueError: groups, shapes, lengths or pages that do not fit; TypeError: dtypes that are not supported. Lengths
-            and pages are read back from the device for this, except while tracing.
+            and pages are checked as in :func:`paged_attention`.
     """
     _check_same_sequences(page_table, seq_lens, cu_seqlens_q)
     checks.check_same_device(page_table=page_table, seq_lens=seq_lens, cu_seqlens_q=cu_seqlens_q)
@@ -350,9 +414,7 @@ def shared_prefix_attention(
         As :func:`paged_attention`.
 
     Raises:
-        ValueError, TypeError: as :func:`paged_attention`, and a ``prefix`` of another step. Values are read back from
-            the device for this as there; callers that launch many layers check once and call
-            ``shared_prefix.attend_shared_prefix``.
+        ValueError, TypeError: as :func:`paged_attention`, and a ``prefix`` of another step where values are checked.
     """
     require(
         window is None,
@@ -409,6 +471,28 @@ def write_pages(
     Raises:
         ValueError: shapes, devices or slots that do not fit; TypeError: dtypes that are not supported.
     """
+    checks.once(_check_write, (k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale))
+    checks.refuse_tangents(k=k, v=v, k_pages=k_pages, v_pages=v_pages)
+    num_slots = k_pages.shape[0] * k_pages.shape[2]
+    if checks.may_read_values(k, slot_mapping) and slot_mapping.numel():
+        low, high = (int(x) for x in slot_mapping.aminmax())
+        require(
+            low >= -1 and high < num_slots,
+            f"slot_mapping holds {low if low < -1 else high}, outside of the pool's {num_slots} slots "
+            f"(accepted: -1 to {num_slots - 1}).",
+        )
+    ops.write_pages_op(_unit_stride(k), _unit_stride(v), k_pages, v_pages, slot_mapping, k_scale, v_scale)
+
+
+def _check_write(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+) -> None:
     check_tensor("k", k, "[T, Hk, D]")
     check_tensor("v", v, "[T, Hk, Dv]")
     checks.check_pages(k_pages, v_pages)
@@ -429,16 +513,6 @@ def write_pages(
     checks.check_same_device(
         k=k, v=v, k_pages=k_pages, v_pages=v_pages, slot_mapping=slot_mapping, k_scale=k_scale, v_scale=v_scale
     )
-    checks.refuse_tangents(k=k, v=v, k_pages=k_pages, v_pages=v_pages)
-    num_slots = k_pages.shape[0] * k_pages.shape[2]
-    if checks.may_read_values(k, slot_mapping) and slot_mapping.numel():
-        low, high = (int(x) for x in slot_mapping.aminmax())
-        require(
-            low >= -1 and high < num_slots,
-            f"slot_mapping holds {low if low < -1 else high}, outside of the pool's {num_slots} slots "
-            f"(accepted: -1 to {num_slots - 1}).",
-        )
-    ops.write_pages_op(_unit_stride(k), _unit_stride(v), k_pages, v_pages, slot_mapping, k_scale, v_scale)
 
 
 def copy_pages(k_pages: torch.Tensor, v_pages: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:

@@ -31,13 +31,22 @@ def on_nvidia(tensor: torch.Tensor) -> bool:
 
 def device_guard(tensor: torch.Tensor) -> AbstractContextManager:
     """Make ``tensor``'s device current: Triton launches on the current device, wherever its arguments live."""
-    if tensor.device.type == "cpu":
-        return nullcontext()
-    return torch.get_device_module(tensor.device).device(tensor.device)
+    device = tensor.device
+    if device.type == "cpu" or (device.type == "cuda" and device.index == torch.cuda.current_device()):
+        return _NO_GUARD
+    return torch.get_device_module(device).device(device)
+
+
+_NO_GUARD = nullcontext()
 
 
 MAX_GRID = 65535
 """The most programs along the second and along the third axis of a CUDA grid."""
+
+
+def layout(tensor: torch.Tensor | None) -> tuple | None:
+    """All of an optional tensor but its memory."""
+    return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
 def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:

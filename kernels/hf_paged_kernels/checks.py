@@ -2,7 +2,11 @@
 
 import math
 import operator
+import os
+from collections.abc import Callable
 from itertools import pairwise
+from types import NoneType
+from typing import Any
 
 import torch
 from torch.autograd import forward_ad
@@ -304,16 +308,61 @@ def refuse_tangents(**tensors: torch.Tensor | None) -> None:
             )
 
 
-def may_read_values(*tensors: torch.Tensor) -> bool:
-    """Whether a check may look at values.
+VALUES_ON_DEVICE = os.environ.get("HF_PAGED_CHECK_VALUES") == "1"
+"""Check values on an accelerator too, where each look at them waits for all that runs: to find a fault."""
 
-    Not while a graph is captured, nor while a program is traced: a tensor is then a fake, or another wrapper.
+
+def may_read_values(*tensors: torch.Tensor) -> bool:
+    """Whether a check may look at values: those in host memory.
+
+    Not while a program is traced: a tensor is then a fake, or another wrapper.
     """
     if torch.compiler.is_compiling():
         return False
-    if any(type(x) not in (torch.Tensor, torch.nn.Parameter) or x.device.type == "meta" for x in tensors):
+    device = tensors[0].device.type
+    if device == "meta" or not (device == "cpu" or VALUES_ON_DEVICE):
         return False
-    return tensors[0].device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+    if any(type(x) not in (torch.Tensor, torch.nn.Parameter) for x in tensors):
+        return False
+    return device != "cuda" or not torch.cuda.is_current_stream_capturing()
+
+
+MAX_CHECKED = 1024
+OPTIONS = (NoneType, bool, int, float)
+_checked: dict[tuple, Any] = {}
+
+
+def once(check: Callable[..., Any], tensors: tuple, *options: Any) -> Any:
+    """``check(*tensors, *options)``, which asks nothing of values: known where all else is as in an earlier call.
+
+    While a program is traced, and for arguments that may be more than they seem, every call is checked.
+    """
+    if torch.compiler.is_compiling():
+        return check(*tensors, *options)
+    key: list = [check]
+    for x in tensors:
+        kind = type(x)
+        if kind is torch.Tensor or kind is torch.nn.Parameter:
+            key += (x.shape, x.stride(), x.dtype, x.device)
+        elif x is None:
+            key.append(None)
+        else:
+            return check(*tensors, *options)
+    for x in options:
+        # 1, 1.0 and True are equal, and not all accepted.
+        kinds = (*map(type, x),) if type(x) is tuple else (type(x),)
+        if not all(kind in OPTIONS for kind in kinds):
+            return check(*tensors, *options)
+        key += (x, kinds)
+    found = tuple(key)
+    try:
+        return _checked[found]
+    except KeyError:
+        result = check(*tensors, *options)
+        if len(_checked) >= MAX_CHECKED:
+            _checked.clear()
+        _checked[found] = result
+        return result
 
 
 def _short(values: list[int]) -> str:

@@ -26,9 +26,9 @@ address a thread. A masked tile of a packed sequence still takes pointers, since
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..backend import MAX_GRID, contiguous, contiguous_rows, device_guard
+from ..backend import MAX_GRID, contiguous, contiguous_rows, device_guard, layout
+from ..launch import Launch, Launches, Tile
 from ..settings import LOG2_E, AttentionSettings, BackwardSettings, flash_backward_settings
 from .flash_backward_parts_triton import (
     find_block,
@@ -338,33 +338,82 @@ def flash_attention_backward_launch(
         if sinks is not None:
             dsinks = torch.zeros_like(sinks, dtype=torch.float32) if dlse is None else _sum_of_tokens(dlse)
         return dq.zero_(), dk.zero_(), dv.zero_(), dsinks
-    out, dout = contiguous_rows(out), contiguous_rows(dout)
-    cu_seqlens_q, cu_seqlens_k = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k)
-    if varlen:
-        # [1, T, H, D] and [1, H, T]: one batch whose tokens cu_seqlens divides.
-        q4, k4, v4, out4, dout4, dq4, dk4, dv4 = (x.unsqueeze(0) for x in (q, k, v, out, dout, dq, dk, dv))
-        lse, dlse = lse.unsqueeze(0), None if dlse is None else dlse.unsqueeze(0)
-    else:
-        q4, k4, v4, out4, dout4, dq4, dk4, dv4 = q, k, v, out, dout, dq, dk, dv
-    lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
-    batch, seqlen_q, num_q_heads, head_dim = q4.shape
-    seqlen_k, num_kv_heads, v_dim = v4.shape[1:]
-    num_seqs = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else batch
-    block_d, block_dv = (max(16, triton.next_power_of_2(dim)) for dim in (head_dim, v_dim))
-    s = settings or flash_backward_settings(q.device, head_dim, v_dim, q.element_size())
-
+    out, dout, lse = contiguous_rows(out), contiguous_rows(dout), lse.contiguous()
+    cu_seqlens_q, cu_seqlens_k, dlse = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k), contiguous(dlse)
+    # Packed: one batch whose tokens cu_seqlens divides.
+    batch, seqlen_q = (1, q.shape[0]) if varlen else q.shape[:2]
+    num_seqs = batch if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     # Zeros: no program writes the slots between two packed sequences.
     num_slots = 16 * triton.cdiv(_grid(4, seqlen_q, 1, 1, num_seqs, varlen)[0], 4)
-    lse_log2, delta, *more = q.new_zeros(2 + (sinks is not None), batch, num_q_heads, num_slots, dtype=torch.float32)
+    rows = q.new_zeros((2 + (sinks is not None), batch, q.shape[-2], num_slots), dtype=torch.float32)
+    lse_log2, delta, *more = rows.unbind()
     sums = more[0] if more else None
+    tensors = (q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k)
+    is_aligned = (q.data_ptr() | k.data_ptr() | v.data_ptr() | dout.data_ptr()) % 16 == 0
+    key = (
+        *map(layout, tensors), is_aligned, sinks is None, window_left, window_right, softcap, scale, settings
+    )  # fmt: skip
+    launches = _backward.get(key)
+    if launches is None:
+        s = settings or flash_backward_settings(q.device, q.shape[-1], v.shape[-1], q.element_size())
+        launches = _backward.keep(key, _prepare(
+            *tensors, dq, dk, dv, lse_log2, delta, sums, window_left, window_right, softcap, scale, s
+        ))  # fmt: skip
+    with device_guard(q):
+        for sum_rows, keys, queries, query_tiles, key_tiles in launches:
+            sum_rows(out, dout, lse, dlse, lse_log2, delta, sums, cu_seqlens_q)
+            tiles = (q, dout, lse_log2, delta) if query_tiles else ()
+            keys(q, k, v, dout, dk, dv, lse_log2, delta, *tiles, cu_seqlens_q, cu_seqlens_k)
+            tiles = (k, v) if key_tiles else ()
+            queries(q, k, v, dout, dq, lse_log2, delta, sums, *tiles, cu_seqlens_q, cu_seqlens_k)
+    dsinks = q.new_zeros(0, dtype=torch.float32)
+    if sinks is not None:
+        dsinks = -_sum_of_tokens(torch.exp2(sinks.float()[:, None] * LOG2_E - lse_log2) * sums)
+    return dq, dk, dv, dsinks
+
+
+_backward = Launches()
+
+
+def _prepare(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    dq: torch.Tensor,
+    dk: torch.Tensor,
+    dv: torch.Tensor,
+    lse_log2: torch.Tensor,
+    delta: torch.Tensor,
+    sums: torch.Tensor | None,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    scale: float,
+    settings: BackwardSettings,
+) -> list[tuple[Launch, Launch, Launch, bool, bool]]:
+    """``(row sums, keys, queries, has tiles of queries, has tiles of keys)`` for each part of the batch."""
+    s, varlen = settings, cu_seqlens_q is not None
+    if varlen:
+        # [1, T, H, D] and [1, H, T].
+        q, k, v, out, dout, dq, dk, dv, lse = (x.unsqueeze(0) for x in (q, k, v, out, dout, dq, dk, dv, lse))
+    batch, seqlen_q, num_q_heads, head_dim = q.shape
+    seqlen_k, num_kv_heads, v_dim = v.shape[1:]
+    num_seqs = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else batch
+    block_d, block_dv = (max(16, triton.next_power_of_2(dim)) for dim in (head_dim, v_dim))
     query_tiles = key_tiles = None
     if s.descriptors:
         rows, columns = s.keys.block_m, s.queries.block_n
         query_tiles = _describe(
-            (q4, (1, rows, 1, block_d)), (dout4, (1, rows, 1, block_dv)),
+            (q, (1, rows, 1, block_d)), (dout, (1, rows, 1, block_dv)),
             (lse_log2.flatten(0, 1), (1, rows)), (delta.flatten(0, 1), (1, rows)),
         )  # fmt: skip
-        key_tiles = _describe((k4, (1, columns, 1, block_d)), (v4, (1, columns, 1, block_dv)))
+        key_tiles = _describe((k, (1, columns, 1, block_d)), (v, (1, columns, 1, block_dv)))
 
     lengths = (cu_seqlens_q, cu_seqlens_k, num_seqs, seqlen_q, seqlen_k)
     scale_log2 = scale * LOG2_E if softcap is None else 2.0 * scale / softcap * LOG2_E
@@ -381,28 +430,29 @@ def flash_attention_backward_launch(
         HAS_SOFTCAP=softcap is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
     )
-    with device_guard(q):
-        for first_batch in range(0, batch, MAX_GRID):
-            batches = min(MAX_GRID, batch - first_batch)
-            row_sums[_grid(64, seqlen_q, num_q_heads, batches, num_seqs, varlen)](
-                out4, dout4, lse, dlse, lse_log2, delta, sums, cu_seqlens_q, num_seqs, seqlen_q, first_batch,
-                out4.stride()[:3], dout4.stride()[:3], *lse.stride()[:2], lse_log2.stride()[:2],
-                V_DIM=v_dim, BLOCK_M=64, BLOCK_DV=block_dv, VARLEN=varlen, HAS_DLSE=dlse is not None,
-            )  # fmt: skip
-            _flash_backward_keys[_grid(s.keys.block_n, seqlen_k, num_kv_heads, batches, num_seqs, varlen)](
-                q4, k4, v4, dout4, dk4, dv4, lse_log2, delta, *(query_tiles or [None] * 4), *lengths, first_batch,
-                *(x.stride()[:3] for x in (q4, k4, v4, dout4, dk4, dv4)), lse_log2.stride()[:2], *scores,
-                DESCRIPTORS=query_tiles is not None, **common, **_tiles(s.keys),
-            )  # fmt: skip
-            _flash_backward_queries[_grid(s.queries.block_m, seqlen_q, num_q_heads, batches, num_seqs, varlen)](
-                q4, k4, v4, dout4, dq4, lse_log2, delta, sums, *(key_tiles or [None] * 2), *lengths, first_batch,
-                *(x.stride()[:3] for x in (q4, k4, v4, dout4, dq4)), lse_log2.stride()[:2], *scores,
-                DESCRIPTORS=key_tiles is not None, **common, **_tiles(s.queries),
-            )  # fmt: skip
-    dsinks = q.new_zeros(0, dtype=torch.float32)
-    if sinks is not None:
-        dsinks = -_sum_of_tokens(torch.exp2(sinks.float()[:, None] * LOG2_E - lse_log2) * sums)
-    return dq, dk, dv, dsinks
+    launches = []
+    for first_batch in range(0, batch, MAX_GRID):
+        batches = min(MAX_GRID, batch - first_batch)
+        sum_rows = Launch(
+            row_sums, _grid(64, seqlen_q, num_q_heads, batches, num_seqs, varlen),
+            out, dout, lse, dlse, lse_log2, delta, sums, cu_seqlens_q, num_seqs, seqlen_q, first_batch,
+            out.stride()[:3], dout.stride()[:3], *lse.stride()[:2], lse_log2.stride()[:2],
+            V_DIM=v_dim, BLOCK_M=64, BLOCK_DV=block_dv, VARLEN=varlen, HAS_DLSE=dlse is not None,
+        )  # fmt: skip
+        keys = Launch(
+            _flash_backward_keys, _grid(s.keys.block_n, seqlen_k, num_kv_heads, batches, num_seqs, varlen),
+            q, k, v, dout, dk, dv, lse_log2, delta, *(query_tiles or [None] * 4), *lengths, first_batch,
+            *(x.stride()[:3] for x in (q, k, v, dout, dk, dv)), lse_log2.stride()[:2], *scores,
+            DESCRIPTORS=query_tiles is not None, **common, **_tiles(s.keys),
+        )  # fmt: skip
+        queries = Launch(
+            _flash_backward_queries, _grid(s.queries.block_m, seqlen_q, num_q_heads, batches, num_seqs, varlen),
+            q, k, v, dout, dq, lse_log2, delta, sums, *(key_tiles or [None] * 2), *lengths, first_batch,
+            *(x.stride()[:3] for x in (q, k, v, dout, dq)), lse_log2.stride()[:2], *scores,
+            DESCRIPTORS=key_tiles is not None, **common, **_tiles(s.queries),
+        )  # fmt: skip
+        launches.append((sum_rows, keys, queries, query_tiles is not None, key_tiles is not None))
+    return launches
 
 
 def _grid(block: int, seqlen: int, num_heads: int, batch: int, num_seqs: int, varlen: bool) -> tuple[int, int, int]:
@@ -420,13 +470,13 @@ def _tiles(settings: AttentionSettings) -> dict[str, int]:
     return tiles if settings.max_registers is None else tiles | dict(maxnreg=settings.max_registers)
 
 
-def _describe(*tensors: tuple[torch.Tensor, tuple[int, ...]]) -> list[TensorDescriptor] | None:
+def _describe(*tensors: tuple[torch.Tensor, tuple[int, ...]]) -> list[Tile] | None:
     """A descriptor for each (tensor, block), or None if one of them is not aligned to 16 bytes in every dimension."""
     for x, _ in tensors:
         steps = [stride * x.element_size() for stride in x.stride()[:-1]]
         if x.data_ptr() % 16 or x.stride(-1) != 1 or any(step <= 0 or step % 16 for step in steps):
             return None
-    return [TensorDescriptor(x, list(x.shape), list(x.stride()), list(block)) for x, block in tensors]
+    return [Tile(x, x.shape, x.stride(), block) for x, block in tensors]
 
 
 def _sum_of_tokens(x: torch.Tensor) -> torch.Tensor:

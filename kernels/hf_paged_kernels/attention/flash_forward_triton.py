@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from ..backend import MAX_GRID, contiguous, device_guard
+from ..launch import launch
 from ..settings import LOG2_E, AttentionSettings, flash_settings
 from .primitives_triton import (
     add_sink,
@@ -270,7 +271,8 @@ def flash_attention_launch(
     with device_guard(q):
         for first_seq in range(0, num_seqs, MAX_GRID):
             grid = (triton.cdiv(seqlen_q, s.block_m), num_q_heads, min(MAX_GRID, num_seqs - first_seq))
-            _flash_forward[grid](
+            launch(
+                _flash_forward, grid,
                 q, k, v, sinks, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k,
                 *strides[0], *strides[1], *strides[2], *strides[3], *lse_strides,
                 scale_log2, softcap or 0.0, window_left or 0, window_right or 0, first_seq,

@@ -25,20 +25,31 @@ What a program does next is in ``hopper_tiles_gluon``, the copies are in ``hoppe
 ``hopper_arithmetic_gluon``; the kernel that puts them together and its launches are here.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..backend import contiguous, contiguous_rows, device_guard
+from ..backend import contiguous, contiguous_rows, device_guard, layout
 from ..dependent_launch_triton import has_dependent_launch
-from ..settings import LOG2_E, SHORT_QUERY, HopperSettings, hopper_settings, multiprocessors
+from ..launch import Launch, Launches, Part, Tile, new_counter
+from ..settings import (
+    ITEM_NUMBERS,
+    LOG2_E,
+    SHORT_QUERY,
+    HopperSettings,
+    hopper_settings,
+    max_split_items,
+    max_splits,
+    multiprocessors,
+)
 from .hopper_consumer_gluon import consume
 from .hopper_producer_gluon import produce
 from .hopper_scheduler_gluon import schedule
-from .split_plan_triton import SplitPlan, empty_parts, make_split_plan_launch, merge_parts_launch
+from .split_plan_triton import empty_parts, make_split_plan_launch, prepare_merge
 
 LENGTHS = [
     "num_tiles", "num_seqs", "seqlen_q", "seqlen_k", "num_blocks", "num_heads", "section", "stride_table",
@@ -144,13 +155,12 @@ L2_BUDGET = 32 * 2**20
 """Bytes of keys and values that programs work on at a time."""
 ANY = 2**31 - 1
 """Size of the page axis in a descriptor. A pool may grow under a captured graph, so its size is not part of it."""
+LAYOUT = gl.NVMMASharedLayout(128, 16, 4)
+"""Of a tile that TMA copies."""
+_flash, _paged = Launches(), Launches()
 
 
-def _descriptor(tensor: torch.Tensor, shape: list[int], strides: list[int], block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(tensor, shape, strides, block, gl.NVMMASharedLayout(128, 16, 4))
-
-
-def _launch(
+def _prepare(
     q: torch.Tensor,
     k: tuple[torch.Tensor, torch.Tensor],
     out: torch.Tensor,
@@ -167,66 +177,60 @@ def _launch(
     pack: int,
     num_blocks: int,
     kv_tokens: int,
-    plan: "SplitPlan | None" = None,
+    counter: torch.Tensor,
+    max_items: int = 0,
+    parts: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     is_settled: bool = False,
-) -> None:
-    """Launch on ``q [B, L, Hq, D]`` (packed: B is 1).
+) -> Launch:
+    """The launch on ``q [B, L, Hq, D]`` (packed: B is 1).
+
+    It is called with ``q, *k, out, lse, sinks, *parts, *lengths``, and a counter or three times the plan.
 
     Args:
         k: keys and values, ``[B, Lk, Hk, D]`` or pages ``[num_pages, Hk, page_size, D]``.
         out: like q, written; ``lse`` float32 ``[B, Hq, L]`` or ``[Hq, T]``, written.
-        mode: "dense", "varlen", "paged", or "split" with ``plan``.
+        mode: "dense", "varlen", "paged", or "split" with a plan.
         lengths: cu_seqlens_q, cu_seqlens_k, seq_lens, page_table; int32, None where the mode has none.
         group: query heads per key/value head; ``pack`` rows of a tile stand for them, 1: a head has tiles of its own.
-        is_settled: of ``plan``, see ``paged_attention_op``.
         num_blocks: upper bound of the blocks of query rows of a head (of a sequence, if dense).
         kv_tokens: upper bound of the tokens of a head's keys, for the share of the L2 cache.
+        counter: zeros, or the plan ("split").
+        max_items: of the plan.
+        parts: ``empty_parts`` of the plan.
+        is_settled: of the plan, see ``paged_attention_op``.
     """
     s = settings
     batch, seqlen_q, num_q_heads, head_dim = q.shape
-    paged = mode in ("paged", "split")
+    paged, split = mode in ("paged", "split"), mode == "split"
     num_heads = num_q_heads if pack == 1 else num_q_heads // group
     cu_seqlens_q, cu_seqlens_k, seq_lens, page_table = lengths
     num_seqs = batch if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    q_desc = _descriptor(q, list(q.shape), list(q.stride()), [1, TILE_ROWS // pack, pack, 64])
+    q_desc = Tile(q, q.shape, q.stride(), (1, TILE_ROWS // pack, pack, 64), LAYOUT)
     page_size = k[0].shape[2] if paged else s.block_n
     chunk = min(page_size, s.block_n)
-    kv_block = [1, 1, chunk, 64] if paged else [1, chunk, 1, 64]
+    kv_block = (1, 1, chunk, 64) if paged else (1, chunk, 1, 64)
     k_desc, v_desc = (
-        _descriptor(x, [ANY if paged else x.shape[0], *x.shape[1:]], list(x.stride()), kv_block) for x in k
+        Tile(x, (ANY, *x.shape[1:]) if paged else x.shape, x.stride(), kv_block, LAYOUT) for x in k
     )
     columns = num_heads * (batch if mode == "dense" else 1)
     section = max(1, min(columns, L2_BUDGET // max(1, 4 * head_dim * kv_tokens // (group if pack == 1 else 1))))
-    num_tiles = num_blocks * columns
-    parts = part_lse = None
-    items = num_items = handed_out = None
+    num_tiles = max_items * num_heads if split else num_blocks * columns
     programs = multiprocessors(q.device) * s.programs_per_sm
-    if plan is not None:
-        items, num_items, handed_out = plan.items, plan.num_items, plan.handed_out
-        num_tiles = plan.max_items * num_heads
-        parts, part_lse = empty_parts(out[0], plan.max_parts, num_heads, pack, head_dim)
-    else:
-        handed_out = torch.zeros(1, dtype=torch.int32, device=q.device)
+    plan = (Part(counter, 4), counter, Part(counter, 1)) if split else (None, None, counter)
     scale_log2 = scale * LOG2_E if softcap is None else 2.0 * scale / softcap * LOG2_E
-    with device_guard(q):
-        _hopper_forward[(min(programs, num_tiles),)](
-            q_desc, k_desc, v_desc, out, lse, sinks, parts, part_lse, cu_seqlens_q, cu_seqlens_k, seq_lens,
-            page_table, items, num_items, handed_out,
-            num_tiles, num_seqs, seqlen_q, k[0].shape[1], num_blocks, num_heads, section,
-            0 if page_table is None else page_table.stride(0), *out.stride()[:3],
-            lse.stride(0) if mode == "dense" else 0, lse.stride(-1), lse.stride(-2),
-            scale_log2, softcap or 0.0, window_left or 0, window_right or 0, int(is_settled),
-            MODE=mode, GROUP=group, PACK=pack, PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_N=s.block_n,
-            STAGES=s.stages, Q_STAGES=s.q_stages, CONSUMERS=s.consumers, HAS_LEFT=window_left is not None,
-            HAS_RIGHT=window_right is not None, HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None,
-            TAKE_TURNS=s.take_turns, FULL_WEIGHTS=s.full_weights,
-            num_warps=4, maxnreg=s.max_registers, launch_pdl=plan is not None and has_dependent_launch(q.device),
-        )  # fmt: skip
-    if plan is not None and plan.max_parts > 1:
-        assert parts is not None
-        assert part_lse is not None
-        assert cu_seqlens_q is not None
-        merge_parts_launch(parts, part_lse, plan, cu_seqlens_q, sinks, out[0], lse, group, pack)
+    return Launch(
+        _hopper_forward, (min(programs, num_tiles),),
+        q_desc, k_desc, v_desc, out, lse, sinks, *parts, cu_seqlens_q, cu_seqlens_k, seq_lens, page_table, *plan,
+        num_tiles, num_seqs, seqlen_q, k[0].shape[1], num_blocks, num_heads, section,
+        0 if page_table is None else page_table.stride(0), *out.stride()[:3],
+        lse.stride(0) if mode == "dense" else 0, lse.stride(-1), lse.stride(-2),
+        scale_log2, softcap or 0.0, window_left or 0, window_right or 0, int(is_settled),
+        MODE=mode, GROUP=group, PACK=pack, PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_N=s.block_n,
+        STAGES=s.stages, Q_STAGES=s.q_stages, CONSUMERS=s.consumers, HAS_LEFT=window_left is not None,
+        HAS_RIGHT=window_right is not None, HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None,
+        TAKE_TURNS=s.take_turns, FULL_WEIGHTS=s.full_weights,
+        num_warps=4, maxnreg=s.max_registers, launch_pdl=split and has_dependent_launch(q.device),
+    )  # fmt: skip
 
 
 def hopper_flash_launch(
@@ -244,32 +248,39 @@ def hopper_flash_launch(
     settings: HopperSettings | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Dense ``[B, L, H, D]`` or packed ``[T, H, D]``; arguments and result as of ``flash_attention_launch``."""
-    head_dim = q.shape[-1]
     cu_seqlens_q, cu_seqlens_k, sinks = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k), contiguous(sinks)
-    s = settings or hopper_settings(head_dim, max_seqlen_q)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    group = q.shape[-2] // k.shape[-2]
-    block_m = TILE_ROWS * s.consumers
-    if cu_seqlens_q is None:
-        lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=torch.float32)
-        mode, num_blocks, kv_tokens = "dense", triton.cdiv(q.shape[1], block_m), k.shape[1]
-        tensors = (q, k, v, out)
-    else:
-        lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
-        num_blocks = q.shape[0] // block_m + cu_seqlens_q.shape[0] - 1
-        mode, kv_tokens = "varlen", k.shape[0]
-        tensors = (q[None], k[None], v[None], out[None])
-    if out.numel() == 0:
-        return out, lse
-    if k.numel() == 0:
-        lse.fill_(float("-inf"))
-        if sinks is not None:
-            lse.copy_(sinks[:, None])
-        return out.zero_(), lse
-    _launch(
-        tensors[0], tensors[1:3], tensors[3], lse, mode, (cu_seqlens_q, cu_seqlens_k, None, None),
-        window_left, window_right, softcap, sinks, scale, s, group, 1, num_blocks, kv_tokens,
+    packed = cu_seqlens_q is not None
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(
+        (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32
+    )
+    key = (
+        layout(q), layout(k), layout(v), layout(cu_seqlens_q), layout(cu_seqlens_k), layout(sinks), max_seqlen_q,
+        window_left, window_right, softcap, scale, settings,
     )  # fmt: skip
+    forward = _flash.get(key)
+    if forward is None:
+        if out.numel() == 0:
+            return out, lse
+        if k.numel() == 0:
+            lse.fill_(float("-inf"))
+            if sinks is not None:
+                lse.copy_(sinks[:, None])
+            return out.zero_(), lse
+        s = settings or hopper_settings(q.shape[-1], max_seqlen_q)
+        block_m = TILE_ROWS * s.consumers
+        q4, k4, v4, out4 = (x[None] if packed else x for x in (q, k, v, out))
+        if cu_seqlens_q is None:
+            num_blocks = triton.cdiv(q.shape[1], block_m)
+        else:
+            num_blocks = q.shape[0] // block_m + cu_seqlens_q.shape[0] - 1
+        forward = _flash.keep(key, _prepare(
+            q4, (k4, v4), out4, lse, "varlen" if packed else "dense", (cu_seqlens_q, cu_seqlens_k, None, None),
+            window_left, window_right, softcap, sinks, scale, s, q.shape[-2] // k.shape[-2], 1, num_blocks, k4.shape[1],
+            lse,
+        ))  # fmt: skip
+    with device_guard(q):
+        forward(q, k, v, out, lse, sinks, cu_seqlens_q, cu_seqlens_k, new_counter(q.device))
     return out, lse
 
 
@@ -291,29 +302,91 @@ def hopper_paged_launch(
     is_settled: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Over pages; arguments and result as of ``paged_attention_launch``, ``is_settled`` of ``paged_attention_op``."""
-    num_tokens, num_q_heads, head_dim = q.shape
-    num_kv_heads, page_size = k_pages.shape[1:3]
-    group = num_q_heads // num_kv_heads
-    pack = triton.next_power_of_2(group)
-    out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    lse = q.new_empty(num_q_heads, num_tokens, dtype=torch.float32)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     seq_lens, cu_seqlens_q, sinks = seq_lens.contiguous(), cu_seqlens_q.contiguous(), contiguous(sinks)
     # A copy is made now: what it holds is not settled.
     is_settled = is_settled and plan is not None and plan.is_contiguous() and page_table.stride(-1) == 1
     page_table = contiguous_rows(page_table)
-    split = max_query_len * pack <= TILE_ROWS and max_query_len <= SHORT_QUERY
-    s = settings or hopper_settings(head_dim, max_query_len, split, page_table.shape[1] * page_size)
-    split_plan = None
-    if split:
-        if plan is None:
-            plan = make_split_plan_launch(seq_lens, cu_seqlens_q, page_table.shape[1] * page_size, window_left)
-        split_plan = SplitPlan.of(plan, seq_lens.shape[0], page_table.shape[1] * page_size)
-    num_blocks = num_tokens // (TILE_ROWS * s.consumers // pack) + seq_lens.shape[0]
-    _launch(
-        q[None], (k_pages, v_pages), out[None], lse, "split" if split else "paged",
-        (cu_seqlens_q, None, seq_lens, page_table), window_left, window_right, softcap, sinks, scale, s, group, pack,
-        num_blocks, page_table.shape[1] * page_size, split_plan, is_settled,
+    key = (
+        layout(q), layout(k_pages), layout(v_pages), layout(page_table), layout(seq_lens), layout(sinks), max_query_len,
+        window_left, window_right, softcap, scale, settings, is_settled,
     )  # fmt: skip
+    step = _paged.get(key)
+    if step is None:
+        step = _paged.keep(key, _prepare_pages(
+            q, (k_pages, v_pages), out, lse, page_table, seq_lens, cu_seqlens_q, max_query_len, window_left,
+            window_right, softcap, sinks, scale, settings, is_settled,
+        ))  # fmt: skip
+    max_tokens = page_table.shape[1] * k_pages.shape[2]
+    with device_guard(q):
+        if step.max_parts == 0:
+            counter = new_counter(q.device)
+            step.forward(q, k_pages, v_pages, out, lse, sinks, cu_seqlens_q, seq_lens, page_table, counter)
+            return out, lse
+        if plan is None:
+            plan = make_split_plan_launch(seq_lens, cu_seqlens_q, max_tokens, window_left)
+        plan = plan.contiguous()
+        parts, part_lse = empty_parts(out, step.max_parts, k_pages.shape[1], step.pack, q.shape[2])
+        step.forward(
+            q, k_pages, v_pages, out, lse, sinks, parts, part_lse, cu_seqlens_q, seq_lens, page_table, plan, plan, plan
+        )
+        if step.merge is not None:
+            step.merge(parts, part_lse, plan, cu_seqlens_q, sinks, out, lse)
     return out, lse
+
+
+@dataclass(frozen=True, slots=True)
+class _PagedLaunches:
+    """Of a step over pages: its launches, the rows that stand for a key/value head's queries, and the most parts of a
+    sequence; 0 without a plan."""
+
+    forward: Launch
+    merge: Launch | None
+    pack: int
+    max_parts: int
+
+
+def _prepare_pages(
+    q: torch.Tensor,
+    pages: tuple[torch.Tensor, torch.Tensor],
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    max_query_len: int,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    settings: HopperSettings | None,
+    is_settled: bool,
+) -> _PagedLaunches:
+    num_tokens, num_q_heads, head_dim = q.shape
+    num_kv_heads, page_size = pages[0].shape[1:3]
+    group = num_q_heads // num_kv_heads
+    pack = triton.next_power_of_2(group)
+    num_seqs, max_tokens = seq_lens.shape[0], page_table.shape[1] * page_size
+    split = max_query_len * pack <= TILE_ROWS and max_query_len <= SHORT_QUERY
+    s = settings or hopper_settings(head_dim, max_query_len, split, max_tokens)
+    max_parts = max_splits(max_tokens) if split else 0
+    # seq_lens stands for the plan, or the counter: a launch keeps no memory.
+    parts = empty_parts(out, max_parts, num_kv_heads, pack, head_dim) if split else (None, None)
+    forward = _prepare(
+        q[None], pages, out[None], lse, "split" if split else "paged", (cu_seqlens_q, None, seq_lens, page_table),
+        window_left, window_right, softcap, sinks, scale, s, group, pack,
+        num_tokens // (TILE_ROWS * s.consumers // pack) + num_seqs, max_tokens, seq_lens,
+        max_split_items(num_seqs, max_tokens), parts, is_settled,
+    )  # fmt: skip
+    merge = None
+    if split and max_parts > 1:
+        assert parts[0] is not None
+        first = 4 + ITEM_NUMBERS * max_split_items(num_seqs, max_tokens)
+        merge = prepare_merge(
+            parts[0], parts[1], Part(seq_lens, first), max_parts, cu_seqlens_q, sinks, out, lse, group, pack
+        )
+    return _PagedLaunches(forward, merge, pack, max_parts)

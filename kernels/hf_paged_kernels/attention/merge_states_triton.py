@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from ..backend import device_guard
+from ..launch import launch
 
 
 @triton.jit
@@ -67,7 +68,8 @@ def merge_attention_states_launch(
     if out.numel() == 0:
         return out, lse
     with device_guard(out_a):
-        _merge_states[(num_tokens, num_heads)](
+        launch(
+            _merge_states, (num_tokens, num_heads),
             out_a, lse_a, out_b, lse_b, out, lse,
             *out_a.stride()[:2], *out_b.stride()[:2], *out.stride()[:2],
             *reversed(lse_a.stride()), *reversed(lse_b.stride()), *reversed(lse.stride()),

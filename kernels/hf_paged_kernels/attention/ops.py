@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from ..backend import uses_gluon, uses_quantized_gluon, uses_triton
+from ..eager import eager_op
 from . import reference
 
 
-@torch.library.custom_op("hf_paged::flash_attention", mutates_args=())
+@eager_op("hf_paged::flash_attention")
 def flash_attention_op(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -59,7 +60,7 @@ def _(
     return out, q.new_empty(lse_shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("hf_paged::flash_attention_backward", mutates_args=())
+@eager_op("hf_paged::flash_attention_backward")
 def flash_attention_backward_op(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -108,7 +109,7 @@ def _(
     return dq, dk, dv, q.new_empty(q.shape[-2] if sinks is not None else 0, dtype=torch.float32)
 
 
-@torch.library.custom_op("hf_paged::paged_attention", mutates_args=())
+@eager_op("hf_paged::paged_attention")
 def paged_attention_op(
     q: torch.Tensor,
     k_pages: torch.Tensor,
@@ -180,7 +181,7 @@ def _(
     return out, q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
 
-@torch.library.custom_op("hf_paged::split_plan", mutates_args=())
+@eager_op("hf_paged::split_plan")
 def split_plan_op(
     seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor, max_tokens: int, window_left: int | None
 ) -> torch.Tensor:
@@ -204,7 +205,7 @@ def _(seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor, max_tokens: int, windo
     return seq_lens.new_empty(split_plan_size(seq_lens.shape[0], max_tokens))
 
 
-@torch.library.custom_op("hf_paged::write_pages", mutates_args=("k_pages", "v_pages", "k_scale", "v_scale"))
+@eager_op("hf_paged::write_pages", mutates_args=("k_pages", "v_pages", "k_scale", "v_scale"))
 def write_pages_op(
     k: torch.Tensor,
     v: torch.Tensor,
@@ -223,7 +224,7 @@ def write_pages_op(
         reference.write_pages_reference(k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale)
 
 
-@torch.library.custom_op("hf_paged::copy_pages", mutates_args=("k_pages", "v_pages"))
+@eager_op("hf_paged::copy_pages", mutates_args=("k_pages", "v_pages"))
 def copy_pages_op(k_pages: torch.Tensor, v_pages: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
     """See ``copy_pages_launch`` for the arguments."""
     if uses_triton(k_pages):
@@ -234,7 +235,7 @@ def copy_pages_op(k_pages: torch.Tensor, v_pages: torch.Tensor, source: torch.Te
         reference.copy_pages_reference(k_pages, v_pages, source, target)
 
 
-@torch.library.custom_op("hf_paged::merge_attention_states", mutates_args=())
+@eager_op("hf_paged::merge_attention_states")
 def merge_attention_states_op(
     out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -289,6 +290,21 @@ def _flash_attention_backward(
     return dq, dk, dv, None, None, None, None, None, None, None if sinks is None else dsinks.to(sinks.dtype), None
 
 
+class _FlashAttention(torch.autograd.Function):
+    """What autograd does with the op, for eager calls."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        output = flash_attention_op.function(*inputs)
+        _save_for_backward(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        return _flash_attention_backward(ctx, *grads)
+
+
+flash_attention_op.gradient = _FlashAttention
 flash_attention_op.register_autograd(_flash_attention_backward, setup_context=_save_for_backward)
 # Without this, autograd would silently treat the outputs as constants in some dispatch modes.
 for _op in (paged_attention_op, merge_attention_states_op):

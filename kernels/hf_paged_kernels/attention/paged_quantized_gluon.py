@@ -18,10 +18,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..backend import QUANTIZED_ROWS, contiguous, contiguous_rows, device_guard, scale_strides
 from ..compat_gluon import barrier, load_async, view
+from ..launch import Tile, launch
 from ..settings import LOG2_E, QuantizedHopperSettings, choose_quantized_hopper_settings, multiprocessors
 from . import paged_quantized_triton, split_plan_triton
 from .hopper_gluon import ANY
@@ -287,6 +287,10 @@ def _quantized_splits(
             gl.store(lse + packed * stride_lt + heads * stride_lh, row_lse, mask=valid)
 
 
+LAYOUTS = {width: gl.NVMMASharedLayout(width, 16, 4) for width in (64, 128)}
+"""Of a tile that TMA copies, by the bytes of its rows."""
+
+
 def quantized_splits_launch(
     q: torch.Tensor,
     k_pages: torch.Tensor,
@@ -323,14 +327,15 @@ def quantized_splits_launch(
     num_tiles = split_plan.max_items * num_kv_heads
     parts, part_lse = empty_parts(out, split_plan.max_parts, num_kv_heads, group, head_dim)
     chunk = min(page_size, s.block_n)
-    layout = gl.NVMMASharedLayout(min(128, head_dim), 16, 4)
+    layout = LAYOUTS[min(128, head_dim)]
     k_desc, v_desc = (
-        TensorDescriptor(x, [ANY, *x.shape[1:]], list(x.stride()), [1, 1, chunk, min(64, head_dim // 2)], layout)
+        Tile(x, (ANY, *x.shape[1:]), x.stride(), (1, 1, chunk, min(64, head_dim // 2)), layout)
         for x in (k_pages.view(torch.int16), v_pages.view(torch.int16))
     )
     scale_log2 = scale * LOG2_E if softcap is None else 2.0 * scale / softcap * LOG2_E
     with device_guard(q):
-        _quantized_splits[(min(num_tiles, multiprocessors(q.device) * s.programs_per_sm),)](
+        launch(
+            _quantized_splits, (min(num_tiles, multiprocessors(q.device) * s.programs_per_sm),),
             q, k_desc, v_desc, k_scale, v_scale, page_table, sinks, out, lse, parts, part_lse, split_plan.num_items,
             split_plan.items, num_kv_heads,
             *q.stride()[:2], *scale_strides(k_scale, v_scale), page_table.stride(0), *out.stride()[:2],

@@ -25,6 +25,7 @@ import triton
 import triton.language as tl
 
 from ..backend import contiguous, contiguous_rows, device_guard, on_nvidia, scale_strides
+from ..launch import launch
 from ..settings import LOG2_E, QuantizedSettings, is_short_query, multiprocessors, quantized_settings
 from .primitives_triton import (
     add_sink,
@@ -494,7 +495,8 @@ def quantized_paged_attention_launch(
     block_dv = max(16, triton.next_power_of_2(v_dim))
     scale_log2 = scale * LOG2_E if softcap is None else 2.0 * scale / softcap * LOG2_E
     with device_guard(q):
-        _quantized_forward[(num_programs,)](
+        launch(
+            _quantized_forward, (num_programs,),
             q, k_pages, values, k_scale, v_scale, page_table, seq_lens, cu_seqlens_q, sinks, out, lse, parts, part_lse,
             None if split_plan is None else split_plan.num_items,
             None if split_plan is None else split_plan.items,

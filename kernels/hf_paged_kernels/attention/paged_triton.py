@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 
 from ..backend import MAX_GRID, contiguous, contiguous_rows, device_guard, scale_strides
+from ..launch import launch
 from ..settings import LOG2_E, SPLIT_LENGTH, AttentionSettings, is_short_query, paged_settings
 from .primitives_triton import (
     add_sink,
@@ -427,7 +428,8 @@ def paged_attention_launch(
     block_dv = max(16, triton.next_power_of_2(v_dim))
     scale_log2 = scale * LOG2_E if softcap is None else 2.0 * scale / softcap * LOG2_E
     with device_guard(q):
-        _paged_forward[(num_blocks, num_kv_heads, num_splits)](
+        launch(
+            _paged_forward, (num_blocks, num_kv_heads, num_splits),
             q, k_pages, v_pages, k_scale, v_scale, page_table, seq_lens, cu_seqlens_q, sinks,
             target, target_lse, num_seqs,
             *q.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
@@ -455,7 +457,8 @@ def paged_attention_launch(
             num_stages=chosen.num_stages,
         )  # fmt: skip
         if split:
-            _merge_splits[(num_tokens, num_q_heads)](
+            launch(
+                _merge_splits, (num_tokens, num_q_heads),
                 target, target_lse, seq_lens, cu_seqlens_q, sinks, out, lse, num_seqs,
                 *out_strides, *lse_strides, *out.stride()[:2], lse.stride(1), lse.stride(0),
                 V_DIM=v_dim,

@@ -14,7 +14,8 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backend import device_guard, scale_strides
+from ..backend import device_guard, layout, scale_strides
+from ..launch import Launch, Launches, launch
 from ..settings import LARGEST
 
 
@@ -116,12 +117,16 @@ def write_pages_launch(
 ) -> None:
     """Launch on checked arguments; shapes as in :func:`hf_paged_kernels.write_pages`."""
     num_tokens, num_heads, head_dim = k.shape
-    v_dim = v.shape[-1]
     if num_tokens == 0:
         return
-    with device_guard(k):
-        _write_pages[(num_tokens, num_heads)](
-            k, v, k_pages, v_pages, k_scale, v_scale, slot_mapping.contiguous(),
+    slot_mapping = slot_mapping.contiguous()
+    tensors = (k, v, k_pages, v_pages, k_scale, v_scale, slot_mapping)
+    key = tuple(map(layout, tensors))
+    write = _writes.get(key)
+    if write is None:
+        v_dim = v.shape[-1]
+        write = _writes.keep(key, Launch(
+            _write_pages, (num_tokens, num_heads), *tensors,
             *k.stride()[:2], *v.stride()[:2], *k_pages.stride()[:3], *v_pages.stride()[:3],
             *scale_strides(k_scale, v_scale),
             PAGE_SIZE=k_pages.shape[2],
@@ -131,7 +136,12 @@ def write_pages_launch(
             BLOCK_DV=triton.next_power_of_2(v_dim),
             LARGEST=0.0 if k_scale is None else LARGEST[k_pages.dtype],
             num_warps=1,
-        )  # fmt: skip
+        ))  # fmt: skip
+    with device_guard(k):
+        write(*tensors)
+
+
+_writes = Launches()
 
 
 @triton.jit
@@ -168,7 +178,8 @@ def copy_pages_launch(
     with device_guard(k_pages):
         for pages in (k_pages, v_pages):
             _, num_heads, page_size, dim = pages.shape
-            _copy_pages[(source.numel(), num_heads)](
+            launch(
+                _copy_pages, (source.numel(), num_heads),
                 pages, source, target, *pages.stride()[:3],
                 DIM=dim, PAGE_SIZE=page_size, BLOCK_D=triton.next_power_of_2(dim),
             )  # fmt: skip

@@ -23,8 +23,9 @@ import torch
 import triton
 import triton.language as tl
 
-from ..backend import device_guard
+from ..backend import device_guard, layout
 from ..dependent_launch_triton import dependent_launch, start_next, wait_for_previous
+from ..launch import Launch, Launches, Part
 from ..settings import (
     ITEM_NUMBERS,
     LONG_SHORT_QUERY,
@@ -42,6 +43,7 @@ FEW_PARTS = 8
 """Sequences that can have no more parts are merged by a smaller kernel."""
 COUNTED = tl.constexpr(256)
 """Sequences that are looked at together for the one of a token."""
+_plans = Launches()
 MERGED_ROWS = 2
 """Rows that a program merges: a warp for 128 columns of each."""
 
@@ -319,19 +321,40 @@ def merge_parts_launch(
         cu_seqlens_q: int32 ``[num_seqs + 1]``, contiguous, as ``sinks`` are: a copy made here would be read too early.
         group: query heads per key/value head; ``pack`` rows stand for them.
     """
+    merge = prepare_merge(
+        parts, part_lse, plan.sequences, plan.max_parts, cu_seqlens_q, sinks, out, lse, group, pack
+    )
+    with device_guard(out):
+        merge(parts, part_lse, plan.sequences, cu_seqlens_q, sinks, out, lse)
+
+
+def prepare_merge(
+    parts: torch.Tensor,
+    part_lse: torch.Tensor,
+    sequences: "torch.Tensor | Part",
+    max_parts: int,
+    cu_seqlens_q: torch.Tensor,
+    sinks: torch.Tensor | None,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    group: int,
+    pack: int,
+) -> Launch:
+    """The launch of :func:`merge_parts_launch`, to be called with ``parts, part_lse, sequences, cu_seqlens_q, sinks,
+    out, lse``; ``sequences`` and ``max_parts`` are those of the plan."""
     head_dim = parts.shape[1]
     num_kv_heads = out.shape[1] // group
     block_d = triton.next_power_of_2(head_dim)
     block_r = min(triton.next_power_of_2(pack), MERGED_ROWS)
-    is_few = plan.max_parts <= FEW_PARTS
-    with device_guard(out):
-        _merge_parts[(out.shape[0], num_kv_heads, triton.cdiv(pack, block_r))](
-            parts, part_lse, plan.sequences, cu_seqlens_q, sinks, out, lse, cu_seqlens_q.shape[0] - 1,
-            *out.stride()[:2], lse.stride(0),
-            GROUP=group, PACK=pack, BLOCK_R=block_r, HEAD_DIM=head_dim, BLOCK_D=block_d,
-            MOST_PARTS=FEW_PARTS if is_few else MAX_SPLITS, CHUNK=FEW_PARTS if is_few else 2 * FEW_PARTS,
-            HAS_SINKS=sinks is not None, num_warps=block_r * max(1, block_d // 128), **dependent_launch(out.device),
-        )  # fmt: skip
+    is_few = max_parts <= FEW_PARTS
+    return Launch(
+        _merge_parts, (out.shape[0], num_kv_heads, triton.cdiv(pack, block_r)),
+        parts, part_lse, sequences, cu_seqlens_q, sinks, out, lse, cu_seqlens_q.shape[0] - 1,
+        *out.stride()[:2], lse.stride(0),
+        GROUP=group, PACK=pack, BLOCK_R=block_r, HEAD_DIM=head_dim, BLOCK_D=block_d,
+        MOST_PARTS=FEW_PARTS if is_few else MAX_SPLITS, CHUNK=FEW_PARTS if is_few else 2 * FEW_PARTS,
+        HAS_SINKS=sinks is not None, num_warps=block_r * max(1, block_d // 128), **dependent_launch(out.device),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -375,15 +398,21 @@ def make_split_plan_launch(
         window_left: the sliding window of the layers, None: they see everything.
     """
     seq_lens, cu_seqlens_q = seq_lens.contiguous(), cu_seqlens_q.contiguous()
-    num_seqs = seq_lens.shape[0]
-    max_items = max_split_items(num_seqs, max_tokens)
-    plan = torch.empty(split_plan_size(num_seqs, max_tokens), dtype=torch.int32, device=seq_lens.device)
-    if num_seqs == 0:
-        return plan.zero_()
-    block = max(32, triton.next_power_of_2(num_seqs))
-    with device_guard(seq_lens):
-        _plan_splits[(1,)](
-            seq_lens, cu_seqlens_q, plan, num_seqs, max_items, window_left or 0,
+    key = (layout(seq_lens), layout(cu_seqlens_q), max_tokens, window_left)
+    known = _plans.get(key)
+    if known is None:
+        num_seqs = seq_lens.shape[0]
+        size = split_plan_size(num_seqs, max_tokens)
+        if num_seqs == 0:
+            return seq_lens.new_zeros(size)
+        block = max(32, triton.next_power_of_2(num_seqs))
+        known = _plans.keep(key, (size, Launch(
+            _plan_splits, (1,),
+            seq_lens, cu_seqlens_q, seq_lens, num_seqs, max_split_items(num_seqs, max_tokens), window_left or 0,
             HAS_LEFT=window_left is not None, BLOCK=block, num_warps=4 if block <= 1024 else 8,
-        )  # fmt: skip
+        )))  # fmt: skip
+    size, make = known
+    plan = seq_lens.new_empty(size)
+    with device_guard(seq_lens):
+        make(seq_lens, cu_seqlens_q, plan)
     return plan

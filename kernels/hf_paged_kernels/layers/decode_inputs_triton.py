@@ -6,6 +6,7 @@ import triton.language as tl
 
 from ..backend import contiguous_rows, device_guard
 from ..dependent_launch_triton import dependent_launch, start_next, wait_for_previous
+from ..launch import launch
 
 ROWS = 128
 PAGES = 1024
@@ -45,7 +46,8 @@ def decode_inputs_launch(
     seq_lens = torch.empty(num_rows, dtype=torch.int32, device=slots.device)
     if num_rows:
         with device_guard(slots):
-            _decode_inputs[(triton.cdiv(num_rows, ROWS),)](
+            launch(
+                _decode_inputs, (triton.cdiv(num_rows, ROWS),),
                 slots, counts, last_token.contiguous(), input_ids, positions, seq_lens, num_rows,
                 ROWS=ROWS,
                 num_warps=4,
@@ -94,7 +96,8 @@ def decode_rows_launch(
     slot_mapping = torch.empty(num_rows, dtype=torch.int64, device=slots.device)
     if num_rows:
         with device_guard(slots):
-            _decode_rows[(num_rows,)](
+            launch(
+                _decode_rows, (num_rows,),
                 slots.contiguous(), seq_lens.contiguous(), table, rows, slot_mapping, table.stride(0), rows.stride(0),
                 PAGE_SIZE=page_size,
                 PAGES=PAGES,

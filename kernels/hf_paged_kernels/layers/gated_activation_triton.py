@@ -9,6 +9,7 @@ import triton.language as tl
 
 from ..backend import contiguous_rows, device_guard
 from ..dependent_launch_triton import dependent_launch, start_next, wait_for_previous
+from ..launch import launch
 
 BLOCK_N = 1024
 
@@ -58,7 +59,8 @@ def gated_activation_launch(gate_up: torch.Tensor, activation: str, order: str) 
     if order == "up_gate":
         gate, up = up, gate
     with device_guard(gate_up):
-        _gated_activation[(len(rows), triton.cdiv(n, BLOCK_N))](
+        launch(
+            _gated_activation, (len(rows), triton.cdiv(n, BLOCK_N)),
             gate, up, out, rows.stride(0),
             N=n,
             BLOCK_N=BLOCK_N,

@@ -7,10 +7,11 @@ op that mutates has a default. The ops are for inference: none has a backward pa
 import torch
 
 from ..backend import uses_triton
+from ..eager import eager_op
 from . import reference
 
 
-@torch.library.custom_op("hf_paged::rms_norm", mutates_args=())
+@eager_op("hf_paged::rms_norm")
 def rms_norm_op(
     x: torch.Tensor,
     weight: torch.Tensor | None,
@@ -58,7 +59,7 @@ def _(
     return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)
 
 
-@torch.library.custom_op("hf_paged::rms_norm_parts", mutates_args=())
+@eager_op("hf_paged::rms_norm_parts")
 def rms_norm_parts_op(
     parts: torch.Tensor,
     weight: torch.Tensor | None,
@@ -96,7 +97,7 @@ def _(
     return residual.new_empty(residual.shape), residual.new_empty(residual.shape)
 
 
-@torch.library.custom_op("hf_paged::gated_activation", mutates_args=())
+@eager_op("hf_paged::gated_activation")
 def gated_activation_op(gate_up: torch.Tensor, activation: str, order: str) -> torch.Tensor:
     """``act(gate) * up``: the activation is rounded to the dtype, then the product, as eager PyTorch does.
 
@@ -120,7 +121,7 @@ def _(gate_up: torch.Tensor, activation: str, order: str) -> torch.Tensor:
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
-@torch.library.custom_op("hf_paged::rotary_write", mutates_args=("k_pages", "v_pages", "k_scale", "v_scale"))
+@eager_op("hf_paged::rotary_write", mutates_args=("k_pages", "v_pages", "k_scale", "v_scale"))
 def rotary_write_op(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -195,7 +196,7 @@ def _(
     return q.new_empty(q.shape)
 
 
-@torch.library.custom_op("hf_paged::decode_inputs", mutates_args=("computed",))
+@eager_op("hf_paged::decode_inputs", mutates_args=("computed",))
 def decode_inputs_op(
     slots: torch.Tensor, computed: torch.Tensor, last_token: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -226,7 +227,7 @@ def _(
     return slots.new_empty(slots.shape), slots.new_empty(slots.shape), slots.new_empty(slots.shape, dtype=torch.int32)
 
 
-@torch.library.custom_op("hf_paged::decode_rows", mutates_args=())
+@eager_op("hf_paged::decode_rows")
 def decode_rows_op(
     slots: torch.Tensor, seq_lens: torch.Tensor, page_table: torch.Tensor, page_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:

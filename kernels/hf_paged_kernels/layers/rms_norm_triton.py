@@ -13,6 +13,7 @@ import triton.language as tl
 
 from ..backend import contiguous, contiguous_rows, device_guard
 from ..dependent_launch_triton import dependent_launch, start_next, wait_for_previous
+from ..launch import launch
 
 
 @triton.jit
@@ -113,7 +114,8 @@ def _launch(
     if x.numel() == 0:
         return normed, total
     with device_guard(x):
-        _rms_norm[(num_rows,)](
+        launch(
+            _rms_norm, (num_rows,),
             x, contiguous(weight), residual, normed, total, x.stride(0), 0 if residual is None else residual.stride(0),
             eps, weight_offset,
             N=n,

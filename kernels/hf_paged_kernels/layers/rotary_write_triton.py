@@ -19,6 +19,7 @@ import triton.language as tl
 from ..attention.pages_triton import highest_bits, scale_of_bits
 from ..backend import contiguous, device_guard, scale_strides
 from ..dependent_launch_triton import dependent_launch, start_next, wait_for_previous
+from ..launch import launch
 from ..settings import LARGEST
 
 TILE = 1024
@@ -288,7 +289,8 @@ def rotary_write_launch(
     block_h = min(block_h, triton.next_power_of_2(max(num_q_heads, num_kv_heads)))
     grid = (num_tokens, triton.cdiv(num_q_heads, block_h) + 2 * triton.cdiv(num_kv_heads, block_h))
     with device_guard(q):
-        _rotary_write[grid](
+        launch(
+            _rotary_write, grid,
             q, k, v, cos, sin, contiguous(q_weight), contiguous(k_weight), out, k_pages, v_pages, k_scale, v_scale,
             slot_mapping.contiguous(),
             *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *cos.stride(), *sin.stride(),

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from ..backend import has_gluon
+from ..eager import eager_op
 
 MAX_TOKENS = 256
 """Tokens up to which there are settings for some shapes."""
@@ -128,7 +129,7 @@ def _settings_of(num_tokens: int, weight: torch.Tensor, gated: bool, in_parts: b
     return settings
 
 
-@torch.library.custom_op("hf_paged::batch_linear", mutates_args=())
+@eager_op("hf_paged::batch_linear")
 def batch_linear_op(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``x W^T + bias``, [T, N], summed in float32 and rounded once.
 
@@ -153,7 +154,7 @@ def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.custom_op("hf_paged::batch_gated_linear", mutates_args=())
+@eager_op("hf_paged::batch_gated_linear")
 def batch_gated_linear_op(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``silu(x Wg^T + bg) * (x Wu^T + bu)``, [T, I], rounded where eager PyTorch does; starts early likewise.
 
@@ -176,7 +177,7 @@ def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch
     return x.new_empty(x.shape[0], weight.shape[0] // 2)
 
 
-@torch.library.custom_op("hf_paged::linear_parts", mutates_args=())
+@eager_op("hf_paged::linear_parts")
 def linear_parts_op(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, num_parts: int) -> torch.Tensor:
     """Parts of ``x W^T + bias``, float32 [P, T, N]: each over a run of in_features; starts early likewise.
 

@@ -26,12 +26,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..backend import contiguous, device_guard
 from ..compat_gluon import barrier, load_async
 from ..dependent_launch_triton import has_dependent_launch
+from ..launch import Tile, launch
 from .decode import BatchLinearSettings
 
 
@@ -208,7 +208,8 @@ def _launch(
     x_desc = _descriptor(x, s.tokens, s.block_k)
     more_desc = _descriptor(x, s.more_tokens, s.block_k) if s.more_tokens else x_desc
     with device_guard(x):
-        _batch_linear[grid](
+        launch(
+            _batch_linear, grid,
             x_desc, more_desc, _descriptor(weight, s.features, s.block_k), contiguous(bias), out,
             num_tokens, num_features, triton.cdiv(x.shape[1], s.block_k), s.num_parts,
             TOKENS=s.tokens, MORE=s.more_tokens, BLOCK_K=s.block_k, STAGES=s.stages, GATED=gated,
@@ -216,5 +217,9 @@ def _launch(
         )  # fmt: skip
 
 
-def _descriptor(x: torch.Tensor, rows: int, columns: int) -> TensorDescriptor:
-    return TensorDescriptor(x, list(x.shape), list(x.stride()), [rows, columns], gl.NVMMASharedLayout(128, 16, 2))
+LAYOUT = gl.NVMMASharedLayout(128, 16, 2)
+"""Of a tile that TMA copies."""
+
+
+def _descriptor(x: torch.Tensor, rows: int, columns: int) -> Tile:
+    return Tile(x, x.shape, x.stride(), (rows, columns), LAYOUT)

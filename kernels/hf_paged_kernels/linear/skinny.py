@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from ..backend import has_gluon
+from ..eager import eager_op
 
 MAX_TOKENS = 16
 """Tokens up to which the kernels are as fast as cuBLAS or faster (H200; see ``choose_small_linear``)."""
@@ -89,7 +90,7 @@ def small_linear_settings(x: torch.Tensor, weight: torch.Tensor, gated: bool) ->
     return choose_small_linear(x.shape[0], out_features, in_features, gated, x.element_size())
 
 
-@torch.library.custom_op("hf_paged::small_linear", mutates_args=())
+@eager_op("hf_paged::small_linear")
 def small_linear_op(
     x: torch.Tensor,
     weight: torch.Tensor,
@@ -132,7 +133,7 @@ def _(
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@torch.library.custom_op("hf_paged::small_gated_linear", mutates_args=())
+@eager_op("hf_paged::small_gated_linear")
 def small_gated_linear_op(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -26,6 +26,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..backend import contiguous, device_guard
+from ..launch import launch
 from .skinny import MAX_TOKENS, SmallLinearSettings
 
 FARTHEST = 2**31 // MAX_TOKENS - 1
@@ -377,7 +378,8 @@ def _launch(
             options["maxnreg"] = settings.max_registers
         multiply_adds = settings.rows <= 2
         kernel = _small_linear if multiply_adds else _small_linear_mma
-        kernel[(triton.cdiv(num_features, settings.block_n),)](
+        launch(
+            kernel, (triton.cdiv(num_features, settings.block_n),),
             x, weight, bias, residual, norm_weight, out, *(() if multiply_adds else (num_tokens,)), num_features,
             norm_eps, x.stride(0), K=width, ROWS=settings.rows, GATED=gated, BLOCK_N=settings.block_n,
             WARPS_N=settings.warps_n, WARPS_K=settings.warps_k, AHEAD=settings.ahead, X_AHEAD=settings.x_ahead,
@@ -390,7 +392,8 @@ def rms_norm_launch(x: torch.Tensor, norm_weight: torch.Tensor, norm_eps: float)
     """``x / sqrt(mean(x^2) + norm_eps) * norm_weight``, [T, K] in x's dtype; x [T, K] with contiguous rows."""
     num_tokens, width = x.shape
     out = x.new_empty(num_tokens, width)
-    _rms_norm[(num_tokens,)](
+    launch(
+        _rms_norm, (num_tokens,),
         x, norm_weight, out, norm_eps, x.stride(0), K=width, BLOCK_K=triton.next_power_of_2(width), NUM_WARPS=4,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip

@@ -31,6 +31,7 @@ import triton.language as tl
 
 from ..backend import MAX_GRID, contiguous_rows, device_guard, on_nvidia
 from ..dependent_launch_triton import dependent_launch, start_next, wait_for_previous
+from ..launch import launch
 from . import reference
 from .reference import tile_size
 from .scores_triton import (
@@ -688,32 +689,36 @@ def sample_tokens_launch(
     by_slot = int(noted is not None)
     rows = (logits, logits.stride(0), vocab, slots, positions, by_slot, row_rules, row_rules.stride(0))
     parameters = (*rows, temperature, top_k, top_p, min_p, seeds)
-    launch = dependent_launch(logits.device)
+    dependent = dependent_launch(logits.device)
     with device_guard(logits):
         for ruled in (False, True):
-            _scan_tiles[(triton.cdiv(num_tiles, scanned), num_rows)](
+            launch(
+                _scan_tiles, (triton.cdiv(num_tiles, scanned), num_rows),
                 *rows, temperature, top_k, wants_lse, tile_max, tile_sum, tile_raw_max, tile_raw_sum, group_max,
                 num_tiles, scanned,
-                RULED=ruled, FAST=fast, TILE=tile, GROUP=GROUP, num_warps=SCAN_WARPS * more, **launch,
+                RULED=ruled, FAST=fast, TILE=tile, GROUP=GROUP, num_warps=SCAN_WARPS * more, **dependent,
             )  # fmt: skip
-        _pick_rows[(num_rows,)](
+        launch(
+            _pick_rows, (num_rows,),
             *parameters, wants_lse, tile_max, tile_sum, tile_raw_max, tile_raw_sum, group_max,
             row_task, row_max, row_sum, row_count, row_key, groups, chosen, lse, num_tiles,
             SHIFT=shift, NARROW=narrow, FAST=fast, TILE=tile, GROUP=GROUP,
-            TILES=tiles, GROUPS=tiles * (tile // GROUP), num_warps=WARPS, **launch,
+            TILES=tiles, GROUPS=tiles * (tile // GROUP), num_warps=WARPS, **dependent,
         )  # fmt: skip
         for again in (False, True):
-            _weigh_tiles[(triton.cdiv(num_tiles, weighed), num_rows)](
+            launch(
+                _weigh_tiles, (triton.cdiv(num_tiles, weighed), num_rows),
                 *rows, temperature, top_p, min_p, seeds, row_task, row_max, row_sum, tile_max,
                 chosen, tile_mass, chosen_again, tile_mass_again, num_tiles, weighed,
                 AGAIN=again, NARROW=narrow, FAST=fast, TILE=tile, TILES=tiles,
-                num_warps=WEIGH_WARPS * more, **launch,
+                num_warps=WEIGH_WARPS * more, **dependent,
             )  # fmt: skip
-        _finish_rows[(num_rows,)](
+        launch(
+            _finish_rows, (num_rows,),
             *parameters, row_task, row_max, row_sum, row_count, row_key, groups, tile_max,
             chosen, chosen if noted is None else noted, tile_mass, chosen_again, tile_mass_again, num_tiles,
             SHIFT=shift, NARROW=narrow, FAST=fast, TILE=tile, GROUP=GROUP,
-            TILES=tiles, SPAN=max(1, LARGE // tile), num_warps=ROW_WARPS, **launch,
+            TILES=tiles, SPAN=max(1, LARGE // tile), num_warps=ROW_WARPS, **dependent,
         )  # fmt: skip
     if row_rules is not rules:
         rules.copy_(row_rules)

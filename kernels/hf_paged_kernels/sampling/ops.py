@@ -3,10 +3,11 @@
 import torch
 
 from ..backend import uses_triton
+from ..eager import eager_op
 from .reference import sample_tokens_reference
 
 
-@torch.library.custom_op("hf_paged::sample_tokens", mutates_args=("rules", "last_token"))
+@eager_op("hf_paged::sample_tokens", mutates_args=("rules", "last_token"))
 def sample_tokens_op(
     logits: torch.Tensor,
     slots: torch.Tensor,

@@ -1,0 +1,109 @@
+"""Host time of one eager call of the attention functions, in microseconds.
+
+    python -m eval.bench_host_time [--profile NAME]
+
+On a GPU it times real calls, and PyTorch's own attention beside them. Without one kernels are compiled for a Hopper GPU
+and launched on a stub (``eval.stub_gpu``): all that Python does is there, CUDA's part and PyTorch's allocator on a GPU
+are not, so compare with the same command at another commit on the same machine.
+"""
+
+import argparse
+import cProfile
+import pstats
+import time
+from collections.abc import Callable
+
+import hf_paged_kernels as kernels
+import torch
+import torch.nn.functional as F
+
+
+def calls(device: str, with_sdpa: bool) -> dict[str, Callable[[], object]]:
+    """The calls by name, each on tensors of its own."""
+    made: dict[str, Callable[[], object]] = {}
+    new = lambda *shape: torch.randn(shape, device=device, dtype=torch.bfloat16)  # noqa: E731
+
+    def dense(dim: int) -> None:
+        q, k, v, grad = new(1, 128, 16, dim), new(1, 128, 8, dim), new(1, 128, 8, dim), new(1, 128, 16, dim)
+        leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+        flash = kernels.flash_attention
+        made[f"flash_attention {dim}"] = lambda: flash(q, k, v, causal=True)
+        made[f"flash_attention {dim}, backward too"] = lambda: torch.autograd.grad(
+            flash(*leaves, causal=True), leaves, grad
+        )
+        if with_sdpa:
+            heads = [x.transpose(1, 2) for x in (q, k, v, grad)]
+            more = [x.detach().clone().requires_grad_() for x in heads[:3]]
+            sdpa = lambda *x: F.scaled_dot_product_attention(*x, is_causal=True, enable_gqa=True)  # noqa: E731
+            made[f"PyTorch's {dim}"] = lambda: sdpa(*heads[:3])
+            made[f"PyTorch's {dim}, backward too"] = lambda: torch.autograd.grad(sdpa(*more), more, heads[3])
+
+    for dim in (64, 128, 256):
+        dense(dim)
+    seqs, page_size, pages = 8, 16, 64
+    pools = [new(seqs * pages + 1, page_size, 8, 128).transpose(1, 2) for _ in "kv"]
+    table = torch.arange(seqs * pages, device=device, dtype=torch.int32).view(seqs, pages)
+    lens = torch.full((seqs,), 1000, device=device, dtype=torch.int32)
+    cu = torch.arange(seqs + 1, device=device, dtype=torch.int32)
+    q, k, v = new(seqs, 16, 128), new(seqs, 8, 128), new(seqs, 8, 128)
+    plan = kernels.make_split_plan(lens, cu, table, page_size)
+    slots = torch.arange(seqs, device=device) * page_size
+    step = (q, *pools, table, lens, cu)
+    made["paged_attention, decode"] = lambda: kernels.paged_attention(*step, max_query_len=1)
+    made["paged_attention, decode, plan given"] = lambda: kernels.paged_attention(*step, max_query_len=1, plan=plan)
+    made["make_split_plan"] = lambda: kernels.make_split_plan(lens, cu, table, page_size)
+    made["write_pages"] = lambda: kernels.write_pages(k, v, *pools, slots)
+    return made
+
+
+def microseconds(call: Callable[[], object], wait: Callable[[], object], times: int) -> float:
+    """Median time until a call returns. The device is waited for now and then: a full queue makes launches wait."""
+    for _ in range(10):
+        call()
+    wait()
+    taken = []
+    for i in range(times):
+        start = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - start)
+        if i % 20 == 19:
+            wait()
+    return sorted(taken)[times // 2] * 1e6
+
+
+def main() -> None:
+    """Print the table, or one call's profile."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--times", type=int, default=300, help="calls of each")
+    parser.add_argument("--profile", metavar="NAME", help="profile this call instead")
+    arguments = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        device, name, wait = "cuda", torch.cuda.get_device_name(), torch.cuda.synchronize
+    else:
+        from eval.stub_gpu import pretend_hopper
+
+        pretend_hopper()
+        device, name, wait = "cpu", "stub of a Hopper GPU", lambda: None
+    made = calls(device, on_gpu)
+    if arguments.profile is not None:
+        if arguments.profile not in made:
+            parser.error(f"--profile must be one of {', '.join(map(repr, made))}, got {arguments.profile!r}.")
+        call, profile = made[arguments.profile], cProfile.Profile()
+        for _ in range(10):
+            call()
+        profile.enable()
+        for _ in range(arguments.times):
+            call()
+        profile.disable()
+        pstats.Stats(profile).sort_stats("tottime").print_stats(40)
+        return
+    print(f"host time of a call on {name}, torch {torch.__version__}\n\n| call | us |\n|---|---|")
+    for title, call in made.items():
+        needs_grad = "backward" in title
+        with torch.set_grad_enabled(needs_grad):
+            print(f"| {title} | {microseconds(call, wait, arguments.times):.0f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

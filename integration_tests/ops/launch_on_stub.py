@@ -1,0 +1,69 @@
+"""Compares the launches of ``hf_paged_kernels.launch`` with Triton's own, on a stub of a GPU; run by ``test_launch.py``.
+
+Every launch of a family of ``compile_for_hopper`` is made three times with the same arguments: to compile, by Triton,
+and bound. What Triton's C launcher is given must be the same, and the bound launch must not go through Triton's binder.
+"""
+
+import sys
+
+import compile_for_hopper
+import torch
+from hf_paged_kernels import launch as launches
+from triton.runtime.jit import JITFunction
+
+from eval.stub_gpu import pretend_hopper
+
+COMPARED: list[str] = []
+RUNS: list[str] = []
+own_launch, own_run = launches.launch, JITFunction.run
+
+
+def counted_run(self, *args, **kwargs):
+    RUNS.append(self.fn.__name__)
+    return own_run(self, *args, **kwargs)
+
+
+def plain(values):
+    """Addresses in place of tensors; without Triton's hooks, which are empty, what they would be told, and None."""
+    if isinstance(values, tuple | list):
+        return [plain(x) for x in values if x is not None and type(x).__name__ not in ("HookChain", "LazyDict")]
+    return values.data_ptr() if isinstance(values, torch.Tensor) else values
+
+
+def compare(kernel, grid, arguments, constants, bound_launch):
+    """Only the arguments of kernels that are None are left out, by both alike."""
+    launches._launch_by_triton(kernel, grid, arguments, constants)
+    expected = plain(stub.calls[-1])
+    RUNS.clear()
+    num_calls = stub.num_calls
+    bound_launch()
+    assert not RUNS, f"{kernel.fn.__name__} goes through Triton's binder"
+    assert stub.num_calls == num_calls + 1
+    assert plain(stub.calls[-1]) == expected, (kernel.fn.__name__, expected, plain(stub.calls[-1]))
+    COMPARED.append(kernel.fn.__name__)
+
+
+def checked_launch(kernel, grid, *arguments, **constants):
+    bound = own_launch(kernel, grid, *arguments, **constants)
+    compare(kernel, grid, arguments, constants, lambda: own_launch(kernel, grid, *arguments, **constants))
+    return bound
+
+
+class CheckedLaunch(launches.Launch):
+    """Binds by ``checked_launch``, and compares its own launch too."""
+
+    __slots__ = ()
+
+    def __call__(self, *tensors):
+        super().__call__(*tensors)
+        given = iter([x for x in tensors if x is not None])
+        arguments = tuple(launches._with_memory(x, given) for x in self.arguments)
+        compare(self.kernel, self.grid, arguments, self.constants, lambda: super(CheckedLaunch, self).__call__(*tensors))
+
+
+if __name__ == "__main__":
+    stub = pretend_hopper()
+    JITFunction.run = counted_run
+    launches.launch, launches.Launch = checked_launch, CheckedLaunch
+    getattr(compile_for_hopper, sys.argv[1])()
+    print(*sorted(set(COMPARED)))

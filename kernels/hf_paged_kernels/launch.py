@@ -1,0 +1,341 @@
+"""Kernel launches that cost the host a few microseconds.
+
+``kernel[grid](...)`` binds its arguments anew in every launch: it inspects each one, builds a key as text, looks up the
+compiled kernel, and checks and encodes tensor descriptors in Python. ``launch`` keeps the compiled kernel under a key
+that is at least as fine as what Triton specialises on, and hands pointers and numbers to Triton's C launcher::
+
+    first call of a key     kernel[grid](...)    compiles the kernel, or finds it
+    later calls             C launcher
+
+Whatever it does not know goes through ``kernel[grid](...)`` every time: the interpreter, other backends than CUDA,
+kernels that need scratch memory, hooks on launches, debug and instrumentation switches.
+
+All private names of Triton are in this file.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import Parameter
+from triton import knobs
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+MAX_KEYS = 10_000
+"""Keys that are kept. There are few for each compilation: a key says more of the strides only."""
+
+
+class Tile(NamedTuple):
+    """A tensor that a kernel reads through a descriptor (TMA), by tiles.
+
+    Attributes:
+        base: the tensor; its memory and its strides are multiples of 16 bytes.
+        shape: of the whole, in elements.
+        strides: in elements, the last one 1.
+        block: of a tile.
+        layout: of a tile in shared memory, for Gluon kernels: one object for all launches. None for Triton kernels.
+    """
+
+    base: torch.Tensor
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    block: tuple[int, ...]
+    layout: Any = None
+
+    def descriptor(self) -> Any:
+        """As an object of Triton's own class, which checks it."""
+        arguments = (self.base, list(self.shape), list(self.strides), list(self.block))
+        if self.layout is None:
+            from triton.tools.tensor_descriptor import TensorDescriptor
+
+            return TensorDescriptor(*arguments)
+        from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonTensorDescriptor
+
+        return GluonTensorDescriptor(*arguments, self.layout)
+
+
+@dataclass(frozen=True, slots=True)
+class Bound:
+    """A compiled kernel, ready for the C launcher.
+
+    Attributes:
+        start: the C launcher.
+        options: its arguments after the stream and before the kernel's.
+        rest: the kernel's arguments after those of a call: constants, which the launcher skips.
+        in_tuple: the kernel's arguments are passed as one (Triton 3.7 and newer).
+        encode: makes a descriptor of a pointer and an :meth:`encoding`.
+        kinds: the driver's numbers of element types by the compiler's.
+        metas: what the compiler says of each tile.
+        kept: what the key holds the addresses of.
+    """
+
+    start: Callable
+    options: tuple
+    rest: tuple
+    in_tuple: bool
+    encode: Callable
+    kinds: dict[int, int]
+    metas: tuple
+    kept: tuple
+
+    def encoding(self, tile: Tile, meta: dict[str, Any]) -> tuple:
+        """Arguments of ``encode`` after the pointer; what is read outside of a tensor is 0."""
+        kind = self.kinds[meta["elem_type"]]
+        return meta["swizzle"], meta["elem_size"], kind, meta["block_size"], tile.shape, tile.strides, 0
+
+
+_bound: dict[tuple, Bound | None] = {}
+_UNKNOWN: Any = object()
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> Bound | None:
+    """``kernel[grid](*arguments, **constants)`` on the current device and stream.
+
+    Args:
+        kernel: of ``triton.jit`` or ``gluon.jit``.
+        grid: one to three numbers of programs.
+        arguments: tensors, :class:`Tile`, None, numbers and tuples of ints: the kernel's parameters before its
+            constexpr ones, in order.
+        constants: the constexpr ones, and options such as ``num_warps``.
+
+    Returns:
+        What such launches need, None where they go through Triton.
+    """
+    if not isinstance(kernel, JITFunction) or is_watched(kernel):
+        _launch_by_triton(kernel, grid, arguments, constants)
+        return None
+    # id(): the hash of a kernel takes a lock. ``Bound.kept`` keeps the address from being used again.
+    key: list = [id(kernel), driver.active.get_current_device()]
+    for argument, parameter in zip(arguments, kernel.params):
+        kind = type(argument)
+        if kind is int:
+            key.append(int_key(argument, parameter.do_not_specialize))
+        elif argument is None or kind is float:
+            key.append(kind)
+        elif kind is torch.Tensor or kind is Parameter:
+            key += (argument.dtype, argument.data_ptr() & 15)
+        elif kind is Tile:
+            base = argument.base
+            key += (base.dtype, base.data_ptr() & 15, len(argument.shape), argument.block, id(argument.layout))
+        elif kind is tuple:
+            key += (*argument, *map(type, argument))
+        else:
+            _launch_by_triton(kernel, grid, arguments, constants)
+            return None
+    found = (*key, *constants, *constants.values())
+    bound = _bound.get(found, _UNKNOWN)
+    if bound is None or bound is _UNKNOWN:
+        compiled = _launch_by_triton(kernel, grid, arguments, constants)
+        if bound is _UNKNOWN:
+            if len(_bound) >= MAX_KEYS:
+                _bound.clear()
+            bound = _bound[found] = _bind(kernel, compiled, arguments, constants)
+        return bound
+    passed: list = []
+    metas = iter(bound.metas)
+    for argument in arguments:
+        kind = type(argument)
+        if kind is torch.Tensor or kind is Parameter:
+            passed.append(argument.data_ptr())
+        elif kind is Tile:
+            passed.append(bound.encode(argument.base.data_ptr(), *bound.encoding(argument, next(metas))))
+            passed += (*argument.shape, *argument.strides)
+        else:
+            passed.append(argument)
+    _start(bound, grid, passed)
+    return bound
+
+
+def _start(bound: Bound, grid: tuple[int, ...], passed: list) -> None:
+    x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+    active = driver.active
+    stream = active.get_current_stream(active.get_current_device())
+    if bound.in_tuple:
+        passed += bound.rest
+        bound.start(x, y, z, stream, *bound.options, passed)
+    else:
+        bound.start(x, y, z, stream, *bound.options, *passed, *bound.rest)
+
+
+class Part(NamedTuple):
+    """The memory of a contiguous tensor from one element on, as an argument of a :class:`Launch`."""
+
+    base: torch.Tensor
+    first: int
+
+
+class Launch:
+    """A launch of which only the memory differs from call to call: about as fast as Python can start a kernel.
+
+    Args:
+        As of :func:`launch`. Tensors and tiles stand for those of later calls, which must have the same shapes and
+        strides; None stays None.
+    """
+
+    __slots__ = ("arguments", "constants", "grid", "kernel", "ready")
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
+        self.kernel, self.grid, self.constants = kernel, grid, constants
+        self.arguments = [_without_memory(x) for x in arguments]
+        self.ready: dict[tuple, tuple[Bound, list, list]] = {}
+
+    def __call__(self, *tensors: torch.Tensor | None) -> None:
+        """Launch on ``tensors``, those of the arguments in their order; None among them is passed over."""
+        if not isinstance(self.kernel, JITFunction):
+            self._bind((), [x for x in tensors if x is not None])
+            return
+        pointers, key = [], [driver.active.get_current_device()]
+        for x in tensors:
+            if x is not None:
+                pointer = x.data_ptr()
+                pointers.append(pointer)
+                key += (x.dtype, pointer & 15)
+        found = self.ready.get(tuple(key))
+        if found is None or is_watched(self.kernel):
+            self._bind(tuple(key), [x for x in tensors if x is not None])
+            return
+        bound, template, slots = found
+        passed = template.copy()
+        for pointer, (place, offset, encoding) in zip(pointers, slots):
+            passed[place] = pointer + offset if encoding is None else bound.encode(pointer, *encoding)
+        _start(bound, self.grid, passed)
+
+    def _bind(self, key: tuple, tensors: list[torch.Tensor]) -> None:
+        given = iter(tensors)
+        arguments = [_with_memory(x, given) for x in self.arguments]
+        bound = launch(self.kernel, self.grid, *arguments, **self.constants)
+        if bound is None:
+            return
+        template: list = []
+        slots: list = []
+        metas = iter(bound.metas)
+        for known, x in zip(self.arguments, arguments):
+            if isinstance(x, Tile):
+                slots.append((len(template), 0, bound.encoding(x, next(metas))))
+                template += (None, *x.shape, *x.strides)
+                continue
+            if isinstance(x, torch.Tensor):
+                offset = known.first * x.element_size() if isinstance(known, Part) else 0
+                slots.append((len(template), offset, None))
+                x = None
+            template.append(x)
+        self.ready[key] = bound, template, slots
+
+
+_MEMORY: Any = object()
+
+
+def _without_memory(argument: Any) -> Any:
+    if isinstance(argument, Tile | Part):
+        return argument._replace(base=_MEMORY)
+    return _MEMORY if isinstance(argument, torch.Tensor) else argument
+
+
+def _with_memory(argument: Any, tensors: Iterator[torch.Tensor]) -> Any:
+    if isinstance(argument, Tile):
+        return argument._replace(base=next(tensors))
+    if isinstance(argument, Part):
+        return next(tensors)[argument.first :]
+    return next(tensors) if argument is _MEMORY else argument
+
+
+class Launches(dict):
+    """Launches by all that decides them; bounded, since lengths may differ in every call."""
+
+    def keep(self, key: tuple, value: Any) -> Any:
+        """Note ``value`` under ``key``, and give it back."""
+        if len(self) >= 1024:
+            self.clear()
+        self[key] = value
+        return value
+
+
+COUNTERS = 256
+_counters: dict[tuple, list[torch.Tensor]] = {}
+
+
+def new_counter(device: torch.device) -> torch.Tensor:
+    """A zero for the kernel that is launched next, int32 with 16 bytes of its own.
+
+    Filled for many launches of a stream at a time; in a graph, which runs many times, by the graph itself.
+    """
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return torch.zeros(4, dtype=torch.int32, device=device)
+    active = driver.active
+    index = active.get_current_device()
+    key = index, active.get_current_stream(index)
+    try:
+        return _counters[key].pop()
+    except (KeyError, IndexError):
+        if len(_counters) >= 64:
+            _counters.clear()
+        _counters[key] = list(torch.zeros(COUNTERS, 4, dtype=torch.int32, device=device).unbind())
+        return _counters[key].pop()
+
+
+def int_key(value: int, do_not_specialize: bool) -> int:
+    """Equal for ints that Triton compiles alike: it asks whether one is 1, a multiple of 16, and how wide it is."""
+    if do_not_specialize:
+        return -0x80000000 <= value < 0x80000000
+    return value if value < 16 else (value.bit_length() << 4) + (value & 15)
+
+
+def is_watched(kernel: Any) -> bool:
+    """Whether someone wants to see launches, or has switched on what changes a compilation."""
+    runtime, compilation = knobs.runtime, knobs.compilation
+    return bool(
+        getattr(runtime.launch_enter_hook, "calls", runtime.launch_enter_hook)
+        or getattr(runtime.launch_exit_hook, "calls", runtime.launch_exit_hook)
+        or kernel.pre_run_hooks
+        or runtime.add_stages_inspection_hook
+        or runtime.debug
+        or compilation.instrumentation_mode
+        or getattr(compilation, "fpsan_homomorphic_casts", None)
+    )
+
+
+def _launch_by_triton(kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: dict[str, Any]) -> Any:
+    return kernel[grid](*(x.descriptor() if type(x) is Tile else x for x in arguments), **constants)
+
+
+def _bind(kernel: Any, compiled: Any, arguments: tuple, constants: dict[str, Any]) -> Bound | None:
+    """What later launches of ``compiled`` need; None where they must go through Triton."""
+    nvidia = sys.modules.get("triton.backends.nvidia.driver")
+    launcher = getattr(compiled, "_run", None)
+    if nvidia is None or type(launcher) is not nvidia.CudaLauncher:
+        return None
+    if launcher.global_scratch_size or launcher.profile_scratch_size or getattr(launcher, "gsan_enabled", False):
+        return None
+    rest = kernel.params[len(arguments) :]
+    layouts = [x.layout for x in arguments if type(x) is Tile]
+    metas = getattr(compiled.metadata, "tensordesc_meta", None) or ()
+    if any(m.get("fp4_padded") or m.get("is_im2col") for m in metas) or len(metas) != len(layouts):
+        return None
+    if any(p.is_constexpr != (p.num >= len(arguments)) for p in kernel.params):
+        return None
+    start = launcher.launch
+    if layouts:
+        # Triton wraps its launcher by one that encodes descriptors.
+        start = dict(zip(start.__code__.co_freevars, start.__closure__))["launcher"].cell_contents
+    in_tuple = hasattr(launcher, "arg_annotations")
+    utils = driver.active.utils
+    encode = getattr(utils, "fill_tma_descriptor_tiled", None) or utils.fill_tma_descriptor
+    switches = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl)
+    packed, no_hooks, no_scratch = (compiled.packed_metadata,), (None, None, None), (None, None)
+    if in_tuple:
+        options = (*switches, *packed, *no_hooks, *no_scratch, launcher.arg_annotations, launcher.kernel_signature)
+    else:
+        options = (*switches, *no_scratch, *packed, *no_hooks)
+    return Bound(
+        start=start,
+        options=options,
+        rest=tuple(constants.get(p.name, p.default) for p in rest),
+        in_tuple=in_tuple,
+        encode=encode,
+        kinds=nvidia.TMA_DTYPE_DEVICE_TO_HOST,
+        metas=tuple(metas),
+        kept=(kernel, compiled, *layouts),
+    )
