@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 
-def calls(device: str, with_sdpa: bool) -> dict[str, Callable[[], object]]:
+def calls(device: str, with_sdpa: bool, dims: tuple[int, ...] = (64, 128, 256)) -> dict[str, Callable[[], object]]:
     """The calls by name, each on tensors of its own."""
     made: dict[str, Callable[[], object]] = {}
     new = lambda *shape: torch.randn(shape, device=device, dtype=torch.bfloat16)  # noqa: E731
@@ -38,7 +38,7 @@ def calls(device: str, with_sdpa: bool) -> dict[str, Callable[[], object]]:
             made[f"PyTorch's {dim}"] = lambda: sdpa(*heads[:3])
             made[f"PyTorch's {dim}, backward too"] = lambda: torch.autograd.grad(sdpa(*more), more, heads[3])
 
-    for dim in (64, 128, 256):
+    for dim in dims:
         dense(dim)
     seqs, page_size, pages = 8, 16, 64
     pools = [new(seqs * pages + 1, page_size, 8, 128).transpose(1, 2) for _ in "kv"]

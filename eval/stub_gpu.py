@@ -80,6 +80,7 @@ def pretend_hopper() -> Launches:
     driver = Driver()
     triton.runtime.driver.set_active(driver)
     # Triton 3.6 compiles a C launcher for each signature, newer ones describe signatures by these.
+    nvidia.library_dirs = list
     nvidia.compile_module_from_src = lambda *_, **__: SimpleNamespace(launch=driver.utils.launch)
     nvidia.PyKernelArg = lambda nested_tuple, type: (nested_tuple, type)
     nvidia.ARG_CONSTEXPR, nvidia.ARG_KERNEL, nvidia.ARG_TUPLE = range(3)

@@ -292,3 +292,25 @@ def test_a_settled_plan_gives_the_same_bits(poison, dim, q_len):
         graph.replay()
         got = outs.clone()
         assert torch.equal(got, step(False))
+
+
+def test_counters_of_many_launches_and_of_a_graph():
+    """Each launch has a zero of its own: on two streams, past the end of a block of them, in a graph that runs again."""
+    q, k, v = (torch.randn(1, 300, heads, 128, dtype=torch.bfloat16, device="cuda") for heads in (4, 2, 2))
+    needs_gluon(q, k, v)
+    expected = flash_attention(q, k, v, causal=True)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    torch.cuda.synchronize()
+    outs = []
+    for i in range(600):
+        with torch.cuda.stream(streams[i % 2]):
+            outs.append(flash_attention(q, k, v, causal=True))
+    torch.cuda.synchronize()
+    assert all(torch.equal(out, expected) for out in outs)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = flash_attention(q, k, v, causal=True)
+    for _ in range(3):
+        captured.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(captured, expected)
