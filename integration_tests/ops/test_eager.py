@@ -95,15 +95,25 @@ def under(mode):
     [
         under(Functions()), under(Dispatches()), lambda x: half_op(x.as_subclass(Subclass), None),
         lambda x: half_op(x.to("meta"), None), make_fx(lambda x: half_op(x, None)),
-        lambda x: torch.func.vjp(lambda y: half_op(y, None), x), lambda x: torch.jit.trace(lambda y: half_op(y, None), x),
+        lambda x: torch.jit.trace(lambda y: half_op(y, None), x),
         lambda x: half_op(torch._subclasses.FakeTensorMode().from_tensor(x), None),
     ],
-    ids=["function mode", "dispatch mode", "subclass", "meta", "make_fx", "functorch", "jit", "fake"],
+    ids=["function mode", "dispatch mode", "subclass", "meta", "make_fx", "jit", "fake"],
 )  # fmt: skip
 def test_whoever_looks_sees_the_op(call, counted):
     spy = counted(half_op)
     call(torch.randn(3))
     assert spy.calls >= 1
+
+
+def test_functorch_sees_the_op(counted):
+    """Which it refuses; the function would compute on whatever memory is behind a wrapper."""
+    spy = counted(half_op)
+    with pytest.raises(RuntimeError, match="setup_context"):
+        torch.func.grad(lambda x: half_op(x, None).sum())(torch.randn(3))
+    with pytest.raises(RuntimeError, match="vmap"):
+        torch.vmap(lambda x: half_op(x, None))(torch.randn(2, 3))
+    assert spy.calls == 2
 
 
 def test_a_tensor_that_stands_for_its_negative():

@@ -295,7 +295,7 @@ def test_a_settled_plan_gives_the_same_bits(poison, dim, q_len):
 
 
 def test_counters_of_many_launches_and_of_a_graph():
-    """Each launch has a zero of its own: on two streams, past the end of a block of them, in a graph that runs again."""
+    """Each launch has a zero of its own: on two streams, past the end of a block of them, in a graph, every time."""
     q, k, v = (torch.randn(1, 300, heads, 128, dtype=torch.bfloat16, device="cuda") for heads in (4, 2, 2))
     needs_gluon(q, k, v)
     expected = flash_attention(q, k, v, causal=True)

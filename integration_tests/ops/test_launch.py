@@ -35,7 +35,7 @@ def test_bound_launches_are_those_of_triton(family, tmp_path):
 
 def test_equal_keys_of_ints_are_compiled_alike():
     """What Triton makes of an int, for all small ones and those around borders of width."""
-    from hf_paged_kernels.launch import int_key
+    from hf_paged_kernels.launch_triton import int_key
     from triton.backends.compiler import BaseBackend
     from triton.runtime.jit import native_specialize_impl
 

@@ -1,4 +1,4 @@
-"""Compares the launches of ``hf_paged_kernels.launch`` with Triton's own, on a stub of a GPU, for ``test_launch.py``.
+"""Compares the launches of ``launch_triton`` with Triton's own, on a stub of a GPU, for ``test_launch.py``.
 
 Every launch of a family of ``compile_for_hopper`` is made three times with the same arguments: to compile, by Triton,
 and bound. What Triton's C launcher is given must be the same, and the bound launch must not go through Triton's binder.
@@ -8,7 +8,7 @@ import sys
 
 import compile_for_hopper
 import torch
-from hf_paged_kernels import launch as launches
+from hf_paged_kernels import launch_triton as launches
 from triton.runtime.jit import JITFunction
 
 from eval.stub_gpu import pretend_hopper

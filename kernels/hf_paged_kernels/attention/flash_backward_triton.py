@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from ..backend import MAX_GRID, contiguous, contiguous_rows, device_guard, layout
-from ..launch import Launch, Launches, Tile
+from ..launch_triton import Launch, Launches, Tile
 from ..settings import LOG2_E, AttentionSettings, BackwardSettings, flash_backward_settings
 from .flash_backward_parts_triton import (
     find_block,
@@ -362,7 +362,7 @@ def flash_attention_backward_launch(
     with device_guard(q):
         for sum_rows, keys, queries, query_tiles, key_tiles in launches:
             sum_rows(out, dout, lse, dlse, lse_log2, delta, sums, cu_seqlens_q)
-            tiles = (q, dout, lse_log2, delta) if query_tiles else ()
+            tiles: tuple = (q, dout, lse_log2, delta) if query_tiles else ()
             keys(q, k, v, dout, dk, dv, lse_log2, delta, *tiles, cu_seqlens_q, cu_seqlens_k)
             tiles = (k, v) if key_tiles else ()
             queries(q, k, v, dout, dq, lse_log2, delta, sums, *tiles, cu_seqlens_q, cu_seqlens_k)
@@ -441,13 +441,13 @@ def _prepare(
         )  # fmt: skip
         keys = Launch(
             _flash_backward_keys, _grid(s.keys.block_n, seqlen_k, num_kv_heads, batches, num_seqs, varlen),
-            q, k, v, dout, dk, dv, lse_log2, delta, *(query_tiles or [None] * 4), *lengths, first_batch,
+            q, k, v, dout, dk, dv, lse_log2, delta, *(query_tiles or (None,) * 4), *lengths, first_batch,
             *(x.stride()[:3] for x in (q, k, v, dout, dk, dv)), lse_log2.stride()[:2], *scores,
             DESCRIPTORS=query_tiles is not None, **common, **_tiles(s.keys),
         )  # fmt: skip
         queries = Launch(
             _flash_backward_queries, _grid(s.queries.block_m, seqlen_q, num_q_heads, batches, num_seqs, varlen),
-            q, k, v, dout, dq, lse_log2, delta, sums, *(key_tiles or [None] * 2), *lengths, first_batch,
+            q, k, v, dout, dq, lse_log2, delta, sums, *(key_tiles or (None,) * 2), *lengths, first_batch,
             *(x.stride()[:3] for x in (q, k, v, dout, dq)), lse_log2.stride()[:2], *scores,
             DESCRIPTORS=key_tiles is not None, **common, **_tiles(s.queries),
         )  # fmt: skip

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 
 from ..backend import MAX_GRID, contiguous, device_guard
-from ..launch import launch
+from ..launch_triton import launch
 from ..settings import LOG2_E, AttentionSettings, flash_settings
 from .primitives_triton import (
     add_sink,

@@ -35,7 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from ..backend import contiguous, contiguous_rows, device_guard, layout
 from ..dependent_launch_triton import has_dependent_launch
-from ..launch import Launch, Launches, Part, Tile, new_counter
+from ..launch_triton import Launch, Launches, Part, Tile, new_counter
 from ..settings import (
     ITEM_NUMBERS,
     LOG2_E,

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 from ..backend import device_guard
-from ..launch import launch
+from ..launch_triton import launch
 
 
 @triton.jit

@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from ..backend import QUANTIZED_ROWS, contiguous, contiguous_rows, device_guard, scale_strides
 from ..compat_gluon import barrier, load_async, view
-from ..launch import Tile, launch
+from ..launch_triton import Tile, launch
 from ..settings import LOG2_E, QuantizedHopperSettings, choose_quantized_hopper_settings, multiprocessors
 from . import paged_quantized_triton, split_plan_triton
 from .hopper_gluon import ANY

@@ -25,7 +25,7 @@ import triton
 import triton.language as tl
 
 from ..backend import contiguous, contiguous_rows, device_guard, on_nvidia, scale_strides
-from ..launch import launch
+from ..launch_triton import launch
 from ..settings import LOG2_E, QuantizedSettings, is_short_query, multiprocessors, quantized_settings
 from .primitives_triton import (
     add_sink,

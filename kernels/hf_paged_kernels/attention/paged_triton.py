@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from ..backend import MAX_GRID, contiguous, contiguous_rows, device_guard, scale_strides
-from ..launch import launch
+from ..launch_triton import launch
 from ..settings import LOG2_E, SPLIT_LENGTH, AttentionSettings, is_short_query, paged_settings
 from .primitives_triton import (
     add_sink,

@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from ..backend import device_guard, layout, scale_strides
-from ..launch import Launch, Launches, launch
+from ..launch_triton import Launch, Launches, launch
 from ..settings import LARGEST
 
 

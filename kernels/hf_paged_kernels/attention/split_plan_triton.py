@@ -25,7 +25,7 @@ import triton.language as tl
 
 from ..backend import device_guard, layout
 from ..dependent_launch_triton import dependent_launch, start_next, wait_for_previous
-from ..launch import Launch, Launches, Part
+from ..launch_triton import Launch, Launches, Part
 from ..settings import (
     ITEM_NUMBERS,
     LONG_SHORT_QUERY,

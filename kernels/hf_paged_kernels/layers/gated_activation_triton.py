@@ -9,7 +9,7 @@ import triton.language as tl
 
 from ..backend import contiguous_rows, device_guard
 from ..dependent_launch_triton import dependent_launch, start_next, wait_for_previous
-from ..launch import launch
+from ..launch_triton import launch
 
 BLOCK_N = 1024
 

@@ -13,7 +13,7 @@ import triton.language as tl
 
 from ..backend import contiguous, contiguous_rows, device_guard
 from ..dependent_launch_triton import dependent_launch, start_next, wait_for_previous
-from ..launch import launch
+from ..launch_triton import launch
 
 
 @triton.jit

@@ -19,7 +19,7 @@ import triton.language as tl
 from ..attention.pages_triton import highest_bits, scale_of_bits
 from ..backend import contiguous, device_guard, scale_strides
 from ..dependent_launch_triton import dependent_launch, start_next, wait_for_previous
-from ..launch import launch
+from ..launch_triton import launch
 from ..settings import LARGEST
 
 TILE = 1024

@@ -31,7 +31,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..backend import contiguous, device_guard
 from ..compat_gluon import barrier, load_async
 from ..dependent_launch_triton import has_dependent_launch
-from ..launch import Tile, launch
+from ..launch_triton import Tile, launch
 from .decode import BatchLinearSettings
 
 

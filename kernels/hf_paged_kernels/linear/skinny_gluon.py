@@ -26,7 +26,7 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..backend import contiguous, device_guard
-from ..launch import launch
+from ..launch_triton import launch
 from .skinny import MAX_TOKENS, SmallLinearSettings
 
 FARTHEST = 2**31 // MAX_TOKENS - 1

@@ -31,7 +31,7 @@ import triton.language as tl
 
 from ..backend import MAX_GRID, contiguous_rows, device_guard, on_nvidia
 from ..dependent_launch_triton import dependent_launch, start_next, wait_for_previous
-from ..launch import launch
+from ..launch_triton import launch
 from . import reference
 from .reference import tile_size
 from .scores_triton import (

@@ -304,7 +304,7 @@ def _launch_by_triton(kernel: Any, grid: tuple[int, ...], arguments: tuple, cons
 def _bind(kernel: Any, compiled: Any, arguments: tuple, constants: dict[str, Any]) -> Bound | None:
     """What later launches of ``compiled`` need; None where they must go through Triton."""
     nvidia = sys.modules.get("triton.backends.nvidia.driver")
-    launcher = getattr(compiled, "_run", None)
+    launcher: Any = getattr(compiled, "_run", None)
     if nvidia is None or type(launcher) is not nvidia.CudaLauncher:
         return None
     if launcher.global_scratch_size or launcher.profile_scratch_size or getattr(launcher, "gsan_enabled", False):
@@ -325,6 +325,7 @@ def _bind(kernel: Any, compiled: Any, arguments: tuple, constants: dict[str, Any
     encode = getattr(utils, "fill_tma_descriptor_tiled", None) or utils.fill_tma_descriptor
     switches = (compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl)
     packed, no_hooks, no_scratch = (compiled.packed_metadata,), (None, None, None), (None, None)
+    options: tuple
     if in_tuple:
         options = (*switches, *packed, *no_hooks, *no_scratch, launcher.arg_annotations, launcher.kernel_signature)
     else:
