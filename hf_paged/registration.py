@@ -6,7 +6,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.utils import logging
 
 from .attention.flash_functions import all_functions
-from .attention.interface import paged_flash_attention, paged_flash_mask
+from .attention.interface import paged_flash_attention
+from .attention.mask import paged_flash_mask
 from .cache.paged_cache import PagedCache
 from .errors import UnsupportedModelError
 from .transformers_internals import NAMES, PACKED_PREFIX, install

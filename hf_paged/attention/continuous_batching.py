@@ -9,11 +9,17 @@ once before the capture, with the same tensors, so this is what puts the computa
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
+from hf_paged_kernels.attention.ops import paged_attention_op, write_pages_op
+from hf_paged_kernels.checks import check_pages
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..cache.split_plans import SplitPlans
+from ..transformers_internals import batching_update, is_batching_cache
+from .dense import packed
+from .options import AttentionOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,3 +92,40 @@ def _make_rows(table: torch.Tensor, cu_seqlens_k: torch.Tensor, page_size: int, 
     cu_seqlens_q = torch.arange(num_seqs + 1, dtype=torch.int32, device=table.device)
     plan = SplitPlans().get(table, seq_lens, cu_seqlens_q, 1, page_size, window_left)
     return DecodeRows(slots, seq_lens, cu_seqlens_q, plan)
+
+
+def attend_batched(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cache: Any,
+    options: AttentionOptions,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """A step of transformers' continuous batching: one row ``[1, H, T, D]`` of packed sequences."""
+    dtype, new_key, new_value = query.dtype, key, value
+    if is_batching_cache(cache) and kwargs.get("block_table") is None:
+        # It has the dtype of the weights, whatever autocast says.
+        query, key, value = (x.to(cache.dtype) for x in (query, key, value))
+    key, value = batching_update(cache if is_batching_cache(cache) else None, module, key, value, kwargs)
+    if kwargs.get("block_table") is None:
+        # Prefill and mixed steps: transformers has gathered the keys through its read_index. It is not read in place:
+        # it names single tokens, not pages, the tensors it indexes are private in every version, and the slots of a
+        # window layer may be overwritten by this step's own tokens.
+        lengths = kwargs["cu_seq_lens_q"], kwargs["cu_seq_lens_k"]
+        return packed(query, key, value, *lengths, options, kwargs.get("max_length_q")).to(dtype)
+    # Decode: one new token a sequence, written and read in place through the block table.
+    k_pages, v_pages = (kwargs[name].transpose(1, 2) for name in ("k_cache", "v_cache"))
+    check_pages(k_pages, v_pages)
+    q, k, v = (x.squeeze(0).transpose(0, 1).to(k_pages.dtype) for x in (query, new_key, new_value))
+    table, page_size = kwargs["block_table"], k_pages.shape[2]
+    rows = decode_rows(
+        kwargs["cu_seq_lens_q"], module.layer_idx, table, kwargs["cu_seq_lens_k"], page_size, options.left
+    )
+    write_pages_op(k, v, k_pages, v_pages, rows.slots, None, None)
+    out, _ = paged_attention_op(
+        q, k_pages, v_pages, table, rows.seq_lens, rows.cu_seqlens_q, 1, options.left, options.right,
+        options.softcap, options.sinks, options.scale, None, None, rows.plan,
+    )  # fmt: skip
+    return out.unsqueeze(0).to(dtype)

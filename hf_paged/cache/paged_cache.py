@@ -7,25 +7,15 @@ from typing import Any
 
 import torch
 from hf_paged_kernels.checks import PAGE_SIZES
-from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import (
-    Cache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-    LinearAttentionAndFullAttentionLayer,
-    LinearAttentionAndSlidingWindowAttentionLayer,
-    LinearAttentionLayer,
-)
+from transformers import PreTrainedConfig
+from transformers.cache_utils import Cache, LinearAttentionLayer
 
-from ..errors import UnsupportedModelError
-from ..paging import GONE, GroupMemory, PagePool, SequenceTable
-from ..transformers_internals import is_dummy_layer
+from ..paging import GONE, GroupMemory, PagePool
 from .layer_group import LayerGroup
+from .layer_kinds import HYBRID, set_layers
+from .page_ops import SwappedSequence, swap_in, swap_out
 from .paged_layer import PagedHybridLayer, PagedLayer
-from .paged_states import LayerUpdate
-from .swap import SwappedSequence, swap_in, swap_out
-
-HYBRID = (LinearAttentionAndFullAttentionLayer, LinearAttentionAndSlidingWindowAttentionLayer)
+from .step_planner import StepPlanner
 
 
 class PagedCache(Cache):
@@ -75,36 +65,29 @@ class PagedCache(Cache):
             raise ValueError("page_size, kv_dtype and num_pages are those of the pool: do not give them with pool=.")
         else:
             self.pool = pool
-        self.owns_pool = pool is None
         self.config = config.get_text_config(decoder=True)
         self.page_size = self.pool.page_size
-        self.columns = 0
-        # bool [B, columns] on CPU, True where a column is a token; None while every column is.
-        self.is_token: torch.Tensor | None = None
-        self.swapped: dict[int, SwappedSequence] = {}
-        self._repeats = 1
-        # An error has ended a step after some states that are not in pages may have taken it.
-        self._states_are_ahead = False
-
-        templates = DynamicCache(config=self.config).layers
-        windows = [layer_window(template, i, self.config) for i, template in enumerate(templates)]
-        counts: dict[int | None, int] = {}
-        for window in windows:
-            if window != "none":
-                counts[window] = counts.get(window, 0) + 1
-        self.pool.set_layers(counts)
-        self.groups = {window: LayerGroup(self, self.pool.groups[window]) for window in counts}
+        kinds = set_layers(self.config, self.pool)
+        self.groups = {window: LayerGroup(pages) for window, pages in self.pool.groups.items()}
         if pool is not None:
             # A shared pool outlives its caches: what a dropped cache holds must come back.
             weakref.finalize(self, _release, [(group.pages, group.table) for group in self.groups.values()])
-        super().__init__(layers=[self._layer(i, t, w) for i, (t, w) in enumerate(zip(templates, windows))])
-
-    def _layer(self, index: int, template: Any, window: Any) -> Any:
-        if window == "none":
-            return template
-        if type(template) in HYBRID:
-            return PagedHybridLayer(self, self.groups[window], index, template.number_of_states)
-        return PagedLayer(self, self.groups[window], index)
+        paged = [index for index, (_, pages) in enumerate(kinds) if pages is not None]
+        keeps_states = any(isinstance(template, LinearAttentionLayer) for template, _ in kinds)
+        self.planner = StepPlanner(
+            self.config.model_type, self.pool, self.groups, paged, keeps_states, owns_pool=pool is None
+        )
+        layers: list[Any] = []
+        for index, (template, pages) in enumerate(kinds):
+            if pages is None:
+                layers.append(template)
+                continue
+            arguments = self.config, self.planner, self.groups[pages.window], index
+            is_hybrid = type(template) in HYBRID
+            layers.append(
+                PagedHybridLayer(*arguments, template.number_of_states) if is_hybrid else PagedLayer(*arguments)
+            )
+        super().__init__(layers=layers)
 
     # Introspection
 
@@ -116,7 +99,12 @@ class PagedCache(Cache):
     @property
     def num_seqs(self) -> int:
         """Sequences (batch rows) held."""
-        return next((len(group.table) for group in self.groups.values()), 0)
+        return self.planner.num_seqs
+
+    @property
+    def columns(self) -> int:
+        """Columns of the batch held, padding counted."""
+        return self.planner.columns
 
     @property
     def pages_in_use(self) -> int:
@@ -142,115 +130,6 @@ class PagedCache(Cache):
             f"{self.page_size} tokens in use)"
         )
 
-    # A step
-
-    def check_new_states(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """New keys and values must fit the sequences held."""
-        shape = key.shape
-        if len(shape) != 4 or value.ndim != 4 or shape[:3] != value.shape[:3]:
-            raise ValueError(
-                f"keys and values must be [batch, heads, tokens, head_dim], got {list(key.shape)}, {list(value.shape)}."
-            )
-        self._refuse_swapped()
-        if self._states_are_ahead:
-            raise ValueError(
-                f"an error has ended an earlier step, and the recurrent states of {self.config.model_type} cannot be "
-                f"taken back: call reset()."
-            )
-        num_seqs = self.num_seqs
-        if num_seqs and shape[0] != num_seqs:
-            raise ValueError(
-                f"the cache holds {num_seqs} sequences, the step brings {shape[0]}: call reset(), "
-                f"batch_repeat_interleave() or batch_select_indices() first."
-            )
-
-    def step_columns(self, update: LayerUpdate, mask: torch.Tensor | None) -> torch.Tensor | None:
-        """Which of a step's columns are tokens: bool ``[B, num_new]`` on CPU, None: all of them.
-
-        The first layer of a step says so with its mask; what it said is held against the masks of the others.
-
-        Raises:
-            ValueError: the mask does not fit the columns, or hides a stored token.
-            UnsupportedModelError: two layers of one step disagree.
-        """
-        num_seqs, _, num_new, _ = update.key.shape
-        start = update.start
-        told = None if mask is None else self._told(update, mask, num_seqs, num_new)
-        if self.columns == start:
-            return told
-        known = None if self.is_token is None else self.is_token[:, start : start + num_new]
-        if mask is not None and told is not None and (known is None or not torch.equal(told, known)):
-            raise UnsupportedModelError(
-                f"layer {update.layer.index} of {self.config.model_type} masks padding and an earlier layer of the "
-                f'same step took it for tokens: load the model with attn_implementation="eager" or "sdpa", or pass '
-                f"past_key_values=DynamicCache(config=model.config)."
-            )
-        return None if known is None or bool(known.all()) else known
-
-    def _told(self, update: LayerUpdate, mask: torch.Tensor, num_seqs: int, num_new: int) -> torch.Tensor | None:
-        """The part of a 2D mask that speaks of the step's columns, on CPU; None where all are tokens."""
-        start = update.start
-        windowed = start - update.layer.group.first_column(start) + num_new
-        if mask.shape[0] != num_seqs or mask.shape[1] not in (start + num_new, windowed):
-            raise ValueError(
-                f"attention_mask must cover the {start} columns in the cache and the {num_new} new ones, "
-                f"{[num_seqs, start + num_new]}, got {list(mask.shape)}."
-            )
-        mask = mask.bool().cpu()
-        held, new = mask[:, :-num_new], mask[:, -num_new:]
-        first = start - held.shape[1]
-        stored = torch.ones_like(held) if self.is_token is None else self.is_token[:, first:start]
-        hidden = stored & ~held
-        if bool(hidden.any()):
-            row, column = hidden.nonzero()[0].tolist()
-            raise ValueError(
-                f"attention_mask hides column {first + column} of row {row}, which the cache holds as a token: pass "
-                f"the mask from the first call on, or start with a new PagedCache. If you passed no mask, generate() "
-                f"made one that hides every pad_token_id in input_ids, generated ones too: pass "
-                f"attention_mask=torch.ones_like(input_ids)."
-            )
-        return None if bool(new.all()) else new
-
-    def tokens_of_dense_mask(self, update: LayerUpdate, is_seen: torch.Tensor) -> torch.Tensor:
-        """The 2D mask that a 4D one implies: a new column that no query of its step sees is padding.
-
-        Args:
-            update: new keys and values of one layer.
-            is_seen: bool ``[B, num_keys]``, whether any query sees a key: the last columns held, then the new ones.
-
-        Raises:
-            ValueError: a query sees a column that is held as padding.
-        """
-        num_held = is_seen.shape[1] - update.key.shape[2]
-        if self.is_token is not None:
-            first = update.start - num_held
-            shown = is_seen[:, :num_held].cpu() & ~self.is_token[:, first : update.start]
-            if bool(shown.any()):
-                row, column = shown.nonzero()[0].tolist()
-                raise ValueError(
-                    f"a 4D attention_mask shows column {first + column} of row {row}, which the cache holds as "
-                    f"padding: no query of the step that brought it saw it."
-                )
-        return torch.cat([torch.ones_like(is_seen[:, :num_held]), is_seen[:, num_held:]], dim=1)
-
-    def begin_rows(self, num_seqs: int) -> None:
-        """Have ``num_seqs`` rows in every group of layers, empty where there were none."""
-        for group in self.groups.values():
-            if not len(group.table):
-                group.table.adopt([[] for _ in range(num_seqs)], [0] * num_seqs)
-
-    def make_room(self, counts: list[int], leaders: list[int] | None) -> None:
-        """Have free pages for a step in every group that has not taken its tokens yet.
-
-        The first group of a step asks for all: where one of them cannot have its pages, none takes tokens.
-
-        Raises:
-            OutOfPagesError: the pool has too few; no sequence was changed.
-        """
-        behind = min(group.columns for group in self.groups.values())
-        waiting = [group for group in self.groups.values() if group.columns == behind]
-        self.pool.make_room({group.pages: group.pages_needed(counts, leaders) for group in waiting})
-
     def expect_repeats(self, repeats: int) -> None:
         """Say that every prompt comes ``repeats`` times in a row: those rows share all pages until they differ.
 
@@ -258,66 +137,7 @@ class PagedCache(Cache):
         the steps from here on, the chunks of a prefill and what follows a matched prefix, up to the first in which the
         rows are not the same.
         """
-        self._repeats = repeats
-
-    def leaders(self, update: LayerUpdate, is_token: torch.Tensor | None, table: SequenceTable) -> list[int] | None:
-        """Per row, the first row of the same prompt, in whose pages a step's tokens go; None: every row for itself.
-
-        What :meth:`expect_repeats` said is believed only if the rows hold the same pages, bring the same keys and
-        values, and have their tokens in the same columns.
-        """
-        repeats, num_seqs = self._repeats, update.key.shape[0]
-        if repeats == 1:
-            return None
-        leaders = [row - row % repeats for row in range(num_seqs)]
-        same = num_seqs % repeats == 0 and table.are_alike(leaders)
-        if same and all(_is_repeated(x, repeats) for x in (is_token, update.key, update.value) if x is not None):
-            return leaders
-        self._repeats = 1  # Rows that differ once do not become the same again: later steps need not compare.
-        return None
-
-    def record_columns(self, update: LayerUpdate, is_token: torch.Tensor | None) -> None:
-        """Remember which columns of a step are tokens; called once by each group of layers."""
-        if self.columns != update.start:
-            return
-        num_seqs, _, num_new, _ = update.key.shape
-        if self.is_token is not None or is_token is not None:
-            held = torch.ones(num_seqs, self.columns, dtype=torch.bool) if self.is_token is None else self.is_token
-            new = torch.ones(num_seqs, num_new, dtype=torch.bool) if is_token is None else is_token
-            self.is_token = torch.cat([held, new], dim=1)
-        self.columns += num_new
-
-    def tokens_of_columns(self, first: int, last: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """``(row, column, token)`` of every token in the columns first..last, int64 on CPU."""
-        if self.is_token is None:
-            is_token = torch.ones(self.num_seqs, last, dtype=torch.bool)
-        else:
-            is_token = self.is_token[:, :last]
-        rows, columns = is_token[:, first:].nonzero(as_tuple=True)
-        return rows, columns + first, (is_token.cumsum(1) - 1)[rows, columns + first]
-
-    def forget_pending(self) -> None:
-        """Take back a step that an error has ended: updates that wait to be placed, and what other layers have placed.
-
-        The second is not possible where a sliding window has passed what the shorter sequences need, or a layer keeps
-        states that are not in pages: then the next step is refused.
-        """
-        self._states_are_ahead = self._keeps_states()
-        layers = self._paged_layers()
-        for layer in layers:
-            if layer.pending is not None:
-                layer.columns, layer.pending = layer.pending.start, None
-        start = min(layer.columns for layer in layers)
-        if not start:
-            for group in self.groups.values():
-                group.clear()  # rows of a first step, which may come again with another batch size
-            self.columns, self.is_token = 0, None
-            for layer in layers:
-                layer.columns = 0
-        elif start < self.columns and not self._states_are_ahead:
-            lengths = self._lengths(start)
-            if not any(group.lost_token(lengths) is not None for group in self.groups.values()):
-                self.crop(start - self.columns)
+        self.planner.repeats = repeats
 
     # Prefixes: full pages that are found again by later calls
 
@@ -355,10 +175,8 @@ class PagedCache(Cache):
             self.reset()
             return 0
         if any(pads):
-            self.is_token = torch.arange(columns)[None, :] >= torch.tensor(pads)[:, None]
-        self.columns = columns
-        for layer in self._paged_layers():
-            layer.columns = columns
+            self.planner.is_token = torch.arange(columns)[None, :] >= torch.tensor(pads)[:, None]
+        self.planner.begin_at(columns)
         return sum(lengths)
 
     def store_prefix(
@@ -403,15 +221,11 @@ class PagedCache(Cache):
         return [row[keep].tolist() for row, keep in zip(ids, held)], (~held).sum(1).tolist()
 
     def _refuse_states(self, what: str) -> None:
-        if self._keeps_states():
+        if self.planner.keeps_states:
             raise ValueError(
                 f"{what} is for models whose layers all keep keys and values: the recurrent states of "
                 f"{self.config.model_type} are not in pages."
             )
-
-    def _keeps_states(self) -> bool:
-        """Whether a layer keeps states that are not in pages."""
-        return any(isinstance(layer, LinearAttentionLayer) for layer in self.layers)
 
     # Swapping: a sequence's pages in host memory
 
@@ -423,17 +237,15 @@ class PagedCache(Cache):
         Raises:
             ValueError: there is no such row, or it is swapped out already.
         """
-        for layer in self._paged_layers():
-            layer.flush()
+        self.planner.flush()
         self._refuse_states("swap_out")
-        if not 0 <= row < self.num_seqs or row in self.swapped:
+        if not 0 <= row < self.num_seqs or row in self.planner.swapped:
             raise ValueError(f"row must be 0 to {self.num_seqs - 1} and not swapped out yet, got {row}.")
-        for group in self.groups.values():
-            group.plan = group.plan_mask = None
+        self.planner.drop_plans()
         length = next(iter(self.groups.values())).table.lengths[row]
-        pages = {window: swap_out(group, row) for window, group in self.groups.items()}
-        self.swapped[row] = SwappedSequence(row, length, pages)
-        return self.swapped[row]
+        pages = {window: swap_out(group.pages, group.table, row) for window, group in self.groups.items()}
+        sequence = self.planner.swapped[row] = SwappedSequence(row, length, pages)
+        return sequence
 
     def swap_in(self, sequence: SwappedSequence) -> None:
         """Bring a sequence back into pages.
@@ -442,35 +254,26 @@ class PagedCache(Cache):
             OutOfPagesError: the pool has too few pages; the sequence stays swapped out.
             ValueError: the sequence is not swapped out of this cache.
         """
-        if self.swapped.get(sequence.row) is not sequence:
+        if self.planner.swapped.get(sequence.row) is not sequence:
             raise ValueError(f"row {sequence.row} of this cache is not swapped out as this sequence.")
         for window, group in self.groups.items():
             try:
-                swap_in(group, sequence.row, sequence.length, sequence.groups[window])
+                swap_in(group.pages, group.table, sequence.row, sequence.length, sequence.groups[window])
             except Exception:
                 for other in self.groups.values():
                     if other is group:
                         break
-                    swap_out(other, sequence.row)
+                    swap_out(other.pages, other.table, sequence.row)
                 raise
-        del self.swapped[sequence.row]
-
-    def _refuse_swapped(self) -> None:
-        if self.swapped:
-            raise ValueError(f"rows {sorted(self.swapped)} are swapped out: swap_in() them first.")
+        del self.planner.swapped[sequence.row]
 
     # What generation does with a cache
 
-    def _paged_layers(self) -> list[PagedLayer]:
-        return [layer for layer in self.layers if isinstance(layer, PagedLayer)]
-
     def _begin_change(self) -> list[Any]:
         """Write what is pending, drop the plans; returns the layers that keep states of their own."""
-        self._refuse_swapped()
-        for layer in self._paged_layers():
-            layer.flush()
-        for group in self.groups.values():
-            group.plan = group.plan_mask = None
+        self.planner.refuse_swapped()
+        self.planner.flush()
+        self.planner.drop_plans()
         return [layer for layer in self.layers if isinstance(layer, LinearAttentionLayer)]
 
     def reset(self) -> None:
@@ -478,22 +281,17 @@ class PagedCache(Cache):
 
         A pool of its own gives its memory back too (see :meth:`PagePool.trim`).
         """
-        self.swapped.clear()
-        for layer in self._paged_layers():
-            layer.columns, layer.pending = 0, None
+        self.planner.reset()
         for layer in self._begin_change():
             # Made anew, not filled with zeros as transformers does: the next batch may be of another size.
             recording = layer.record_past
             LinearAttentionLayer.__init__(layer, number_of_states=layer.number_of_states)
             layer.record_past = recording
-        for group in self.groups.values():
-            group.clear()
-        if self.owns_pool and self.pool.pages_in_use:
+        if self.planner.owns_pool and self.pool.pages_in_use:
             self.pool.trim()
-        elif self.owns_pool:
+        elif self.planner.owns_pool:
             # The next tokens may be of another dtype or device.
             self.pool.drop_tensors()
-        self.columns, self.is_token, self._repeats, self._states_are_ahead = 0, None, 1, False
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row i becomes the old row ``beam_idx[i]``; table rows move, keys and values do not."""
@@ -502,7 +300,7 @@ class PagedCache(Cache):
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep the rows ``indices`` (int, or a bool mask)."""
         self._select(torch.arange(self.num_seqs)[torch.as_tensor(indices).cpu()].tolist())
-        self._trim_if_sparse()
+        self.planner.trim_if_sparse()
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row ``repeats`` times in a row; the copies share their pages."""
@@ -515,9 +313,9 @@ class PagedCache(Cache):
                 LinearAttentionLayer.reorder_cache(layer, torch.tensor(rows, device=states[0].device))
         for group in self.groups.values():
             if len(group.table):
-                group.select(rows)
-        if self.is_token is not None:
-            self.is_token = self.is_token[rows]
+                group.table.select(rows)
+        if self.planner.is_token is not None:
+            self.planner.is_token = self.planner.is_token[rows]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last ``-tokens_to_remove`` columns (a number not above 0) and give their pages back.
@@ -533,25 +331,7 @@ class PagedCache(Cache):
         for layer in self._begin_change():
             if tokens_to_remove or layer.record_past:
                 LinearAttentionLayer.crop(layer, tokens_to_remove)
-        keep = max(0, self.columns + tokens_to_remove)
-        lengths = self._lengths(keep)
-        for group in self.groups.values():
-            if len(group.table):
-                group.truncate(lengths, keep)
-        if self.is_token is not None:
-            self.is_token = self.is_token[:, :keep]
-        self.columns = keep
-        for layer in self._paged_layers():
-            layer.columns = keep
-        self._trim_if_sparse()
-
-    def _lengths(self, columns: int) -> list[int]:
-        """Tokens of each row in the first ``columns`` columns."""
-        return [columns] * self.num_seqs if self.is_token is None else self.is_token[:, :columns].sum(1).tolist()
-
-    def _trim_if_sparse(self) -> None:
-        if self.owns_pool:
-            self.pool.trim(only_sparse=True)
+        self.planner.truncate(max(0, self.columns + tokens_to_remove))
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, None]]:
         """``(keys, values, None)`` of each layer, gathered, as a DynamicCache gives them."""
@@ -564,8 +344,8 @@ class PagedCache(Cache):
         For an assistant, whose mask hides every pad_token_id that the large model has accepted.
         """
         mask = torch.ones_like(attention_mask)
-        if self.is_token is not None:
-            mask[:, : self.columns] = self.is_token.to(mask)
+        if self.planner.is_token is not None:
+            mask[:, : self.columns] = self.planner.is_token.to(mask)
         return mask
 
     def get_query_offset(self, layer_idx: int = 0) -> int:
@@ -580,25 +360,6 @@ def make_pool(page_size: int = 16, kv_dtype: str = "auto", num_pages: int | None
     if num_pages is not None and (not isinstance(num_pages, Integral) or isinstance(num_pages, bool) or num_pages < 1):
         raise ValueError(f"num_pages must be None or a positive int, got {num_pages!r}.")
     return PagePool(int(page_size), None if num_pages is None else int(num_pages), kv_dtype)
-
-
-def layer_window(template: Any, index: int, config: PreTrainedConfig) -> Any:
-    """The sliding window of one of DynamicCache's layers, None for full attention, "none" where it has no keys."""
-    if type(template) in (DynamicLayer, LinearAttentionAndFullAttentionLayer):
-        return None
-    if type(template) in (DynamicSlidingWindowLayer, LinearAttentionAndSlidingWindowAttentionLayer):
-        return template.sliding_window
-    if type(template) is LinearAttentionLayer or is_dummy_layer(template):
-        return "none"
-    raise UnsupportedModelError(
-        f"PagedCache does not hold layers of type {type(template).__name__} (layer {index} of {config.model_type}); "
-        f"leave past_key_values out, or pass a DynamicCache(config=model.config)."
-    )
-
-
-def _is_repeated(x: torch.Tensor, repeats: int) -> bool:
-    """Whether the rows of ``x`` come ``repeats`` times in a row."""
-    return bool((x.unflatten(0, (-1, repeats)) == x[::repeats, None]).all())
 
 
 def _release(tables: Sequence[tuple[Any, Any]]) -> None:

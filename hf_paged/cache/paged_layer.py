@@ -1,21 +1,16 @@
 """One attention layer of a PagedCache."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from hf_paged_kernels.attention.ops import write_pages_op
-from hf_paged_kernels.attention.reference import dequantize
+from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
 from ..mixed_precision import in_one_dtype
 from ..transformers_internals import uses_paged_flash
-from .paged_states import LayerUpdate, PagedStates
-from .step_plan import StepPlan
-
-if TYPE_CHECKING:
-    from ..paging import LayerPages
-    from .layer_group import LayerGroup
-    from .paged_cache import PagedCache
+from .layer_group import LayerGroup
+from .lazy_states import LazyStates
+from .step_planner import LayerUpdate, StepPlanner
 
 
 class PagedLayer(CacheLayerMixin):
@@ -28,12 +23,15 @@ class PagedLayer(CacheLayerMixin):
     is_compileable = False
     is_croppable = True
 
-    def __init__(self, cache: "PagedCache", group: "LayerGroup", index: int) -> None:
+    def __init__(self, config: PreTrainedConfig, planner: StepPlanner, group: LayerGroup, index: int) -> None:
         # The base class assigns keys and values, which are computed here: its __init__ is not called.
-        self.cache, self.group, self.index = cache, group, index
+        self.config, self.planner, self.group, self.index = config, planner, group, index
         self.is_sliding = group.window is not None
-        self.columns = 0
-        self.pending: LayerUpdate | None = None
+
+    @property
+    def columns(self) -> int:
+        """Columns held, padding counted."""
+        return self.planner.taken[self.index]
 
     @property
     def is_initialized(self) -> bool:
@@ -53,7 +51,7 @@ class PagedLayer(CacheLayerMixin):
     @property
     def batch_size(self) -> int:
         """Sequences that the cache holds, -1 before the first update."""
-        return self.cache.num_seqs or -1
+        return self.planner.num_seqs or -1
 
     @property
     def record_past(self) -> bool:
@@ -76,89 +74,36 @@ class PagedLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Take new keys ``[B, H, L, D]`` and values ``[B, H, L, Dv]``; returns all of them, lazily or gathered."""
-        self.flush()
-        self.cache.check_new_states(key_states, value_states)
+        self._flush()
+        planner, group, index = self.planner, self.group, self.index
+        planner.check_new_states(key_states, value_states)
         key_states, value_states = in_one_dtype(key_states, value_states)
-        update = LayerUpdate(self, self.columns, key_states, value_states)
-        num_new = key_states.shape[2]
-        self.columns += num_new
-        self.pending = update
-        if not self.group.is_in_step(update.start, num_new):
+        update = planner.pending[index] = LayerUpdate(planner, group, index, key_states, value_states)
+        start = update.start
+        num_seqs, _, num_new, _ = key_states.shape
+        planner.taken[index] = start + num_new
+        if not group.is_in_step(start, num_new):
             # Asked once a step: a config answers slowly.
-            self.group.reads_pages = uses_paged_flash(self.cache.config)
-        if self.group.reads_pages:
-            return PagedStates.of(update, self.columns - self.group.first_column(update.start))
+            group.reads_pages = uses_paged_flash(self.config)
+        if group.reads_pages:
+            num_keys = start + num_new - group.first_column(start)
+            return LazyStates.pair(update, num_seqs, num_keys, key_states, value_states)
         if torch.is_grad_enabled() and (key_states.requires_grad or value_states.requires_grad):
             raise ValueError(
                 "PagedCache keeps keys and values without their gradients: call the model under torch.no_grad(), or "
                 "train with use_cache=False."
             )
-        return self.dense(update)
+        return update.dense()
 
-    def flush(self) -> None:
+    def _flush(self) -> None:
         """Write an update that no attention function asked for, every column taken as a token."""
-        if self.pending is not None:
-            self.write(self.pending, None)
-
-    def write(self, update: LayerUpdate, mask: torch.Tensor | None) -> StepPlan:
-        """Place an update's tokens in the pages, once; ``mask`` is 2D, True where a column is a token.
-
-        Returns:
-            The step's plan on the layer's device.
-        """
-        try:
-            # The pages first: new keys of another kind must be refused before the table takes their tokens.
-            pages = self.group.pages.layer(self.index, update.key, update.value)
-            pages.check_like(update.key, update.value)
-            plan = self.group.plan_step(update, mask)
-        except Exception:
-            self.cache.forget_pending()
-            raise
-        plan = self.group.on_device(plan, update.key.device)
-        if not update.written:
-            write_pages_op(
-                plan.pack(update.key), plan.pack(update.value), pages.k, pages.v, plan.slot_mapping, pages.k_scale,
-                pages.v_scale,
-            )  # fmt: skip
-            update.written = True
-            self.pending = None
-        return plan
-
-    def pages(self) -> "LayerPages":
-        """The layer's page tensors."""
-        return self.group.pages.layers[self.index]
-
-    def dense(self, update: LayerUpdate) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys ``[B, H, columns, D]`` and values that a query of ``update`` may see, the new ones last."""
-        plan = self.write(update, None) if not update.written else self.group.plan_step(update, self.group.plan_mask)
-        if plan.is_first:
-            return update.key, update.value
-        start = update.start
-        return self._gather(self.group.first_column(start), start + update.key.shape[2], plan.page_table)
+        if self.index in self.planner.pending:
+            self.planner.pending[self.index].write(None)
 
     def _stored(self) -> tuple[torch.Tensor, torch.Tensor]:
-        self.flush()
-        return self._gather(self.group.first_column(self.columns), self.columns, self.group.page_table())
-
-    def _gather(self, first: int, last: int, page_table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Columns first..last from the pages, in the model's dtype; zeros where a column is padding."""
-        pages, page_size = self.pages(), self.cache.page_size
-        device = pages.k.device
-        rows, columns, tokens = (x.to(device) for x in self.cache.tokens_of_columns(first, last))
-        page = page_table.to(device)[rows, tokens // page_size].long()
-        dense = []
-        for stored, scale in ((pages.k, pages.k_scale), (pages.v, pages.v_scale)):
-            out = stored.new_zeros(
-                self.cache.num_seqs, last - first, stored.shape[1], stored.shape[3], dtype=pages.model_dtype
-            )
-            offset = tokens % page_size
-            states = stored.view(torch.uint8)[page, :, offset].view(stored.dtype) if pages.is_quantized else None
-            if states is None:
-                states = stored[page, :, offset]
-            scales = None if scale is None else scale[page, :, offset]
-            out[rows, columns - first] = dequantize(states, scales, pages.model_dtype)
-            dense.append(out.transpose(1, 2))
-        return dense[0], dense[1]
+        self._flush()
+        group, columns = self.group, self.columns
+        return self.planner.gather(group, self.index, group.first_column(columns), columns, group.page_table())
 
     def get_seq_length(self) -> int:
         """Columns held: the padded length that transformers counts in."""
@@ -198,8 +143,10 @@ class PagedHybridLayer(PagedLayer, LinearAttentionAndFullAttentionLayer):
 
     is_croppable = LinearAttentionLayer.is_croppable
 
-    def __init__(self, cache: "PagedCache", group: "LayerGroup", index: int, number_of_states: int) -> None:
-        PagedLayer.__init__(self, cache, group, index)
+    def __init__(
+        self, config: PreTrainedConfig, planner: StepPlanner, group: LayerGroup, index: int, number_of_states: int
+    ) -> None:
+        PagedLayer.__init__(self, config, planner, group, index)
         LinearAttentionLayer.__init__(self, number_of_states=number_of_states)
 
     def lazy_initialization(self, *args: Any, **kwargs: Any) -> None:

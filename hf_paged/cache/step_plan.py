@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..paging import GONE
 from .split_plans import SplitPlans
 
 ALIGNMENT = 16
@@ -99,6 +100,27 @@ def send_together(tensors: Sequence[torch.Tensor | None], device: torch.device) 
     host = torch.from_numpy(packed)
     sent = (host.pin_memory() if device.type == "cuda" else host).to(device, non_blocking=True)
     return [None if x is None else sent[begin : begin + x.nbytes].view(x.dtype) for x, begin in zip(tensors, begins)]
+
+
+def slots_of_tokens(
+    table: np.ndarray, before: list[int], counts: list[int], page_size: int, leaders: list[int] | None
+) -> np.ndarray:
+    """Slots of ``counts[i]`` new tokens behind ``before[i]``, int64 ``[num_tokens]``.
+
+    -1, do not write, where the page is gone and where a leader of the row writes the same.
+    """
+    if max(counts, default=0) == min(counts, default=0) == 1:  # every decode step without padding
+        rows, tokens = np.arange(len(counts)), np.array(before)
+    else:
+        rows = np.repeat(np.arange(len(counts)), np.array(counts, dtype=np.int64))
+        # A row's first token minus the tokens packed before it: added to the packed index it gives the token.
+        offsets = np.array(before) - np.array([0, *accumulate(counts)][:-1], dtype=np.int64)
+        tokens = np.arange(len(rows)) + offsets[rows]
+    pages = table[rows, tokens // page_size].astype(np.int64)
+    slots = np.where(pages == GONE, -1, pages * page_size + tokens % page_size)
+    if leaders is not None:
+        slots[np.array(leaders)[rows] != rows] = -1
+    return slots
 
 
 def padding_behind(is_token: torch.Tensor, has_tokens: torch.Tensor) -> torch.Tensor:

@@ -20,8 +20,8 @@ from transformers import (
 )
 
 import hf_paged
+from hf_paged.cache.lazy_states import LazyStates
 from hf_paged.cache.paged_layer import PagedLayer
-from hf_paged.cache.paged_states import PagedStates
 from hf_paged.paging import GONE
 
 SHAPE = {
@@ -301,12 +301,12 @@ def test_states_look_dense_to_other_code(poison):
         config = cache.config
         config._attn_implementation = "paged_flash"
         returned = cache.update(key, value, 0)
-    assert all(isinstance(x, PagedStates) for x in returned)
+    assert all(isinstance(x, LazyStates) for x in returned)
     assert returned[0].shape == (2, 2, 12, 16)
     for got, expected in zip(returned, zip(*states)):
         assert torch.equal(got + 0, torch.cat(expected, 2))
         assert torch.equal(torch.nn.functional.pad(got, [0, 3])[..., :16], torch.cat(expected, 2))
-    assert "PagedStates(keys" in repr(returned[0])
+    assert "LazyStates(keys" in repr(returned[0])
 
 
 def test_generation_in_inference_mode_then_outside():

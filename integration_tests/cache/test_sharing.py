@@ -156,8 +156,8 @@ def test_tokens_in_other_columns_are_not_the_same(poison):
 def test_rows_are_compared_no_longer_than_they_are_the_same(monkeypatch):
     """The ordinary path compares nothing; repeated rows are compared up to the first step in which they differ."""
     compared = []
-    original = hf_paged.cache.paged_cache._is_repeated
-    monkeypatch.setattr(hf_paged.cache.paged_cache, "_is_repeated", lambda x, n: compared.append(x) or original(x, n))
+    original = hf_paged.cache.step_planner._is_repeated
+    monkeypatch.setattr(hf_paged.cache.step_planner, "_is_repeated", lambda x, n: compared.append(x) or original(x, n))
     m, ids = model(), prompts(2, 9)
     m.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4)
     assert not compared

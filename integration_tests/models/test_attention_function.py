@@ -27,7 +27,7 @@ from transformers import (
 )
 
 import hf_paged
-from hf_paged.attention import interface
+from hf_paged.attention import dense, interface
 
 FAMILIES = ["llama", "mistral", "gemma2", "gpt_oss"]
 LENGTHS = (13, 1, 22, 9)
@@ -180,7 +180,7 @@ def test_packed_sequences_by_position_ids(family):
 
 def test_packed_sequences_take_the_kernels(llama, monkeypatch):
     """Not the path with a full attention matrix, which would be right as well."""
-    monkeypatch.setattr(interface, "_with_dense_mask", None)
+    monkeypatch.setattr(interface, "with_dense_mask", None)
     ids, positions = packed(prompts(*LENGTHS))
     llama(ids, position_ids=positions, use_cache=False)
 
@@ -275,7 +275,7 @@ def test_a_4d_mask(family, kind, cache):
 
 
 def test_a_4d_mask_is_reported_once(llama, caplog, monkeypatch):
-    interface.logger.warning_once.cache_clear()
+    dense.logger.warning_once.cache_clear()
     monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
     for _ in range(2):
         llama(torch.tensor(prompts(6)), attention_mask=banded(6), use_cache=False)

@@ -8,7 +8,7 @@ from host import with_cache
 from torch._subclasses import FakeTensorMode
 
 import hf_paged
-from hf_paged.attention import interface
+from hf_paged.attention import dense, interface
 
 BACKEND = "aot_eager"  # All that may go wrong before code is generated.
 
@@ -70,7 +70,7 @@ def test_one_graph_of_a_padded_batch_in_windows(monkeypatch, family):
     model, given = model_of(family), inputs()["padded"]
     with torch.no_grad():
         with monkeypatch.context() as patched:
-            patched.setattr(interface, "_with_dense_mask", None)
+            patched.setattr(interface, "with_dense_mask", None)
             got = torch.compile(model, backend=BACKEND, fullgraph=True)(**given, use_cache=False).logits
         model.set_attn_implementation("eager")
         want = model(**given, use_cache=False).logits
@@ -83,7 +83,7 @@ def test_one_graph_of_a_4d_mask(monkeypatch):
     mask = torch.ones(len(ids), 1, ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
     mask[:, :, 5:, 1:4] = False
     lines = []
-    monkeypatch.setattr(interface.logger, "warning_once", lines.append)
+    monkeypatch.setattr(dense.logger, "warning_once", lines.append)
     with torch.no_grad():
         got = torch.compile(model, backend=BACKEND, fullgraph=True)(ids, attention_mask=mask, use_cache=False).logits
         model.set_attn_implementation("eager")

@@ -60,14 +60,14 @@ def generate_batch(model: PreTrainedModel, all_prompts: list[list[int]], **optio
 def steps(monkeypatch: pytest.MonkeyPatch) -> list[SimpleNamespace]:
     """What each call of our attention on a batching cache saw: tokens, sequences, whether by block table."""
     seen: list[SimpleNamespace] = []
-    original = interface._batched
+    original = interface.attend_batched
 
     def spy(module, query, key, value, cache, options, kwargs):
         num_seqs = kwargs["cu_seq_lens_q"].shape[0] - 1
         seen.append(SimpleNamespace(tokens=query.shape[2], seqs=num_seqs, table=kwargs["block_table"] is not None))
         return original(module, query, key, value, cache, options, kwargs)
 
-    monkeypatch.setattr(interface, "_batched", spy)
+    monkeypatch.setattr(interface, "attend_batched", spy)
     return seen
 
 

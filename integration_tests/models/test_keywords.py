@@ -11,7 +11,7 @@ from torch import nn
 from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
 
 import hf_paged  # noqa: F401  registers paged_flash
-from hf_paged.attention import interface
+from hf_paged.attention import interface, options
 
 MODELS = Path(transformers.__file__).parent / "models"
 PARAMETERS = frozenset(
@@ -39,15 +39,15 @@ def written_keywords():
 
 
 def test_every_keyword_that_a_layer_of_transformers_writes_is_known():
-    known = PARAMETERS | interface.NO_EFFECT | interface.UNSUPPORTED | interface.BATCHING | set(interface.VARLEN)
+    known = PARAMETERS | options.NO_EFFECT | options.UNSUPPORTED | options.BATCHING | set(options.VARLEN)
     found = written_keywords()
     assert len(found) > 10
     assert found.keys() >= {"dropout", "scaling", "position_bias", "indices", "s_aux"}
     unknown = {name: sorted(models)[:5] for name, models in found.items() if name not in known}
-    assert not unknown, "decide what they do to attention, and put them into a list of hf_paged/attention/interface.py"
+    assert not unknown, "decide what they do to attention, and put them into a list of hf_paged/attention/options.py"
 
 
-@pytest.mark.parametrize("name", sorted(interface.UNSUPPORTED))
+@pytest.mark.parametrize("name", sorted(options.UNSUPPORTED))
 def test_what_changes_attention_is_refused(name):
     module = tiny_model("llama", "paged_flash").model.layers[0].self_attn
     q, k = torch.randn(1, 4, 3, 16), torch.randn(1, 2, 3, 16)

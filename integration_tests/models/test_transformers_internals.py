@@ -37,7 +37,8 @@ import hf_paged
 from hf_paged import registration
 from hf_paged import transformers_internals as internals
 from hf_paged.attention import flash_functions
-from hf_paged.attention.interface import paged_flash_attention, paged_flash_mask
+from hf_paged.attention.interface import paged_flash_attention
+from hf_paged.attention.mask import paged_flash_mask
 
 PACKAGE = Path(hf_paged.__file__).parent
 WRAPPED = [

@@ -27,7 +27,7 @@ from transformers import AttentionInterface, GenerationConfig, PreTrainedModel  
 
 import hf_paged  # noqa: E402
 from hf_paged.attention import interface  # noqa: E402
-from hf_paged.cache.paged_states import PagedStates  # noqa: E402
+from hf_paged.cache.lazy_states import LazyStates  # noqa: E402
 
 SUPPORT_FILE = ROOT / "eval" / "results" / "model_support.md"
 STATUSES = ("works", "refused", "not built")
@@ -95,13 +95,13 @@ class _Keep(logging.Handler):
 def watch(change: Callable[..., Any] | None = None) -> Iterator[Spy]:
     """Count what reaches "paged_flash"; ``change`` takes its place, to see whether the matrix would notice."""
     spy = Spy()
-    dense, with_dense_mask, called = PagedStates.dense, interface._with_dense_mask, interface.paged_flash_attention
+    dense, with_dense_mask, called = LazyStates.dense, interface.with_dense_mask, interface.paged_flash_attention
 
     def count_call(module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         spy.calls[id(module)] += 1
         return (change or called)(module, *args, **kwargs)
 
-    def count_gather(states: PagedStates) -> torch.Tensor:
+    def count_gather(states: LazyStates) -> torch.Tensor:
         spy.gathers += 1
         return dense(states)
 
@@ -113,14 +113,14 @@ def watch(change: Callable[..., Any] | None = None) -> Iterator[Spy]:
     type(logger).warning_once.cache_clear()  # type: ignore[attr-defined]
     level = logger.level
     AttentionInterface.register("paged_flash", count_call)
-    PagedStates.dense, interface._with_dense_mask = count_gather, count_dense_mask
+    LazyStates.dense, interface.with_dense_mask = count_gather, count_dense_mask
     logger.addHandler(handler)
     logger.setLevel(logging.WARNING)
     try:
         yield spy
     finally:
         AttentionInterface.register("paged_flash", called)
-        PagedStates.dense, interface._with_dense_mask = dense, with_dense_mask
+        LazyStates.dense, interface.with_dense_mask = dense, with_dense_mask
         logger.removeHandler(handler)
         logger.setLevel(level)
 

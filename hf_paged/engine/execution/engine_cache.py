@@ -4,20 +4,17 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
-from hf_paged_kernels.attention.ops import copy_pages_op, paged_attention_op, write_pages_op
-from hf_paged_kernels.attention.reference import dequantize
+from hf_paged_kernels.attention.ops import paged_attention_op, write_pages_op
 from hf_paged_kernels.layers.ops import rotary_write_op
-from transformers import DynamicCache
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
-from ...cache.paged_cache import HYBRID, layer_window
-from ...cache.step_states import StepStates
+from ...cache.layer_kinds import HYBRID, set_layers
+from ...cache.lazy_states import LazyStates
+from ...cache.page_ops import copy_pages, gather
 from ...errors import UnsupportedModelError
 from ...mixed_precision import in_one_dtype
 from ...paging import PageGroup, PagePool
-from ..async_copy import send
 from .cpu_attention import attend_groups, plan_groups
 from .step_inputs import StepInputs
 
@@ -59,10 +56,7 @@ class EngineLayer(CacheLayerMixin):
         key, value = (x.transpose(1, 2).flatten(0, 1) for x in (key_states, value_states))
         mapping = step.groups[self.number].slot_mapping
         write_pages_op(key, value, pages.k, pages.v, mapping, pages.k_scale, pages.v_scale)
-        return (
-            StepStates(self, key_states, step.num_keys, is_key=True),
-            StepStates(self, value_states, step.num_keys, is_key=False),
-        )
+        return LazyStates.pair(self, 1, step.num_keys, key_states, value_states)
 
     def rotate_and_write(  # noqa: PLR0913
         self,
@@ -136,16 +130,8 @@ class EngineLayer(CacheLayerMixin):
         )
         token = torch.arange(step.num_keys, device=lengths.device) - (lengths.cumsum(0) - lengths)[row]
         page = step.groups[self.number].page_table[row, token // page_size].long()
-        offset = token % page_size
-        dense = []
-        for stored, scale in ((pages.k, pages.k_scale), (pages.v, pages.v_scale)):
-            if pages.is_quantized:
-                states = stored.view(torch.uint8)[page, :, offset].view(stored.dtype)
-            else:
-                states = stored[page, :, offset]
-            scales = None if scale is None else scale[page, :, offset]
-            dense.append(dequantize(states, scales, pages.model_dtype).transpose(0, 1)[None])
-        return dense[0], dense[1]
+        keys, values = gather(pages, page, token % page_size)
+        return keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing to do: page tensors are made when the first tokens are written."""
@@ -203,23 +189,17 @@ class EngineCache(Cache):
 
     def __init__(self, config: Any, pool: PagePool, num_slots: int) -> None:
         self.config, self.pool, self.num_slots = config.get_text_config(decoder=True), pool, num_slots
-        templates = DynamicCache(config=self.config).layers
-        windows = [layer_window(template, i, self.config) for i, template in enumerate(templates)]
-        counts: dict[int | None, int] = {}
-        for window in windows:
-            if window != "none":
-                counts[window] = counts.get(window, 0) + 1
-        pool.set_layers(counts)
+        kinds = set_layers(self.config, pool)
         numbers = {window: number for number, window in enumerate(pool.groups)}
         layers: list[Any] = []
-        for index, (template, window) in enumerate(zip(templates, windows)):
-            if window == "none":
+        for index, (template, group) in enumerate(kinds):
+            if group is None:
                 layers.append(template)
             elif type(template) in HYBRID:
                 states = template.number_of_states
-                layers.append(EngineHybridLayer(self, pool.groups[window], numbers[window], index, states))
+                layers.append(EngineHybridLayer(self, group, numbers[group.window], index, states))
             else:
-                layers.append(EngineLayer(self, pool.groups[window], numbers[window], index))
+                layers.append(EngineLayer(self, group, numbers[group.window], index))
         self.num_gathers, self.may_gather = 0, True
         self._state_layers = [layer for layer in layers if isinstance(layer, LinearAttentionLayer)]
         self.has_states = bool(self._state_layers)
@@ -286,14 +266,7 @@ class EngineCache(Cache):
 
     def copy_pages(self, number: int, sources: Sequence[int], targets: Sequence[int]) -> None:
         """Copy pages ``sources[i]`` to ``targets[i]`` in all layers of a group; no target is a source."""
-        ends: dict[torch.device, list[torch.Tensor]] = {}
-        for pages in list(self.pool.groups.values())[number].layers.values():
-            device = pages.k.device
-            if device not in ends:
-                ends[device] = [send(np.array(ids, dtype=np.int32), device) for ids in (sources, targets)]
-            copy_pages_op(pages.k, pages.v, *ends[device])
-            if pages.k_scale is not None and pages.v_scale is not None:
-                copy_pages_op(pages.k_scale[..., None], pages.v_scale[..., None], *ends[device])
+        copy_pages(list(self.pool.groups.values())[number].layers.values(), sources, targets)
 
     def page_bytes(self) -> int:
         """Bytes of a page of every layer, once all layers have seen a token."""

@@ -1,0 +1,81 @@
+"""What a cache returns in place of all keys and values: a stand-in that is not copied from the pages.
+
+transformers hands the result of ``cache.update`` straight to the attention function. ``paged_flash`` takes the source
+out of the stand-in and reads the pages in place. To any other code it is an ordinary tensor: the first operation on it
+gathers the dense keys or values, so results are the same everywhere.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch.utils._pytree import tree_map_only
+
+
+class StatesSource(Protocol):
+    """Where the keys and values of a layer are in the running step."""
+
+    def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """All keys and values, gathered."""
+
+
+class StepLayer(StatesSource, Protocol):
+    """What attention needs to know of a layer in a step of the engine, whose sequences are packed.
+
+    ``dense()`` gives the keys and values of the step's sequences one after the other, ``[1, H, total keys, D]``; models
+    that change keys after the cache (latent attention) work so, with packed lengths.
+    """
+
+    index: int
+    window: int | None
+
+    def attend(
+        self,
+        query: torch.Tensor,
+        left: int | None,
+        right: int | None,
+        softcap: float | None,
+        sinks: torch.Tensor | None,
+        scale: float,
+    ) -> torch.Tensor:
+        """Attention of packed queries ``[T, Hq, D]`` over the step's pages: ``[T, Hq, Dv]``."""
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence of the step."""
+
+
+class LazyStates(torch.Tensor):
+    """All keys (or values) of a layer: see the module's docstring."""
+
+    source: Any
+    is_key: bool
+
+    @staticmethod
+    def pair(
+        source: StatesSource, num_seqs: int, num_keys: int, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple["LazyStates", "LazyStates"]:
+        """Keys and values ``[num_seqs, H, num_keys, D]`` without storage, of the kinds of the new ones."""
+        pair = []
+        for new, is_key in ((key, True), (value, False)):
+            _, heads, _, head_dim = new.shape
+            states = torch.Tensor._make_wrapper_subclass(
+                LazyStates, (num_seqs, heads, num_keys, head_dim), dtype=new.dtype, device=new.device
+            )
+            states.source, states.is_key = source, is_key
+            pair.append(states)
+        return pair[0], pair[1]
+
+    def dense(self) -> torch.Tensor:
+        """The gathered keys or values."""
+        keys, values = self.source.dense()
+        return keys if self.is_key else values
+
+    def __repr__(self, **_: Any) -> str:
+        return f"LazyStates({'keys' if self.is_key else 'values'}, shape={list(self.shape)}, dtype={self.dtype})"
+
+    @classmethod
+    def __torch_dispatch__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        args, kwargs = tree_map_only(LazyStates, LazyStates.dense, (args, kwargs or {}))
+        return func(*args, **kwargs)
