@@ -135,7 +135,7 @@ def test_a_page_that_others_hold_is_copied_once_for_all_rows(poison):
     got = logits_of(m, new, **with_cache(cache))
     assert torch.allclose(got, logits_of(m, torch.cat([ids.expand(4, -1), new], 1), use_cache=False), atol=1e-4)
     assert cache.pool.pages_in_use == pool_pages + 1
-    pages = cache.layers[0].pages()
+    pages = cache.groups[None].pages.layers[0]
     held = pages.k[torch.tensor(twin.pages[0])].transpose(1, 2).flatten(0, 1)[:21]
     assert torch.equal(held, kept[0].transpose(0, 1))
 

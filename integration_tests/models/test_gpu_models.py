@@ -120,5 +120,5 @@ def test_layers_on_two_devices(family, tmp_path):
             tokens.append(out.sequences)
         assert torch.equal(*tokens)
         cache = cache_of(out)
-        assert [layer.pages().k.device.index for layer in cache.layers] == [0, 0, 1, 1]
+        assert [cache.groups[None].pages.layers[i].k.device.index for i in range(4)] == [0, 0, 1, 1]
         cache.check()
