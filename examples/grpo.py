@@ -32,7 +32,7 @@ def main() -> None:
     options = parser.parse_args()
 
     has_gpu = torch.cuda.is_available()
-    # bf16=True would make accelerate wrap the forward in autocast, and the engine has no pages for that.
+    # With bf16=True accelerate wraps the forward in autocast, and the engine runs unfused and without graphs.
     dtype = torch.bfloat16 if has_gpu else torch.float32
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype, attn_implementation="paged_flash")
     hf_paged.patch_generate(model)
