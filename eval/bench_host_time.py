@@ -7,7 +7,6 @@ and launched on a stub (``eval.stub_gpu``): all that Python does is there, CUDA'
 are not, so compare with the same command at another commit on the same machine.
 """
 
-import argparse
 import cProfile
 import pstats
 import time
@@ -16,6 +15,8 @@ from collections.abc import Callable
 import hf_paged_kernels as kernels
 import torch
 import torch.nn.functional as F
+
+from eval import command_line
 
 
 def calls(device: str, with_sdpa: bool, dims: tuple[int, ...] = (64, 128, 256)) -> dict[str, Callable[[], object]]:
@@ -73,8 +74,8 @@ def microseconds(call: Callable[[], object], wait: Callable[[], object], times: 
 
 def main() -> None:
     """Print the table, or one call's profile."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--times", type=int, default=300, help="calls of each")
+    parser = command_line.make_parser("bench_host_time", __doc__)
+    parser.add_argument("--times", type=command_line.positive_int, default=300, help="calls of each")
     parser.add_argument("--profile", metavar="NAME", help="profile this call instead")
     arguments = parser.parse_args()
     on_gpu = torch.cuda.is_available()
@@ -106,4 +107,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_line.run(main)

@@ -21,6 +21,7 @@ BAD_PATHS = [
     ("bench_engine", ["--plots", "{file}"], "is not JSON"),
     ("bench_engine", ["--plots", "{json}"], "has no 'models'"),
     ("bench_engine", ["--output", "{folder}"], "is a folder"),
+    ("bench_host_time", ["--times", "0"], "at least 1"),
     ("bench_kernels", ["--draw", "nowhere.json"], "there is no file nowhere.json"),
     ("bench_kernels", ["--draw", "{json}"], "has no 'tables'"),
     ("bench_kernels", ["--output", "{file}"], "is not a folder"),
