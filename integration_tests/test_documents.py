@@ -185,6 +185,12 @@ def test_files_that_a_page_names_are_there(page):
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_every_committed_result_is_in_the_documentation():
+    text = (ROOT / "docs" / "performance.md").read_text("utf-8")
+    results = [path.relative_to(ROOT).as_posix() for path in (ROOT / "eval" / "results").rglob("*.md")]
+    assert [path for path in results if f"](../{path})" not in text] == []
+
+
 def literals() -> set[str]:
     """Every literal text of the packages: what messages are made of."""
     found = set()
