@@ -10,7 +10,7 @@ help:            ## list the tasks
 
 $(VENV)/.dev: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -q -c constraints.txt -e ".[dev]"
+	$(BIN)/pip install -c constraints.txt -e ".[dev]"
 	touch $@
 
 demo: $(VENV)/.dev        ## generate with paged_flash and compare perplexity with eager
@@ -27,7 +27,7 @@ lint: $(VENV)/.dev        ## ruff and mypy
 	$(BIN)/mypy
 
 docs: $(VENV)/.dev        ## build/docs, the documentation as HTML; a broken link fails
-	$(BIN)/pip install -q -c constraints.txt -e ".[docs]"
+	$(BIN)/pip install -c constraints.txt -e ".[docs]"
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 perplexity: $(VENV)/.dev  ## the small model's perplexity, every path
