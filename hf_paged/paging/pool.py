@@ -6,6 +6,7 @@ all, and page ``p`` means the same page in every layer of the group. Groups shar
 
 import copy
 import math
+import weakref
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -171,13 +172,26 @@ class PageGroup:
     """The pages of the layers that share a sliding window (None: full attention)."""
 
     def __init__(self, pool: "PagePool", window: int | None, num_layers: int) -> None:
-        self.pool, self.window, self.num_layers = pool, window, num_layers
+        # The pool owns its groups. With a reference back the pages of a dropped pool would wait for garbage collection.
+        self._pool = weakref.ref(pool)
+        self.window, self.num_layers = window, num_layers
         self.allocator = PageAllocator(0)
         self.layers: dict[int, LayerPages] = {}
         # What the keys and values of each layer are like: tensors [1, H, 0, D].
         self.is_lazy = self.is_released = False
         self.kinds: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         self.tables: list[SequenceTable] = []
+
+    @property
+    def pool(self) -> "PagePool":
+        """The pool that the group is one of."""
+        pool = self._pool()
+        assert pool is not None, "a group of pages is used without its pool"
+        return pool
+
+    def move_to(self, pool: "PagePool") -> None:
+        """Become a group of another pool, a copy of the one before."""
+        self._pool = weakref.ref(pool)
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> LayerPages:
         """The pages of a layer, made for keys like ``key`` the first time."""
@@ -382,6 +396,13 @@ class PagePool:
         self.groups: dict[int | None, PageGroup] = {}
         self.room: Callable[[torch.device], int] | None = None
         self.prefixes: PrefixCache | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PagePool":
+        twin = memo[id(self)] = object.__new__(PagePool)
+        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        for group in twin.groups.values():
+            group.move_to(twin)
+        return twin
 
     def set_layers(self, windows: dict[int | None, int]) -> None:
         """Make the groups of a model: number of layers by sliding window. A shared pool serves one kind of model."""

@@ -1,7 +1,9 @@
 """Allocator, sequence table and pool against a dictionary model."""
 
 import copy
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -306,3 +308,22 @@ def test_tokens_that_no_query_will_see_take_no_page():
 def test_a_pool_refuses_what_it_cannot_hold(arguments):
     with pytest.raises(ValueError, match=next(iter(arguments))):
         PagePool(**arguments)
+
+
+def test_a_dropped_pool_gives_its_pages_back_at_once():
+    """Not at the next garbage collection, which may be many calls of generate() later."""
+    gc.collect()
+    gc.disable()
+    try:
+        pool = PagePool(page_size=4)
+        pool.set_layers({None: 1, 8: 1})
+        states = torch.zeros(1, 2, 3, 16)
+        pages = [weakref.ref(group.layer(i, states, states)) for i, group in enumerate(pool.groups.values())]
+        twin = copy.deepcopy(pool)
+        assert all(group.pool is twin for group in twin.groups.values())
+        assert all(group.pool is pool for group in pool.groups.values())
+        del pool
+        assert all(ref() is None for ref in pages)
+        twin.check()
+    finally:
+        gc.enable()
