@@ -42,7 +42,7 @@ def in_one_dtype(*states: torch.Tensor) -> tuple[torch.Tensor, ...]:
     sources: tuple[torch.dtype, ...] = (torch.float32, *HALF)
     if target is None:
         target, sources = states[-1].dtype, (torch.float32,)
-        if target not in HALF or all(x.dtype == target for x in states):
+        if target not in HALF or states[0].dtype == states[-2].dtype == target:  # at most three
             return states
     return tuple(x.to(target) if x.dtype in sources and x.dtype != target else x for x in states)
 

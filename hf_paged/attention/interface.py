@@ -12,7 +12,7 @@ from ..cache.lazy_states import LazyStates, StepLayer
 from ..cache.step_plan import StepPlan
 from ..cache.step_planner import LayerUpdate
 from ..errors import UnsupportedModelError
-from ..mixed_precision import in_one_dtype, without_autocast
+from ..mixed_precision import UNCHANGED, autocast_dtype, in_one_dtype, without_autocast
 from ..transformers_internals import is_batching_cache
 from .continuous_batching import attend_batched
 from .dense import packed, with_dense_mask, with_padding
@@ -81,9 +81,11 @@ def paged_flash_attention(  # noqa: PLR0913
         ValueError: an argument that the kernels cannot express; it is never ignored.
     """
     refuse_unsupported(module, dropout, kwargs)
-    query, key, value = in_one_dtype(query, key, value)
-    if not query.dtype == key.dtype == value.dtype:
-        raise TypeError(f"q, k and v must have the same dtype, got {query.dtype}, {key.dtype} and {value.dtype}.")
+    is_autocast = autocast_dtype(query.device) is not None
+    if is_autocast or not query.dtype == key.dtype == value.dtype:
+        query, key, value = in_one_dtype(query, key, value)
+        if not query.dtype == key.dtype == value.dtype:
+            raise TypeError(f"q, k and v must have the same dtype, got {query.dtype}, {key.dtype} and {value.dtype}.")
     if sliding_window is UNSET:
         _, layer = _source_of(key)
         if attention_mask is None or attention_mask.ndim != 4:
@@ -93,7 +95,7 @@ def paged_flash_attention(  # noqa: PLR0913
     sinks = None if s_aux is None else s_aux.reshape(-1)
     scale, softcap = resolve_scale(scaling, query.shape[-1]), check_softcap(softcap)
     options = AttentionOptions(scale, sliding_window, softcap, causal, sinks)
-    with without_autocast(query.device):
+    with without_autocast(query.device) if is_autocast else UNCHANGED:
         return _attend(module, query, key, value, attention_mask, options, cache, kwargs), None
 
 

@@ -49,9 +49,12 @@ class LayerGroup:
 
     def on_device(self, plan: StepPlan, device: torch.device) -> StepPlan:
         """A plan with its tensors on ``device``; of the page table only what changed is sent."""
-        if device not in self.device_tables:
-            self.device_tables[device] = DeviceTable(device)
-        return plan.on(device, self.device_tables[device].update)
+        sent = plan.sent.get(device)
+        if sent is None:
+            if device not in self.device_tables:
+                self.device_tables[device] = DeviceTable(device)
+            sent = plan.sent[device] = plan.on(device, self.device_tables[device].update(plan.page_table))
+        return sent
 
     def _first_kept(self, lengths: list[int]) -> list[int] | None:
         """Per sequence, the first token worth keeping after ``lengths`` tokens.

@@ -1,6 +1,6 @@
 """The tensors of one step, built once and shared by all layers of a cache."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any
@@ -37,6 +37,7 @@ class StepPlan:
         token_index: int64 ``[num_tokens]``, ``row * num_new + column`` of each token; None: every column is a token.
         padding_index: int64 ``[num_padding]``, the same of padding behind a row's last token; None: there is none.
         cu_seqlens_padding: int32 ``[num_seqs + 1]``, of this padding.
+        sent: the plan with its tensors on a device, by device.
     """
 
     start: int
@@ -50,19 +51,14 @@ class StepPlan:
     token_index: torch.Tensor | None
     padding_index: torch.Tensor | None = None
     cu_seqlens_padding: torch.Tensor | None = None
-    _copies: dict[torch.device, "StepPlan"] = field(init=False, default_factory=dict)
+    sent: dict[torch.device, "StepPlan"] = field(init=False, default_factory=dict)
     _split_plans: SplitPlans = field(init=False, default_factory=SplitPlans)
 
-    def on(self, device: torch.device, place_table: Callable[[torch.Tensor], torch.Tensor]) -> "StepPlan":
-        """The plan with its tensors on ``device``; one copy per device, made once.
-
-        ``place_table`` brings the page table there, which is kept from step to step.
-        """
-        if device not in self._copies:
-            names = "slot_mapping", "token_index", "padding_index", "seq_lens", "cu_seqlens_q", "cu_seqlens_padding"
-            sent: dict[str, Any] = dict(zip(names, send_together([getattr(self, name) for name in names], device)))
-            self._copies[device] = replace(self, page_table=place_table(self.page_table), **sent)
-        return self._copies[device]
+    def on(self, device: torch.device, page_table: torch.Tensor) -> "StepPlan":
+        """The plan with its tensors on ``device``, where ``page_table`` is already."""
+        names = "slot_mapping", "token_index", "padding_index", "seq_lens", "cu_seqlens_q", "cu_seqlens_padding"
+        sent: dict[str, Any] = dict(zip(names, send_together([getattr(self, name) for name in names], device)))
+        return replace(self, page_table=page_table, **sent)
 
     def split_plan(self, page_size: int, window_left: int | None) -> torch.Tensor | None:
         """The work list of short queries, see :class:`SplitPlans`; None for other steps."""

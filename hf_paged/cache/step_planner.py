@@ -134,7 +134,9 @@ class StepPlanner:
     @property
     def num_seqs(self) -> int:
         """Sequences (batch rows) held."""
-        return next((len(group.table) for group in self.groups.values()), 0)
+        for group in self.groups.values():
+            return len(group.table)  # the same in all groups
+        return 0
 
     # A step
 
