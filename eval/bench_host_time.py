@@ -3,7 +3,7 @@
     python -m eval.bench_host_time [--profile NAME]
 
 On a GPU it times real calls, and PyTorch's own attention beside them. Without one kernels are compiled for a Hopper GPU
-and launched on a stub (``eval.stub_gpu``): all that Python does is there, CUDA's part and PyTorch's allocator on a GPU
+and launched on a stub (``kernel_bench.stub_gpu``): all that Python does is there, CUDA and its allocator
 are not, so compare with the same command at another commit on the same machine.
 """
 
@@ -82,7 +82,7 @@ def main() -> None:
     if on_gpu:
         device, name, wait = "cuda", torch.cuda.get_device_name(), torch.cuda.synchronize
     else:
-        from eval.stub_gpu import pretend_hopper
+        from eval.kernel_bench.stub_gpu import pretend_hopper
 
         pretend_hopper()
         device, name, wait = "cpu", "stub of a Hopper GPU", lambda: None

@@ -11,7 +11,7 @@ import torch
 from hf_paged_kernels import launch_triton as launches
 from triton.runtime.jit import JITFunction
 
-from eval.stub_gpu import pretend_hopper
+from eval.kernel_bench.stub_gpu import pretend_hopper
 
 COMPARED: list[str] = []
 RUNS: list[str] = []

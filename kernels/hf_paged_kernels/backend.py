@@ -4,6 +4,7 @@ import os
 from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -44,8 +45,12 @@ MAX_GRID = 65535
 """The most programs along the second and along the third axis of a CUDA grid."""
 
 
-def layout(tensor: torch.Tensor | None) -> tuple | None:
-    """All of an optional tensor but its memory."""
+Layout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype, torch.device]
+"""Shape, strides, dtype and device: all of a tensor but its memory."""
+
+
+def layout(tensor: torch.Tensor | None) -> Any:
+    """The :data:`Layout` of a tensor, or None."""
     return None if tensor is None else (tensor.shape, tensor.stride(), tensor.dtype, tensor.device)
 
 
@@ -83,17 +88,27 @@ def uses_gluon(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) 
 
     ``HF_PAGED_GLUON=0`` in the environment keeps everything on portable Triton.
     """
-    head_dim = q.shape[-1]
-    group = q.shape[-2] // max(1, k.shape[-2 if k.ndim == q.ndim else 1])
     return (
-        has_gluon(q.device)
-        and q.dtype in (torch.float16, torch.bfloat16)
-        and k.dtype == v.dtype == q.dtype
-        and head_dim == v.shape[-1]
+        scale > 0
+        and _suits_gluon(layout(q), layout(k), layout(v))
+        and (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0
+    )
+
+
+@lru_cache(1024)
+def _suits_gluon(q: Layout, k: Layout, v: Layout) -> bool:
+    """The part of :func:`uses_gluon` that asks nothing of memory."""
+    (q_shape, _, dtype, device), (k_shape, _, k_dtype, _), (v_shape, _, v_dtype, _) = q, k, v
+    head_dim = q_shape[-1]
+    group = q_shape[-2] // max(1, k_shape[-2 if len(k_shape) == len(q_shape) else 1])
+    return (
+        has_gluon(device)
+        and dtype in (torch.float16, torch.bfloat16)
+        and k_dtype == v_dtype == dtype
+        and head_dim == v_shape[-1]
         and head_dim in GLUON_HEAD_DIMS
         and group <= 64
-        and scale > 0
-        and all(_is_aligned(x) for x in (q, k, v))
+        and all(_is_in_sixteens(strides, dtype.itemsize) for _, strides, *_ in (q, k, v))
     )
 
 
@@ -114,11 +129,14 @@ def uses_quantized_gluon(
         and head_dim in GLUON_HEAD_DIMS
         and max_query_len <= SHORT_QUERY
         and max_query_len * (q.shape[1] // k_pages.shape[1]) <= QUANTIZED_ROWS
-        and all(_is_aligned(x) for x in (k_pages, v_pages, k_scale, v_scale))
+        and all(
+            x.data_ptr() % 16 == 0 and _is_in_sixteens(x.stride(), x.element_size())
+            for x in (k_pages, v_pages, k_scale, v_scale)
+        )
     )
 
 
-def _is_aligned(x: torch.Tensor) -> bool:
+def _is_in_sixteens(strides: tuple[int, ...], element_size: int) -> bool:
     """Rows of 16-byte multiples, as TMA descriptors need them."""
-    elements = 16 // x.element_size()
-    return x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(s > 0 and s % elements == 0 for s in x.stride()[:-1])
+    elements = 16 // element_size
+    return strides[-1] == 1 and all(s > 0 and s % elements == 0 for s in strides[:-1])

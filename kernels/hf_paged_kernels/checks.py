@@ -350,10 +350,12 @@ def once(check: Callable[..., Any], tensors: tuple, *options: Any) -> Any:
             return check(*tensors, *options)
     for x in options:
         # 1, 1.0 and True are equal, and not all accepted.
-        kinds = (*map(type, x),) if type(x) is tuple else (type(x),)
-        if not all(kind in OPTIONS for kind in kinds):
+        kind = type(x)
+        if kind is tuple and all(type(one) in OPTIONS for one in x):
+            key += map(type, x)
+        elif kind not in OPTIONS:
             return check(*tensors, *options)
-        key += (x, kinds)
+        key += (kind, x)
     found = tuple(key)
     try:
         return _checked[found]

@@ -28,7 +28,7 @@ class EagerOp:
     def __init__(self, name: str, function: Callable, mutates_args: tuple[str, ...]) -> None:
         self.op = torch.library.custom_op(name, function, mutates_args=mutates_args)
         self.function = function
-        self.gradient: type[torch.autograd.Function] | None = None
+        self.gradient: Any = None
         names = function.__code__.co_varnames
         self.mutated = tuple(names.index(x) for x in mutates_args)
         self.register_fake = self.op.register_fake
@@ -39,7 +39,7 @@ class EagerOp:
         """As the op."""
         if torch.compiler.is_compiling() or not is_plain(arguments):
             return self.op(*arguments, **keywords)
-        if torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in arguments):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             if self.gradient is None or keywords or _is_below_autograd():
                 return self.op(*arguments, **keywords)
             return self.gradient.apply(*arguments)

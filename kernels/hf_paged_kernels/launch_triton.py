@@ -145,19 +145,16 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
             passed += (*argument.shape, *argument.strides)
         else:
             passed.append(argument)
-    _start(bound, grid, passed)
+    _start(bound, grid, driver.active.get_current_stream(key[1]), [*passed, *bound.rest])
     return bound
 
 
-def _start(bound: Bound, grid: tuple[int, ...], passed: list) -> None:
+def _start(bound: Bound, grid: tuple[int, ...], stream: int, passed: list) -> None:
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
-    active = driver.active
-    stream = active.get_current_stream(active.get_current_device())
     if bound.in_tuple:
-        passed += bound.rest
         bound.start(x, y, z, stream, *bound.options, passed)
     else:
-        bound.start(x, y, z, stream, *bound.options, *passed, *bound.rest)
+        bound.start(x, y, z, stream, *bound.options, *passed)
 
 
 class Part(NamedTuple):
@@ -171,40 +168,43 @@ class Launch:
     """A launch of which only the memory differs from call to call: about as fast as Python can start a kernel.
 
     Args:
-        As of :func:`launch`. Tensors and tiles stand for those of later calls, which must have the same shapes and
-        strides; None stays None.
+        As of :func:`launch`. Tensors and tiles stand for those of later calls, which must have the same shapes, strides
+        and dtypes; None stays None.
     """
 
-    __slots__ = ("arguments", "constants", "grid", "kernel", "ready")
+    __slots__ = ("arguments", "constants", "grid", "is_compiled", "kernel", "ready")
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-        self.kernel, self.grid, self.constants = kernel, grid, constants
+        self.kernel, self.grid, self.constants = kernel, (*grid, 1, 1)[:3], constants
         self.arguments = [_without_memory(x) for x in arguments]
-        self.ready: dict[tuple, tuple[Bound, list, list]] = {}
+        self.is_compiled = isinstance(kernel, JITFunction)
+        self.ready: dict[Any, tuple[Bound, list, list]] = {}
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
         """Launch on ``tensors``, those of the arguments in their order; None among them is passed over."""
-        if not isinstance(self.kernel, JITFunction):
-            self._bind((), [x for x in tensors if x is not None])
+        if not self.is_compiled:
+            self._bind(None, tensors)
             return
-        pointers, key = [], [driver.active.get_current_device()]
-        for x in tensors:
-            if x is not None:
-                pointer = x.data_ptr()
-                pointers.append(pointer)
-                key += (x.dtype, pointer & 15)
-        found = self.ready.get(tuple(key))
+        pointers = [x.data_ptr() for x in tensors if x is not None]
+        active = driver.active
+        device = key = active.get_current_device()
+        low = 0
+        for pointer in pointers:
+            low |= pointer
+        if low & 15:
+            key = (device, *[pointer & 15 for pointer in pointers])
+        found = self.ready.get(key)
         if found is None or is_watched(self.kernel):
-            self._bind(tuple(key), [x for x in tensors if x is not None])
+            self._bind(key, tensors)
             return
         bound, template, slots = found
         passed = template.copy()
         for pointer, (place, offset, encoding) in zip(pointers, slots):
             passed[place] = pointer + offset if encoding is None else bound.encode(pointer, *encoding)
-        _start(bound, self.grid, passed)
+        _start(bound, self.grid, active.get_current_stream(device), passed)
 
-    def _bind(self, key: tuple, tensors: list[torch.Tensor]) -> None:
-        given = iter(tensors)
+    def _bind(self, key: Any, tensors: tuple[torch.Tensor | None, ...]) -> None:
+        given = iter([x for x in tensors if x is not None])
         arguments = [_with_memory(x, given) for x in self.arguments]
         bound = launch(self.kernel, self.grid, *arguments, **self.constants)
         if bound is None:
@@ -222,6 +222,7 @@ class Launch:
                 slots.append((len(template), offset, None))
                 x = None
             template.append(x)
+        template += bound.rest
         self.ready[key] = bound, template, slots
 
 
@@ -264,9 +265,8 @@ def new_counter(device: torch.device) -> torch.Tensor:
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return torch.zeros(4, dtype=torch.int32, device=device)
-    active = driver.active
-    index = active.get_current_device()
-    key = index, active.get_current_stream(index)
+    index = device.index or 0
+    key = index, driver.active.get_current_stream(index)
     try:
         return _counters[key].pop()
     except (KeyError, IndexError):

@@ -366,7 +366,7 @@ def flash_attention_backward_launch(
             keys(q, k, v, dout, dk, dv, lse_log2, delta, *tiles, cu_seqlens_q, cu_seqlens_k)
             tiles = (k, v) if key_tiles else ()
             queries(q, k, v, dout, dq, lse_log2, delta, sums, *tiles, cu_seqlens_q, cu_seqlens_k)
-    dsinks = q.new_zeros(0, dtype=torch.float32)
+    dsinks = q.new_empty(0, dtype=torch.float32)
     if sinks is not None:
         dsinks = -_sum_of_tokens(torch.exp2(sinks.float()[:, None] * LOG2_E - lse_log2) * sums)
     return dq, dk, dv, dsinks

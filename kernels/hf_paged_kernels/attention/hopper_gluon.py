@@ -311,8 +311,8 @@ def hopper_paged_launch(
     is_settled = is_settled and plan is not None and plan.is_contiguous() and page_table.stride(-1) == 1
     page_table = contiguous_rows(page_table)
     key = (
-        layout(q), layout(k_pages), layout(v_pages), layout(page_table), layout(seq_lens), layout(sinks), max_query_len,
-        window_left, window_right, softcap, scale, settings, is_settled,
+        layout(q), layout(k_pages), layout(v_pages), layout(page_table), layout(seq_lens), layout(cu_seqlens_q),
+        layout(sinks), max_query_len, window_left, window_right, softcap, scale, settings, is_settled,
     )  # fmt: skip
     step = _paged.get(key)
     if step is None:

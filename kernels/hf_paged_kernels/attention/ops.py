@@ -290,8 +290,8 @@ def _flash_attention_backward(
     return dq, dk, dv, None, None, None, None, None, None, None if sinks is None else dsinks.to(sinks.dtype), None
 
 
-class _FlashAttention(torch.autograd.Function):
-    """What autograd does with the op, for eager calls."""
+class _FlashAttention(torch.autograd.function._SingleLevelFunction):
+    """What autograd does with the op, for eager calls: without a look for functorch, which ``EagerOp`` has taken."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[torch.Tensor, torch.Tensor]:
