@@ -469,7 +469,8 @@ def write_pages(
         v_scale: the same for values.
 
     Raises:
-        ValueError: shapes, devices or slots that do not fit; TypeError: dtypes that are not supported.
+        ValueError: shapes, devices or slots that do not fit; TypeError: dtypes that are not supported. Slots are checked
+            where pages are in :func:`paged_attention`.
     """
     checks.once(_check_write, (k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale))
     checks.refuse_tangents(k=k, v=v, k_pages=k_pages, v_pages=v_pages)
@@ -525,7 +526,8 @@ def copy_pages(k_pages: torch.Tensor, v_pages: torch.Tensor, source: torch.Tenso
         target: the same dtype ``[n]``, pages to write; none twice, and none that is also a source.
 
     Raises:
-        ValueError: shapes, devices or pages that do not fit; TypeError: dtypes that are not supported.
+        ValueError: shapes, devices or pages that do not fit; TypeError: dtypes that are not supported. Which pages
+            ``source`` and ``target`` hold is checked where pages are in :func:`paged_attention`.
     """
     checks.check_pages(k_pages, v_pages)
     for name, pages in (("source", source), ("target", target)):

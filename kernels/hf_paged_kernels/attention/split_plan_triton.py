@@ -43,7 +43,7 @@ FEW_PARTS = 8
 """Sequences that can have no more parts are merged by a smaller kernel."""
 COUNTED = tl.constexpr(256)
 """Sequences that are looked at together for the one of a token."""
-_plans = Launches()
+_plans, _merges = Launches(), Launches()
 MERGED_ROWS = 2
 """Rows that a program merges: a warp for 128 columns of each."""
 
@@ -321,11 +321,15 @@ def merge_parts_launch(
         cu_seqlens_q: int32 ``[num_seqs + 1]``, contiguous, as ``sinks`` are: a copy made here would be read too early.
         group: query heads per key/value head; ``pack`` rows stand for them.
     """
-    merge = prepare_merge(
-        parts, part_lse, plan.sequences, plan.max_parts, cu_seqlens_q, sinks, out, lse, group, pack
-    )
+    tensors = (parts, part_lse, plan.sequences, cu_seqlens_q, sinks, out, lse)
+    key = (*map(layout, tensors), plan.max_parts, group, pack)
+    merge = _merges.get(key)
+    if merge is None:
+        merge = _merges.keep(key, prepare_merge(
+            parts, part_lse, plan.sequences, plan.max_parts, cu_seqlens_q, sinks, out, lse, group, pack
+        ))  # fmt: skip
     with device_guard(out):
-        merge(parts, part_lse, plan.sequences, cu_seqlens_q, sinks, out, lse)
+        merge(*tensors)
 
 
 def prepare_merge(
