@@ -33,7 +33,7 @@ def on_nvidia(tensor: torch.Tensor) -> bool:
 def device_guard(tensor: torch.Tensor) -> AbstractContextManager:
     """Make ``tensor``'s device current: Triton launches on the current device, wherever its arguments live."""
     device = tensor.device
-    if device.type == "cpu" or (device.type == "cuda" and device.index == torch.cuda.current_device()):
+    if device.type == "cpu" or (device.type == "cuda" and device.index == torch._C._cuda_getDevice()):
         return _NO_GUARD
     return torch.get_device_module(device).device(device)
 

@@ -168,16 +168,17 @@ class Launch:
     """A launch of which only the memory differs from call to call: about as fast as Python can start a kernel.
 
     Args:
-        As of :func:`launch`. Tensors and tiles stand for those of later calls, which must have the same shapes, strides
-        and dtypes; None stays None.
+        As of :func:`launch`. Tensors and tiles stand for those of later calls, which must have the same shapes, strides,
+        dtypes and device; None stays None.
     """
 
-    __slots__ = ("arguments", "constants", "grid", "is_compiled", "kernel", "ready")
+    __slots__ = ("arguments", "constants", "device", "grid", "is_compiled", "kernel", "ready")
 
     def __init__(self, kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
         self.kernel, self.grid, self.constants = kernel, (*grid, 1, 1)[:3], constants
         self.arguments = [_without_memory(x) for x in arguments]
         self.is_compiled = isinstance(kernel, JITFunction)
+        self.device: int | None = None
         self.ready: dict[Any, tuple[Bound, list, list]] = {}
 
     def __call__(self, *tensors: torch.Tensor | None) -> None:
@@ -186,13 +187,10 @@ class Launch:
             self._bind(None, tensors)
             return
         pointers = [x.data_ptr() for x in tensors if x is not None]
-        active = driver.active
-        device = key = active.get_current_device()
         low = 0
         for pointer in pointers:
             low |= pointer
-        if low & 15:
-            key = (device, *[pointer & 15 for pointer in pointers])
+        key = tuple([pointer & 15 for pointer in pointers]) if low & 15 else None
         found = self.ready.get(key)
         if found is None or is_watched(self.kernel):
             self._bind(key, tensors)
@@ -201,7 +199,7 @@ class Launch:
         passed = template.copy()
         for pointer, (place, offset, encoding) in zip(pointers, slots):
             passed[place] = pointer + offset if encoding is None else bound.encode(pointer, *encoding)
-        _start(bound, self.grid, active.get_current_stream(device), passed)
+        _start(bound, self.grid, driver.active.get_current_stream(self.device), passed)
 
     def _bind(self, key: Any, tensors: tuple[torch.Tensor | None, ...]) -> None:
         given = iter([x for x in tensors if x is not None])
@@ -223,6 +221,7 @@ class Launch:
                 x = None
             template.append(x)
         template += bound.rest
+        self.device = driver.active.get_current_device()
         self.ready[key] = bound, template, slots
 
 
