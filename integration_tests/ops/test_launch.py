@@ -11,9 +11,8 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).parents[1] / "support" / "launch_on_stub.py"
 ROOT = Path(__file__).parents[2]
 KERNELS = {
-    "one of attention": "_flash_backward_keys _flash_backward_queries _hopper_forward _merge_parts _plan_splits "
+    "public": "_flash_backward_keys _flash_backward_queries _hopper_forward _merge_parts _plan_splits _write_pages "
     "row_sums",
-    "public": "flash_attention make_split_plan paged_attention write_pages",
     "small": "_copy_pages _decode_inputs _decode_rows _gated_activation _rms_norm _rotary_write _write_pages",
 }
 

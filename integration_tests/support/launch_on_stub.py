@@ -1,7 +1,8 @@
 """Compares the launches of ``launch_triton`` with Triton's own, on a stub of a GPU, for ``test_launch.py``.
 
-Every launch of a family of ``compile_for_hopper`` is made three times with the same arguments: to compile, by Triton,
-and bound. What Triton's C launcher is given must be the same, and the bound launch must not go through Triton's binder.
+Every launch of a family of ``compile_for_hopper``, or of the public functions, is made three times with the same
+arguments: to compile, by Triton, and bound. What Triton's C launcher is given must be the same, and the bound launch
+must not go through Triton's binder.
 """
 
 import sys
@@ -15,6 +16,7 @@ from eval.kernel_bench.stub_gpu import pretend_hopper
 
 COMPARED: list[str] = []
 RUNS: list[str] = []
+IS_COMPARED: list[bool] = []
 own_launch, own_run = launches.launch, JITFunction.run
 
 
@@ -45,7 +47,8 @@ def compare(kernel, grid, arguments, constants, bound_launch):
 
 def checked_launch(kernel, grid, *arguments, **constants):
     bound = own_launch(kernel, grid, *arguments, **constants)
-    compare(kernel, grid, arguments, constants, lambda: own_launch(kernel, grid, *arguments, **constants))
+    if IS_COMPARED:
+        compare(kernel, grid, arguments, constants, lambda: own_launch(kernel, grid, *arguments, **constants))
     return bound
 
 
@@ -56,55 +59,44 @@ class CheckedLaunch(launches.Launch):
 
     def __call__(self, *tensors):
         super().__call__(*tensors)
-        given = iter([x for x in tensors if x is not None])
-        arguments = tuple(launches._with_memory(x, given) for x in self.arguments)
-        again = super().__call__
-        compare(self.kernel, self.grid, arguments, self.constants, lambda: again(*tensors))
-
-
-def attention() -> None:
-    """One variant of what a decode step, a forward and a backward pass launch."""
-    from hf_paged_kernels.attention.flash_backward_triton import flash_attention_backward_launch
-    from hf_paged_kernels.attention.hopper_gluon import hopper_flash_launch, hopper_paged_launch
-
-    new = compile_for_hopper.new
-    options = (None, 0, None, None, 0.1)
-    hopper_paged_launch(*compile_for_hopper.decode_step(64), 1, *options)
-    q, k, lse = new(1, 300, 8, 64), new(1, 300, 2, 64), new(1, 8, 300, dtype=torch.float32)
-    hopper_flash_launch(q, k, k, None, None, 300, *options)
-    flash_attention_backward_launch(q, k, k, q, lse, q, None, None, None, None, 0, None, None, 0.1)
+        if IS_COMPARED:
+            given = iter([x for x in tensors if x is not None])
+            arguments = tuple(launches._with_memory(x, given) for x in self.arguments)
+            again = super().__call__
+            compare(self.kernel, self.grid, arguments, self.constants, lambda: again(*tensors))
 
 
 def public() -> None:
-    """Equal calls of the public functions bind nothing again, and read nothing back."""
+    """The public functions: later calls bind nothing again, and read nothing back."""
     from eval.bench_host_time import calls
 
     def refuse(*args):
         raise AssertionError("a value is read back from the device")
 
-    for name, call in calls("cpu", False, (128,)).items():
+    for name, call in calls("cpu", False, (64,)).items():
+        IS_COMPARED.append(True)
         call()
         call()
-        RUNS.clear()
+        IS_COMPARED.clear()
         readers = {x: getattr(torch.Tensor, x) for x in ("tolist", "item", "cpu", "__bool__", "__int__", "nonzero")}
         for reader in readers:
             setattr(torch.Tensor, reader, refuse)
+        RUNS.clear()
         num_calls = stub.num_calls
         call()
         for reader, own in readers.items():
             setattr(torch.Tensor, reader, own)
         assert stub.num_calls > num_calls, name
         assert not RUNS, (name, RUNS)
-        COMPARED.append(name.split(",")[0].split()[0])
 
 
 if __name__ == "__main__":
     stub = pretend_hopper()
     JITFunction.run = counted_run
+    launches.launch, launches.Launch = checked_launch, CheckedLaunch
     if sys.argv[1] == "public":
         public()
-        print(*sorted(set(COMPARED)))
-        sys.exit()
-    launches.launch, launches.Launch = checked_launch, CheckedLaunch
-    {**compile_for_hopper.FAMILIES, "one of attention": attention}[sys.argv[1]]()
+    else:
+        IS_COMPARED.append(True)
+        compile_for_hopper.FAMILIES[sys.argv[1]]()
     print(*sorted(set(COMPARED)))

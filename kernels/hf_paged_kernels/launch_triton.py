@@ -168,8 +168,8 @@ class Launch:
     """A launch of which only the memory differs from call to call: about as fast as Python can start a kernel.
 
     Args:
-        As of :func:`launch`. Tensors and tiles stand for those of later calls, which must have the same shapes, strides,
-        dtypes and device; None stays None.
+        As of :func:`launch`. Tensors and tiles stand for those of later calls, of the same shapes, strides, dtypes and
+        device; None stays None.
     """
 
     __slots__ = ("arguments", "constants", "device", "grid", "is_compiled", "kernel", "ready")
