@@ -1,4 +1,4 @@
-"""Host time of one eager call of the attention functions, in microseconds.
+"""Host time of one eager call of the attention functions and of a cached decode step, in microseconds.
 
     python -m eval.bench_host_time [--profile NAME]
 
@@ -15,9 +15,13 @@ from collections.abc import Callable
 import hf_paged_kernels as kernels
 import torch
 import torch.nn.functional as F
+from transformers import AttentionInterface, DynamicCache, Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
+import hf_paged
 from eval import command_line
 
+LAYERS = 28
 
 def calls(device: str, with_sdpa: bool, dims: tuple[int, ...] = (64, 128, 256)) -> dict[str, Callable[[], object]]:
     """The calls by name, each on tensors of its own."""
@@ -54,7 +58,31 @@ def calls(device: str, with_sdpa: bool, dims: tuple[int, ...] = (64, 128, 256)) 
     made["paged_attention, decode, plan given"] = lambda: kernels.paged_attention(*step, max_query_len=1, plan=plan)
     made["make_split_plan"] = lambda: kernels.make_split_plan(lens, cu, table, page_size)
     made["write_pages"] = lambda: kernels.write_pages(k, v, *pools, slots)
+    made[f"PagedCache, decode step of {LAYERS} layers"] = cached_step("paged_flash", device)
+    if with_sdpa:
+        made[f"DynamicCache and PyTorch's, decode step of {LAYERS} layers"] = cached_step("sdpa", device)
     return made
+
+
+def cached_step(attention: str, device: str) -> Callable[[], object]:
+    """All that a decode step of 8 sequences does in a model's cache and attention: new keys and values, attention."""
+    config = Qwen3Config(
+        hidden_size=2048, num_hidden_layers=LAYERS, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
+        attn_implementation=attention,
+    )  # fmt: skip
+    cache = (hf_paged.PagedCache if attention == "paged_flash" else DynamicCache)(config=config)
+    attend = AttentionInterface()[attention]
+    layers = [Qwen3Attention(config, i).eval().to("meta") for i in range(LAYERS)]
+
+    def step(length: int = 1) -> None:
+        new = torch.randn(8, length, 32, 128, device=device, dtype=torch.bfloat16).transpose(1, 2)
+        q, k, v = new.split((16, 8, 8), dim=1)
+        for i, layer in enumerate(layers):
+            attend(layer, q, *cache.update(k, v, i), None, dropout=0.0, scaling=layer.scaling, sliding_window=None)
+
+    with torch.no_grad():
+        step(128)
+    return step
 
 
 def microseconds(call: Callable[[], object], wait: Callable[[], object], times: int) -> float:

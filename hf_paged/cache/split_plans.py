@@ -1,8 +1,8 @@
 """The work lists of a step's short queries, made once for all layers of a window."""
 
 import torch
+from hf_paged_kernels import backend
 from hf_paged_kernels.attention.ops import split_plan_op
-from hf_paged_kernels.backend import has_gluon
 from hf_paged_kernels.settings import SHORT_QUERY
 
 
@@ -39,7 +39,7 @@ class SplitPlans:
         """
         key = group, window_left
         if key not in self._plans:
-            has_plan = max_query_len <= SHORT_QUERY and has_gluon(seq_lens.device)
+            has_plan = max_query_len <= SHORT_QUERY and backend.has_gluon(seq_lens.device)
             max_tokens = page_table.shape[1] * page_size
             self._plans[key] = split_plan_op(seq_lens, cu_seqlens_q, max_tokens, window_left) if has_plan else None
         return self._plans[key]
