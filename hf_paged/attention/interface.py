@@ -158,38 +158,36 @@ def _over_pages(
     packed_query = plan.pack(query)
     if not packed_query.shape[0] and plan.padding_index is None:
         return query.new_zeros(*query.shape[:1], query.shape[2], query.shape[1], value.shape[-1])
-    sinks, left, right = options.sinks, options.left, options.right
+    out = _attend_planned(packed_query, update, plan, plan.cu_seqlens_q, plan.max_query_len, options)
+    if plan.padding_index is None:
+        return plan.unpack(out)
+    # Padding behind a row's last token sees all of the row's tokens: generate() takes the next token from the last
+    # column, whatever stands there, and so do sdpa and eager attention.
+    padding = query.transpose(1, 2).flatten(0, 1)[plan.padding_index]
+    last = plan.cu_seqlens_padding, plan.num_new, options.looking_back()
+    return plan.unpack(out, _attend_planned(padding, update, plan, *last))
+
+
+def _attend_planned(
+    q: torch.Tensor,
+    update: LayerUpdate,
+    plan: StepPlan,
+    cu_seqlens_q: torch.Tensor | None,
+    max_query_len: int,
+    options: AttentionOptions,
+) -> torch.Tensor:
+    """Attention of packed queries ``[T, Hq, D]`` over what their sequences hold with the step: ``[T, Hq, Dv]``."""
+    bounds = options.left, options.right, options.softcap, options.sinks, options.scale
     if plan.is_first:
         # Nothing is cached yet: the new keys are all there is, contiguous and exact.
-        out, _ = flash_attention_op(
-            packed_query, plan.pack(update.key), plan.pack(update.value), plan.cu_seqlens_q, plan.cu_seqlens_q,
-            plan.max_query_len, left, right, options.softcap, sinks, options.scale,
-        )  # fmt: skip
-    else:
-        pages = update.pages
-        out, _ = paged_attention_op(
-            packed_query, pages.k, pages.v, plan.page_table, plan.seq_lens, plan.cu_seqlens_q, plan.max_query_len,
-            left, right, options.softcap, sinks, options.scale, pages.k_scale, pages.v_scale,
-            plan.split_plan(pages.k.shape[2], left),
-        )  # fmt: skip
-    return plan.unpack(out, _of_padding(query, update, plan, options) if plan.padding_index is not None else None)
-
-
-def _of_padding(query: torch.Tensor, update: LayerUpdate, plan: StepPlan, options: AttentionOptions) -> torch.Tensor:
-    """What padding behind a row's last token gets, ``[num_padding, Hq, Dv]``: it sees all of the row's tokens.
-
-    ``generate()`` takes the next token from the last column, whatever stands there, and so do sdpa and eager attention.
-    """
-    q = query.transpose(1, 2).flatten(0, 1)[plan.padding_index]
-    if plan.is_first:
-        return flash_attention_op(
-            q, plan.pack(update.key), plan.pack(update.value), plan.cu_seqlens_padding, plan.cu_seqlens_q, plan.num_new,
-            None, None, options.softcap, options.sinks, options.scale,
-        )[0]  # fmt: skip
+        k, v = plan.pack(update.key), plan.pack(update.value)
+        return flash_attention_op(q, k, v, cu_seqlens_q, plan.cu_seqlens_q, max_query_len, *bounds)[0]
     pages = update.pages
+    # The split plan is that of the step's tokens.
+    split_plan = plan.split_plan(pages.k.shape[2], options.left) if cu_seqlens_q is plan.cu_seqlens_q else None
     return paged_attention_op(
-        q, pages.k, pages.v, plan.page_table, plan.seq_lens, plan.cu_seqlens_padding, plan.num_new, None, None,
-        options.softcap, options.sinks, options.scale, pages.k_scale, pages.v_scale, None,
+        q, pages.k, pages.v, plan.page_table, plan.seq_lens, cu_seqlens_q, max_query_len, *bounds,
+        pages.k_scale, pages.v_scale, split_plan,
     )[0]  # fmt: skip
 
 
