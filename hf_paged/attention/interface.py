@@ -9,7 +9,7 @@ from hf_paged_kernels.attention.ops import flash_attention_op, paged_attention_o
 from hf_paged_kernels.checks import check_softcap, resolve_scale
 
 from ..cache.lazy_states import LazyStates, StepLayer
-from ..cache.step_plan import StepPlan
+from ..cache.step_plan import PagedStepPlan
 from ..cache.step_planner import LayerUpdate
 from ..errors import UnsupportedModelError
 from ..mixed_precision import UNCHANGED, autocast_dtype, in_one_dtype, without_autocast
@@ -171,7 +171,7 @@ def _over_pages(
 def _attend_planned(
     q: torch.Tensor,
     update: LayerUpdate,
-    plan: StepPlan,
+    plan: PagedStepPlan,
     cu_seqlens_q: torch.Tensor | None,
     max_query_len: int,
     options: AttentionOptions,

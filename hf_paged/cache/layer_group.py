@@ -3,7 +3,7 @@
 import torch
 
 from ..paging import GONE, DeviceTable, PageGroup, SequenceTable
-from .step_plan import StepPlan
+from .step_plan import PagedStepPlan
 
 
 class LayerGroup:
@@ -22,7 +22,7 @@ class LayerGroup:
         self.page_size = pages.pool.page_size
         self.table = SequenceTable(pages.allocator, self.page_size)
         pages.tables.append(self.table)
-        self.plan: StepPlan | None = None
+        self.plan: PagedStepPlan | None = None
         self.plan_mask: torch.Tensor | None = None
         self.columns = 0
         self.recording = self.reads_pages = False
@@ -47,7 +47,7 @@ class LayerGroup:
         """
         return self._first_kept(counts) if not self.recording and not any(self.table.lengths) else None
 
-    def on_device(self, plan: StepPlan, device: torch.device) -> StepPlan:
+    def on_device(self, plan: PagedStepPlan, device: torch.device) -> PagedStepPlan:
         """A plan with its tensors on ``device``; of the page table only what changed is sent."""
         sent = plan.sent.get(device)
         if sent is None:

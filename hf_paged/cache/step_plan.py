@@ -16,7 +16,7 @@ ALIGNMENT = 16
 
 
 @dataclass(slots=True)
-class StepPlan:
+class PagedStepPlan:
     """Where this step's tokens go and what they may read.
 
     A step brings ``num_new`` columns for each of ``num_seqs`` rows; a column that the mask calls padding is no token
@@ -51,10 +51,10 @@ class StepPlan:
     token_index: torch.Tensor | None
     padding_index: torch.Tensor | None = None
     cu_seqlens_padding: torch.Tensor | None = None
-    sent: dict[torch.device, "StepPlan"] = field(init=False, default_factory=dict)
+    sent: dict[torch.device, "PagedStepPlan"] = field(init=False, default_factory=dict)
     _split_plans: SplitPlans = field(init=False, default_factory=SplitPlans)
 
-    def on(self, device: torch.device, page_table: torch.Tensor) -> "StepPlan":
+    def on(self, device: torch.device, page_table: torch.Tensor) -> "PagedStepPlan":
         """The plan with its tensors on ``device``, where ``page_table`` is already."""
         names = "slot_mapping", "token_index", "padding_index", "seq_lens", "cu_seqlens_q", "cu_seqlens_padding"
         sent: dict[str, Any] = dict(zip(names, send_together([getattr(self, name) for name in names], device)))

@@ -14,7 +14,7 @@ from ..errors import UnsupportedModelError
 from ..paging import LayerPages, PagePool
 from .layer_group import LayerGroup
 from .page_ops import SwappedSequence, copy_pages, gather
-from .step_plan import StepPlan, padding_behind, prefix_sums, slots_of_tokens
+from .step_plan import PagedStepPlan, padding_behind, prefix_sums, slots_of_tokens
 
 
 class LayerUpdate:
@@ -39,7 +39,7 @@ class LayerUpdate:
         """The layer's page tensors."""
         return self.group.pages.layers[self.index]
 
-    def write(self, mask: torch.Tensor | None) -> StepPlan:
+    def write(self, mask: torch.Tensor | None) -> PagedStepPlan:
         """Place the tokens in the pages, once; ``mask`` is 2D, True where a column is a token, None: all are.
 
         Returns:
@@ -165,7 +165,7 @@ class StepPlanner:
         if self.swapped:
             raise ValueError(f"rows {sorted(self.swapped)} are swapped out: swap_in() them first.")
 
-    def plan_step(self, update: LayerUpdate, mask: torch.Tensor | None) -> StepPlan:
+    def plan_step(self, update: LayerUpdate, mask: torch.Tensor | None) -> PagedStepPlan:
         """The plan of the step that ``update`` belongs to; the first layer that asks builds it, the others share it.
 
         Args:
@@ -209,7 +209,7 @@ class StepPlanner:
             padding = padding if bool(padding.any()) else None
         table = group.table.as_tensor().numpy()
         group.plan_mask = mask
-        group.plan = StepPlan(
+        group.plan = PagedStepPlan(
             start=start,
             num_new=num_new,
             is_first=not any(before),
