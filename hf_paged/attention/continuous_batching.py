@@ -16,7 +16,7 @@ from hf_paged_kernels.attention.ops import paged_attention_op, write_pages_op
 from hf_paged_kernels.checks import check_pages
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..cache.split_plans import SplitPlans
+from ..cache.split_plans import StepSplitPlans
 from ..transformers_internals import batching_update, is_batching_cache
 from .dense import packed
 from .options import AttentionOptions
@@ -90,7 +90,7 @@ def _make_rows(table: torch.Tensor, cu_seqlens_k: torch.Tensor, page_size: int, 
     slots = torch.where((seq_lens > 0) & (page >= 0), page * page_size + last % page_size, -1)
     seq_lens = torch.where(slots >= 0, seq_lens, 0)
     cu_seqlens_q = torch.arange(num_seqs + 1, dtype=torch.int32, device=table.device)
-    plan = SplitPlans().get(table, seq_lens, cu_seqlens_q, 1, page_size, window_left)
+    plan = StepSplitPlans().get(table, seq_lens, cu_seqlens_q, 1, page_size, window_left)
     return DecodeRows(slots, seq_lens, cu_seqlens_q, plan)
 
 

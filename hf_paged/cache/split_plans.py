@@ -6,7 +6,7 @@ from hf_paged_kernels.attention.ops import split_plan_op
 from hf_paged_kernels.settings import SHORT_QUERY
 
 
-class SplitPlans:
+class StepSplitPlans:
     """Plans of one step by group of layers and window; see :func:`hf_paged_kernels.make_split_plan`."""
 
     def __init__(self) -> None:

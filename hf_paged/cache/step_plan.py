@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..paging import GONE
-from .split_plans import SplitPlans
+from .split_plans import StepSplitPlans
 
 ALIGNMENT = 16
 """Bytes to which tensors that travel together are aligned: kernels are compiled for pointers like those of a tensor."""
@@ -52,7 +52,7 @@ class PagedStepPlan:
     padding_index: torch.Tensor | None = None
     cu_seqlens_padding: torch.Tensor | None = None
     sent: dict[torch.device, "PagedStepPlan"] = field(init=False, default_factory=dict)
-    _split_plans: SplitPlans = field(init=False, default_factory=SplitPlans)
+    _split_plans: StepSplitPlans = field(init=False, default_factory=StepSplitPlans)
 
     def on(self, device: torch.device, page_table: torch.Tensor) -> "PagedStepPlan":
         """The plan with its tensors on ``device``, where ``page_table`` is already."""
@@ -61,7 +61,7 @@ class PagedStepPlan:
         return replace(self, page_table=page_table, **sent)
 
     def split_plan(self, page_size: int, window_left: int | None) -> torch.Tensor | None:
-        """The work list of short queries, see :class:`SplitPlans`; None for other steps."""
+        """The work list of short queries, see :class:`StepSplitPlans`; None for other steps."""
         return self._split_plans.get(
             self.page_table, self.seq_lens, self.cu_seqlens_q, self.max_query_len, page_size, window_left
         )

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from hf_paged_kernels.layers.ops import decode_inputs_op, decode_rows_op
 
-from ...cache.split_plans import SplitPlans
+from ...cache.split_plans import StepSplitPlans
 from ..async_copy import send
 from ..scheduling.slot_pages import SlotPages
 from ..scheduling.slots import Slots
@@ -67,7 +67,7 @@ class StepInputs:
     shares_new_keys: bool = False
     cpu_groups: dict[tuple[int, int | None], list[RowGroup]] = field(default_factory=dict)
     _copies: dict[torch.device, "StepInputs"] = field(default_factory=dict)
-    _split_plans: SplitPlans = field(default_factory=SplitPlans)
+    _split_plans: StepSplitPlans = field(default_factory=StepSplitPlans)
 
     def on(self, device: torch.device) -> "StepInputs":
         """The inputs on another device of the model, copied once."""
@@ -83,7 +83,7 @@ class StepInputs:
         return self._copies[device]
 
     def split_plan(self, number: int, page_size: int, left: int | None) -> tuple[torch.Tensor | None, bool]:
-        """The work list of short queries, see :class:`SplitPlans`, None for other steps; and whether it is settled,
+        """The work list of short queries, see :class:`StepSplitPlans`, None for other steps; and whether it is settled,
         see ``paged_attention_op``: attention was asked for with it before, and no row sees keys of another's.
 
         Args:
