@@ -23,7 +23,7 @@ from .options import AttentionOptions
 
 
 @dataclass(frozen=True, slots=True)
-class DecodeRows:
+class DecodePlan:
     """The rows of a decode step in one group of layers.
 
     Attributes:
@@ -44,7 +44,7 @@ class _Step:
     """The step whose layers are running: the last layer, and its rows by group and window."""
 
     layer: int
-    rows: dict[tuple[int, int | None], DecodeRows] = field(default_factory=dict)
+    rows: dict[tuple[int, int | None], DecodePlan] = field(default_factory=dict)
 
 
 _steps: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
@@ -58,7 +58,7 @@ def decode_rows(
     cu_seqlens_k: torch.Tensor,
     page_size: int,
     window_left: int | None,
-) -> DecodeRows:
+) -> DecodePlan:
     """The rows of a decode step, computed once for the layers that share them.
 
     Args:
@@ -81,7 +81,7 @@ def decode_rows(
     return step.rows[key]
 
 
-def _make_rows(table: torch.Tensor, cu_seqlens_k: torch.Tensor, page_size: int, window_left: int | None) -> DecodeRows:
+def _make_rows(table: torch.Tensor, cu_seqlens_k: torch.Tensor, page_size: int, window_left: int | None) -> DecodePlan:
     num_seqs = table.shape[0]
     seq_lens = cu_seqlens_k.diff()[:num_seqs].to(torch.int32)
     last = (seq_lens - 1).clamp(min=0).long()
@@ -91,7 +91,7 @@ def _make_rows(table: torch.Tensor, cu_seqlens_k: torch.Tensor, page_size: int, 
     seq_lens = torch.where(slots >= 0, seq_lens, 0)
     cu_seqlens_q = torch.arange(num_seqs + 1, dtype=torch.int32, device=table.device)
     plan = StepSplitPlans().get(table, seq_lens, cu_seqlens_q, 1, page_size, window_left)
-    return DecodeRows(slots, seq_lens, cu_seqlens_q, plan)
+    return DecodePlan(slots, seq_lens, cu_seqlens_q, plan)
 
 
 def attend_batched(
