@@ -132,7 +132,7 @@ ROOMS = {
 }
 KNOWN_CLIMBS = {
     "packages": set(),
-    "engine": {("hf_paged.engine.scheduling.page_budget", "hf_paged.engine.execution.decode_graphs")},
+    "engine": set(),
     "kernels": {
         ("hf_paged_kernels.layers.reference", "hf_paged_kernels.attention.reference"),
         ("hf_paged_kernels.layers.rotary_write_triton", "hf_paged_kernels.attention.pages_triton"),

@@ -162,11 +162,6 @@ class GroupMemory:
         """Bytes of the pages that sequences hold."""
         return self.held * self.page_bytes
 
-    @property
-    def cached_bytes(self) -> int:
-        """Bytes of the pages that only the prefix cache holds."""
-        return self.cached * self.page_bytes
-
 
 class PageGroup:
     """The pages of the layers that share a sliding window (None: full attention)."""

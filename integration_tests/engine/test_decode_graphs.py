@@ -18,7 +18,6 @@ from hf_paged.engine.execution.decode_graphs import (
     CaptureError,
     DecodeGraphs,
     RefuseHostReads,
-    bucket_sizes,
     loads_in_captures,
     refuse_synchronisation,
 )
@@ -27,17 +26,6 @@ from hf_paged.engine.execution.decode_graphs import (
 @pytest.fixture(scope="module")
 def model():
     return tiny_model("llama")
-
-
-def test_bucket_sizes():
-    sizes = bucket_sizes(1000)
-    assert sizes[:6] == [1, 2, 4, 8, 16, 24]
-    assert {248, 256, 272, 496, 512, 544, 576} <= set(sizes)
-    assert not {264, 280, 528, 560} & set(sizes)
-    assert sizes[-1] == 1000
-    assert bucket_sizes(1) == [1]
-    assert bucket_sizes(5) == [1, 2, 4, 5]
-    assert bucket_sizes(256)[-1] == 256
 
 
 @pytest.mark.parametrize("family", FAMILIES)

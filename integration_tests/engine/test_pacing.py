@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from hf_paged.engine.scheduling.pacing import (
+    bucket_sizes,
     enough,
     job_tokens,
     mixed_prompt_tokens,
@@ -90,3 +91,14 @@ def test_no_prompt_is_late_at_the_pace():
             done += rate - int((to_go >= horizon - step).sum())
             late = tokens.cumsum()[horizon - steps == step + 1]
             assert not late.size or done >= late.max() - 1e-9, (left, tokens, rows, steps)
+
+
+def test_bucket_sizes():
+    sizes = bucket_sizes(1000)
+    assert sizes[:6] == [1, 2, 4, 8, 16, 24]
+    assert {248, 256, 272, 496, 512, 544, 576} <= set(sizes)
+    assert not {264, 280, 528, 560} & set(sizes)
+    assert sizes[-1] == 1000
+    assert bucket_sizes(1) == [1]
+    assert bucket_sizes(5) == [1, 2, 4, 5]
+    assert bucket_sizes(256)[-1] == 256

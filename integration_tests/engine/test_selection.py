@@ -464,8 +464,7 @@ BATCH = [
 
 
 def batch_of_slots(model, names):
-    selector = TokenSelector(8, VOCAB, "cpu")
-    selector.grow(64)
+    selector = TokenSelector(64, VOCAB, "cpu")
     history, lengths = np.random.default_rng(0).integers(2, VOCAB, (64, 40)), np.zeros(64, np.int64)
     slots = np.random.default_rng(1).permutation(64)[: len(names)]
     for i, (slot, name) in enumerate(zip(slots.tolist(), names)):

@@ -27,6 +27,7 @@ from transformers.utils.logging import tqdm
 from ...mixed_precision import enables_autocast
 from ...transformers_internals import is_moved_by_accelerate, without_autograd
 from ..async_copy import send
+from ..scheduling.pacing import bucket_sizes
 
 logger = logging.get_logger(__name__)
 
@@ -48,12 +49,6 @@ PADDED_STEPS = 8
 
 class CaptureError(RuntimeError):
     """A decode step that cannot be captured."""
-
-
-def bucket_sizes(num_slots: int) -> list[int]:
-    """Batch sizes with a graph of their own, ascending; the last one is ``num_slots``."""
-    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16), *range(544, num_slots, 32)]
-    return [size for size in sizes if size < num_slots] + [num_slots]
 
 
 class DecodeGraphs:

@@ -1,6 +1,5 @@
 """The transformers ``Cache`` that the engine hands to the model: pages of many sequences, states by slot."""
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -271,10 +270,6 @@ class EngineCache(Cache):
     def page_bytes(self) -> int:
         """Bytes of a page of every layer, once all layers have seen a token."""
         return self.pool.page_bytes
-
-    def state_bytes(self) -> int:
-        """Bytes of the states of all slots."""
-        return sum(math.prod(x.shape) * x.itemsize for x in self._states.values())
 
     def drop(self) -> None:
         """Give the memory of pages and states back; contents are lost, the page ids stay."""

@@ -52,18 +52,6 @@ class SlotSampling:
         self._device_words = torch.from_numpy(self._words).to(self.device, copy=self.device.type != "cpu")
         self._is_stale = False
 
-    def grow(self, num_slots: int) -> None:
-        """Make room for more slots. Nothing may have been captured."""
-        before = self._words[:, : self._num_slots]
-        more = np.zeros(num_slots - len(self.on_device), dtype=bool)
-        self.on_device, self.has_rules = (np.concatenate([old, more]) for old in (self.on_device, self.has_rules))
-        rules = self._empty_rules(num_slots)
-        rules[: len(self.rules) - 1] = self.rules[:-1]
-        self.rules = rules
-        self._make_tables(num_slots)
-        self._words[:, : before.shape[1]] = before
-        self._is_stale = self.device.type != "cpu"
-
     def set(self, slot: int, rules: TokenRules, row: int, tokens: np.ndarray) -> None:
         """Take over the parameters of a row; a row with processors of its own has only a seed here.
 

@@ -78,12 +78,6 @@ class TokenSelector:
         self._rows: dict[int, _Row] = {}
         self._verified: dict[int, bool] = {}  # slots whose criteria verify() has asked, and their answer
 
-    def grow(self, num_slots: int) -> None:
-        """Make room for more slots; those there stay as they are."""
-        more = np.zeros(num_slots - len(self.has_logprobs), np.bool_)
-        self.has_logprobs = np.concatenate([self.has_logprobs, more])
-        self.sampling.grow(num_slots)
-
     def admit(self, slot: int, rules: TokenRules, row: int, tokens: np.ndarray) -> None:
         """Give a slot to a row of a request, the first time or after a preemption.
 

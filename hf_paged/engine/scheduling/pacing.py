@@ -92,3 +92,9 @@ def pace(left: np.ndarray, tokens: np.ndarray, rows: np.ndarray, steps: np.ndarr
     num_rows, spared = (np.append(0, x.cumsum())[started] for x in (rows, rows * spare))
     work = np.append(tokens, 0).cumsum() + num_rows * due - spared
     return num_due, int(np.ceil(work / np.maximum(due, 1)).max())
+
+
+def bucket_sizes(num_slots: int) -> list[int]:
+    """Batch sizes of decode steps that are captured, ascending; the last one is ``num_slots``."""
+    sizes = [1, 2, 4, *range(8, 257, 8), *range(272, 513, 16), *range(544, num_slots, 32)]
+    return [size for size in sizes if size < num_slots] + [num_slots]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from ..config import EngineConfig
-from ..execution.decode_graphs import bucket_sizes
+from .pacing import bucket_sizes
 
 DEFAULT_MODEL_LEN = 32_768
 """Tokens of a request where the model's config names no maximum."""
