@@ -12,7 +12,7 @@ import torch
 
 from ..errors import RequestError
 from .core import EngineCore
-from .sampling.request_params import TokenRules, check_token_ids
+from .sampling.request_params import RequestParams, check_token_ids
 from .scheduling.request import Request, Row
 
 SEEDS = 1 << 62
@@ -61,14 +61,14 @@ class Admission:
         deadline_s: float | None,
         cache_salt: Any,
         job: Job | None,
-        rules: TokenRules | None,
+        rules: RequestParams | None,
         seed: int | None,
         **rules_options: Any,
     ) -> Request:
         """A request that can be served; the arguments are those of :meth:`Engine.submit`.
 
         Args:
-            rules_options: of :meth:`TokenRules.make`, where ``rules`` is None.
+            rules_options: of :meth:`RequestParams.make`, where ``rules`` is None.
 
         Raises:
             RequestError, ValueError, TypeError: it cannot, or an argument is not valid.
@@ -86,7 +86,7 @@ class Admission:
         if rules is None:
             if seed is None and self.core.config.seed is not None:
                 seed = (self.core.config.seed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03) % SEEDS
-            rules = TokenRules.make(self.core.model, prompt_ids=prompt, seed=seed, **rules_options)
+            rules = RequestParams.make(self.core.model, prompt_ids=prompt, seed=seed, **rules_options)
         check_token_ids(rules.config, self.core.num_logits)
         most_pages = self._checked_pages(prompt, rules)
         now = self.core.clock()
@@ -149,7 +149,7 @@ class Admission:
             )
         return prompt.astype(np.int64)
 
-    def _checked_pages(self, prompt: np.ndarray, rules: TokenRules) -> list[int]:
+    def _checked_pages(self, prompt: np.ndarray, rules: RequestParams) -> list[int]:
         """Pages of each group of layers that a request holds at most; what can never be served is refused."""
         core = self.core
         if rules.num_rows < 1:

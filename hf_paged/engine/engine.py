@@ -29,7 +29,7 @@ from .loop import StepLoop
 from .loop_thread import loop_thread
 from .offline import generate
 from .process import held_interrupts, register, wait_if_exiting
-from .sampling.request_params import TokenRules
+from .sampling.request_params import RequestParams
 from .scheduling.page_budget import model_length
 from .scheduling.request import Request, RequestOutput
 from .startup.start import start
@@ -108,7 +108,7 @@ class Engine:
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
         cache_salt: Any = None,
-        rules: TokenRules | None = None,
+        rules: RequestParams | None = None,
         _job: Job | None = None,
     ) -> RequestHandle:
         """Hand over a request; it runs as soon as there is room.

@@ -30,7 +30,7 @@ from transformers.generation import GenerateBeamDecoderOnlyOutput, GenerateDecod
 from transformers.utils import logging
 
 from ..cache.step_plan import padding_behind
-from ..engine.sampling.request_params import TokenRules, checked_seed, derived_seed, mode_of
+from ..engine.sampling.request_params import RequestParams, checked_seed, derived_seed, mode_of
 from ..engine.sampling.stop_strings import StopStrings
 from ..engine.scheduling.request import RequestOutput
 from ..errors import OutOfPagesError, RequestError
@@ -239,7 +239,7 @@ def _submit(engine: Any, batch: Batch, in_step: bool, handles: list[Any]) -> Non
     salt = ("generate", next(_salts))
     seed = batch.seed
     for index, (prompt, padding) in enumerate(zip(batch.prompts, batch.paddings)):
-        rules = TokenRules.from_prepared(
+        rules = RequestParams.from_prepared(
             prepared,
             seed=None if seed is None else derived_seed(seed, index),
             padding_ids=padding,

@@ -9,7 +9,7 @@ from hf_paged_kernels.sampling.reference import gumbel_noise
 from transformers import GenerationConfig
 
 from hf_paged.engine.sampling.beam_search import BeamSearch
-from hf_paged.engine.sampling.token_selector import TokenRules
+from hf_paged.engine.sampling.token_selector import RequestParams
 
 EOS = [3, 7, 19, 40, 55, 56]
 
@@ -29,7 +29,7 @@ def fill_value(rules):
 
 def check(model, prompt, options, seed=None, **kwargs):
     config = GenerationConfig(**options)
-    rules = TokenRules.make(model, config, prompt_ids=prompt, seed=seed, **kwargs)
+    rules = RequestParams.make(model, config, prompt_ids=prompt, seed=seed, **kwargs)
     assert rules.mode == "beams"
     found = run_beams(model, prompt, rules)
     out = model.generate(
@@ -111,7 +111,7 @@ def test_candidates_are_drawn_without_replacement_from_the_scores(model):
     config = GenerationConfig(num_beams=2, do_sample=True, top_k=0, max_new_tokens=4)
     logits, counts, num = torch.randn(1, 6, generator=torch.Generator().manual_seed(0)), torch.zeros(6, 6), 4000
     for seed in range(num):
-        search = BeamSearch(TokenRules.make(model, config, prompt_ids=[5], seed=seed), [5])
+        search = BeamSearch(RequestParams.make(model, config, prompt_ids=[5], seed=seed), [5])
         step = search.step(logits)
         # Rows of the next step are ordered by score.
         counts[step.tokens[0], step.tokens[1]] += 1
@@ -138,9 +138,9 @@ def test_padding_counts_for_processors_and_criteria(model):
     """A row of a left-padded batch: same sequences as without padding, since all lengths move with it."""
     prompt = prompts(5)[0]
     config = GenerationConfig(num_beams=3, max_new_tokens=8, do_sample=False, eos_token_id=EOS)
-    rules = TokenRules.make(model, config, prompt_ids=prompt)
+    rules = RequestParams.make(model, config, prompt_ids=prompt)
     seen = []
-    padded = TokenRules.make(model, config, prompt_ids=[0, 0, *prompt], stopping_criteria=[seen_lengths(seen)])
+    padded = RequestParams.make(model, config, prompt_ids=[0, 0, *prompt], stopping_criteria=[seen_lengths(seen)])
     padded = padded.__class__.from_prepared(
         prepared=type(
             "Prepared", (), dict(config=padded.config, processors=padded.processors, criteria=padded.all_criteria)
@@ -165,9 +165,9 @@ def test_a_failing_processor_raises_from_its_step(model):
         raise RuntimeError("broken")
 
     config = GenerationConfig(num_beams=2, max_new_tokens=4)
-    search = BeamSearch(TokenRules.make(model, config, prompt_ids=[5], logits_processor=[fail]), [5])
+    search = BeamSearch(RequestParams.make(model, config, prompt_ids=[5], logits_processor=[fail]), [5])
     with pytest.raises(RuntimeError, match="broken"):
         search.step(all_logits(model, [[5]])[:, -1])
-    search = BeamSearch(TokenRules.make(model, config, prompt_ids=[5]), [5])
+    search = BeamSearch(RequestParams.make(model, config, prompt_ids=[5]), [5])
     with pytest.raises(ValueError, match="NaN"):
         search.step(torch.full((1, 97), torch.nan))

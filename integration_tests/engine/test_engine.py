@@ -13,7 +13,7 @@ from transformers import GenerationConfig, LogitsProcessor
 
 import hf_paged
 from hf_paged.engine.execution.cpu_attention import attend_groups, plan_groups
-from hf_paged.engine.sampling.token_selector import TokenRules
+from hf_paged.engine.sampling.token_selector import RequestParams
 from hf_paged.paging import LayerPages
 
 FAMILIES = ("llama", "gemma3_text", "gpt_oss", "qwen3_next", "deepseek_v3", "jamba", "falcon_h1", "lfm2", "gpt2")
@@ -66,7 +66,7 @@ def test_as_many_samples_as_sequences_fit_a_pool_of_default_size(model):
     with make_engine(model, num_pages=None, max_num_seqs=8, max_model_len=10) as engine:
         output = engine.generate([prompt(7)], generation_config=options)[0]
         assert [len(row.token_ids) for row in output.sequences] == [3] * 8
-    assert "num_rows=8" in repr(TokenRules.make(model, options, prompt_ids=prompt(7)))
+    assert "num_rows=8" in repr(RequestParams.make(model, options, prompt_ids=prompt(7)))
 
 
 def test_a_stored_prompt_is_found_again(model):

@@ -9,7 +9,7 @@ from hf_paged_kernels.sampling.reference import gumbel_noise
 from transformers import GenerationConfig
 
 import hf_paged
-from hf_paged.engine.sampling.token_selector import TokenRules, TokenSelector
+from hf_paged.engine.sampling.token_selector import RequestParams, TokenSelector
 
 pytestmark = pytest.mark.gpu
 
@@ -36,7 +36,7 @@ def test_a_row_does_not_depend_on_the_batch(dtype):
     selector, rules = TokenSelector(num, vocab_size, "cuda"), []
     for slot in range(num):
         config = GenerationConfig(max_new_tokens=40, **options[slot % 6])
-        rules.append(TokenRules.make(model, config, prompt_ids=[5], seed=slot))
+        rules.append(RequestParams.make(model, config, prompt_ids=[5], seed=slot))
     history, lengths = np.random.default_rng(0).integers(2, 97, (num, 30)), np.arange(num) % 20 + 1
     logits = (torch.randn(num, vocab_size, device="cuda") * 3).to(dtype)
     for slot in range(num):

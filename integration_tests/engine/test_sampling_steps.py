@@ -14,7 +14,7 @@ import hf_paged
 from hf_paged.engine.execution import chunk_graphs
 from hf_paged.engine.execution.decode_graphs import CudaCapture
 from hf_paged.engine.sampling import slot_sampling
-from hf_paged.engine.sampling.request_params import TokenRules
+from hf_paged.engine.sampling.request_params import RequestParams
 from hf_paged.engine.sampling.slot_sampling import SlotSampling
 from hf_paged.engine.scheduling.step import StepWork
 
@@ -215,7 +215,7 @@ def sampling_of_mix(model, device: torch.device, num_slots: int, kinds: list[dic
     slots = SlotSampling(num_slots, device, vocab)
     for slot in range(num_slots):
         options = kinds[slot % len(kinds)]
-        slots.set(slot, TokenRules.make(model, config(5, **options), prompt_ids=[5], seed=slot), 0, np.array([5]))
+        slots.set(slot, RequestParams.make(model, config(5, **options), prompt_ids=[5], seed=slot), 0, np.array([5]))
     return slots
 
 
@@ -229,7 +229,7 @@ def test_parameters_of_slots():
     assert first[[0, 6, 7]].tolist() == [int(logits[0].argmax())] * 3
     alone = [slots.choose(logits[:1], index[i : i + 1], positions[:1]).item() for i in range(8)]
     assert first.tolist() == alone
-    slots.set(2, TokenRules.make(model, config(5), prompt_ids=[5]), 0, np.array([5]))
+    slots.set(2, RequestParams.make(model, config(5), prompt_ids=[5]), 0, np.array([5]))
     assert slots.choose(logits[:1], np.array([2]), positions[:1]).item() == int(logits[0].argmax())
 
 
@@ -251,7 +251,7 @@ def test_a_captured_choice_follows_slots_and_tables(dtype, num_rows, vocab):
         positions += 1
         if round_ == 2:
             for slot in range(256):
-                rules = TokenRules.make(model, config(5, **kinds[-1 - slot % len(kinds)]), prompt_ids=[5], seed=slot)
+                rules = RequestParams.make(model, config(5, **kinds[-1 - slot % len(kinds)]), prompt_ids=[5], seed=slot)
                 table.set(slot, rules, 0, np.array([5]))
         table.sync()
         before = table.rules.clone()

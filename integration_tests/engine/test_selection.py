@@ -22,7 +22,7 @@ from transformers import (
 
 from hf_paged.engine.sampling.logprobs import ComingLogprobs, prompt_logprobs
 from hf_paged.engine.sampling.request_params import derived_seed, unserved_reason
-from hf_paged.engine.sampling.token_selector import TokenRules, TokenSelector
+from hf_paged.engine.sampling.token_selector import RequestParams, TokenSelector
 from hf_paged.transformers_internals import prepare_generation
 
 VOCAB = 97
@@ -170,7 +170,7 @@ def test_a_warper_that_no_row_uses_can_be_left_out():
     ids=str,
 )
 def test_samples_have_the_distribution_of_the_warped_scores(model, options):
-    rules = TokenRules.make(
+    rules = RequestParams.make(
         model, GenerationConfig(do_sample=True, max_new_tokens=5, **options), prompt_ids=[5], seed=0
     )
     logits, num = torch.randn(1, 12, generator=torch.Generator().manual_seed(3)) * 2, 20_000
@@ -242,7 +242,7 @@ def test_tokens_of_generate(model, name):
         del options["max_new_tokens"]
     for seed, prompt in enumerate(prompts(1, 4, 9)):
         config = GenerationConfig(**options)
-        rules = TokenRules.make(model, config, prompt_ids=prompt, seed=seed)
+        rules = RequestParams.make(model, config, prompt_ids=prompt, seed=seed)
         assert config.to_dict() == GenerationConfig(**options).to_dict(), "the caller's config was written"
         assert run_rows(model, prompt, rules) == [reference_tokens(model, prompt, options, seed)]
 
@@ -256,7 +256,7 @@ CHANGED = [
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_plain_configs_take_the_vectorised_path(model, name):
-    rules = TokenRules.make(model, GenerationConfig(**CONFIGS[name]), prompt_ids=[5, 6])
+    rules = RequestParams.make(model, GenerationConfig(**CONFIGS[name]), prompt_ids=[5, 6])
     assert rules.is_plain == (name in [*PLAIN, *CHANGED, "default length"])
     assert (rules.changes is not None) == (name in CHANGED)
 
@@ -270,7 +270,7 @@ def test_changes_are_those_of_the_processors(model, name):
         ids = torch.tensor([[0] * padding + prompt])
         config = GenerationConfig(**{"max_new_tokens": 20} | CONFIGS[name])
         prepared = prepare_generation(model, config, ids)
-        rules = TokenRules.from_prepared(prepared, seed=5, padding_ids=[0] * padding)
+        rules = RequestParams.from_prepared(prepared, seed=5, padding_ids=[0] * padding)
         assert rules.changes is not None
         selector = TokenSelector(3, VOCAB, "cpu")
         history, lengths = np.zeros((3, 40), np.int64), np.zeros(3, np.int64)
@@ -295,7 +295,7 @@ def test_changes_are_those_of_the_processors(model, name):
 def test_a_bias_for_a_token_that_does_not_exist_says_so(model):
     selector = TokenSelector(1, VOCAB, "cpu")
     config = GenerationConfig(max_new_tokens=5, sequence_bias=[[[VOCAB + 3], 1.0]])
-    selector.admit(0, TokenRules.make(model, config, prompt_ids=[5]), 0, np.array([5]))
+    selector.admit(0, RequestParams.make(model, config, prompt_ids=[5]), 0, np.array([5]))
     selection = selector.select(torch.randn(1, VOCAB), np.array([0]), np.array([[5]]), np.array([1]))
     assert "vocabulary size" in str(selection.errors[0])
 
@@ -308,7 +308,7 @@ def test_changes_leave_with_their_request(model):
 
     def choose(**options):
         config = GenerationConfig(max_new_tokens=5, **options)
-        rules = TokenRules.make(model, config, prompt_ids=[5, 5, 5], logprobs=1)
+        rules = RequestParams.make(model, config, prompt_ids=[5, 5, 5], logprobs=1)
         selector.admit(0, rules, 0, history[0, :3])
         selection = selector.select(logits, np.array([0]), history, lengths)
         selector.release(0)
@@ -328,7 +328,7 @@ def test_defaults_of_the_model_count(model, monkeypatch):
     monkeypatch.setattr(model, "generation_config", defaults)
     prompt = prompts(6)[0]
     for given in (None, GenerationConfig(), GenerationConfig(temperature=0.5)):
-        rules = TokenRules.make(model, given, prompt_ids=torch.tensor(prompt), seed=3)
+        rules = RequestParams.make(model, given, prompt_ids=torch.tensor(prompt), seed=3)
         assert rules.do_sample
         assert rules.eos_token_ids == (7,)
         assert rules.max_length == 15
@@ -354,7 +354,7 @@ def test_objects_see_the_full_history_of_their_row(model):
     options = dict(max_new_tokens=30, do_sample=False)
     expected = reference_tokens(model, prompt, options, logits_processor=[bias], stopping_criteria=[Even()])
     want, seen[:] = list(seen), []
-    rules = TokenRules.make(
+    rules = RequestParams.make(
         model, GenerationConfig(**options), prompt_ids=prompt, logits_processor=[bias], stopping_criteria=[Even()]
     )
     assert run_rows(model, prompt, rules) == [expected]
@@ -370,13 +370,13 @@ def test_prefix_allowed_tokens_fn(model):
 
     prompt = prompts(3)[0]
     options = dict(max_new_tokens=8, do_sample=False)
-    rules = TokenRules.make(model, GenerationConfig(**options), prompt_ids=prompt, prefix_allowed_tokens_fn=allowed)
+    rules = RequestParams.make(model, GenerationConfig(**options), prompt_ids=prompt, prefix_allowed_tokens_fn=allowed)
     assert run_rows(model, prompt, rules) == [
         reference_tokens(model, prompt, options, prefix_allowed_tokens_fn=allowed)
     ]
     calls.clear()
     config = GenerationConfig(max_new_tokens=2, do_sample=True, num_return_sequences=2)
-    run_rows(model, prompt, TokenRules.make(model, config, prompt_ids=prompt, prefix_allowed_tokens_fn=allowed))
+    run_rows(model, prompt, RequestParams.make(model, config, prompt_ids=prompt, prefix_allowed_tokens_fn=allowed))
     engines = sorted(calls)
     calls.clear()
     model.generate(torch.tensor([prompt]), config, prefix_allowed_tokens_fn=allowed)
@@ -385,10 +385,10 @@ def test_prefix_allowed_tokens_fn(model):
 
 def test_rows_of_a_request_draw_independently_and_repeatably(model):
     config = GenerationConfig(max_new_tokens=12, do_sample=True, num_return_sequences=3)
-    rules = TokenRules.make(model, config, prompt_ids=[5, 6, 7], seed=4)
+    rules = RequestParams.make(model, config, prompt_ids=[5, 6, 7], seed=4)
     rows = run_rows(model, [5, 6, 7], rules)
     assert rules.num_rows == len({tuple(row) for row in rows}) == 3
-    again = TokenRules.make(model, config, prompt_ids=[5, 6, 7], seed=4)
+    again = RequestParams.make(model, config, prompt_ids=[5, 6, 7], seed=4)
     assert run_rows(model, [5, 6, 7], again) == rows
 
 
@@ -414,7 +414,7 @@ def test_plain_requests_are_prepared_without_the_device(model, monkeypatch, opti
 
     monkeypatch.setattr("hf_paged.engine.sampling.request_params.prepare_generation", prepare)
     monkeypatch.setattr(type(model), "device", torch.device("meta"))
-    make = lambda: TokenRules.make(model, GenerationConfig(pad_token_id=0, **options), prompt_ids=[1, 2])  # noqa: E731
+    make = lambda: RequestParams.make(model, GenerationConfig(pad_token_id=0, **options), prompt_ids=[1, 2])  # noqa: E731
     torch.manual_seed(3)
     rules = make()
     assert devices == ["cpu", "meta"][: 1 + needs_objects]
@@ -425,7 +425,7 @@ def test_plain_requests_are_prepared_without_the_device(model, monkeypatch, opti
 def test_seed_none_follows_torchs_global_generator(model):
     def draw():
         config = GenerationConfig(max_new_tokens=12, do_sample=True)
-        return [TokenRules.make(model, config, prompt_ids=[5]).seed for _ in range(3)]
+        return [RequestParams.make(model, config, prompt_ids=[5]).seed for _ in range(3)]
 
     torch.manual_seed(1)
     first = draw()
@@ -433,7 +433,7 @@ def test_seed_none_follows_torchs_global_generator(model):
     assert draw() == first
     assert len(set(first)) == 3
     state = torch.get_rng_state()
-    TokenRules.make(model, GenerationConfig(max_new_tokens=1), prompt_ids=[5])
+    RequestParams.make(model, GenerationConfig(max_new_tokens=1), prompt_ids=[5])
     assert torch.equal(torch.get_rng_state(), state), "a greedy request leaves the generator alone"
 
 
@@ -443,7 +443,7 @@ def test_stop_strings(model):
     text = tokenizer.decode(reference_tokens(model, prompt, options, 5))
     for stop in (text[7:10], text[20:21], [text[12:16], "never"]):
         stopping = options | dict(stop_strings=stop)
-        rules = TokenRules.make(model, GenerationConfig(**stopping), prompt_ids=prompt, seed=5, tokenizer=tokenizer)
+        rules = RequestParams.make(model, GenerationConfig(**stopping), prompt_ids=prompt, seed=5, tokenizer=tokenizer)
         assert rules.has_criteria
         expected = reference_tokens(model, prompt, stopping, 5, tokenizer=tokenizer)
         assert len(expected) < 40
@@ -452,7 +452,7 @@ def test_stop_strings(model):
 
 def test_max_time_ends_a_row(model):
     config = GenerationConfig(max_new_tokens=40, max_time=1e-6)
-    assert len(run_rows(model, [5], TokenRules.make(model, config, prompt_ids=[5]))[0]) == 1
+    assert len(run_rows(model, [5], RequestParams.make(model, config, prompt_ids=[5]))[0]) == 1
 
 
 # Batches
@@ -471,7 +471,7 @@ def batch_of_slots(model, names):
         lengths[slot] = 3 + i % 30
         config = GenerationConfig(max_new_tokens=40, **CONFIGS[name])
         prompt = history[slot, :3].tolist()
-        rules = TokenRules.make(model, config, prompt_ids=prompt, seed=i * 7919)
+        rules = RequestParams.make(model, config, prompt_ids=prompt, seed=i * 7919)
         selector.admit(slot, rules, 0, history[slot, : lengths[slot]])
     return selector, slots, history, lengths
 
@@ -498,11 +498,11 @@ def test_a_slot_is_as_new_after_another_request(model):
     selector, slots, history, lengths = batch_of_slots(model, ["sample"] * 3)
     logits = torch.randn(3, VOCAB)
     before = selector.select(logits, slots, history, lengths).token_ids
-    rules = TokenRules.make(model, GenerationConfig(max_new_tokens=40, do_sample=True), prompt_ids=[5], seed=7919)
+    rules = RequestParams.make(model, GenerationConfig(max_new_tokens=40, do_sample=True), prompt_ids=[5], seed=7919)
     slot = int(slots[1])
     selector.release(slot)
     selector.admit(
-        slot, TokenRules.make(model, GenerationConfig(no_repeat_ngram_size=2), prompt_ids=[5]), 0, np.array([5])
+        slot, RequestParams.make(model, GenerationConfig(no_repeat_ngram_size=2), prompt_ids=[5]), 0, np.array([5])
     )
     selector.release(slot)
     selector.admit(slot, rules, 0, np.array([5]))
@@ -519,7 +519,7 @@ def test_errors_end_their_own_row(model):
     bad = int(slots[1])
     selector.release(bad)
     config = GenerationConfig(max_new_tokens=30)
-    selector.admit(bad, TokenRules.make(model, config, prompt_ids=[5], logits_processor=[fail]), 0, np.array([5]))
+    selector.admit(bad, RequestParams.make(model, config, prompt_ids=[5], logits_processor=[fail]), 0, np.array([5]))
     selection = selector.select(logits, slots, history, lengths)
     assert str(selection.errors.pop(bad)) == "broken processor"
     assert selection.errors == {}
@@ -531,11 +531,11 @@ def test_errors_end_their_own_row(model):
             raise RuntimeError("broken criterion")
 
     selector.release(bad)
-    selector.admit(bad, TokenRules.make(model, config, prompt_ids=[5], stopping_criteria=[Fails()]), 0, np.array([5]))
+    selector.admit(bad, RequestParams.make(model, config, prompt_ids=[5], stopping_criteria=[Fails()]), 0, np.array([5]))
     other = int(slots[3])
     selector.release(other)
     always = [lambda input_ids, scores: True]
-    selector.admit(other, TokenRules.make(model, config, prompt_ids=[5], stopping_criteria=always), 0, np.array([5]))
+    selector.admit(other, RequestParams.make(model, config, prompt_ids=[5], stopping_criteria=always), 0, np.array([5]))
     stopped, errors = selector.stopped(slots[[1, 3]], history, lengths)
     assert stopped == {other}
     assert list(errors) == [bad]
@@ -557,7 +557,7 @@ def test_logprobs(model):
     selector = TokenSelector(3, VOCAB, "cpu")
     for slot, count in enumerate((None, 1, 4)):
         config = GenerationConfig(max_new_tokens=4, do_sample=slot == 2, temperature=0.3)
-        selector.admit(slot, TokenRules.make(model, config, prompt_ids=[5], logprobs=count, seed=1), 0, np.array([5]))
+        selector.admit(slot, RequestParams.make(model, config, prompt_ids=[5], logprobs=count, seed=1), 0, np.array([5]))
     selection = selector.select(logits, np.arange(3), np.zeros((3, 4), np.int64), np.ones(3, np.int64))
     assert list(selection.logprobs) == [1, 2]
     expected = logits.float().log_softmax(-1)
@@ -606,7 +606,7 @@ def test_prompt_lookup_gives_the_tokens_of_no_lookup(model, options):
         start = prompts(4, 7)[seed % 2]
         prompt = (start * 6)[: 11 + seed]
         base = dict(max_new_tokens=30, do_sample=False) | options
-        rules = TokenRules.make(
+        rules = RequestParams.make(
             model, GenerationConfig(**base, prompt_lookup_num_tokens=4), prompt_ids=prompt, seed=seed
         )
         assert rules.mode == "assisted"
@@ -628,7 +628,7 @@ def test_prompt_lookup_saves_steps_and_asks_criteria_after_each_token(model):
         return len(calls) == 13
 
     config = GenerationConfig(max_new_tokens=40, prompt_lookup_num_tokens=4)
-    rules = TokenRules.make(model, config, prompt_ids=prompt, logits_processor=[repeat], stopping_criteria=[count])
+    rules = RequestParams.make(model, config, prompt_ids=prompt, logits_processor=[repeat], stopping_criteria=[count])
     tokens, steps = run_assisted(model, prompt, rules)
     assert tokens == (prompt[:5] * 3)[:13]
     assert calls == list(range(21, 34))
@@ -668,7 +668,7 @@ def test_prompt_lookup_saves_steps_and_asks_criteria_after_each_token(model):
 def test_bad_arguments_name_themselves(model, arguments, match):
     config = GenerationConfig(max_new_tokens=None, **arguments.pop("config", {}))
     with pytest.raises(ValueError, match=match):
-        TokenRules.make(model, config, **({"prompt_ids": [5]} | arguments))
+        RequestParams.make(model, config, **({"prompt_ids": [5]} | arguments))
 
 
 @pytest.mark.parametrize(
@@ -678,7 +678,7 @@ def test_bad_arguments_name_themselves(model, arguments, match):
 def test_bad_types_name_themselves(model, name, value):
     arguments = {"generation_config": None, "prompt_ids": [5]} | {name: value}
     with pytest.raises(TypeError, match=name):
-        TokenRules.make(model, **arguments)
+        RequestParams.make(model, **arguments)
 
 
 def test_what_is_not_served_is_known_before():

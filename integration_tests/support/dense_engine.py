@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from hf_paged.engine.sampling.beam_search import BeamSearch, BeamSequence
-from hf_paged.engine.sampling.token_selector import INVALID_TOKEN, TokenRules, TokenSelector, invalid_scores_error
+from hf_paged.engine.sampling.token_selector import INVALID_TOKEN, RequestParams, TokenSelector, invalid_scores_error
 
 
 @torch.no_grad()
@@ -28,13 +28,13 @@ def all_logits(model: Any, tokens: list[list[int]] | np.ndarray) -> torch.Tensor
     return torch.cat(rows).float()
 
 
-def run_rows(model: Any, prompt: list[int], rules: TokenRules, rows: list[int] | None = None) -> list[list[int]]:
+def run_rows(model: Any, prompt: list[int], rules: RequestParams, rows: list[int] | None = None) -> list[list[int]]:
     """New tokens of every row of a request with mode "rows"."""
     selector = TokenSelector(4, model.config.vocab_size, "cpu")
     return [run_row(model, prompt, rules, row, selector) for row in (rows or range(rules.num_rows))]
 
 
-def run_row(model: Any, prompt: list[int], rules: TokenRules, row: int, selector: TokenSelector) -> list[int]:
+def run_row(model: Any, prompt: list[int], rules: RequestParams, row: int, selector: TokenSelector) -> list[int]:
     slot = 2
     selector.admit(slot, rules, row, np.array(prompt))
     history, lengths = np.zeros((4, rules.max_length), np.int64), np.zeros(4, np.int64)
@@ -61,7 +61,7 @@ def run_row(model: Any, prompt: list[int], rules: TokenRules, row: int, selector
         selector.release(slot)
 
 
-def run_assisted(model: Any, prompt: list[int], rules: TokenRules) -> tuple[list[int], int]:
+def run_assisted(model: Any, prompt: list[int], rules: RequestParams) -> tuple[list[int], int]:
     """New tokens of a request with mode "assisted", and the forward passes it took."""
     selector, slot, steps = TokenSelector(1, model.config.vocab_size, "cpu"), 0, 0
     selector.admit(slot, rules, 0, np.array(prompt))
@@ -79,7 +79,7 @@ def run_assisted(model: Any, prompt: list[int], rules: TokenRules) -> tuple[list
             return history[slot, len(prompt) : length].tolist(), steps
 
 
-def run_beams(model: Any, prompt: list[int], rules: TokenRules) -> list[BeamSequence]:
+def run_beams(model: Any, prompt: list[int], rules: RequestParams) -> list[BeamSequence]:
     """The result of a request with mode "beams"."""
     search = BeamSearch(rules, prompt)
     rows = [list(prompt)] * rules.num_rows

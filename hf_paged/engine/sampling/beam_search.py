@@ -20,7 +20,7 @@ from hf_paged_kernels.sampling.reference import gumbel_noise
 
 from ...errors import InvalidScoresError
 from ...transformers_internals import sorts_drawn_beams
-from .request_params import TokenRules
+from .request_params import RequestParams
 
 NEVER = -1.0e9
 """Score of what must not be chosen; transformers' own value, since it is added to scores that are then compared."""
@@ -64,7 +64,7 @@ class BeamSearch:
         prompt_ids: ``[L]`` its prompt, without padding.
     """
 
-    def __init__(self, rules: TokenRules, prompt_ids: Sequence[int]) -> None:
+    def __init__(self, rules: RequestParams, prompt_ids: Sequence[int]) -> None:
         self.rules = rules
         config = rules.config
         self.num_beams: int = config.num_beams

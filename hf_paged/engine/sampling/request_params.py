@@ -76,7 +76,7 @@ class LogitChanges:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class TokenRules:
+class RequestParams:
     """What one request does with its logits. Made by :meth:`make`, or :meth:`from_prepared` inside ``generate()``.
 
     Attributes:
@@ -131,7 +131,7 @@ class TokenRules:
         tokenizer: Any = None,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
-    ) -> "TokenRules":
+    ) -> "RequestParams":
         """Resolve a config against the model's own exactly as ``model.generate(prompt)`` does.
 
         Args:
@@ -193,7 +193,7 @@ class TokenRules:
         padding_ids: Sequence[int] = (),
         batch_row: int = 0,
         batch_rows: int = 1,
-    ) -> "TokenRules":
+    ) -> "RequestParams":
         """Rules of one row of a batch that ``generate()`` has prepared.
 
         Args:

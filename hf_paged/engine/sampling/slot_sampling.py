@@ -6,7 +6,7 @@ from hf_paged_kernels.sampling.ops import sample_tokens_op
 from hf_paged_kernels.sampling.reference import MARKS, TOKENS_OF_WORD, choose_tokens, gumbel_noise, slot_rules
 
 from ..async_copy import send
-from .request_params import Sampling, TokenRules
+from .request_params import RequestParams, Sampling
 
 NEUTRAL: dict[str, float] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "logprobs": 0}
 INTEGERS = ("top_k", "seed", "logprobs")
@@ -52,7 +52,7 @@ class SlotSampling:
         self._device_words = torch.from_numpy(self._words).to(self.device, copy=self.device.type != "cpu")
         self._is_stale = False
 
-    def set(self, slot: int, rules: TokenRules, row: int, tokens: np.ndarray) -> None:
+    def set(self, slot: int, rules: RequestParams, row: int, tokens: np.ndarray) -> None:
         """Take over the parameters of a row; a row with processors of its own has only a seed here.
 
         Args:
@@ -136,7 +136,7 @@ class SlotSampling:
         """The slot behind the last one has none."""
         return bool(self.has_rules[slots[slots < self._num_slots]].any())
 
-    def _set_rules(self, slot: int, rules: TokenRules, tokens: np.ndarray) -> None:
+    def _set_rules(self, slot: int, rules: RequestParams, tokens: np.ndarray) -> None:
         changes = rules.changes
         if changes is not None and not changes.is_within(self.vocab_size):
             # Its processors say what is wrong.

@@ -3,11 +3,11 @@
 import numpy as np
 import torch
 
-from .request_params import TokenRules
+from .request_params import RequestParams
 from .stop_strings import StopStrings
 
 
-def history_tensor(rules: TokenRules, tokens: np.ndarray, device: torch.device) -> torch.Tensor:
+def history_tensor(rules: RequestParams, tokens: np.ndarray, device: torch.device) -> torch.Tensor:
     """What processors and criteria are called with: ``[1, L]`` int64, a copy, the row's padding first.
 
     Args:
@@ -19,7 +19,7 @@ def history_tensor(rules: TokenRules, tokens: np.ndarray, device: torch.device) 
     return torch.from_numpy(padded)[None].to(device)
 
 
-def is_stopped(rules: TokenRules, tokens: np.ndarray, device: torch.device) -> bool:
+def is_stopped(rules: RequestParams, tokens: np.ndarray, device: torch.device) -> bool:
     """Whether any of the request's criteria ends this row after its last token.
 
     Every criterion is called at every token, as ``generate()`` does: some of them count.

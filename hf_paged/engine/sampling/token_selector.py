@@ -11,11 +11,11 @@ from ...errors import InvalidScoresError
 from ..async_copy import send
 from . import prompt_lookup
 from .logprobs import ComingLogprobs, TokenLogprobs
-from .request_params import TokenRules
+from .request_params import RequestParams
 from .slot_sampling import SlotSampling
 from .stopping import history_tensor, is_stopped
 
-__all__ = ["INVALID_TOKEN", "Selection", "TokenRules", "TokenSelector", "invalid_scores_error"]
+__all__ = ["INVALID_TOKEN", "RequestParams", "Selection", "TokenSelector", "invalid_scores_error"]
 
 
 @dataclasses.dataclass(slots=True)
@@ -60,7 +60,7 @@ def invalid_scores_error(slot: int) -> InvalidScoresError:
 class _Row:
     """What a slot runs."""
 
-    rules: TokenRules
+    rules: RequestParams
     row: int
 
 
@@ -78,7 +78,7 @@ class TokenSelector:
         self._rows: dict[int, _Row] = {}
         self._verified: dict[int, bool] = {}  # slots whose criteria verify() has asked, and their answer
 
-    def admit(self, slot: int, rules: TokenRules, row: int, tokens: np.ndarray) -> None:
+    def admit(self, slot: int, rules: RequestParams, row: int, tokens: np.ndarray) -> None:
         """Give a slot to a row of a request, the first time or after a preemption.
 
         Args:

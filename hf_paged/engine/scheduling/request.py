@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from ..sampling.token_selector import TokenRules
+    from ..sampling.token_selector import RequestParams
 
 
 Key = tuple[float, int, int]
@@ -139,7 +139,7 @@ class Request:
     number: int
     request_id: str
     prompt: np.ndarray
-    rules: "TokenRules"
+    rules: "RequestParams"
     priority: float
     salt: Any
     submitted: float
