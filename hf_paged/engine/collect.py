@@ -9,7 +9,7 @@ import torch
 from ..errors import InvalidScoresError
 from .endings import Endings
 from .execution.engine_cache import EngineCache
-from .execution.step_inputs import SlotTables
+from .execution.step_inputs import DeviceSlotState
 from .in_flight import Launched
 from .sampling.beam_search import BeamSearch
 from .sampling.logprobs import prompt_logprobs
@@ -27,7 +27,7 @@ class Collector:
     """
 
     def __init__(
-        self, scheduler: Scheduler, selector: TokenSelector, tables: SlotTables, cache: EngineCache, endings: Endings
+        self, scheduler: Scheduler, selector: TokenSelector, tables: DeviceSlotState, cache: EngineCache, endings: Endings
     ) -> None:
         self.scheduler, self.slots, self.pages = scheduler, scheduler.slots, scheduler.pages
         self.selector, self.tables, self.cache, self.endings = selector, tables, cache, endings

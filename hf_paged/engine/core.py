@@ -28,7 +28,7 @@ from .execution.compiled import CompiledModules
 from .execution.decode_graphs import Capture, CudaCapture, DecodeGraphs, reason_against
 from .execution.engine_cache import EngineCache
 from .execution.model_runner import Runner, StepLogits
-from .execution.step_inputs import SlotTables
+from .execution.step_inputs import DeviceSlotState
 from .in_flight import Launched
 from .sampling.request_params import num_logits_of
 from .sampling.token_selector import TokenSelector, merged
@@ -86,7 +86,7 @@ class EngineCore:
         for group, count in zip(groups, split_pages(num_pages, [g.num_layers for g in groups], useful)):
             group.allocator.grow(count)
         self.allocators = [group.allocator for group in groups]
-        self.tables = SlotTables(self.slots, self.pages, self.device)
+        self.tables = DeviceSlotState(self.slots, self.pages, self.device)
         # Logits may be of more tokens than the vocabulary has.
         self.num_logits = num_logits_of(model)
         self.selector = TokenSelector(num_slots, self.num_logits, self.device)

@@ -23,7 +23,7 @@ from .compiled import CompiledModules, as_written
 from .decode_graphs import DecodeGraphs, is_short_of_memory
 from .engine_cache import EngineCache
 from .model_fingerprint import LiveModel
-from .step_inputs import GroupInputs, SlotTables, StepInputs
+from .step_inputs import DeviceSlotState, GroupInputs, StepInputs
 
 logger = logging.get_logger(__name__)
 
@@ -93,7 +93,7 @@ class Runner:
     fused: FusedModel | None = None
 
     def __init__(
-        self, model: Any, cache: EngineCache, slots: Slots, tables: SlotTables, sampling: SlotSampling
+        self, model: Any, cache: EngineCache, slots: Slots, tables: DeviceSlotState, sampling: SlotSampling
     ) -> None:
         self.model, self.cache, self.slots, self.tables, self.sampling = model, cache, slots, tables, sampling
         self.takes_logits_to_keep = "logits_to_keep" in inspect.signature(model.forward).parameters

@@ -109,7 +109,7 @@ class StepInputs:
         return torch.nn.functional.pad(self.seq_lens.cumsum(0, dtype=torch.int32), (1, 0))
 
 
-class SlotTables:
+class DeviceSlotState:
     """Tables by slot on the model's first device.
 
     Each has one row more, for a slot that has no tokens: it fills up batches, and stays as it is.

@@ -8,7 +8,7 @@ from ...errors import OutOfPagesError, RequestError
 from ...paging import GONE, PageGroup, PagePool, SequenceTable
 
 
-class SlotTable(SequenceTable):
+class GroupPageTable(SequenceTable):
     """The pages of every slot in the layers that share a sliding window.
 
     Attributes:
@@ -100,7 +100,7 @@ class SlotPages:
         track_changes: bool = False,
     ) -> None:
         self.pool, self.page_size, self.copy = pool, pool.page_size, copy
-        self.tables = [SlotTable(group, num_slots, width, track_changes) for group in pool.groups.values()]
+        self.tables = [GroupPageTable(group, num_slots, width, track_changes) for group in pool.groups.values()]
         self.num_pages = np.zeros(num_slots, dtype=np.int64)
 
     # Counting
@@ -126,7 +126,7 @@ class SlotPages:
                 enough &= freed >= missing
         return enough
 
-    def most_pages(self, table: SlotTable, tokens: int, chunk: int) -> int:
+    def most_pages(self, table: GroupPageTable, tokens: int, chunk: int) -> int:
         """Pages of a group that a sequence of ``tokens`` holds at most, computed in chunks of ``chunk`` tokens."""
         if table.window is None:
             return self.pages_of(tokens)
