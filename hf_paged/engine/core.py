@@ -38,7 +38,7 @@ from .scheduling.request import Request, Row
 from .scheduling.scheduler import Scheduler
 from .scheduling.slot_pages import SlotPages
 from .scheduling.slots import Slots
-from .scheduling.step import StepWork
+from .scheduling.step import ScheduledStep
 from .scheduling.step_budget import StepLimits
 from .scheduling.swapping import Swapping
 
@@ -189,7 +189,7 @@ class EngineCore:
 
     # Steps
 
-    def plan(self, is_ahead: bool = False) -> StepWork | None:
+    def plan(self, is_ahead: bool = False) -> ScheduledStep | None:
         """The next step, or None; requests that cannot go on are ended.
 
         Args:
@@ -213,7 +213,7 @@ class EngineCore:
             return False
         return not self.slots.watched[launched.slots].any() and not self.selector.needs_host(launched.slots)
 
-    def run(self, work: StepWork) -> StepLogits:
+    def run(self, work: ScheduledStep) -> StepLogits:
         """The forward of a step."""
         num_logits = work.samples.astype(np.int64)
         decode = work.num_decode
@@ -225,7 +225,7 @@ class EngineCore:
             num_logits[decode:][asked] = work.counts[decode:][asked]
         return self.runner.run(work, num_logits)
 
-    def launch(self, work: StepWork, result: StepLogits) -> Launched:
+    def launch(self, work: ScheduledStep, result: StepLogits) -> Launched:
         """Choose the tokens of a step whose forward has been queued."""
         slots = self.slots
         starts = slots.computed[work.slots]

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from ..errors import InvalidScoresError
 from .scheduling.request import Request, RequestOutput, RequestTiming, Row, SequenceOutput, State
 from .scheduling.scheduler import Scheduler
-from .scheduling.step import StepWork
+from .scheduling.step import ScheduledStep
 from .scheduling.swapping import Swapping
 
 
@@ -42,7 +42,7 @@ class Endings:
         request.error = error
         self.finalize(request)
 
-    def fail(self, work: StepWork, error: BaseException) -> None:
+    def fail(self, work: ScheduledStep, error: BaseException) -> None:
         """A step's forward has raised: its requests end with the cause, their pages come back."""
         for slot in work.slots.tolist():
             row = self.slots.rows[slot]

@@ -8,7 +8,7 @@ import torch
 from .async_copy import Arrival
 from .sampling.token_selector import Selection
 from .scheduling.request import Request, Row
-from .scheduling.step import StepWork
+from .scheduling.step import ScheduledStep
 
 
 @dataclass(slots=True)
@@ -27,7 +27,7 @@ class Launched:
         prompts: rows whose prompt's log-probabilities were asked for: row, first token computed, logits.
     """
 
-    work: StepWork
+    work: ScheduledStep
     slots: np.ndarray
     selection: Selection | None
     generation: np.ndarray | None = None

@@ -22,7 +22,7 @@ from hf_paged.engine.execution.chunk_graphs import (
 from hf_paged.engine.execution.engine_cache import EngineLayer
 from hf_paged.engine.execution.step_inputs import StepInputs
 from hf_paged.engine.scheduling.slots import Slots
-from hf_paged.engine.scheduling.step import StepWork
+from hf_paged.engine.scheduling.step import ScheduledStep
 
 
 @pytest.fixture(autouse=True)
@@ -77,7 +77,7 @@ def test_the_array_says_what_the_host_knows(num_decode, row_tokens):
     n = num_decode
     taken, counts = np.array([5, 0, 4, 1, 3])[2 - n :], np.array([1, 1, 2, 9, 1])[2 - n :]
     choosers = np.array([False] * (n > 0) + [True] * (n - 1) + [True, False, True])
-    assert graphs.run(StepWork(taken, counts, n, np.ones(3 + n, bool)), choosers) is not None
+    assert graphs.run(ScheduledStep(taken, counts, n, np.ones(3 + n, bool)), choosers) is not None
     layout = graphs.layout(*((64, 32) if n else (16, 0)))
     assert layout.row_tokens == row_tokens
     (row_slots, ends, lengths), outputs, (ids, positions, row_of) = (x.tolist() for x in layout.split(seen[0].numpy()))
@@ -110,7 +110,7 @@ def test_there_are_rows_for_any_chunks(row_tokens):
     for _ in range(30):
         n, num = int(draw.integers(1, 17)), int(draw.integers(1, 17))
         counts = np.concatenate([np.ones(n, int), draw.integers(1, 60, num)])
-        work = StepWork(np.arange(n + num), counts, n, np.ones(n + num, bool))
+        work = ScheduledStep(np.arange(n + num), counts, n, np.ones(n + num, bool))
         assert graphs.run(work, work.samples) is not None
         total = next(total for total in graphs.mixed_totals if total >= counts.sum())
         row_slots, ends, _ = graphs.layout(total, 32).split(seen[-1].numpy())[0]

@@ -16,7 +16,7 @@ from hf_paged.engine.execution.decode_graphs import CudaCapture
 from hf_paged.engine.sampling import slot_sampling
 from hf_paged.engine.sampling.request_params import RequestParams
 from hf_paged.engine.sampling.slot_sampling import SlotSampling
-from hf_paged.engine.scheduling.step import StepWork
+from hf_paged.engine.scheduling.step import ScheduledStep
 
 MIX = [
     dict(),
@@ -201,7 +201,7 @@ def test_a_chunk_notes_the_tokens_of_its_choosers_alone(model):
             core.pages.extend(slot, 9)
         tables.last_token.fill_(77)
         tables.computed[:-1] = 55
-        work = StepWork(np.arange(3), np.array([9, 4, 9]), 0, np.array([True, False, True]))
+        work = ScheduledStep(np.arange(3), np.array([9, 4, 9]), 0, np.array([True, False, True]))
         chosen = None
         for _ in range(chunk_graphs.USES_BEFORE_CAPTURE + 1):
             chosen = graphs.run(work, np.array([True, False, False]))

@@ -35,7 +35,7 @@ from transformers.utils.logging import tqdm
 from ..async_copy import send
 from ..scheduling.pacing import enough
 from ..scheduling.slots import Slots
-from ..scheduling.step import StepWork
+from ..scheduling.step import ScheduledStep
 from .decode_graphs import Capture, is_short_of_memory
 
 logger = logging.get_logger(__name__)
@@ -187,7 +187,7 @@ class ChunkGraphs:
     def __len__(self) -> int:
         return len(self._replays)
 
-    def run(self, work: StepWork, choosers: np.ndarray) -> Outputs | None:
+    def run(self, work: ScheduledStep, choosers: np.ndarray) -> Outputs | None:
         """Queue a step; None: it has no graph, nothing was done.
 
         Args:
@@ -272,7 +272,7 @@ class ChunkGraphs:
         return next((bucket for bucket in fitting if bucket in self._replays), None)
 
     def _make(self, bucket: tuple[int, int]) -> None:
-        nothing = StepWork(np.empty(0, np.int64), np.empty(0, np.int64), 0, np.empty(0, bool))
+        nothing = ScheduledStep(np.empty(0, np.int64), np.empty(0, np.int64), 0, np.empty(0, bool))
         layout = self.layout(*bucket)
         static = torch.from_numpy(self._pack(nothing, nothing.samples, layout)).to(self.device)
         try:
@@ -286,7 +286,7 @@ class ChunkGraphs:
             if not self._replays and not is_short_of_memory(error):
                 self.failure = message
 
-    def _pack(self, work: StepWork, choosers: np.ndarray, layout: Layout) -> np.ndarray:
+    def _pack(self, work: ScheduledStep, choosers: np.ndarray, layout: Layout) -> np.ndarray:
         """The array of a step, int64."""
         host, n, num, counts = self.slots, work.num_decode, len(work.slots), work.counts
         num_tokens, ends = work.num_tokens, work.counts.cumsum()

@@ -17,7 +17,7 @@ from ...transformers_internals import AttentionChoice, cache_name
 from ..async_copy import send
 from ..sampling.slot_sampling import SlotSampling
 from ..scheduling.slots import Slots
-from ..scheduling.step import StepWork
+from ..scheduling.step import ScheduledStep
 from .chunk_graphs import KNOWN, ChunkGraphs, Layout
 from .compiled import CompiledModules, as_written
 from .decode_graphs import DecodeGraphs, is_short_of_memory
@@ -106,7 +106,7 @@ class Runner:
         self._live = LiveModel(model, tables.device)
         self._as_written = as_written(model)
 
-    def run(self, work: StepWork, num_logits: np.ndarray) -> StepLogits:
+    def run(self, work: ScheduledStep, num_logits: np.ndarray) -> StepLogits:
         """One step.
 
         Args:
@@ -137,7 +137,7 @@ class Runner:
         if n == len(work.slots):
             return StepLogits([logits], ends - num_logits, ends, places, tokens, lse)
         # Large chunks in a launch of their own.
-        chunks = StepWork(work.slots[n:], work.counts[n:], 0, work.samples[n:])
+        chunks = ScheduledStep(work.slots[n:], work.counts[n:], 0, work.samples[n:])
         more = self._run_packed(chunks, num_logits[n:])
         first = np.concatenate([np.arange(n), n + more.first])
         last = np.concatenate([np.arange(1, n + 1), n + more.last])
@@ -146,7 +146,7 @@ class Runner:
         places = np.concatenate([places, np.where(more.places >= 0, n + more.places, -1)])
         return StepLogits([logits, *more.parts], first, last, places, tokens, lse)
 
-    def _run_packed(self, work: StepWork, num_logits: np.ndarray) -> StepLogits:
+    def _run_packed(self, work: ScheduledStep, num_logits: np.ndarray) -> StepLogits:
         """Rows that no decode graph runs: chunks of prompts, candidates, and all of them without graphs."""
         chunks = self._run_chunk_graph(work, num_logits)
         if chunks is not None:
@@ -155,7 +155,7 @@ class Runner:
         logits = self.forward(self.tables.inputs(work), self._index(work.counts, num_logits))[0]
         return StepLogits([logits], ends - num_logits, ends, _no_places(work))
 
-    def _choosers(self, work: StepWork) -> np.ndarray:
+    def _choosers(self, work: ScheduledStep) -> np.ndarray:
         """bool ``[num_rows]``: rows whose next token follows from this step's logits and the device's tables alone."""
         return work.samples & self.slots.is_row[work.slots] & self.sampling.on_device[work.slots]
 
@@ -274,7 +274,7 @@ class Runner:
         """What is different from :meth:`remember_values`, as far as bytes tell; takes a pass over the weights."""
         return "weights have other values" if self._live.has_other_values() else None
 
-    def _run_graph(self, work: StepWork) -> tuple[torch.Tensor, ...] | None:
+    def _run_graph(self, work: ScheduledStep) -> tuple[torch.Tensor, ...] | None:
         """The decode rows of a step; None: nothing was run."""
         n = work.num_decode
         if self.graphs is None or not n or int(work.counts[:n].max()) > 1:
@@ -284,7 +284,7 @@ class Runner:
         self.tables.refresh(work.slots[:n])
         return self.graphs.run(work.slots[:n])
 
-    def _run_chunk_graph(self, work: StepWork, num_logits: np.ndarray) -> StepLogits | None:
+    def _run_chunk_graph(self, work: ScheduledStep, num_logits: np.ndarray) -> StepLogits | None:
         """:meth:`static_chunk` of chunks, with decode rows before them where there are some; None: nothing was run."""
         n = work.num_decode
         if self.chunk_graphs is None or int(num_logits.max()) > 1 or int(work.counts[:n].max(initial=1)) > 1:
@@ -309,7 +309,7 @@ class Runner:
             logger.warning_once(f"steps run without CUDA graphs for now: {objection}.")
         return objection is None and not self.needs_lengths
 
-    def _run_with_states(self, work: StepWork, num_logits: np.ndarray) -> torch.Tensor:
+    def _run_with_states(self, work: ScheduledStep, num_logits: np.ndarray) -> torch.Tensor:
         """Decode rows as a batch ``[B, 1]``, each prompt by itself: states have no packed form."""
         outputs = []
         if work.num_decode:
@@ -321,7 +321,7 @@ class Runner:
             self.cache.end(index)
             outputs.append(logits.flatten(0, 1))
         for i in range(work.num_decode, len(work.slots)):
-            one = StepWork(work.slots[i : i + 1], work.counts[i : i + 1], 0, work.samples[i : i + 1])
+            one = ScheduledStep(work.slots[i : i + 1], work.counts[i : i + 1], 0, work.samples[i : i + 1])
             self.cache.begin_prompt()
             inputs = self.tables.inputs(one)
             outputs.append(self.forward(inputs, self._index(one.counts, num_logits[i : i + 1]))[0])
@@ -379,6 +379,6 @@ def num_devices(model: Any) -> int:
     return len({parameter.device for parameter in model.parameters()})
 
 
-def _no_places(work: StepWork) -> np.ndarray:
+def _no_places(work: ScheduledStep) -> np.ndarray:
     """The places of tokens of a step that has chosen none."""
     return np.full(len(work.slots), -1)

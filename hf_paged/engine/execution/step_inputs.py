@@ -19,7 +19,7 @@ from ...cache.split_plans import StepSplitPlans
 from ..async_copy import send
 from ..scheduling.slot_pages import SlotPages
 from ..scheduling.slots import Slots
-from ..scheduling.step import StepWork
+from ..scheduling.step import ScheduledStep
 from .chunk_graphs import KNOWN, Layout
 from .cpu_attention import RowGroup
 
@@ -228,7 +228,7 @@ class DeviceSlotState:
             self._range[: len(slots) + 1], 1, int(lengths.max()), int(lengths.sum()), groups,
         )  # fmt: skip
 
-    def inputs(self, work: StepWork) -> StepInputs:
+    def inputs(self, work: ScheduledStep) -> StepInputs:
         """The whole step as one packed row."""
         if work.num_decode == len(work.slots) and int(work.counts.max()) == 1:
             return self.decode_inputs(work.slots)

@@ -20,7 +20,7 @@ from .queue import RequestQueue
 from .request import Request, Row, State
 from .slot_pages import SlotPages
 from .slots import Slots
-from .step import StepWork
+from .step import ScheduledStep
 from .step_budget import StepBudget, StepLimits
 from .swapping import Swapping
 
@@ -104,7 +104,7 @@ class Scheduler:
 
     # A step
 
-    def schedule(self, may_give_up: bool = True) -> StepWork | None:
+    def schedule(self, may_give_up: bool = True) -> ScheduledStep | None:
         """Plan a step and take its pages; None when there is nothing to compute.
 
         Requests that turn out impossible are put in ``impossible``; they hold their pages until removed.
@@ -145,9 +145,9 @@ class Scheduler:
         slots = np.concatenate([decode, np.array([row.slot for row in chunks], dtype=np.int64)])
         counts = np.concatenate([1 + self.slots.draft[decode], np.array(list(chunks.values()), dtype=np.int64)])
         samples = self.slots.computed[slots] + counts >= self.slots.length[slots]
-        return StepWork(slots, counts, len(decode), samples)
+        return ScheduledStep(slots, counts, len(decode), samples)
 
-    def launched(self, work: StepWork) -> list[tuple[Row, list[Row]]]:
+    def launched(self, work: ScheduledStep) -> list[tuple[Row, list[Row]]]:
         """A planned step was launched: its tokens count as computed.
 
         Returns:

@@ -6,7 +6,7 @@ import numpy as np
 
 
 @dataclass(slots=True)
-class StepWork:
+class ScheduledStep:
     """The rows of one step; decode rows come first.
 
     Attributes:

@@ -14,7 +14,7 @@ from ..config import EngineConfig
 from ..core import EngineCore
 from ..execution.step_inputs import StepInputs
 from ..scheduling.page_budget import LENGTH_NAMES, model_length
-from ..scheduling.step import StepWork
+from ..scheduling.step import ScheduledStep
 from .self_check import agree, differences, make_prompts, small_core
 
 logger = logging.get_logger(__name__)
@@ -91,13 +91,13 @@ def _make_steps(model: Any, core: EngineCore, last_position: int) -> list[_Step]
         chosen = np.flatnonzero(tokens)
         taken = np.array(tokens)[chosen]
         decodes = int(taken.max()) == 1
-        work = StepWork(chosen, taken, len(chosen) if decodes else 0, np.ones(len(chosen), dtype=bool))
+        work = ScheduledStep(chosen, taken, len(chosen) if decodes else 0, np.ones(len(chosen), dtype=bool))
         steps.append(_step(core, work, has_states))
         slots.computed[chosen] += taken
     slots.computed[: len(prompts)] = 0
     counts = np.array(WITH_STATES[1] if has_states else COUNTS[0])
     chosen = np.flatnonzero(counts)
-    far = _step(core, StepWork(chosen, counts[chosen], 0, np.ones(len(chosen), dtype=bool)), has_states)
+    far = _step(core, ScheduledStep(chosen, counts[chosen], 0, np.ones(len(chosen), dtype=bool)), has_states)
     far.inputs.position_ids = far.inputs.position_ids + max(0, last_position - int(counts.max()))
     return [*steps, far]
 
@@ -111,7 +111,7 @@ def _last_position(model: Any, max_model_len: int) -> int:
     return min(max_model_len, model_length(model.config)) - 1 if is_named and not has_tables else 0
 
 
-def _step(core: EngineCore, work: StepWork, has_states: bool) -> _Step:
+def _step(core: EngineCore, work: ScheduledStep, has_states: bool) -> _Step:
     cache, index = core.cache, torch.from_numpy(work.slots)
     core.tables.stale[:] = True
 

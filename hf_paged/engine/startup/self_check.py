@@ -15,7 +15,7 @@ from ...mixed_precision import enables_autocast
 from ..config import EngineConfig
 from ..core import EngineCore
 from ..execution.decode_graphs import is_short_of_memory
-from ..scheduling.step import StepWork
+from ..scheduling.step import ScheduledStep
 
 LENGTHS = (5, 17, 11)
 """Tokens of the prompts: shorter than a page, longer, and not a multiple."""
@@ -186,7 +186,7 @@ def _run(core: EngineCore, prompts: list[torch.Tensor]) -> Packed:
         if not len(slots):
             continue
         num_decode = len(slots) if decodes else 0
-        work = StepWork(slots, counts[slots], num_decode, np.ones(len(slots), dtype=bool))
+        work = ScheduledStep(slots, counts[slots], num_decode, np.ones(len(slots), dtype=bool))
         num_logits = np.minimum(most, np.maximum(counts[slots] - (most > 1), 1))
         result = core.runner.run(work, num_logits)
         core.slots.computed[slots] += counts[slots]
@@ -237,7 +237,7 @@ def _blame(model: Any, reference: Reference, core: EngineCore) -> str:
     core.pages.extend(0, len(prompt))
     one = np.ones(1, dtype=bool)
     with _outputs(model) as paged:
-        core.runner.run(StepWork(np.array([0]), np.array([len(prompt)]), 0, one), np.array([len(prompt)]))
+        core.runner.run(ScheduledStep(np.array([0]), np.array([len(prompt)]), 0, one), np.array([len(prompt)]))
     kinds = getattr(model.config.get_text_config(decoder=True), "layer_types", None)
     for number, (name, layer) in enumerate(_layers(model).items()):
         own, got = reference.layers.get(name), paged.get(name)
