@@ -10,7 +10,7 @@ from ..errors import InvalidScoresError
 from .endings import Endings
 from .execution.engine_cache import EngineCache
 from .execution.step_inputs import DeviceSlotState
-from .in_flight import Launched
+from .in_flight import InFlightStep
 from .sampling.beam_search import BeamSearch
 from .sampling.logprobs import prompt_logprobs
 from .sampling.token_selector import Selection, TokenSelector, invalid_scores_error
@@ -32,7 +32,7 @@ class Collector:
         self.scheduler, self.slots, self.pages = scheduler, scheduler.slots, scheduler.pages
         self.selector, self.tables, self.cache, self.endings = selector, tables, cache, endings
 
-    def collect(self, launched: Launched) -> int:
+    def collect(self, launched: InFlightStep) -> int:
         """Take the tokens of a step; requests that end are put in ``endings.finished``.
 
         Returns:

@@ -29,7 +29,7 @@ from .execution.decode_graphs import Capture, CudaCapture, DecodeGraphs, reason_
 from .execution.engine_cache import EngineCache
 from .execution.model_runner import Runner, StepLogits
 from .execution.step_inputs import DeviceSlotState
-from .in_flight import Launched
+from .in_flight import InFlightStep
 from .sampling.request_params import num_logits_of
 from .sampling.token_selector import TokenSelector, merged
 from .scheduling.pacing import job_tokens, mixed_prompt_tokens
@@ -207,7 +207,7 @@ class EngineCore:
         """Whether the next step needs none of the tokens that are on their way."""
         return not self.slots.draft.any()
 
-    def can_wait(self, launched: Launched) -> bool:
+    def can_wait(self, launched: InFlightStep) -> bool:
         """Whether the next step may be launched before this one is collected."""
         if not self.runs_ahead or launched.drafted or launched.beams or launched.prompts:
             return False
@@ -225,7 +225,7 @@ class EngineCore:
             num_logits[decode:][asked] = work.counts[decode:][asked]
         return self.runner.run(work, num_logits)
 
-    def launch(self, work: ScheduledStep, result: StepLogits) -> Launched:
+    def launch(self, work: ScheduledStep, result: StepLogits) -> InFlightStep:
         """Choose the tokens of a step whose forward has been queued."""
         slots = self.slots
         starts = slots.computed[work.slots]
@@ -239,7 +239,7 @@ class EngineCore:
         chosen = work.slots[sampled]
         rows = sampled
         together = slots.is_row[chosen]
-        launched = Launched(work, chosen, None, firsts=firsts)
+        launched = InFlightStep(work, chosen, None, firsts=firsts)
         if not together.all():
             for i in sampled[~together].tolist():
                 row = slots.row(work.slots[i])
@@ -268,7 +268,7 @@ class EngineCore:
             self._select(launched, result, rows)
         return launched
 
-    def _select(self, launched: Launched, result: StepLogits, rows: np.ndarray) -> None:
+    def _select(self, launched: InFlightStep, result: StepLogits, rows: np.ndarray) -> None:
         """Choose the tokens of ``launched.slots`` from the logits of the step's ``rows``, and let them go on.
 
         What the step has chosen by itself stays; the logits of those rows are not touched unless they are reported.
@@ -300,7 +300,7 @@ class EngineCore:
         launched.tokens = Arrival(launched.selection.token_ids)
         host.decoding[chosen] = host.computed[chosen] + 1 < host.max_length[chosen]
 
-    def collect(self, launched: Launched) -> int:
+    def collect(self, launched: InFlightStep) -> int:
         """Take the tokens of a step, see :meth:`Collector.collect`."""
         return self.collector.collect(launched)
 

@@ -12,7 +12,7 @@ from .scheduling.step import ScheduledStep
 
 
 @dataclass(slots=True)
-class Launched:
+class InFlightStep:
     """A step whose results are on their way.
 
     Attributes:

@@ -10,7 +10,7 @@ from transformers.utils import logging
 from ..errors import RequestError
 from ..fusion import FusedModel
 from .core import EngineCore
-from .in_flight import Launched
+from .in_flight import InFlightStep
 from .scheduling.page_budget import give_back_unused
 from .scheduling.request import Request, RequestOutput
 from .trace import Counters, RequestRecord, StepRecord, Trace
@@ -42,7 +42,7 @@ class StepLoop:
         self.core, self.mail, self.fused = core, mail, fused
         self.trace = Trace(core.config.trace_steps, core.clock())
         self.counters = Counters()
-        self.pending: Launched | None = None
+        self.pending: InFlightStep | None = None
         self.deadlines: list[tuple[float, int, Request]] = []
         self._num_deadlines = 0
         self.is_paused = self.is_asleep = False
