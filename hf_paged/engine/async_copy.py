@@ -12,7 +12,7 @@ def send(array: np.ndarray, device: torch.device) -> torch.Tensor:
     return tensor.to(device)
 
 
-class Arrival:
+class HostCopy:
     """A tensor on its way to the host."""
 
     def __init__(self, tensor: torch.Tensor) -> None:

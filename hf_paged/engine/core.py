@@ -19,7 +19,7 @@ from hf_paged_kernels.settings import longest_short_query
 
 from ..mixed_precision import enables_autocast
 from ..paging import PagePool
-from .async_copy import Arrival, send
+from .async_copy import HostCopy, send
 from .collect import Collector
 from .config import EngineConfig
 from .endings import Endings
@@ -297,7 +297,7 @@ class EngineCore:
         launched.selection = selections[0]
         if len(selections) > 1:
             launched.selection = merged(selections, send(np.concatenate([known, others]).argsort(), self.device))
-        launched.tokens = Arrival(launched.selection.token_ids)
+        launched.tokens = HostCopy(launched.selection.token_ids)
         host.decoding[chosen] = host.computed[chosen] + 1 < host.max_length[chosen]
 
     def collect(self, launched: InFlightStep) -> int:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
-from .async_copy import Arrival
+from .async_copy import HostCopy
 from .sampling.token_selector import Selection
 from .scheduling.request import Request, Row
 from .scheduling.step import ScheduledStep
@@ -31,7 +31,7 @@ class InFlightStep:
     slots: np.ndarray
     selection: Selection | None
     generation: np.ndarray | None = None
-    tokens: Arrival | None = None
+    tokens: HostCopy | None = None
     firsts: list[Request] = field(default_factory=list)
     drafted: list[tuple[Row, torch.Tensor]] = field(default_factory=list)
     beams: dict[Request, list[tuple[Row, torch.Tensor]]] = field(default_factory=dict)

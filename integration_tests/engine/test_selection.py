@@ -20,7 +20,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from hf_paged.engine.sampling.logprobs import ComingLogprobs, prompt_logprobs
+from hf_paged.engine.sampling.logprobs import PendingLogprobs, prompt_logprobs
 from hf_paged.engine.sampling.request_params import derived_seed, unserved_reason
 from hf_paged.engine.sampling.token_selector import RequestParams, TokenSelector
 from hf_paged.transformers_internals import prepare_generation
@@ -582,7 +582,7 @@ def test_logprobs_of_large_logits(size):
     rules = torch.zeros(1, reference.MARKS + 4, dtype=torch.int64)
     _, known = reference.sample_tokens_reference(logits, slot, slot, *neutral, rules)
     for lse in (None, known):
-        (got,) = ComingLogprobs(logits, torch.tensor([3]), [8], lse).wait()
+        (got,) = PendingLogprobs(logits, torch.tensor([3]), [8], lse).wait()
         assert got.logprob == pytest.approx(-math.log(8), abs=1e-6)
         assert got.top_logprobs == pytest.approx([-math.log(8)] * 8, abs=1e-6)
 

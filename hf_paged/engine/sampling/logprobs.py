@@ -5,7 +5,7 @@ import dataclasses
 import torch
 from hf_paged_kernels.sampling.reference import log_sum_exp
 
-from ..async_copy import Arrival
+from ..async_copy import HostCopy
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,7 +25,7 @@ class TokenLogprobs:
     top_logprobs: tuple[float, ...] = ()
 
 
-class ComingLogprobs:
+class PendingLogprobs:
     """Log-probabilities of one token a row that are on their way to the host.
 
     Args:
@@ -43,9 +43,9 @@ class ComingLogprobs:
         chosen = (logits.gather(1, token_ids.clamp(min=0)[:, None])[:, 0].double() - lse).float()
         top = logits.topk(min(max(counts, default=0), logits.shape[-1]), dim=-1)
         self._counts = counts
-        self._chosen = Arrival(chosen.masked_fill(token_ids < 0, torch.nan))
-        self._tokens, self._top_ids = Arrival(token_ids), Arrival(top.indices)
-        self._top = Arrival((top.values.double() - lse[:, None]).float())
+        self._chosen = HostCopy(chosen.masked_fill(token_ids < 0, torch.nan))
+        self._tokens, self._top_ids = HostCopy(token_ids), HostCopy(top.indices)
+        self._top = HostCopy((top.values.double() - lse[:, None]).float())
 
     def wait(self) -> list[TokenLogprobs]:
         """Those of each row; blocks until they have been computed, and no longer."""
@@ -57,8 +57,8 @@ class ComingLogprobs:
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> list[TokenLogprobs]:
-    """:class:`ComingLogprobs` with ``num_top`` of the best in every row, at once."""
-    return ComingLogprobs(logits, token_ids, [num_top] * len(token_ids)).wait()
+    """:class:`PendingLogprobs` with ``num_top`` of the best in every row, at once."""
+    return PendingLogprobs(logits, token_ids, [num_top] * len(token_ids)).wait()
 
 
 def prompt_logprobs(logits: torch.Tensor, next_ids: torch.Tensor, num_top: int) -> list[TokenLogprobs]:

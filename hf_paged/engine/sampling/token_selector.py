@@ -10,7 +10,7 @@ from hf_paged_kernels.sampling.reference import INVALID_TOKEN, choose_tokens
 from ...errors import InvalidScoresError
 from ..async_copy import send
 from . import prompt_lookup
-from .logprobs import ComingLogprobs, TokenLogprobs
+from .logprobs import PendingLogprobs, TokenLogprobs
 from .request_params import RequestParams
 from .slot_sampling import SlotSampling
 from .stopping import history_tensor, is_stopped
@@ -30,7 +30,7 @@ class Selection:
     """
 
     token_ids: torch.Tensor
-    coming_logprobs: list[tuple[list[int], ComingLogprobs]] = dataclasses.field(default_factory=list)
+    coming_logprobs: list[tuple[list[int], PendingLogprobs]] = dataclasses.field(default_factory=list)
     errors: dict[int, BaseException] = dataclasses.field(default_factory=dict)
 
     @property
@@ -246,7 +246,7 @@ class TokenSelector:
         token_ids: torch.Tensor,
         lse: torch.Tensor | None,
         logits_of: Callable[[np.ndarray], torch.Tensor],
-    ) -> list[tuple[list[int], ComingLogprobs]]:
+    ) -> list[tuple[list[int], PendingLogprobs]]:
         wanted = np.flatnonzero(self.has_logprobs[slots])
         if not wanted.size:
             return []
@@ -255,7 +255,7 @@ class TokenSelector:
         if len(wanted) < len(slots):
             index = send(wanted, token_ids.device)
             token_ids, lse = token_ids[index], None if lse is None else lse[index]
-        return [(names, ComingLogprobs(logits_of(wanted), token_ids, counts, lse))]
+        return [(names, PendingLogprobs(logits_of(wanted), token_ids, counts, lse))]
 
 
 def _taken(logits: torch.Tensor, rows: np.ndarray) -> torch.Tensor:
