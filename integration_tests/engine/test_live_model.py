@@ -9,7 +9,7 @@ from small_engines import alone, config, engine_of, make_engine, prompt
 from torch import nn
 
 import hf_paged
-from hf_paged.engine.execution.model_fingerprint import NUM_SUMS, LiveModel, sums, weighted_sums
+from hf_paged.engine.execution.model_fingerprint import NUM_SUMS, ModelFingerprint, sums, weighted_sums
 
 PROMPT = prompt(20)
 
@@ -220,8 +220,8 @@ def test_what_did_not_change_is_kept(caplog):
 def test_no_look_at_the_bytes_where_nothing_changes_or_nothing_is_kept(monkeypatch):
     model = tiny_model("llama")
     passes = []
-    real = LiveModel.has_other_values
-    monkeypatch.setattr(LiveModel, "has_other_values", lambda self: (passes.append(1), real(self))[1])
+    real = ModelFingerprint.has_other_values
+    monkeypatch.setattr(ModelFingerprint, "has_other_values", lambda self: (passes.append(1), real(self))[1])
     with make_engine(model) as engine:
         engine.pause()
         engine.resume()

@@ -28,7 +28,7 @@ NUM_SUMS = 8191
 """Sums over every so manyth word of a tensor; a prime, so that rows that change places are seen."""
 
 
-class LiveModel:
+class ModelFingerprint:
     """A model as it was when this was made.
 
     Args:
@@ -142,7 +142,7 @@ class LiveModel:
             return "the model's forward enables autocast"
         return None
 
-    def remember(self, other: "LiveModel | None" = None) -> None:
+    def remember(self, other: "ModelFingerprint | None" = None) -> None:
         """Take the sums, unless they are there; those of ``other``, if nothing has changed since."""
         if other is not None:
             self.remembered = other.remembered
@@ -172,10 +172,10 @@ def read_buffers(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
 
 # Optimisers: fused ones change weights and not their counts of changes.
 
-_LIVE: weakref.WeakSet[LiveModel] = weakref.WeakSet()
+_LIVE: weakref.WeakSet[ModelFingerprint] = weakref.WeakSet()
 
 
-def _watch_optimizers(live: LiveModel) -> None:
+def _watch_optimizers(live: ModelFingerprint) -> None:
     if not _HOOKS:
         _HOOKS.append(register_optimizer_step_post_hook(_note_step))
     _LIVE.add(live)

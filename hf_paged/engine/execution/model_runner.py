@@ -22,7 +22,7 @@ from .chunk_graphs import KNOWN, ChunkGraphs, Layout
 from .compiled import CompiledModules, as_written
 from .decode_graphs import DecodeGraphs, is_short_of_memory
 from .engine_cache import EngineCache
-from .model_fingerprint import LiveModel
+from .model_fingerprint import ModelFingerprint
 from .step_inputs import DeviceSlotState, GroupInputs, StepInputs
 
 logger = logging.get_logger(__name__)
@@ -103,7 +103,7 @@ class Runner:
         self.attention = AttentionChoice(model, "paged_flash")
         # Where each index is needed is the model's business: those on the host are good everywhere.
         self.is_spread = num_devices(model) > 1
-        self._live = LiveModel(model, tables.device)
+        self._live = ModelFingerprint(model, tables.device)
         self._as_written = as_written(model)
 
     def run(self, work: ScheduledStep, num_logits: np.ndarray) -> StepLogits:
@@ -251,14 +251,14 @@ class Runner:
             self._live.remember(before)
 
     def _look_again(self) -> None:
-        self._live = LiveModel(self.model, self.tables.device, self._live.written)
+        self._live = ModelFingerprint(self.model, self.tables.device, self._live.written)
         self._as_written = as_written(self.model)
 
     # Changes of the model
 
     def ignore_buffers(self, names: frozenset[str]) -> None:
         """Buffers that the model's own forward writes are no change."""
-        self._live = LiveModel(self.model, self.tables.device, names)
+        self._live = ModelFingerprint(self.model, self.tables.device, names)
 
     def change(self, *, look_closely: bool = False) -> str | None:
         """What is different from when captured steps were dropped last, None: nothing; see :mod:`live_model`."""
