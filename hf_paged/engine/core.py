@@ -25,7 +25,7 @@ from .config import EngineConfig
 from .endings import Endings
 from .execution.chunk_graphs import ChunkGraphs, chunk_sizes
 from .execution.compiled import CompiledModules
-from .execution.decode_graphs import Capture, CudaCapture, DecodeGraphs, reason_against
+from .execution.decode_graphs import Capture, CudaCapture, DecodeGraphs, capture_blocker
 from .execution.engine_cache import EngineCache
 from .execution.model_runner import Runner, StepLogits
 from .execution.step_inputs import DeviceSlotState
@@ -132,7 +132,7 @@ class EngineCore:
 
     def use_graphs(self, capture: Capture | None = None) -> str | None:
         """Capture steps from now on, with ``capture`` (None: as CUDA graphs); returns the reason why not."""
-        reason = None if capture is not None else reason_against(self.model, self.device)
+        reason = None if capture is not None else capture_blocker(self.model, self.device)
         if self.cache.has_states:
             reason = "the model keeps recurrent states"
         if self.runner.needs_lengths:

@@ -306,7 +306,7 @@ def _on_host(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu"
 
 
-def reason_against(model: Any, device: torch.device) -> str | None:
+def capture_blocker(model: Any, device: torch.device) -> str | None:
     """Why decode steps of a model cannot be captured, as far as its modules tell; None where nothing speaks against it.
 
     Models whose cache keeps recurrent states, or that compute keys behind the cache, are told by the cache.

@@ -132,7 +132,7 @@ class ModelFingerprint:
             return "modules were given other forwards"
         return None
 
-    def objection(self) -> str | None:
+    def replay_blocker(self) -> str | None:
         """Why the model's forward must be run at present, and not a replay of it; None: it need not."""
         if any_hooks(self.hooks):
             return "a module of the model has forward hooks, which a graph would not call"

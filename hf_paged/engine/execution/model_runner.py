@@ -304,10 +304,10 @@ class Runner:
 
     def _may_replay(self) -> bool:
         """Whether a replay does what the model's forward would do now."""
-        objection = self._live.objection()
-        if objection is not None:
+        replay_blocker = self._live.replay_blocker()
+        if replay_blocker is not None:
             logger.warning_once(f"steps run without CUDA graphs for now: {objection}.")
-        return objection is None and not self.needs_lengths
+        return replay_blocker is None and not self.needs_lengths
 
     def _run_with_states(self, work: ScheduledStep, num_logits: np.ndarray) -> torch.Tensor:
         """Decode rows as a batch ``[B, 1]``, each prompt by itself: states have no packed form."""

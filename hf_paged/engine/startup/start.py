@@ -10,7 +10,7 @@ from ...transformers_internals import is_tested_version
 from ..config import EngineConfig
 from ..core import EngineCore, no_gradients
 from ..execution.compiled import as_written
-from ..execution.decode_graphs import reason_against
+from ..execution.decode_graphs import capture_blocker
 from ..execution.model_fingerprint import read_buffers, written_buffers
 from ..scheduling.page_budget import PageRoom, choose_num_pages, working_bytes
 from .fusion_steps import fuse
@@ -69,7 +69,7 @@ def _fuse(model: Any, config: EngineConfig, needs_lengths: bool, max_model_len: 
     """
     wanted = config.fuse
     device = model.get_input_embeddings().weight.device
-    if wanted is False or (wanted is None and reason_against(model, device) is not None):
+    if wanted is False or (wanted is None and capture_blocker(model, device) is not None):
         return None
     if enables_autocast(model):
         raise ValueError("fuse=True cannot be: the model's forward enables autocast. Leave it None.")
