@@ -34,7 +34,7 @@ from .forwards import (
 from .patterns import (
     EPS_NAMES,
     AttentionParts,
-    NotThisKind,
+    PatternMismatch,
     arguments,
     attention_parts,
     layer_parts,
@@ -211,7 +211,7 @@ class _Builder:
     def _try(self, module: nn.Module, make: Callable[[nn.Module], Unit]) -> None:
         try:
             self.units[module] = make(module)
-        except NotThisKind as reason:
+        except PatternMismatch as reason:
             self.refusals[self.names[module]] = str(reason)
         except Exception as error:
             # Modules of any kind come by here: one that surprises runs as it is.
@@ -254,7 +254,7 @@ class _Builder:
                     self.rotations.insert(0, rotation)
                     return unit
                 reasons += [] if reason is None else [reason]
-            raise NotThisKind(f"positions enter in no known way: {reasons[0] if reasons else 'no table fits'}")
+            raise PatternMismatch(f"positions enter in no known way: {reasons[0] if reasons else 'no table fits'}")
 
     def _attend(
         self,
@@ -267,7 +267,7 @@ class _Builder:
         """With this rotation; None: the tables do not fit it."""
         norms = [unit for unit in map(self.units.get, parts.norms) if isinstance(unit, FusedNorm)]
         if len(norms) != len(parts.norms):
-            raise NotThisKind("its norms are of no known kind")
+            raise PatternMismatch("its norms are of no known kind")
         q_norm, k_norm = norms or (None, None)
         if norms:
             kinds = [(norm.eps, norm.weight_offset, norm.round_first) for norm in norms]
@@ -275,7 +275,7 @@ class _Builder:
             widths = [len(norm.weight) for norm in norms]
             whole = [heads * options.head_dim for heads in (options.num_q_heads, options.num_kv_heads)]
             if kinds[0] != kinds[1] or widths not in ([options.head_dim] * 2, whole):
-                raise NotThisKind("the norms of queries and keys are not alike")
+                raise PatternMismatch("the norms of queries and keys are not alike")
         if rotation is not None and not self._fits(rotation, module, parts):
             return None
         return FusedAttention(
@@ -334,12 +334,12 @@ class _Builder:
         """Pack each group; whatever is raised takes it back.
 
         Raises:
-            NotThisKind: they cannot be packed, or belong to another unit already.
+            PatternMismatch: they cannot be packed, or belong to another unit already.
         """
         packs = [PackedLinears(group) for group in groups]
         parameters = {id(p) for group in groups for layer in group for p in layer.parameters()}
         if parameters & self.taken:
-            raise NotThisKind("its weights belong to another fused module too")
+            raise PatternMismatch("its weights belong to another fused module too")
         for packed in packs:
             reason = packed.objection()
             if reason == HELD:
@@ -358,4 +358,4 @@ class _Builder:
 
 def _refuse_if(reason: str | None) -> None:
     if reason is not None:
-        raise NotThisKind(reason)
+        raise PatternMismatch(reason)

@@ -21,7 +21,7 @@ from .recording import Attended, Call, Recording
 from .stand_ins import has_own_forward
 
 
-class NotThisKind(Exception):
+class PatternMismatch(Exception):
     """The reason why a module is not fused."""
 
 
@@ -38,17 +38,17 @@ def norm_formula(module: nn.Module) -> tuple[float, float, bool]:
     """``(eps, weight_offset, round_first)`` of an RMSNorm, found by trying it on random rows with a random weight.
 
     Raises:
-        NotThisKind: it is none, or of no known kind.
+        PatternMismatch: it is none, or of no known kind.
     """
     weight = dict(module.named_parameters()).get("weight")
     if weight is None or len(list(module.parameters())) != 1 or any(True for _ in module.buffers()) or weight.ndim != 1:
-        raise NotThisKind("it has not one weight [N] alone")
+        raise PatternMismatch("it has not one weight [N] alone")
     given = [module.__dict__[name] for name in EPS_NAMES if name in module.__dict__]
     if len(given) != 1 or has_own_forward(module) or type(weight) is not nn.Parameter:
-        raise NotThisKind("it has no eps, or a forward of its own")
+        raise PatternMismatch("it has no eps, or a forward of its own")
     eps = torch.finfo(weight.dtype).eps if given[0] is None else given[0]
     if not isinstance(eps, float):
-        raise NotThisKind("its eps is no number")
+        raise PatternMismatch("its eps is no number")
     generator = torch.Generator().manual_seed(0)
     # With a weight of ones or zeros, as many are made, kinds could not be told from one another.
     twin = copy.copy(module)
@@ -59,20 +59,20 @@ def norm_formula(module: nn.Module) -> tuple[float, float, bool]:
     try:
         wanted = type(module).forward(twin, x)
     except Exception as error:
-        raise NotThisKind(f"{type(error).__name__}: {error}") from None
+        raise PatternMismatch(f"{type(error).__name__}: {error}") from None
     best, chosen = float("inf"), (0.0, True)
     for offset in (0.0, 1.0):
         for round_first in (True, False):
             got = rms_norm_reference(x, other, eps, offset, round_first, None)[0]
             if not isinstance(wanted, torch.Tensor) or wanted.shape != got.shape or wanted.dtype != got.dtype:
-                raise NotThisKind("it returns another shape or dtype")
+                raise PatternMismatch("it returns another shape or dtype")
             difference = torch.linalg.vector_norm((got - wanted).double(), dim=-1)
             size = torch.linalg.vector_norm(wanted.double(), dim=-1).clamp(min=1e-30)
             worst = float((difference / size).max())
             if worst < best:
                 best, chosen = worst, (offset, round_first)
     if best > EXACT[weight.dtype]:
-        raise NotThisKind("it is no RMSNorm of a known kind")
+        raise PatternMismatch("it is no RMSNorm of a known kind")
     return eps, *chosen
 
 
@@ -104,21 +104,21 @@ def mlp_parts(module: nn.Module, recording: Recording) -> MlpParts:
     """The parts of a gated MLP.
 
     Raises:
-        NotThisKind: it is none.
+        PatternMismatch: it is none.
     """
     linears, others = _linears_of(module)
     call = recording.call(module)
     inner = [recording.call(linear) for linear in linears]
     if call is None or len(linears) not in (2, 3) or any(c is None for c in inner):
-        raise NotThisKind("it is not made of two or three linear layers")
+        raise PatternMismatch("it is not made of two or three linear layers")
     if len(call.args) != 1 or call.kwargs:
-        raise NotThisKind("it takes more than hidden states")
+        raise PatternMismatch("it takes more than hidden states")
     _check_parameters(module, linears)
     calls = {linear: c for linear, c in zip(linears, inner) if c is not None}
     first = [linear for linear in linears if _is_same(calls[linear].x, call.x)]
     last = [linear for linear in linears if linear not in first]
     if len(last) != 1 or not _is_same(calls[last[0]].y, call.y):
-        raise NotThisKind("its output is not that of a linear layer behind the others")
+        raise PatternMismatch("its output is not that of a linear layer behind the others")
     middle = calls[last[0]].x
     outputs = [calls[linear].y for linear in first]
     if len(first) == 1 and outputs[0] is not None:
@@ -131,7 +131,7 @@ def mlp_parts(module: nn.Module, recording: Recording) -> MlpParts:
         if _is_equal(middle, _gated(outputs, activation, is_swapped))
     ]
     if len(found) != 1:
-        raise NotThisKind("its activation is of no known kind" if not found else "activations cannot be told apart")
+        raise PatternMismatch("its activation is of no known kind" if not found else "activations cannot be told apart")
     activation, is_swapped = found[0]
     if is_swapped and len(first) == 2:
         first, is_swapped = first[::-1], False
@@ -172,50 +172,50 @@ def attention_parts(module: nn.Module, recording: Recording, cache: Any) -> Atte
     """The parts of an attention module.
 
     Raises:
-        NotThisKind: it is none, or a part of it is of no known kind.
+        PatternMismatch: it is none, or a part of it is of no known kind.
     """
     call = recording.call(module)
     attended = recording.attended[module].get(0, [])
     if call is None or len(attended) != 1 or call.x is None:
-        raise NotThisKind("it attends more than once")
+        raise PatternMismatch("it attends more than once")
     seen = attended[0]
     linears, others = _linears_of(module)
     norms = [other for other in others if any(True for _ in other.parameters())]
     calls = {inner: recording.call(inner) for inner in (*linears, *norms)}
     if any(c is None for c in calls.values()) or len(norms) not in (0, 2):
-        raise NotThisKind("it is not made of linear layers and norms of queries and keys that run once")
+        raise PatternMismatch("it is not made of linear layers and norms of queries and keys that run once")
     out = [x for x in linears if _starts_with(calls[x], seen.out)]
     first = [x for x in linears if _is_same(_x(calls[x]), call.x)]
     if len(out) != 1 or len(first) not in (1, 3) or len(linears) != len(first) + 1:
-        raise NotThisKind("it is not made of linear layers before and one behind attention")
+        raise PatternMismatch("it is not made of linear layers before and one behind attention")
     if not _is_same(_y(calls[out[0]]), call.y) or not isinstance(call.output, tuple) or call.output[1:] != (None,):
-        raise NotThisKind("it returns something else than its last layer")
+        raise PatternMismatch("it returns something else than its last layer")
     for step in recording.attended[module].values():
         if len(step) != 1 or _settings(step[0]) != _settings(seen):
-            raise NotThisKind("it attends in more than one way")
+            raise PatternMismatch("it attends in more than one way")
     layer = cache.layers[seen.index]
     window = None if seen.left is None else seen.left + 1
     if layer.window is not None and (window is None or window > layer.window):
-        raise NotThisKind("it sees more than the cache keeps")
+        raise PatternMismatch("it sees more than the cache keeps")
     pages = layer.group.layers[layer.index]
     _, num_q_heads, head_dim = seen.query.shape
     num_kv_heads, v_dim = pages.k.shape[1], pages.v.shape[3]
     sizes = [num_q_heads * head_dim, num_kv_heads * head_dim, num_kv_heads * v_dim]
     has = [x.out_features for x in first]
     if pages.k.shape[3] != head_dim or has not in (sizes, [sum(sizes)]) or out[0].in_features != num_q_heads * v_dim:
-        raise NotThisKind(f"its layers have {has} outputs, attention has {sizes}")
+        raise PatternMismatch(f"its layers have {has} outputs, attention has {sizes}")
     sinks = None
     if seen.sinks is not None:
         sinks = next((p for p in module.parameters(recurse=False) if _is_of(seen.sinks, p)), None)
         if sinks is None:
-            raise NotThisKind("its sinks are no parameter")
+            raise PatternMismatch("its sinks are no parameter")
     _check_parameters(module, [*linears, *norms], sinks)
     if norms:
         starts = [0, sizes[0]] if len(first) == 1 else [0, 0]
         for norm, source, start in zip(norms, (first[0], first[min(1, len(first) - 1)]), starts):
             given, made = _x(calls[norm]), _y(calls[source])
             if given is None or made is None or given.data_ptr() != made.data_ptr() + start * made.itemsize:
-                raise NotThisKind("its norms are not those of queries and keys, before anything else")
+                raise PatternMismatch("its norms are not those of queries and keys, before anything else")
     options = AttentionOptions(
         seen.index, num_q_heads, num_kv_heads, head_dim, v_dim, seen.left, seen.right, seen.softcap, seen.scale, sinks
     )
@@ -245,7 +245,7 @@ def layer_parts(module: nn.Module, recording: Recording, norms: dict[nn.Module, 
     """The parts of a decoder layer, and the proof of its sums: they are the same bits.
 
     Raises:
-        NotThisKind: it is none.
+        PatternMismatch: it is none.
     """
     call = recording.call(module)
     children = [child for child in module.children() if recording.call(child) is not None]
@@ -254,11 +254,11 @@ def layer_parts(module: nn.Module, recording: Recording, norms: dict[nn.Module, 
     rest = [child for child in children if child not in own_norms and child not in attention]
     mlp = [child for child in rest if any(True for _ in child.parameters())]
     if call is None or len(attention) != 1 or len(mlp) != 1:
-        raise NotThisKind("it is not one attention and one MLP")
+        raise PatternMismatch("it is not one attention and one MLP")
     if any(type(child) not in (nn.Dropout, nn.Identity) for child in rest if child not in mlp):
-        raise NotThisKind("it has parts of no known kind")
+        raise PatternMismatch("it has parts of no known kind")
     if not isinstance(call.output, torch.Tensor):
-        raise NotThisKind("it returns more than hidden states")
+        raise PatternMismatch("it returns more than hidden states")
     _check_parameters(module, [*own_norms, *attention, *mlp])
     calls = {child: recording.call(child) for child in children}
     left = dict.fromkeys(own_norms)
@@ -278,17 +278,17 @@ def layer_parts(module: nn.Module, recording: Recording, norms: dict[nn.Module, 
     assert transformed is not None
     pre_attention, x = take(h)
     if not _is_same(_x(attended), x):
-        raise NotThisKind("attention gets something else than its input")
+        raise PatternMismatch("attention gets something else than its input")
     post_attention, a = take(a)
     t = None if a is None or h is None or a.shape != h.shape else h + a
     pre_mlp, x = take(t, is_equal=True)
     if not (_is_same(_x(transformed), x) or (pre_mlp is None and _is_equal(_x(transformed), x))):
-        raise NotThisKind("the MLP gets something else than the sum")
+        raise PatternMismatch("the MLP gets something else than the sum")
     post_mlp, m = take(m)
     if left or t is None or m is None or m.shape != t.shape or not _is_equal(call.y, t + m):
-        raise NotThisKind("its output is not the sum of its parts")
+        raise PatternMismatch("its output is not the sum of its parts")
     if len(transformed.args) != 1 or transformed.kwargs:
-        raise NotThisKind("the MLP takes more than hidden states")
+        raise PatternMismatch("the MLP takes more than hidden states")
     defaults = {
         name: parameter.default
         for name, parameter in inspect.signature(type(module).forward).parameters.items()
@@ -297,10 +297,10 @@ def layer_parts(module: nn.Module, recording: Recording, norms: dict[nn.Module, 
     for step in recording.steps_of(module) or ():
         layer_call, inner = recording.call(module, step), recording.call(attention[0], step)
         if layer_call is None or inner is None:
-            raise NotThisKind("its parts do not run in every step")
+            raise PatternMismatch("its parts do not run in every step")
         given, passed = defaults | _by_name(module, layer_call), _by_name(attention[0], inner)
         if any(name not in given or given[name] is not x for name, x in passed.items() if name != "hidden_states"):
-            raise NotThisKind("attention gets arguments that the layer does not get")
+            raise PatternMismatch("attention gets arguments that the layer does not get")
     handed_on = tuple(name for name in _by_name(attention[0], attended) if name != "hidden_states")
     return LayerParts(
         attention[0], mlp[0], pre_attention, post_attention, pre_mlp, post_mlp, handed_on, defaults, modules=children
@@ -333,9 +333,9 @@ def _linears_of(module: nn.Module) -> tuple[list[nn.Linear], list[nn.Module]]:
     linears = [child for child in children if type(child) is nn.Linear and not has_own_forward(child)]
     others = [child for child in children if child not in linears]
     if any(isinstance(inner, nn.Linear) for other in others for inner in other.modules()):
-        raise NotThisKind("it has linear layers that are not plain, or deeper inside")
+        raise PatternMismatch("it has linear layers that are not plain, or deeper inside")
     if has_own_forward(module):
-        raise NotThisKind("it has a forward of its own")
+        raise PatternMismatch("it has a forward of its own")
     return linears, others
 
 
@@ -343,7 +343,7 @@ def _check_parameters(module: nn.Module, parts: Iterable[nn.Module], also: nn.Pa
     """Refuse weights that the fused forward would not read."""
     known = {id(p) for part in parts for p in part.parameters()} | {id(also)}
     if any(id(p) not in known for p in module.parameters()):
-        raise NotThisKind("it has other weights beside those of its parts")
+        raise PatternMismatch("it has other weights beside those of its parts")
 
 
 def _x(call: Call | None) -> torch.Tensor | None:

@@ -13,7 +13,7 @@ from torch import nn
 
 from ..transformers_internals import tensor_version
 from .forwards import Scope, Unit
-from .patterns import NotThisKind
+from .patterns import PatternMismatch
 from .recording import Call, Recording
 from .stand_ins import has_own_forward
 
@@ -79,19 +79,19 @@ def rotary_unit(scope: Scope, module: nn.Module, recording: Recording, num_posit
     """The unit of a module, with tables of ``num_positions``.
 
     Raises:
-        NotThisKind: it gives something else, or what it gives depends on more than the position.
+        PatternMismatch: it gives something else, or what it gives depends on more than the position.
     """
     steps = recording.steps_of(module) or []
     calls = [call for step in steps if (call := recording.call(module, step)) is not None]
     given = [pair for call in calls if (pair := arguments_of(call.args, call.kwargs)) and _gives_tables(call, pair[1])]
     if not calls or len(given) < len(calls):
-        raise NotThisKind("it does not give cosines and sines of positions")
+        raise PatternMismatch("it does not give cosines and sines of positions")
     if any(True for _ in module.parameters()) or has_own_forward(module):
-        raise NotThisKind("it has parameters, or a forward of its own")
+        raise PatternMismatch("it has parameters, or a forward of its own")
     x, positions = given[0]
     first = calls[0].output[0]
     if num_positions < 1 or 2 * num_positions * first.shape[-1] * first.element_size() > MOST_BYTES:
-        raise NotThisKind("its tables would be too large")
+        raise PatternMismatch("its tables would be too large")
     # Some kinds change with the longest position that they have seen: the module itself shall see none of these.
     twin = copy.deepcopy(module)
 
@@ -106,7 +106,7 @@ def rotary_unit(scope: Scope, module: nn.Module, recording: Recording, num_posit
         got = unit.forward(*call.args, **call.kwargs)
         is_same &= got is not NotImplemented and all(torch.equal(a, b) for a, b in zip(got, call.output))
     if not is_same:
-        raise NotThisKind("what it gives depends on more than the position")
+        raise PatternMismatch("what it gives depends on more than the position")
     return unit
 
 
