@@ -67,7 +67,7 @@ class Scope:
         return normed
 
 
-def look_at(module: nn.Module) -> tuple[Any, ...]:
+def fingerprint(module: nn.Module) -> tuple[Any, ...]:
     """What tells that a module still computes what it did: its class, a forward of its own, plain attributes."""
     # Another thread's engine may add a stand-in meanwhile.
     attributes = list(module.__dict__.items())
@@ -80,7 +80,7 @@ class _Seen:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._known = look_at(module)
+        self._known = fingerprint(module)
         self._values = tuple(module.__dict__.values())
 
     def is_same(self) -> bool:
@@ -89,7 +89,7 @@ class _Seen:
         is_alike = len(values) == len(self._values) and type(self._module) is self._known[0]
         if is_alike and all(map(operator.is_, values, self._values)):
             return True
-        if look_at(self._module) != self._known:
+        if fingerprint(self._module) != self._known:
             return False
         self._values = values
         return True
@@ -129,9 +129,9 @@ class Unit:
         is_there = all(getattr(owner, name, None) is child for owner, name, child in self._children)
         return is_there and all(seen.is_same() for seen in self._seen)
 
-    def likeness(self) -> tuple[Any, ...]:
+    def structural_key(self) -> tuple[Any, ...]:
         """Equal for units whose modules have the same code, shapes and plain attributes, whatever their layer."""
-        seen = [look_at(x) for x in self.module.modules()]
+        seen = [fingerprint(x) for x in self.module.modules()]
         looks = [(kind, own, [x for x in plain if x[0] != "layer_idx"]) for kind, own, plain in seen]
         tensors = (*self.module.parameters(), *self.module.buffers())
         return type(self), looks, [(x.shape, x.dtype, x.device) for x in tensors]
@@ -376,10 +376,10 @@ class FusedAttention(Unit):
         self.names, self.allowed = tuple(names), allowed
         self.packs = [qkv, out]
 
-    def likeness(self) -> tuple[Any, ...]:
-        """See :meth:`Unit.likeness`."""
+    def structural_key(self) -> tuple[Any, ...]:
+        """See :meth:`Unit.structural_key`."""
         seen = dataclasses.replace(self.options, index=0, sinks=None)
-        return *super().likeness(), seen, self.options.sinks is None, self.rotation
+        return *super().structural_key(), seen, self.options.sinks is None, self.rotation
 
     def takes_residual(self, x: torch.Tensor) -> bool:
         """Whether :meth:`run` of x ``[T, K]`` can add a residual."""
@@ -512,10 +512,10 @@ class FusedLayer(Unit):
         super().__init__(scope, module, parts.modules)
         self.parts, self.names, self.allowed, self.is_in_use = parts, tuple(names), allowed, is_in_use
 
-    def likeness(self) -> tuple[Any, ...]:
-        """See :meth:`Unit.likeness`."""
+    def structural_key(self) -> tuple[Any, ...]:
+        """See :meth:`Unit.structural_key`."""
         parts = (self.parts.fused_attention, self.parts.fused_mlp)
-        return *super().likeness(), [None if part is None else part.likeness() for part in parts]
+        return *super().structural_key(), [None if part is None else part.structural_key() for part in parts]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See :meth:`Unit.forward`."""

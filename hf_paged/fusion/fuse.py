@@ -29,7 +29,7 @@ from .forwards import (
     Rotation,
     Scope,
     Unit,
-    look_at,
+    fingerprint,
 )
 from .patterns import (
     EPS_NAMES,
@@ -220,7 +220,7 @@ class _Builder:
     def _norm(self, module: nn.Module) -> Unit:
         # A model has a hundred, of two or three kinds: the forward is that of the class.
         weight = dict(module.named_parameters()).get("weight")
-        kind = look_at(module), None if weight is None else (weight.dtype, weight.shape, weight.device)
+        kind = fingerprint(module), None if weight is None else (weight.dtype, weight.shape, weight.device)
         if kind not in self.formulas:
             self.formulas[kind] = norm_formula(module)
         unit = FusedNorm(self.scope, module, *self.formulas[kind])

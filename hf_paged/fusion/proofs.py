@@ -131,9 +131,9 @@ def _prove(
     differences: list[torch.Tensor] = []
     tolerance = TOLERANCES[next(unit.module.parameters()).dtype]
     scope: Scope = unit.scope
-    recording, likeness = proofs.recording, unit.likeness()
+    recording, structural_key = proofs.recording, unit.structural_key()
     steps = recording.steps_of(unit.module) or []
-    if likeness in proofs.proven:
+    if structural_key in proofs.proven:
         # Its weights are its own, the code is not.
         steps, num_loud = [step for step in steps if step in proofs.telling] or steps, min(num_loud, 1)
     try:
@@ -154,8 +154,8 @@ def _prove(
     # NaN is no proof.
     if not worst <= tolerance:
         return f"results differ by {worst:.2g} of their size"
-    if likeness not in proofs.proven:
-        proofs.proven.append(likeness)
+    if structural_key not in proofs.proven:
+        proofs.proven.append(structural_key)
     return None
 
 
