@@ -40,7 +40,7 @@ UNWATCHED = frozenset({"training", "gradient_checkpointing"})
 """Attributes that change nothing outside of training, dropout apart."""
 
 
-class Scope:
+class FusionContext:
     """What the fused modules of one forward have in common: its cache, and what they hand to one another."""
 
     def __init__(self) -> None:
@@ -109,8 +109,8 @@ class Unit:
 
     kind = ""
 
-    def __init__(self, scope: Scope, module: nn.Module, inside: Sequence[nn.Module] = ()) -> None:
-        self.scope, self.module = scope, module
+    def __init__(self, context: FusionContext, module: nn.Module, inside: Sequence[nn.Module] = ()) -> None:
+        self.context, self.module = context, module
         self.packs: list[PackedLinears] = []
         wanted = {id(x) for x in inside}
         self._children = [
@@ -190,8 +190,8 @@ class FusedNorm(Unit):
 
     kind = "norm"
 
-    def __init__(self, scope: Scope, module: nn.Module, eps: float, weight_offset: float, round_first: bool) -> None:
-        super().__init__(scope, module)
+    def __init__(self, context: FusionContext, module: nn.Module, eps: float, weight_offset: float, round_first: bool) -> None:
+        super().__init__(context, module)
         self.eps, self.weight_offset, self.round_first = eps, weight_offset, round_first
 
     @property
@@ -206,7 +206,7 @@ class FusedNorm(Unit):
 
     def normalize(self, x: torch.Tensor) -> torch.Tensor:
         """The norm of x, ``[..., N]``."""
-        known = self.scope.take(self, x)
+        known = self.context.take(self, x)
         if known is not None:
             return known
         return rms_norm_op(x, self.weight, self.eps, self.weight_offset, self.round_first, None)[0]
@@ -225,7 +225,7 @@ class FusedNorm(Unit):
         """See :meth:`Unit.forward`."""
         if len(args) != 1 or kwargs or args[0].dtype != self.weight.dtype or args[0].stride(-1) != 1:
             return NotImplemented
-        known = self.scope.take(self, args[0])
+        known = self.context.take(self, args[0])
         if known is not None:
             return known
         x = args[0] if args[0].is_contiguous() else args[0].contiguous()
@@ -245,7 +245,7 @@ class FusedMlp(Unit):
 
     def __init__(
         self,
-        scope: Scope,
+        context: FusionContext,
         module: nn.Module,
         gate_up: PackedLinears,
         down: PackedLinears,
@@ -253,7 +253,7 @@ class FusedMlp(Unit):
         order: str,
         inside: Sequence[nn.Module],
     ) -> None:
-        super().__init__(scope, module, inside)
+        super().__init__(context, module, inside)
         self.gate_up, self.down, self.activation, self.order = gate_up, down, activation, order
         self.packs = [gate_up, down]
 
@@ -358,7 +358,7 @@ class FusedAttention(Unit):
 
     def __init__(  # noqa: PLR0913
         self,
-        scope: Scope,
+        context: FusionContext,
         module: nn.Module,
         qkv: PackedLinears,
         out: PackedLinears,
@@ -370,7 +370,7 @@ class FusedAttention(Unit):
         allowed: frozenset[str],
         inside: Sequence[nn.Module],
     ) -> None:
-        super().__init__(scope, module, inside)
+        super().__init__(context, module, inside)
         self.qkv, self.out, self.options, self.rotation = qkv, out, options, rotation
         self.q_norm, self.k_norm = q_norm, k_norm
         self.names, self.allowed = tuple(names), allowed
@@ -391,7 +391,7 @@ class FusedAttention(Unit):
 
     def can_run(self, hidden_states: torch.Tensor, kwargs: dict[str, Any]) -> bool:
         """Whether these arguments are of the kind that was proven."""
-        if given_cache(kwargs)[1] is not self.scope.cache or kwargs.get("attention_mask") is not None:
+        if given_cache(kwargs)[1] is not self.context.cache or kwargs.get("attention_mask") is not None:
             return False
         if hidden_states.dtype != self.qkv.weight.dtype or not kwargs.keys() <= self.allowed:
             return False
@@ -435,7 +435,7 @@ class FusedAttention(Unit):
         q = q.view(-1, options.num_q_heads, options.head_dim)
         k = k.view(-1, options.num_kv_heads, options.head_dim)
         v = v.view(-1, options.num_kv_heads, options.v_dim)
-        layer = self.scope.cache.layers[options.index]
+        layer = self.context.cache.layers[options.index]
         cos = sin = None
         if self.rotation is not None:
             assert position_embeddings is not None
@@ -502,14 +502,14 @@ class FusedLayer(Unit):
 
     def __init__(
         self,
-        scope: Scope,
+        context: FusionContext,
         module: nn.Module,
         parts: LayerParts,
         names: Sequence[str],
         allowed: frozenset[str],
         is_in_use: Callable[[Unit], bool],
     ) -> None:
-        super().__init__(scope, module, parts.modules)
+        super().__init__(context, module, parts.modules)
         self.parts, self.names, self.allowed, self.is_in_use = parts, tuple(names), allowed, is_in_use
 
     def structural_key(self) -> tuple[Any, ...]:
@@ -537,7 +537,7 @@ class FusedLayer(Unit):
         may_run = attention is not None and self.is_in_use(attention) and attention.can_run(h, given)
         if attention is not None and may_run and attention.takes_residual(rows):
             residual = rows if parts.post_attention is None else None
-            known = None if parts.pre_attention is None else self.scope.take(parts.pre_attention, h)
+            known = None if parts.pre_attention is None else self.context.take(parts.pre_attention, h)
             x, norm = (rows, parts.pre_attention) if known is None else (known.view_as(rows), None)
             out = attention.run(x, given.get("position_embeddings"), norm, residual).view(h.shape)
             if residual is not None:
@@ -586,7 +586,7 @@ class FusedLayer(Unit):
                 out = out[0] if isinstance(out, tuple) else out
                 normed, total = self._add(out, t, parts.post_mlp, following)
         if following is not None and normed is not None:
-            self.scope.hand_over(following, total, normed)
+            self.context.hand_over(following, total, normed)
         return total
 
 
@@ -602,8 +602,8 @@ class FusedHead(Unit):
 
     kind = "head"
 
-    def __init__(self, scope: Scope, module: nn.Linear) -> None:
-        super().__init__(scope, module)
+    def __init__(self, context: FusionContext, module: nn.Linear) -> None:
+        super().__init__(context, module)
         self.packed = PackedLinears([module])
         self.packs = [self.packed]
 

@@ -26,8 +26,8 @@ from .forwards import (
     FusedLayer,
     FusedMlp,
     FusedNorm,
+    FusionContext,
     Rotation,
-    Scope,
     Unit,
     fingerprint,
 )
@@ -60,8 +60,8 @@ class FusedModel:
         refusals: why modules that look like one are not fused, by their names.
     """
 
-    def __init__(self, model: nn.Module, scope: Scope, units: dict[nn.Module, Unit], refusals: dict[str, str]) -> None:
-        self._model, self._scope, self._units = model, scope, units
+    def __init__(self, model: nn.Module, context: FusionContext, units: dict[nn.Module, Unit], refusals: dict[str, str]) -> None:
+        self._model, self._scope, self._units = model, context, units
         self.refusals = refusals
         self._hooks = hooks_of(model)
         self._in_use: set[Unit] = set()
@@ -175,7 +175,7 @@ class _Builder:
     def __init__(self, model: nn.Module, cache: Any, proofs: Proofs, num_positions: int) -> None:
         self.model, self.cache, self.proofs, self.num_positions = model, cache, proofs, num_positions
         self.recording = proofs.recording
-        self.scope = Scope()
+        self.context = FusionContext()
         self.units: dict[nn.Module, Unit] = {}
         self.refusals: dict[str, str] = {}
         self.names = {module: name for name, module in model.named_modules()}
@@ -206,7 +206,7 @@ class _Builder:
             if any(child in attention for child in module.children()):
                 self._try(module, self._layer)
         self._connect()
-        return FusedModel(self.model, self.scope, self.units, self.refusals)
+        return FusedModel(self.model, self.context, self.units, self.refusals)
 
     def _try(self, module: nn.Module, make: Callable[[nn.Module], Unit]) -> None:
         try:
@@ -223,7 +223,7 @@ class _Builder:
         kind = fingerprint(module), None if weight is None else (weight.dtype, weight.shape, weight.device)
         if kind not in self.formulas:
             self.formulas[kind] = norm_formula(module)
-        unit = FusedNorm(self.scope, module, *self.formulas[kind])
+        unit = FusedNorm(self.context, module, *self.formulas[kind])
         _refuse_if(prove_simply(unit, self.proofs))
         return unit
 
@@ -232,12 +232,12 @@ class _Builder:
         return None if call is None else call.output
 
     def _rotary(self, module: nn.Module) -> Unit:
-        return rotary_unit(self.scope, module, self.recording, self.num_positions)
+        return rotary_unit(self.context, module, self.recording, self.num_positions)
 
     def _mlp(self, module: nn.Module) -> Unit:
         parts = mlp_parts(module, self.recording)
         with self._packed(parts.gate_up, [parts.down]) as (gate_up, down):
-            unit = FusedMlp(self.scope, module, gate_up, down, parts.activation, parts.order, parts.inside)
+            unit = FusedMlp(self.context, module, gate_up, down, parts.activation, parts.order, parts.inside)
             _refuse_if(prove_mlp(unit, self.proofs))
             return unit
 
@@ -279,7 +279,7 @@ class _Builder:
         if rotation is not None and not self._fits(rotation, module, parts):
             return None
         return FusedAttention(
-            self.scope, module, qkv, out, parts.options, rotation, q_norm, k_norm, parts.names, parts.allowed,
+            self.context, module, qkv, out, parts.options, rotation, q_norm, k_norm, parts.names, parts.allowed,
             parts.inside,
         )  # fmt: skip
 
@@ -297,7 +297,7 @@ class _Builder:
         attention, mlp = self.units.get(parts.attention), self.units.get(parts.mlp)
         parts.fused_attention = attention if isinstance(attention, FusedAttention) else None
         parts.fused_mlp = mlp if isinstance(mlp, FusedMlp) else None
-        unit = FusedLayer(self.scope, module, parts, *arguments(module, self.recording), lambda unit: True)
+        unit = FusedLayer(self.context, module, parts, *arguments(module, self.recording), lambda unit: True)
         _refuse_if(prove_layer(unit, self.proofs, self.cache))
         return unit
 
@@ -321,7 +321,7 @@ class _Builder:
         if self.recording.steps_of(head) is None:
             return
         if has_gluon(head.weight.device) and PackedLinears([head]).objection() is None:
-            unit = FusedHead(self.scope, head)
+            unit = FusedHead(self.context, head)
             unit.packed.pack()
             reason = prove_simply(unit, self.proofs)
             if reason is None:

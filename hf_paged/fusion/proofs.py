@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from ..transformers_internals import given_cache
-from .forwards import FusedAttention, FusedLayer, FusedMlp, Scope, Unit
+from .forwards import FusedAttention, FusedLayer, FusedMlp, FusionContext, Unit
 from .recording import Attended, Call, Recording, watch_attention
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
@@ -130,7 +130,7 @@ def _prove(
 ) -> str | None:
     differences: list[torch.Tensor] = []
     tolerance = TOLERANCES[next(unit.module.parameters()).dtype]
-    scope: Scope = unit.scope
+    context: FusionContext = unit.context
     recording, structural_key = proofs.recording, unit.structural_key()
     steps = recording.steps_of(unit.module) or []
     if structural_key in proofs.proven:
@@ -141,13 +141,13 @@ def _prove(
             call = recording.call(unit.module, step)
             assert call is not None
             for loud in (1.0, LOUD) if number < num_loud else (1.0,):
-                scope.leave()
-                scope.enter(_cache_of(call))
+                context.leave()
+                context.enter(_cache_of(call))
                 differences += compare(call, step, loud)
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:300]
     finally:
-        scope.leave()
+        context.leave()
     if not differences:
         return "it did not run"
     worst = float(torch.stack([x.float() for x in differences]).max())

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ..transformers_internals import tensor_version
-from .forwards import Scope, Unit
+from .forwards import FusionContext, Unit
 from .patterns import PatternMismatch
 from .recording import Call, Recording
 from .stand_ins import has_own_forward
@@ -33,8 +33,8 @@ class FusedRotary(Unit):
 
     kind = "rotary"
 
-    def __init__(self, scope: Scope, module: nn.Module, cos: torch.Tensor, sin: torch.Tensor) -> None:
-        super().__init__(scope, module)
+    def __init__(self, context: FusionContext, module: nn.Module, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        super().__init__(context, module)
         self.cos, self.sin = cos, sin
         self._buffers = state_of(module)
         self._values = [buffer.clone() for buffer in module.buffers()]
@@ -75,7 +75,7 @@ def state_of(module: nn.Module) -> list[tuple[int, int]]:
     return [(id(buffer), tensor_version(buffer)) for buffer in module.buffers()]
 
 
-def rotary_unit(scope: Scope, module: nn.Module, recording: Recording, num_positions: int) -> FusedRotary:
+def rotary_unit(context: FusionContext, module: nn.Module, recording: Recording, num_positions: int) -> FusedRotary:
     """The unit of a module, with tables of ``num_positions``.
 
     Raises:
@@ -100,7 +100,7 @@ def rotary_unit(scope: Scope, module: nn.Module, recording: Recording, num_posit
         return type(twin).forward(twin, x, ids)
 
     chunks = [compute(start) for start in range(0, num_positions, CHUNK)]
-    unit = FusedRotary(scope, module, *(torch.cat([chunk[i][0] for chunk in chunks]) for i in range(2)))
+    unit = FusedRotary(context, module, *(torch.cat([chunk[i][0] for chunk in chunks]) for i in range(2)))
     is_same = all(torch.equal(a, b) for a, b in zip(compute(0), chunks[0]))
     for call in calls:
         got = unit.forward(*call.args, **call.kwargs)
