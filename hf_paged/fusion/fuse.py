@@ -41,10 +41,10 @@ from .patterns import (
     mlp_parts,
     norm_formula,
 )
-from .proofs import Proofs, prove_attention, prove_layer, prove_mlp, prove_simply
 from .recording import Step, record
 from .rotary import FusedRotary, rotary_unit
 from .stand_ins import has_own_forward, standing_in
+from .verification import Verification, verify_attention, verify_layer, verify_mlp, verify_unit
 from .weights import HELD, PackedLinears
 
 logger = logging.get_logger(__name__)
@@ -153,7 +153,7 @@ class FusedModel:
 
 @torch.no_grad()
 def fuse_model(
-    model: nn.Module, cache: Any, steps: Sequence[Step], telling: Sequence[int], num_positions: int = 0
+    model: nn.Module, cache: Any, steps: Sequence[Step], quick_steps: Sequence[int], num_positions: int = 0
 ) -> FusedModel:
     """Find what can be fused, pack its weights, and prove each fused forward against the module's own.
 
@@ -161,20 +161,20 @@ def fuse_model(
         model: as it runs in the engine.
         cache: an engine's cache, in whose pages the steps write.
         steps: a few short ones: prompts, decodes, positions far from the start.
-        telling: numbers of those that layers like another one, whose fused forwards all steps have proven, are proven
+        quick_steps: numbers of those that layers like another one, whose fused forwards all steps have proven, are proven
             with.
         num_positions: that a token can have; 0: not known.
     """
     with without_autograd():
-        return _Builder(model, cache, Proofs(record(model, cache, steps), telling), num_positions).build()
+        return _Builder(model, cache, Verification(record(model, cache, steps), quick_steps), num_positions).build()
 
 
 class _Builder:
     """Goes from the parts to the whole: norms, MLPs and attention, layers."""
 
-    def __init__(self, model: nn.Module, cache: Any, proofs: Proofs, num_positions: int) -> None:
-        self.model, self.cache, self.proofs, self.num_positions = model, cache, proofs, num_positions
-        self.recording = proofs.recording
+    def __init__(self, model: nn.Module, cache: Any, verification: Verification, num_positions: int) -> None:
+        self.model, self.cache, self.verification, self.num_positions = model, cache, verification, num_positions
+        self.recording = verification.recording
         self.context = FusionContext()
         self.units: dict[nn.Module, Unit] = {}
         self.refusals: dict[str, str] = {}
@@ -224,7 +224,7 @@ class _Builder:
         if kind not in self.formulas:
             self.formulas[kind] = norm_formula(module)
         unit = FusedNorm(self.context, module, *self.formulas[kind])
-        _refuse_if(prove_simply(unit, self.proofs))
+        _refuse_if(verify_unit(unit, self.verification))
         return unit
 
     def _output(self, module: nn.Module) -> Any:
@@ -238,7 +238,7 @@ class _Builder:
         parts = mlp_parts(module, self.recording)
         with self._packed(parts.gate_up, [parts.down]) as (gate_up, down):
             unit = FusedMlp(self.context, module, gate_up, down, parts.activation, parts.order, parts.inside)
-            _refuse_if(prove_mlp(unit, self.proofs))
+            _refuse_if(verify_mlp(unit, self.verification))
             return unit
 
     def _attention(self, module: nn.Module) -> Unit:
@@ -247,7 +247,7 @@ class _Builder:
             reasons = []
             for rotation in list(self.rotations):
                 unit = self._attend(module, parts, qkv, out, rotation)
-                reason = None if unit is None else prove_attention(unit, self.proofs, self.cache)
+                reason = None if unit is None else verify_attention(unit, self.verification, self.cache)
                 if unit is not None and reason is None:
                     # Tried first for the next layer.
                     self.rotations.remove(rotation)
@@ -298,7 +298,7 @@ class _Builder:
         parts.fused_attention = attention if isinstance(attention, FusedAttention) else None
         parts.fused_mlp = mlp if isinstance(mlp, FusedMlp) else None
         unit = FusedLayer(self.context, module, parts, *arguments(module, self.recording), lambda unit: True)
-        _refuse_if(prove_layer(unit, self.proofs, self.cache))
+        _refuse_if(verify_layer(unit, self.verification, self.cache))
         return unit
 
     def _connect(self) -> None:
@@ -323,7 +323,7 @@ class _Builder:
         if has_gluon(head.weight.device) and PackedLinears([head]).objection() is None:
             unit = FusedHead(self.context, head)
             unit.packed.pack()
-            reason = prove_simply(unit, self.proofs)
+            reason = verify_unit(unit, self.verification)
             if reason is None:
                 self.units[head] = unit
             else:

@@ -34,9 +34,9 @@ def fuse(model: Any, config: EngineConfig, needs_lengths: bool, max_model_len: i
     core = small_core(model, dataclasses.replace(config, kv_dtype="auto", compile=False), needs_lengths)
     last_position = _last_position(model, max_model_len)
     steps = _make_steps(model, core, last_position)
-    telling = (FEW_ROWS, len(steps) - 1)
+    quick_steps = (FEW_ROWS, len(steps) - 1)
     with core.runner.attention.here():
-        fused = fuse_model(model, core.cache, steps, telling, max_model_len if last_position else 0)
+        fused = fuse_model(model, core.cache, steps, quick_steps, max_model_len if last_position else 0)
     if len(fused):
         # Each module was proven by itself; this is what they hand to one another.
         own = [step.logits[-1] for step in steps]

@@ -1,7 +1,7 @@
 """Fused against unfused, on the arguments that a module got in the recorded steps, in the model's own dtype.
 
 A fused forward rounds in other places, so its results differ by roundings. A wrong formula must differ by more:
-modules are also called with inputs :data:`LOUD` times as large, where a limit on values would show itself, and recorded
+modules are also called with inputs :data:`SCALE_UP` times as large, where a limit on values would show itself, and recorded
 steps have positions far from the start, where a factor that grows with the position would.
 """
 
@@ -19,13 +19,13 @@ from .recording import Attended, Call, Recording, watch_attention
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-4, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 """Differences, relative to the size of the unfused result, that roundings explain: ten roundings in half precision."""
-LOUD = 32.0
+SCALE_UP = 32.0
 """A power of two: the inputs have the same bits."""
 FEW_LOUD = 2
 """Steps of a module that are also run loudly."""
 
 
-def relative(got: torch.Tensor, wanted: torch.Tensor, loud: float = 1.0) -> torch.Tensor:
+def relative(got: torch.Tensor, wanted: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
     """Difference relative to ``wanted``, a scalar on its device; inf where shapes or dtypes are others.
 
     0 where loud inputs were too much for the dtype, for the module itself.
@@ -34,47 +34,47 @@ def relative(got: torch.Tensor, wanted: torch.Tensor, loud: float = 1.0) -> torc
         return torch.full((), float("inf"), device=wanted.device)
     difference = torch.linalg.vector_norm(got.double() - wanted.double())
     difference = difference / torch.linalg.vector_norm(wanted.double()).clamp(min=1e-30)
-    return difference if loud == 1 else torch.where(torch.isfinite(wanted).all(), difference, 0.0)
+    return difference if scale == 1 else torch.where(torch.isfinite(wanted).all(), difference, 0.0)
 
 
 @dataclass(slots=True)
-class Proofs:
+class Verification:
     """What the units of a model are proven with.
 
     Attributes:
         recording: of the model.
-        telling: numbers of steps that suffice for a unit like one that all steps have proven.
+        quick_steps: numbers of steps that suffice for a unit like one that all steps have proven.
         proven: what units were like that all steps have proven.
     """
 
     recording: Recording
-    telling: Sequence[int]
-    proven: list[tuple[Any, ...]] = field(default_factory=list)
+    quick_steps: Sequence[int]
+    verified: list[tuple[Any, ...]] = field(default_factory=list)
 
 
-def prove_mlp(unit: FusedMlp, proofs: Proofs) -> str | None:
+def verify_mlp(unit: FusedMlp, verification: Verification) -> str | None:
     """What speaks against a fused MLP; None: nothing does."""
-    return _prove(unit, proofs, lambda call, step, loud: _compare_calls(unit, call, loud), FEW_LOUD)
+    return _prove(unit, verification, lambda call, step, scale: _compare_calls(unit, call, scale), FEW_LOUD)
 
 
-def prove_attention(unit: FusedAttention, proofs: Proofs, cache: Any) -> str | None:
+def verify_attention(unit: FusedAttention, verification: Verification, cache: Any) -> str | None:
     """The same for attention: queries, keys and values in the pages, and the output.
 
     Attention itself is the same call. The module's own forward goes on from what it gave the fused one: where scores
     are large, the last bit of a query decides which key it sees.
     """
 
-    def compare(call: Call, step: int, loud: float) -> Iterable[torch.Tensor]:
-        proofs.recording.steps[step].enter()
+    def compare(call: Call, step: int, scale: float) -> Iterable[torch.Tensor]:
+        verification.recording.steps[step].enter()
         layer = cache.layers[unit.options.index]
-        got, attended = _attend(unit.forward, layer, cache, call, loud)
-        wanted, _ = _attend(_own_forward(unit.module), layer, cache, call, loud, attended)
-        yield from (relative(a, b, loud) for a, b in zip(got, wanted))
+        got, attended = _attend(unit.forward, layer, cache, call, scale)
+        wanted, _ = _attend(_own_forward(unit.module), layer, cache, call, scale, attended)
+        yield from (relative(a, b, scale) for a, b in zip(got, wanted))
 
-    return _prove(unit, proofs, compare, FEW_LOUD)
+    return _prove(unit, verification, compare, FEW_LOUD)
 
 
-def prove_layer(unit: FusedLayer, proofs: Proofs, cache: Any) -> str | None:
+def verify_layer(unit: FusedLayer, verification: Verification, cache: Any) -> str | None:
     """The same for a decoder layer: what it adds to its input, and what the MLP gets.
 
     The layer's own forward goes on from what attention, and an MLP that is not fused, gave the fused one: the last bit
@@ -82,8 +82,8 @@ def prove_layer(unit: FusedLayer, proofs: Proofs, cache: Any) -> str | None:
     """
     mlp = unit.parts.mlp if unit.parts.fused_mlp is None else None
 
-    def compare(call: Call, step: int, loud: float) -> Iterable[torch.Tensor]:
-        proofs.recording.steps[step].enter()
+    def compare(call: Call, step: int, scale: float) -> Iterable[torch.Tensor]:
+        verification.recording.steps[step].enter()
         attended: list[Attended] = []
         with watch_attention(cache, attended.append), _watch(mlp) as transformed:
             got = unit.forward(*call.args, **call.kwargs)
@@ -100,7 +100,7 @@ def prove_layer(unit: FusedLayer, proofs: Proofs, cache: Any) -> str | None:
         rounding = torch.finfo(x.dtype).eps * torch.linalg.vector_norm(wanted.double())
         yield torch.linalg.vector_norm((got - wanted).double()) / (size + rounding / TOLERANCES[x.dtype])
 
-    return _prove(unit, proofs, compare, 0)
+    return _prove(unit, verification, compare, 0)
 
 
 @contextlib.contextmanager
@@ -120,30 +120,30 @@ def _watch(module: nn.Module | None, instead: Any = None) -> Iterator[list[Call]
             handle.remove()
 
 
-def prove_simply(unit: Unit, proofs: Proofs) -> str | None:
+def verify_unit(unit: Unit, verification: Verification) -> str | None:
     """The same for a module of one tensor."""
-    return _prove(unit, proofs, lambda call, step, loud: _compare_calls(unit, call, loud), 1)
+    return _prove(unit, verification, lambda call, step, scale: _compare_calls(unit, call, scale), 1)
 
 
 def _prove(
-    unit: Unit, proofs: Proofs, compare: Callable[[Call, int, float], Iterable[torch.Tensor]], num_loud: int
+    unit: Unit, verification: Verification, compare: Callable[[Call, int, float], Iterable[torch.Tensor]], num_scaled: int
 ) -> str | None:
     differences: list[torch.Tensor] = []
     tolerance = TOLERANCES[next(unit.module.parameters()).dtype]
     context: FusionContext = unit.context
-    recording, structural_key = proofs.recording, unit.structural_key()
+    recording, structural_key = verification.recording, unit.structural_key()
     steps = recording.steps_of(unit.module) or []
-    if structural_key in proofs.proven:
+    if structural_key in verification.verified:
         # Its weights are its own, the code is not.
-        steps, num_loud = [step for step in steps if step in proofs.telling] or steps, min(num_loud, 1)
+        steps, num_scaled = [step for step in steps if step in verification.quick_steps] or steps, min(num_scaled, 1)
     try:
         for number, step in enumerate(steps):
             call = recording.call(unit.module, step)
             assert call is not None
-            for loud in (1.0, LOUD) if number < num_loud else (1.0,):
+            for scale in (1.0, SCALE_UP) if number < num_scaled else (1.0,):
                 context.leave()
                 context.enter(_cache_of(call))
-                differences += compare(call, step, loud)
+                differences += compare(call, step, scale)
     except Exception as error:
         return f"{type(error).__name__}: {error}"[:300]
     finally:
@@ -154,8 +154,8 @@ def _prove(
     # NaN is no proof.
     if not worst <= tolerance:
         return f"results differ by {worst:.2g} of their size"
-    if structural_key not in proofs.proven:
-        proofs.proven.append(structural_key)
+    if structural_key not in verification.verified:
+        verification.verified.append(structural_key)
     return None
 
 
@@ -177,16 +177,16 @@ def _louder(call: Call, factor: float) -> tuple[tuple[Any, ...], dict[str, Any]]
     return args, {name: louder if a is x else a for name, a in call.kwargs.items()}
 
 
-def _compare_calls(unit: Unit, call: Call, loud: float) -> Iterable[torch.Tensor]:
-    args, kwargs = _louder(call, loud)
+def _compare_calls(unit: Unit, call: Call, scale: float) -> Iterable[torch.Tensor]:
+    args, kwargs = _louder(call, scale)
     wanted, got = _own_forward(unit.module)(*args, **kwargs), unit.forward(*args, **kwargs)
     if got is NotImplemented:
         return
-    yield relative(got, wanted, loud)
+    yield relative(got, wanted, scale)
 
 
 def _attend(
-    forward: Callable[..., Any], layer: Any, cache: Any, call: Call, loud: float, instead: torch.Tensor | None = None
+    forward: Callable[..., Any], layer: Any, cache: Any, call: Call, scale: float, instead: torch.Tensor | None = None
 ) -> tuple[list[torch.Tensor], torch.Tensor]:
     """Output, queries, and the keys and values that are in the pages afterwards, where nothing was before.
 
@@ -198,7 +198,7 @@ def _attend(
     page, offset = mapping // page_size, mapping % page_size
     for stored in (pages.k, pages.v):
         stored[page, :, offset] = 0
-    args, kwargs = _louder(call, loud)
+    args, kwargs = _louder(call, scale)
     with watch_attention(cache, seen.append, instead):
         result = forward(*args, **kwargs)
     if result is NotImplemented or len(seen) != 1 or not isinstance(result, tuple) or result[1:] != (None,):
