@@ -41,7 +41,7 @@ ALWAYS = 2**62
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Sampling:
+class WarperParams:
     """Parameters of a row that needs no more than the vectorised path: the meaning of transformers' warpers.
 
     ``temperature`` 1, ``top_k`` 0, ``top_p`` 1 and ``min_p`` 0 change nothing.
@@ -55,7 +55,7 @@ class Sampling:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class LogitChanges:
+class LogitAdjustments:
     """What changes a row's logits ahead of temperature and warpers, where the device does it.
 
     Attributes:
@@ -104,7 +104,7 @@ class RequestParams:
     max_length: int
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
-    plain: Sampling | None
+    plain: WarperParams | None
     processors: LogitsProcessorList
     criteria: StoppingCriteriaList
     all_criteria: StoppingCriteriaList
@@ -114,7 +114,7 @@ class RequestParams:
     padding_ids: tuple[int, ...]
     batch_row: int
     batch_rows: int
-    changes: LogitChanges | None = None
+    changes: LogitAdjustments | None = None
     _row_processors: dict[int, LogitsProcessorList] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
@@ -412,7 +412,7 @@ def derived_seed(seed: int, index: int) -> int:
     return z ^ (z >> 31)
 
 
-def _logit_changes(processors: Sequence[Any], padding: int) -> tuple[LogitChanges | None, Sequence[Any]]:
+def _logit_changes(processors: Sequence[Any], padding: int) -> tuple[LogitAdjustments | None, Sequence[Any]]:
     """What the first processors change, as far as the device can do it (None: nothing), and the others.
 
     Biases come first, as ``generate()`` has them. Suppressed tokens stay so whatever comes before or after.
@@ -447,11 +447,11 @@ def _logit_changes(processors: Sequence[Any], padding: int) -> tuple[LogitChange
         count += 1
     if not count or len(biases) > MAX_BIASES:
         return None, processors
-    changes = LogitChanges(tuple(biases), penalty, num_ignored, tuple(banned))
+    changes = LogitAdjustments(tuple(biases), penalty, num_ignored, tuple(banned))
     return changes, processors[count:]
 
 
-def _plain_sampling(processors: Sequence[Any], do_sample: bool) -> Sampling | None:
+def _plain_sampling(processors: Sequence[Any], do_sample: bool) -> WarperParams | None:
     """The parameters of a list of processors that is nothing but the four plain warpers, each once, in order."""
     order = (TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper, MinPLogitsWarper)
     kinds = [type(processor) for processor in processors]
@@ -468,7 +468,7 @@ def _plain_sampling(processors: Sequence[Any], do_sample: bool) -> Sampling | No
         if not is_stock or (kind is not TopKLogitsWarper and getattr(processor, "min_tokens_to_keep", 1) != 1):
             return None
         values[name] = getattr(processor, name)
-    return Sampling(do_sample=do_sample, **values)
+    return WarperParams(do_sample=do_sample, **values)
 
 
 def _checked_prompt(model: Any, prompt_ids: Any) -> torch.Tensor:

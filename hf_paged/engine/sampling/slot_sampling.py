@@ -6,7 +6,7 @@ from hf_paged_kernels.sampling.ops import sample_tokens_op
 from hf_paged_kernels.sampling.reference import MARKS, TOKENS_OF_WORD, choose_tokens, gumbel_noise, slot_rules
 
 from ..async_copy import send
-from .request_params import RequestParams, Sampling
+from .request_params import RequestParams, WarperParams
 
 NEUTRAL: dict[str, float] = {"temperature": 0.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "seed": 0, "logprobs": 0}
 INTEGERS = ("top_k", "seed", "logprobs")
@@ -61,7 +61,7 @@ class SlotSampling:
             row: number of the row in the request.
             tokens: int64 ``[num_tokens]``, prompt and what it has generated so far.
         """
-        sampling = rules.plain or Sampling(do_sample=rules.do_sample)
+        sampling = rules.plain or WarperParams(do_sample=rules.do_sample)
         for name in ("top_k", "top_p", "min_p"):
             self._column(name)[slot] = getattr(sampling, name)
         self._column("temperature")[slot] = (
