@@ -19,7 +19,7 @@ SEEDS = 1 << 62
 
 
 @dataclass(slots=True)
-class Job:
+class OfflineBatch:
     """Requests of one call that returns when all have ended.
 
     Attributes:
@@ -60,7 +60,7 @@ class Admission:
         priority: float,
         deadline_s: float | None,
         cache_salt: Any,
-        job: Job | None,
+        batch: OfflineBatch | None,
         rules: RequestParams | None,
         seed: int | None,
         **rules_options: Any,
@@ -91,7 +91,7 @@ class Admission:
         most_pages = self._checked_pages(prompt, rules)
         now = self.core.clock()
         # Longest first: whoever waits for all of a job waits for its longest request.
-        came, length = (now, 0) if job is None else (job.started, len(prompt) - rules.max_length)
+        came, length = (now, 0) if batch is None else (batch.started, len(prompt) - rules.max_length)
         request = Request(
             number=number,
             request_id=f"request-{number}" if request_id is None else str(request_id),
@@ -104,7 +104,7 @@ class Admission:
             key=(came - float(priority) * self.core.config.ageing_s, length, number),
             deadline=None if deadline_s is None else now + float(deadline_s),
             is_watched=rules.has_criteria,
-            is_job=job is not None and rules.mode == "rows" and rules.ends_by_length,
+            is_offline=batch is not None and rules.mode == "rows" and rules.ends_by_length,
             uses_prefixes=rules.num_prompt_logprobs is None,
             most_pages=most_pages,
         )

@@ -32,7 +32,7 @@ from .execution.step_inputs import DeviceSlotState
 from .in_flight import InFlightStep
 from .sampling.request_params import num_logits_of
 from .sampling.token_selector import TokenSelector, merged
-from .scheduling.pacing import job_tokens, mixed_prompt_tokens
+from .scheduling.pacing import mixed_prompt_tokens, offline_step_tokens
 from .scheduling.page_budget import PageRoom, split_pages
 from .scheduling.request import Request, Row
 from .scheduling.scheduler import Scheduler
@@ -97,7 +97,7 @@ class EngineCore:
         self.limits = StepLimits(
             config.max_batch_tokens,
             mixed_prompt_tokens(config.mixed_prompt_tokens, self.num_parameters),
-            job_tokens(config.mixed_prompt_tokens, self.num_parameters, config.max_batch_tokens),
+            offline_step_tokens(config.mixed_prompt_tokens, self.num_parameters, config.max_batch_tokens),
             whole_prompts=self.cache.has_states,
         )
         self.scheduler = Scheduler(
@@ -145,7 +145,7 @@ class EngineCore:
             sizes = chunk_sizes(self.config.max_batch_tokens, self.num_parameters)
             chunk_graphs = ChunkGraphs(
                 runner.static_chunk, self.slots, sizes, device, captures[1], self.limits.mixed_prompt_tokens,
-                self._row_tokens(), self.limits.job_tokens,
+                self._row_tokens(), self.limits.offline_step_tokens,
             )  # fmt: skip
             runner.use_graphs(graphs, chunk_graphs)
             self.limits.fill = chunk_graphs.fill

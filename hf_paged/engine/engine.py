@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 
 from ..errors import RequestError, UnsupportedModelError
 from ..fusion import FusedModel
-from .admission import Admission, Job
+from .admission import Admission, OfflineBatch
 from .config import EngineConfig
 from .core import no_gradients
 from .handle import RequestHandle
@@ -109,7 +109,7 @@ class Engine:
         prompt_logprobs: int | None = None,
         cache_salt: Any = None,
         rules: RequestParams | None = None,
-        _job: Job | None = None,
+        _batch: OfflineBatch | None = None,
     ) -> RequestHandle:
         """Hand over a request; it runs as soon as there is room.
 
@@ -137,14 +137,14 @@ class Engine:
         self._loop.check_open()
         request = self._admission.request(
             prompt_ids, request_id=request_id, priority=priority, deadline_s=deadline_s, cache_salt=cache_salt,
-            job=_job, rules=rules, seed=seed, generation_config=generation_config, logits_processor=logits_processor,
+            batch=_batch, rules=rules, seed=seed, generation_config=generation_config, logits_processor=logits_processor,
             stopping_criteria=stopping_criteria, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn, tokenizer=tokenizer,
             logprobs=logprobs, prompt_logprobs=prompt_logprobs,
         )  # fmt: skip
-        if _job is None:
+        if _batch is None:
             self.hand_over([request])
         else:
-            _job.add(request)
+            _batch.add(request)
         return RequestHandle(self, request)
 
     def hand_over(self, requests: list[Request]) -> None:

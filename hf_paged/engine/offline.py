@@ -8,7 +8,7 @@ import torch
 from transformers import GenerationConfig
 from transformers.utils.logging import tqdm
 
-from .admission import Job
+from .admission import OfflineBatch
 from .config import EngineConfig
 from .handle import RequestHandle
 from .scheduling.request import Request, RequestOutput
@@ -59,13 +59,13 @@ def generate(
             f"generation_config must be one, or one for each of {len(prompts)} prompts, got {len(configs)}."
         )
     handles: list[RequestHandle] = []
-    job, coming = Job(engine.clock()), list[RequestHandle]()
+    batch, coming = OfflineBatch(engine.clock()), list[RequestHandle]()
     try:
         for number, (prompt, config) in enumerate(zip(prompts, configs), 1):
-            coming.append(engine.submit(prompt, generation_config=config, _job=job, **options))
+            coming.append(engine.submit(prompt, generation_config=config, _batch=batch, **options))
             # What is enough for a step runs while the others are prepared.
-            if job.num_tokens >= engine.config.max_batch_tokens or number == len(prompts):
-                engine.hand_over(job.take())
+            if batch.num_tokens >= engine.config.max_batch_tokens or number == len(prompts):
+                engine.hand_over(batch.take())
                 handles += coming
                 coming = []
                 engine.advance()

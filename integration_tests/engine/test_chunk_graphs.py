@@ -185,8 +185,8 @@ def test_prompt_tokens_that_fill_a_step():
         (500, None, {(384, 32), (512, 32), (512, 96), (512, 176), (768, 176), (768, 256)}),
     ],
 )
-def test_what_is_captured_at_warm_up_is_what_most_steps_take(usual, job, buckets):
-    graphs, _ = replayed(Slots(256, 64), [512, 3072], mixed_tokens=usual, job_tokens=job)
+def test_what_is_captured_at_warm_up_is_what_most_steps_take(usual, batch, buckets):
+    graphs, _ = replayed(Slots(256, 64), [512, 3072], mixed_tokens=usual, offline_step_tokens=batch)
     graphs.warm_up()
     assert graphs._replays.keys() == {(512, 0), (3072, 0)} | buckets
     for rows in range(1, 257):

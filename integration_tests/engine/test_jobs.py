@@ -8,7 +8,7 @@ from random_requests import tiny_model
 from small_engines import alone, config, prompt
 
 import hf_paged
-from hf_paged.engine.scheduling.pacing import JOB_TOKENS, job_tokens
+from hf_paged.engine.scheduling.pacing import OFFLINE_STEP_TOKENS, offline_step_tokens
 
 BUDGET, LEAST = 96, 24
 
@@ -24,7 +24,7 @@ def make_engine(model, least: int = LEAST, **options) -> hf_paged.Engine:
         num_pages=400, page_size=8, max_num_seqs=32, max_batch_tokens=BUDGET, prefix_caching=False, self_check=False
     )
     engine = hf_paged.Engine(model, hf_paged.EngineConfig(**(defaults | options)), background=False)
-    engine._core.limits.job_tokens = least
+    engine._core.limits.offline_step_tokens = least
     return engine
 
 
@@ -176,10 +176,10 @@ def test_a_small_model_computes_whole_budgets_of_prompts(model):
 
 @pytest.mark.parametrize(
     ("option", "parameters", "tokens"),
-    [("auto", 8_000_000_000, JOB_TOKENS), ("auto", 600_000_000, 4096), (7, 8_000_000_000, None), (None, 1, None)],
+    [("auto", 8_000_000_000, OFFLINE_STEP_TOKENS), ("auto", 600_000_000, 4096), (7, 8_000_000_000, None), (None, 1, None)],
 )
 def test_steps_of_small_models_have_whole_budgets(option, parameters, tokens):
-    assert job_tokens(option, parameters, 4096) == tokens
+    assert offline_step_tokens(option, parameters, 4096) == tokens
 
 
 @pytest.mark.parametrize(

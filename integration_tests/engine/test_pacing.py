@@ -6,8 +6,8 @@ import pytest
 from hf_paged.engine.scheduling.pacing import (
     bucket_sizes,
     enough,
-    job_tokens,
     mixed_prompt_tokens,
+    offline_step_tokens,
     pace,
     wanted_prompt_tokens,
 )
@@ -39,7 +39,7 @@ def test_prompt_tokens_of_mixed_steps(option, num_parameters, expected):
     ],
 )
 def test_tokens_of_a_jobs_steps(option, num_parameters, max_batch_tokens, expected):
-    assert job_tokens(option, num_parameters, max_batch_tokens) == expected
+    assert offline_step_tokens(option, num_parameters, max_batch_tokens) == expected
 
 
 @pytest.mark.parametrize(

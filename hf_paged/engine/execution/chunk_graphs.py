@@ -155,7 +155,7 @@ class ChunkGraphs:
         capture: makes the function that replays a step.
         mixed_tokens: prompt tokens of most steps with decode rows; None: not known.
         row_tokens: tokens of the runs that chunks attend in; None: there are none, and no decode rows go along.
-        job_tokens: tokens of a job's steps at least, see :mod:`.pacing`; None: not known.
+        offline_step_tokens: tokens of a job's steps at least, see :mod:`.pacing`; None: not known.
 
     Attributes:
         failure: why there are no graphs, None while there may be.
@@ -170,10 +170,10 @@ class ChunkGraphs:
         capture: Capture,
         mixed_tokens: int | None = None,
         row_tokens: int | None = 16,
-        job_tokens: int | None = None,
+        offline_step_tokens: int | None = None,
     ) -> None:
         self.step, self.slots, self.sizes, self.device = step, slots, sizes, device
-        self.mixed_tokens, self.job_tokens = mixed_tokens or USUALLY_MIXED, job_tokens
+        self.mixed_tokens, self.offline_step_tokens = mixed_tokens or USUALLY_MIXED, offline_step_tokens
         self.row_tokens = row_tokens
         self.mixed_totals = mixed_totals(sizes[-1]) if row_tokens is not None else []
         self.output_sizes = output_sizes(slots.num_slots)
@@ -227,9 +227,9 @@ class ChunkGraphs:
             largest = self.mixed_totals[-1:]
             first, last = ((self._totals(rows + usual) or largest)[0] for rows in (least_rows, most_rows))
             found |= {(total, outputs) for total in self.mixed_totals if first <= total <= last}
-            if self.job_tokens is not None:
+            if self.offline_step_tokens is not None:
                 # A job's steps are of the first size that will do, and of the next one while they are late.
-                found |= {(total, outputs) for total in self._totals(max(self.job_tokens, least_rows + 1))}
+                found |= {(total, outputs) for total in self._totals(max(self.offline_step_tokens, least_rows + 1))}
         return found
 
     def _totals(self, count: int) -> list[int]:

@@ -9,7 +9,7 @@ prompts than are slowed down by them::
 
 Where nobody waits for a first token, all ends are known (a *job*) and there is room for all at once, the last tokens
 of the longest request end the job, and the others have time. A step of few tokens takes hardly less time than one of
-:data:`JOB_TOKENS`, since the weights are read anyway, and more tokens take time in proportion. So all steps have about
+:data:`OFFLINE_STEP_TOKENS`, since the weights are read anyway, and more tokens take time in proportion. So all steps have about
 as many: the longest requests go first, rows that would end early wait while there are prompts to compute in their
 place, and with the last prompts everyone decodes::
 
@@ -26,7 +26,7 @@ MIXED_WORK = 300_000_000_000
 MIXED_TOKENS = (192, 1024)
 """Fewest and most prompt tokens that follow from that: with fewer, reading the weights costs more than the tokens."""
 
-JOB_TOKENS = 256
+OFFLINE_STEP_TOKENS = 256
 """Tokens of a step of a job at least: fewer take hardly less time, since the weights are read anyway."""
 
 LONG_QUEUE = 2
@@ -47,7 +47,7 @@ def enough(count: int) -> int:
     return 3 * count // 4
 
 
-def job_tokens(option: int | str | None, num_parameters: int, max_batch_tokens: int) -> int | None:
+def offline_step_tokens(option: int | str | None, num_parameters: int, max_batch_tokens: int) -> int | None:
     """Tokens of a job's steps at least; None: a job's steps are like others, since ``mixed_prompt_tokens`` is given.
 
     Of small models a step's own costs are more than their weights' reading: whole budgets keep the number of steps with
@@ -56,7 +56,7 @@ def job_tokens(option: int | str | None, num_parameters: int, max_batch_tokens: 
     if option != "auto":
         return None
     is_small = MIXED_WORK // max(1, num_parameters) > MIXED_TOKENS[0]
-    return max_batch_tokens if is_small else min(JOB_TOKENS, max_batch_tokens)
+    return max_batch_tokens if is_small else min(OFFLINE_STEP_TOKENS, max_batch_tokens)
 
 
 def wanted_prompt_tokens(mixed_prompt_tokens: int, queued: int, max_batch_tokens: int) -> int:

@@ -16,7 +16,7 @@ class RequestQueue:
 
     def __init__(self) -> None:
         self._heap: list[tuple[Key, Request]] = []
-        self.num_tokens = self.num_others = 0
+        self.num_tokens = self.num_online = 0
 
     def __len__(self) -> int:
         return len(self._heap)
@@ -54,14 +54,14 @@ class RequestQueue:
 
     def _count(self, request: Request, change: int) -> None:
         self.num_tokens += change * len(request.prompt)
-        self.num_others += change * (not request.is_job)
+        self.num_online += change * (not request.is_offline)
 
     def check(self) -> None:
         """Prove the books (AssertionError if wrong)."""
         tokens = sum(len(request.prompt) for request in self)
         assert self.num_tokens == tokens, f"{tokens} prompt tokens wait, {self.num_tokens} were counted"
-        others = sum(not request.is_job for request in self)
-        assert self.num_others == others, f"{others} requests of no job wait, {self.num_others} were counted"
+        others = sum(not request.is_offline for request in self)
+        assert self.num_online == others, f"{others} requests of no job wait, {self.num_others} were counted"
         for request in self:
             assert request.state is State.WAITING, "a request that does not wait is in the queue"
             assert all(row.slot < 0 for row in request.rows), "a waiting request has a slot"

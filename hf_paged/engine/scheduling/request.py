@@ -124,7 +124,7 @@ class Request:
         number: order of submission.
         key: order of service: the smallest goes first; see :class:`EngineConfig.ageing_s`.
         has_made_id: its id was not given, and may be exchanged while nobody has seen it.
-        is_job: nobody waits for its first token, only for the end of all requests of the same call, and it ends with
+        is_offline: nobody waits for its first token, only for the end of all requests of the same call, and it ends with
             its last token that is allowed.
         rows: its sequences.
         forked: whether the other rows have their share of the prompt's pages already.
@@ -147,7 +147,7 @@ class Request:
     has_made_id: bool = False
     deadline: float | None = None
     is_watched: bool = False
-    is_job: bool = False
+    is_offline: bool = False
     uses_prefixes: bool = True
     most_pages: list[int] = field(default_factory=list)
     state: State = State.WAITING

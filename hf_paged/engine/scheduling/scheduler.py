@@ -118,7 +118,7 @@ class Scheduler:
         chunks.clear()
         self._vacated.clear()
         self.prefixes.begin_step()
-        is_paced = self.budget.is_unhurried_job()
+        is_paced = self.budget.has_room_for_all()
         if is_paced:
             decode, num_due, total = self.budget.pace(decode)
             budget = total - num_due

@@ -19,7 +19,7 @@ class StepLimits:
     Attributes:
         max_batch_tokens: tokens of a step at most.
         mixed_prompt_tokens: prompt tokens of a step beside decode rows while few are queued; None: the whole budget.
-        job_tokens: tokens of a step at least where there are only requests of jobs; None: such steps are like others.
+        offline_step_tokens: tokens of a step at least where there are only requests of jobs; None: such steps are like others.
         whole_prompts: a prompt is computed in one step (models whose states cannot go on from a chunk).
         fill: called with a number of decode rows, of prompt tokens, and of tokens of a step: prompt tokens that fill a
             captured step of at least so many; None: there is none.
@@ -27,7 +27,7 @@ class StepLimits:
 
     max_batch_tokens: int
     mixed_prompt_tokens: int | None = None
-    job_tokens: int | None = None
+    offline_step_tokens: int | None = None
     whole_prompts: bool = False
     fill: Callable[[int, int, int], int | None] = lambda num_decode, count, least: None
 
@@ -61,7 +61,7 @@ class StepBudget:
         """
         if self.limits.mixed_prompt_tokens is None or self.limits.whole_prompts:
             return self.limits.max_batch_tokens
-        if not len(decode) or (self.limits.job_tokens == self.limits.max_batch_tokens and self._has_only_jobs()):
+        if not len(decode) or (self.limits.offline_step_tokens == self.limits.max_batch_tokens and self._has_only_offline()):
             return self.limits.max_batch_tokens
         queued = sum(self.slots.target(row) - int(self.slots.computed[row.slot]) for row in self.prefilling)
         if not is_blocked and self.waiting:
@@ -70,11 +70,11 @@ class StepBudget:
         count = wanted_prompt_tokens(self.limits.mixed_prompt_tokens, queued, self.limits.max_batch_tokens)
         return self.limits.fill(len(decode), enough(count), 0) or count
 
-    def is_unhurried_job(self) -> bool:
+    def has_room_for_all(self) -> bool:
         """Whether there are prompts to compute, of requests of jobs alone, and slots and pages for all of them."""
-        if self.limits.job_tokens in (None, self.limits.max_batch_tokens) or self.limits.whole_prompts:
+        if self.limits.offline_step_tokens in (None, self.limits.max_batch_tokens) or self.limits.whole_prompts:
             return False
-        if not (self.prefilling or self.waiting) or not self._has_only_jobs():
+        if not (self.prefilling or self.waiting) or not self._has_only_offline():
             return False
         free, waiting = self.slots.num_free, list(self.waiting)
         if len(waiting) > free or sum(len(request.live) for request in waiting) > free:
@@ -91,7 +91,7 @@ class StepBudget:
         Returns:
             The same slots, those with most tokens to go first; how many of them cannot wait; tokens of the step.
         """
-        slots, least = self.slots, self.limits.job_tokens
+        slots, least = self.slots, self.limits.offline_step_tokens
         assert least is not None, "the model's jobs have steps like others"
         left = slots.max_length[decode] - 1 - slots.computed[decode]
         order = np.argsort(-left, kind="stable")
@@ -99,9 +99,9 @@ class StepBudget:
         prompt_tokens = self.limits.fill(num_due, rate - num_due, least) or max(rate - num_due, least - num_due, 1)
         return decode[order], num_due, min(num_due + prompt_tokens, self.limits.max_batch_tokens)
 
-    def _has_only_jobs(self) -> bool:
+    def _has_only_offline(self) -> bool:
         """Whether every request that runs or waits is one of a job."""
-        return not self.waiting.num_others and all(request.is_job for request in self.running)
+        return not self.waiting.num_online and all(request.is_offline for request in self.running)
 
     def _queue(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Of prompts, in the order of service: tokens to compute, rows that go on from it, and the steps these take."""
