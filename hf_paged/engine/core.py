@@ -148,7 +148,7 @@ class EngineCore:
                 self._row_tokens(), self.limits.offline_step_tokens,
             )  # fmt: skip
             runner.use_graphs(graphs, chunk_graphs)
-            self.limits.fill = chunk_graphs.fill
+            self.limits.tokens_to_fill_graph = chunk_graphs.tokens_to_fill_graph
         return reason
 
     def _row_tokens(self) -> int | None:

@@ -163,14 +163,14 @@ def test_numbers_of_outputs():
 def test_prompt_tokens_that_fill_a_step():
     graphs, _ = replayed(Slots(100, 64), [16, 300])
     assert graphs.mixed_totals == [128, 256, 300]
-    assert graphs.fill(3, 1) == 125
-    assert graphs.fill(3, 125) == 125
-    assert graphs.fill(3, 126) == 253
-    assert graphs.fill(40, 10, 200) == 216
-    assert graphs.fill(100, 200) == 200
-    assert graphs.fill(100, 201) is None
+    assert graphs.tokens_to_fill_graph(3, 1) == 125
+    assert graphs.tokens_to_fill_graph(3, 125) == 125
+    assert graphs.tokens_to_fill_graph(3, 126) == 253
+    assert graphs.tokens_to_fill_graph(40, 10, 200) == 216
+    assert graphs.tokens_to_fill_graph(100, 200) == 200
+    assert graphs.tokens_to_fill_graph(100, 201) is None
     graphs.failure = "none today"
-    assert graphs.fill(3, 1) is None
+    assert graphs.tokens_to_fill_graph(3, 1) is None
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_what_is_captured_at_warm_up_is_what_most_steps_take(usual, batch, bucke
     graphs.warm_up()
     assert graphs._replays.keys() == {(512, 0), (3072, 0)} | buckets
     for rows in range(1, 257):
-        tokens = graphs.fill(rows, 3 * usual // 4)
+        tokens = graphs.tokens_to_fill_graph(rows, 3 * usual // 4)
         assert graphs._bucket(rows, rows + tokens, rows + 1 if rows < 256 else rows) in buckets
 
 

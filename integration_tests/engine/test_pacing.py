@@ -5,10 +5,10 @@ import pytest
 
 from hf_paged.engine.scheduling.pacing import (
     bucket_sizes,
-    enough,
+    min_graph_fill,
     mixed_prompt_tokens,
     offline_step_tokens,
-    pace,
+    plan_offline_step,
     wanted_prompt_tokens,
 )
 
@@ -51,7 +51,7 @@ def test_more_are_computed_with_the_square_of_what_is_queued(queued, expected):
 
 
 def test_a_captured_step_that_is_somewhat_smaller_will_do():
-    assert [enough(count) for count in (0, 1, 4, 192, 193)] == [0, 0, 3, 144, 144]
+    assert [min_graph_fill(count) for count in (0, 1, 4, 192, 193)] == [0, 0, 3, 144, 144]
 
 
 @pytest.mark.parametrize(
@@ -72,7 +72,7 @@ def test_a_captured_step_that_is_somewhat_smaller_will_do():
 )
 def test_a_job_ends_with_its_longest_request(left, prompts, expected):
     tokens, rows, steps = np.array(prompts).T
-    assert pace(np.array(left, dtype=np.int64), tokens, rows, steps) == expected
+    assert plan_offline_step(np.array(left, dtype=np.int64), tokens, rows, steps) == expected
 
 
 def test_no_prompt_is_late_at_the_pace():
@@ -84,7 +84,7 @@ def test_no_prompt_is_late_at_the_pace():
         tokens, rows, steps = draw.integers(1, 80, num), draw.integers(1, 4, num), draw.integers(0, 50, num)
         steps = np.sort(steps)[::-1]
         horizon = max(left.max(), steps.max())
-        _, rate = pace(left, tokens, rows, steps)
+        _, rate = plan_offline_step(left, tokens, rows, steps)
         done = 0
         for step in range(horizon):
             to_go = np.concatenate([left, np.repeat(steps, rows)])

@@ -10,7 +10,7 @@ first in the step, and in what it gives. Of them the device knows more than the 
 of a length, token or position.
 
 ``rows`` are what attention sees as sequences: in large steps chunks, otherwise decode rows and runs of a few tokens of
-a chunk each, all short enough for the kernel of decode. So a step has one launch of attention, whose work is shared out
+a chunk each, all short min_graph_fill for the kernel of decode. So a step has one launch of attention, whose work is shared out
 evenly.
 
 ``outputs`` are decode rows and chunks: ``last`` is each one's last token in the step, ``lengths`` its tokens computed
@@ -33,7 +33,7 @@ from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
 from ..async_copy import send
-from ..scheduling.pacing import enough
+from ..scheduling.pacing import min_graph_fill
 from ..scheduling.slots import Slots
 from ..scheduling.step import ScheduledStep
 from .decode_graphs import Capture, is_short_of_memory
@@ -204,7 +204,7 @@ class ChunkGraphs:
         static.copy_(send(self._pack(work, choosers, self.layout(*bucket)), self.device))
         return replay()
 
-    def fill(self, num_decode: int, count: int, least: int = 0) -> int | None:
+    def tokens_to_fill_graph(self, num_decode: int, count: int, least: int = 0) -> int | None:
         """Prompt tokens that fill the smallest captured step with ``num_decode`` rows and room for ``count``, of
         ``least`` tokens or more; None: there is none."""
         totals = self._totals(max(num_decode + max(count, 1), least))
@@ -221,7 +221,7 @@ class ChunkGraphs:
 
     def _usual_buckets(self) -> set[tuple[int, int]]:
         """Buckets of most steps with decode rows: with the usual number of prompt tokens, and those of jobs."""
-        usual, most_rows, found = enough(self.mixed_tokens), 0, set()
+        usual, most_rows, found = min_graph_fill(self.mixed_tokens), 0, set()
         for outputs in self.output_sizes if self.mixed_totals else ():
             least_rows, most_rows = most_rows + 1, min(outputs, self.slots.num_slots)
             largest = self.mixed_totals[-1:]

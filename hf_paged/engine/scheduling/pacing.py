@@ -41,7 +41,7 @@ def mixed_prompt_tokens(option: int | str | None, num_parameters: int) -> int | 
     return min(max(least, MIXED_WORK // max(1, num_parameters)), most)
 
 
-def enough(count: int) -> int:
+def min_graph_fill(count: int) -> int:
     """Prompt tokens that will do where ``count`` are wanted: a captured step that is somewhat smaller is better filled
     than a larger one."""
     return 3 * count // 4
@@ -64,7 +64,7 @@ def wanted_prompt_tokens(mixed_prompt_tokens: int, queued: int, max_batch_tokens
     return max(mixed_prompt_tokens, queued * queued // (LONG_QUEUE * max_batch_tokens))
 
 
-def pace(left: np.ndarray, tokens: np.ndarray, rows: np.ndarray, steps: np.ndarray) -> tuple[int, int]:
+def plan_offline_step(left: np.ndarray, tokens: np.ndarray, rows: np.ndarray, steps: np.ndarray) -> tuple[int, int]:
     """A step of a job that all of it has room for.
 
     The job takes as many steps as the row with most tokens to go. Of these each other row can spare some, and a prompt

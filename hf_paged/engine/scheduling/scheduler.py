@@ -120,7 +120,7 @@ class Scheduler:
         self.prefixes.begin_step()
         is_paced = self.budget.has_room_for_all()
         if is_paced:
-            decode, num_due, total = self.budget.pace(decode)
+            decode, num_due, total = self.budget.plan_offline_step(decode)
             budget = total - num_due
         elif self.prefilling or self.waiting:
             budget = min(budget, self.budget.prompt_tokens(decode, self._blocked is not None))

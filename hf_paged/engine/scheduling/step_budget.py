@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .pacing import enough, pace, wanted_prompt_tokens
+from .pacing import min_graph_fill, plan_offline_step, wanted_prompt_tokens
 from .queue import RequestQueue
 from .request import Request, Row
 from .slot_pages import SlotPages
@@ -29,7 +29,7 @@ class StepLimits:
     mixed_prompt_tokens: int | None = None
     offline_step_tokens: int | None = None
     whole_prompts: bool = False
-    fill: Callable[[int, int, int], int | None] = lambda num_decode, count, least: None
+    tokens_to_fill_graph: Callable[[int, int, int], int | None] = lambda num_decode, count, least: None
 
 
 class StepBudget:
@@ -68,7 +68,7 @@ class StepBudget:
             # Those that find a slot, at their mean length; what prefixes will save is not known yet.
             queued += self.waiting.num_tokens * min(len(self.waiting), self.slots.num_free) // len(self.waiting)
         count = wanted_prompt_tokens(self.limits.mixed_prompt_tokens, queued, self.limits.max_batch_tokens)
-        return self.limits.fill(len(decode), enough(count), 0) or count
+        return self.limits.tokens_to_fill_graph(len(decode), min_graph_fill(count), 0) or count
 
     def has_room_for_all(self) -> bool:
         """Whether there are prompts to compute, of requests of jobs alone, and slots and pages for all of them."""
@@ -82,7 +82,7 @@ class StepBudget:
         pages = np.array([request.most_pages for request in [*self.running, *waiting]]).sum(axis=0)
         return all(count <= table.allocator.num_pages for count, table in zip(pages, self.pages.tables))
 
-    def pace(self, decode: np.ndarray) -> tuple[np.ndarray, int, int]:
+    def plan_offline_step(self, decode: np.ndarray) -> tuple[np.ndarray, int, int]:
         """A step of a job that all of it has room for, see :func:`.pacing.pace`.
 
         Args:
@@ -95,8 +95,8 @@ class StepBudget:
         assert least is not None, "the model's jobs have steps like others"
         left = slots.max_length[decode] - 1 - slots.computed[decode]
         order = np.argsort(-left, kind="stable")
-        num_due, rate = pace(left[order], *self._queue())
-        prompt_tokens = self.limits.fill(num_due, rate - num_due, least) or max(rate - num_due, least - num_due, 1)
+        num_due, rate = plan_offline_step(left[order], *self._queue())
+        prompt_tokens = self.limits.tokens_to_fill_graph(num_due, rate - num_due, least) or max(rate - num_due, least - num_due, 1)
         return decode[order], num_due, min(num_due + prompt_tokens, self.limits.max_batch_tokens)
 
     def _has_only_offline(self) -> bool:
