@@ -196,8 +196,8 @@ class EngineCore:
             is_ahead: the tokens of the step before are on their way: None may mean to wait for them.
         """
         work = self.scheduler.schedule(may_give_up=not is_ahead)
-        while self.scheduler.impossible:
-            request, error = self.scheduler.impossible.pop()
+        while self.scheduler.unservable:
+            request, error = self.scheduler.unservable.pop()
             self.endings.end(request, "error", error)
             if work is None:
                 work = self.scheduler.schedule(may_give_up=not is_ahead)

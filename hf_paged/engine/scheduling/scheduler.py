@@ -68,7 +68,7 @@ class Scheduler:
         self.running: dict[Request, None] = {}
         self.prefilling: list[Row] = []
         self.budget = StepBudget(slots, pages, limits, self.waiting, self.running, self.prefilling)
-        self.impossible: list[tuple[Request, Exception]] = []
+        self.unservable: list[tuple[Request, Exception]] = []
         self.counts = SchedulerCounts()
         self._blocked: tuple[int, int, int] | None = None
         # Of the step that is being planned: tokens of rows that do not decode yet, and slots that were given up.
@@ -107,10 +107,10 @@ class Scheduler:
     def schedule(self, may_give_up: bool = True) -> ScheduledStep | None:
         """Plan a step and take its pages; None when there is nothing to compute.
 
-        Requests that turn out impossible are put in ``impossible``; they hold their pages until removed.
+        Requests that turn out unservable are put in ``unservable``; they hold their pages until removed.
 
         Args:
-            may_give_up: False: rows may be about to end, so that nobody is impossible for the want of their pages.
+            may_give_up: False: rows may be about to end, so that nobody is unservable for the want of their pages.
         """
         decode = self._plan_decode()
         budget = self.limits.max_batch_tokens - int((1 + self.slots.draft[decode]).sum())
@@ -361,7 +361,7 @@ class Scheduler:
 
     def _reject(self, request: Request, error: Exception) -> None:
         """Let a running request take no further part; the caller of :meth:`schedule` ends it."""
-        self.impossible.append((request, error))
+        self.unservable.append((request, error))
         for row in request.live:
             if row.slot >= 0:
                 self.slots.decoding[row.slot] = False
