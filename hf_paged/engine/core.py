@@ -232,9 +232,9 @@ class EngineCore:
         prompts = work.slots[work.num_decode :][work.samples[work.num_decode :]]
         firsts = [request for request in (slots.row(slot).request for slot in prompts) if request.first_token is None]
         forks = self.scheduler.launched(work)
-        for leader, others in forks:
+        for source, others in forks:
             if self.cache.has_states and others:
-                self.cache.copy_states([row.slot for row in others], [leader.slot] * len(others))
+                self.cache.copy_states([row.slot for row in others], [source.slot] * len(others))
         sampled = np.flatnonzero(work.samples)
         chosen = work.slots[sampled]
         rows = sampled
@@ -251,8 +251,8 @@ class EngineCore:
                     wanted = int(slots.draft[row.slot]) + 1
                     launched.drafted.append((row, result.of(result.last[i] - wanted, result.last[i])))
             chosen, rows = chosen[together], rows[together]
-        for leader, others in forks:
-            place = np.flatnonzero(chosen == leader.slot)
+        for source, others in forks:
+            place = np.flatnonzero(chosen == source.slot)
             if len(place) and others:
                 # Fresh samples of one prompt: each chooses its first token from the same logits.
                 more = np.array([row.slot for row in others], dtype=np.int64)

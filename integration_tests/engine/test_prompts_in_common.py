@@ -82,13 +82,13 @@ def test_random_beginnings_in_a_small_pool(family, page_size):
     options = dict(page_size=page_size, num_pages=200 // page_size, max_num_seqs=7, max_batch_tokens=40)
     with make_engine(model, **options) as engine:
         scheduler, shared = engine._core.scheduler, []
-        follow = scheduler.prefixes.follow
+        share_inflight_prefix = scheduler.prefixes.share_inflight_prefix
 
         def follow_and_count(row, tokens, found, *step):
-            shared.append(follow(row, tokens, found, *step) - found)
+            shared.append(share_inflight_prefix(row, tokens, found, *step) - found)
             return found + shared[-1]
 
-        scheduler.prefixes.follow = follow_and_count
+        scheduler.prefixes.share_inflight_prefix = follow_and_count
         handles, is_running = [], True
         while is_running:
             for i in range(len(handles), min(len(handles) + draw.randint(0, 8), len(prompts))):
@@ -150,7 +150,7 @@ def test_who_shares_what_a_failed_step_was_to_compute_starts_again(monkeypatch):
         monkeypatch.setattr(
             scheduler,
             "_plan_chunk",
-            lambda row, budget: 0 if row in scheduler.prefixes.followers else plan_chunk(row, budget),
+            lambda row, budget: 0 if row in scheduler.prefixes.sharers else plan_chunk(row, budget),
         )
 
         def fail(*args):

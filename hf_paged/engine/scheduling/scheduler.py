@@ -154,7 +154,7 @@ class Scheduler:
             Requests whose prompt is now computed for one row, as (that row, the rows that share it from here on).
         """
         self.slots.computed[work.slots] += work.counts
-        self.prefixes.followers.clear()
+        self.prefixes.sharers.clear()
         forks = []
         for slot in work.slots[work.num_decode :].tolist():
             row = self.slots.row(slot)
@@ -172,7 +172,7 @@ class Scheduler:
     def failed(self) -> None:
         """The planned step could not be launched, and its requests have ended: rows that share what it was to compute
         start again."""
-        for row in list(self.prefixes.followers):
+        for row in list(self.prefixes.sharers):
             if row.slot >= 0:
                 self.slots.computed[row.slot] = row.request.cached_tokens = 0
                 self.preempt(row.request, allow_swap=False)
@@ -327,14 +327,14 @@ class Scheduler:
             needed.append(count)
         return pages.make_room(needed)
 
-    def _fork(self, leader: Row) -> list[Row]:
+    def _fork(self, source: Row) -> list[Row]:
         """Let the other rows of a request share the prompt that ``leader`` has computed."""
-        request = leader.request
-        others = [row for row in request.live if row is not leader]
-        self.pages.fork(leader.slot, [row.slot for row in others])
+        request = source.request
+        others = [row for row in request.live if row is not source]
+        self.pages.fork(source.slot, [row.slot for row in others])
         request.forked = True
         prompt = len(request.prompt)
-        for row in [leader, *others]:
+        for row in [source, *others]:
             self.slots.shares[row.slot] = prompt % self.pages.page_size != 0
         for row in others:
             self.slots.computed[row.slot] = prompt
@@ -394,7 +394,7 @@ class Scheduler:
         if row in self.prefilling:
             self.prefilling.remove(row)
         self._chunks.pop(row, None)
-        self.prefixes.followers.pop(row, None)
+        self.prefixes.sharers.pop(row, None)
         self._vacated.append(row.slot)
         self.pages.free(row.slot)
         self.slots.release(row)

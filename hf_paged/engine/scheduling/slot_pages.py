@@ -266,13 +266,13 @@ class SlotPages:
             table.first_held[slot] = next((i for i, page in enumerate(ids) if page != GONE), len(ids))
         self.num_pages[slot] = len(pages[0])
 
-    def can_share_on(self, source: int, target: int, tokens: int) -> bool:
+    def can_share_prefix_from(self, source: int, target: int, tokens: int) -> bool:
         """Whether ``source`` holds what ``target`` has not got of the first ``tokens``, full pages, and will need: not
         what windows have passed by then."""
         have = int(self.num_pages[target])
         return all(table.first_held[source] <= max(have, table.first_seen(tokens)) for table in self.tables)
 
-    def share_on(self, source: int, target: int, tokens: int) -> None:
+    def share_prefix_from(self, source: int, target: int, tokens: int) -> None:
         """Let ``target`` go on behind the first ``tokens``, full pages, with its own pages and those of ``source``."""
         last = tokens // self.page_size
         for table in self.tables:
