@@ -199,14 +199,14 @@ class Scheduler:
             needed = int(missing[missing > 0].sum()) + len(copies)
             if needed == 0:
                 break
-            pages.pass_window(short.tolist(), slots.computed)
-            if pages.make_room(needed):
+            pages.free_behind_window(short.tolist(), slots.computed)
+            if pages.ensure_free(needed):
                 if (missing[missing > 0] == 1).all():
                     pages.extend_one(short)
                 else:
                     for slot, end in zip(short.tolist(), ends[missing > 0].tolist()):
                         pages.extend(slot, end)
-                pages.own_pages(copies, slots.computed[copies].tolist())
+                pages.copy_on_write(copies, slots.computed[copies].tolist())
                 break
             if not self._preempt_worst():
                 break
@@ -226,17 +226,17 @@ class Scheduler:
             return 0  # A prompt longer than the budget has a step for itself.
         if count <= 0:
             return 0
-        pages.pass_window([slot], slots.computed)
+        pages.free_behind_window([slot], slots.computed)
         if slots.shares[slot]:
             while pages.shares_page(slot, computed):
-                if pages.make_room(1):
-                    pages.own_pages([slot], [computed])
+                if pages.ensure_free(1):
+                    pages.copy_on_write([slot], [computed])
                 elif not self._preempt_worst(better_than=row):
                     return 0
             slots.shares[slot] = False
         while True:
             missing = pages.pages_of(computed + count) - int(pages.num_pages[slot])
-            if missing <= 0 or pages.make_room(missing):
+            if missing <= 0 or pages.ensure_free(missing):
                 break
             fits = (int(pages.num_pages[slot]) + pages.num_free()) * pages.page_size - computed
             if fits > 0 and not self.limits.whole_prompts:
@@ -325,7 +325,7 @@ class Scheduler:
                 whole = pages.most_pages(table, int(self.slots.length[row.slot]), pages.page_size)
                 count += min(missing, whole)
             needed.append(count)
-        return pages.make_room(needed)
+        return pages.ensure_free(needed)
 
     def _fork(self, source: Row) -> list[Row]:
         """Let the other rows of a request share the prompt that ``leader`` has computed."""

@@ -62,7 +62,7 @@ class GroupPageTable(SequenceTable):
         """The first page that a query behind ``tokens`` sees."""
         return 0 if self.window is None else max(0, tokens - self.window + 1) // self.page_size
 
-    def pass_window(self, slot: int, computed: int) -> None:
+    def free_behind_window(self, slot: int, computed: int) -> None:
         """Give back the pages that no query after ``computed`` tokens sees.
 
         A little more is kept: what a query sees at the last page boundary, so that the full pages can be stored as a
@@ -113,7 +113,7 @@ class SlotPages:
         """Pages free in the group that has fewest."""
         return min((table.allocator.num_free for table in self.tables), default=1 << 40)
 
-    def make_room(self, count: int | Sequence[int]) -> bool:
+    def ensure_free(self, count: int | Sequence[int]) -> bool:
         """Have ``count`` free pages in every group (or ``count[i]`` in group i); stored prefixes give way to them."""
         min_graph_fill = True
         for index, table in enumerate(self.tables):
@@ -181,12 +181,12 @@ class SlotPages:
                 table.set_pages(slot, have, table.allocator.allocate(missing))
             self.num_pages[slot] += missing
 
-    def pass_window(self, slots: Sequence[int], computed: np.ndarray) -> None:
+    def free_behind_window(self, slots: Sequence[int], computed: np.ndarray) -> None:
         """Give back pages that the windows have passed; ``computed`` is by slot."""
         for table in self.tables:
             if table.window is not None:
                 for slot in slots:
-                    table.pass_window(slot, int(computed[slot]))
+                    table.free_behind_window(slot, int(computed[slot]))
 
     def free(self, slot: int) -> None:
         """Give every page of a slot back."""
@@ -237,7 +237,7 @@ class SlotPages:
             table.allocator.is_shared(table.pages[slot][index]) for table in self.tables
         )
 
-    def own_pages(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
+    def copy_on_write(self, slots: Sequence[int], tokens: Sequence[int]) -> None:
         """Copy shared pages: of ``slots[i]`` that of ``tokens[i]``, about to be written; there must be room."""
         for number, table in enumerate(self.tables):
             sources, targets = [], []

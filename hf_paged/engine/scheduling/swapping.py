@@ -69,7 +69,7 @@ class Swapping:
         """Bring the pages of a row back, which has a slot without pages; False: there are too few, compute it again."""
         swapped: SwappedRow = row.swapped
         self.space_left += swapped.num_bytes
-        if not self.pages.make_room([sum(held) for held in swapped.held]):
+        if not self.pages.ensure_free([sum(held) for held in swapped.held]):
             return False
         adopted: list[list[int | None]] = []
         for table, held, layers in zip(self.pages.tables, swapped.held, swapped.layers):
