@@ -275,15 +275,15 @@ class EngineCore:
         """
         host, chosen, index = self.slots, launched.slots, result.last[rows] - 1
         # Rows that only now fork from a prompt choose from its logits, each for itself.
-        places = np.where(launched.work.slots[rows] == chosen, result.places[rows], -1)
-        known, others = np.flatnonzero(places >= 0), np.flatnonzero(places < 0)
+        token_index = np.where(launched.work.slots[rows] == chosen, result.token_index[rows], -1)
+        known, others = np.flatnonzero(token_index >= 0), np.flatnonzero(token_index < 0)
         selections = []
         if len(known):
             tokens, lse = result.tokens, result.lse
             assert tokens is not None
             assert lse is not None
-            if not np.array_equal(places, np.arange(len(tokens))):
-                where = send(places[known], tokens.device)
+            if not np.array_equal(token_index, np.arange(len(tokens))):
+                where = send(token_index[known], tokens.device)
                 tokens, lse = tokens[where], lse[where]
             selections.append(
                 self.selector.chosen(chosen[known], tokens, lse, lambda some: result.take(index[known[some]]))

@@ -11,8 +11,8 @@ from transformers import GenerationConfig
 
 from hf_paged.engine.execution import chunk_graphs
 from hf_paged.engine.execution.chunk_graphs import (
-    KNOWN,
     MIN_ROWS,
+    ON_DEVICE,
     ChunkGraphs,
     Layout,
     chunk_sizes,
@@ -76,21 +76,21 @@ def test_the_array_says_what_the_host_knows(num_decode, row_tokens):
     graphs, seen = replayed(slots, [16, 32, 64], row_tokens=row_tokens)
     n = num_decode
     taken, counts = np.array([5, 0, 4, 1, 3])[2 - n :], np.array([1, 1, 2, 9, 1])[2 - n :]
-    choosers = np.array([False] * (n > 0) + [True] * (n - 1) + [True, False, True])
-    assert graphs.run(ScheduledStep(taken, counts, n, np.ones(3 + n, bool)), choosers) is not None
+    sampled_on_device = np.array([False] * (n > 0) + [True] * (n - 1) + [True, False, True])
+    assert graphs.run(ScheduledStep(taken, counts, n, np.ones(3 + n, bool)), sampled_on_device) is not None
     layout = graphs.layout(*((64, 32) if n else (16, 0)))
     assert layout.row_tokens == row_tokens
     (row_slots, ends, lengths), outputs, (ids, positions, row_of) = (x.tolist() for x in layout.split(seen[0].numpy()))
     tail = layout.num_outputs - 3 - n
     assert outputs[0] == [6, 0][:n] + [4, 6, 3] + [6] * tail
     assert outputs[1] == [0, 1][:n] + [n + 1, n + 10, n + 11] + [0] * tail
-    assert outputs[2] == [KNOWN] * n + [42, 12, 12] + [0] * tail
+    assert outputs[2] == [ON_DEVICE] * n + [42, 12, 12] + [0] * tail
     # Each token is in a row of its slot, at its place before the row's end.
-    known = [(5, KNOWN), (0, KNOWN)][:n]
+    known = [(5, ON_DEVICE), (0, ON_DEVICE)][:n]
     tokens = [*known, (4, 40), (4, 41), *((1, i) for i in range(3, 12)), (3, 11)]
     assert [row_slots[row] for row in row_of] == [slot for slot, _ in tokens] + [6] * (layout.num_tokens - 12 - n)
     assert positions[: 12 + n] == [position for _, position in tokens]
-    assert ids[:n] == lengths[:n] == [KNOWN] * n
+    assert ids[:n] == lengths[:n] == [ON_DEVICE] * n
     assert ids[n : 12 + n] == [slots.history[slot, position] for slot, position in tokens[n:]]
     for token, row in enumerate(row_of[n : 12 + n], n):
         assert lengths[row] - ends[row] == positions[token] - token
@@ -128,7 +128,7 @@ def test_families(family):
         graphs = engine._core.runner.chunk_graphs
         used = []
         run = graphs.run
-        graphs.run = lambda work, choosers: used.append(len(work.slots)) or run(work, choosers)
+        graphs.run = lambda work, sampled_on_device: used.append(len(work.slots)) or run(work, sampled_on_device)
         assert [output.token_ids for output in engine.generate(prompts, generation_config=config(6))] == expected
         short = [prompt(4, 50), prompt(7, 51)]
         expected = [alone(model, ids, config(6)) for ids in short]

@@ -3,10 +3,10 @@
 A short prompt is bound by the host: launching its kernels takes longer than running them, and every running sequence
 waits meanwhile. A graph takes one array, sent in one piece::
 
-    slots, ends, lengths [rows] each  |  choosers, last, lengths [outputs] each  |  ids, positions, row_of [tokens] each
+    slots, ends, lengths [rows] each  |  sampled_on_device, last, lengths [outputs] each  |  ids, positions, row_of [tokens] each
 
 Small chunks take decode rows along, since reading the weights again would cost more than the tokens do. Those come
-first in the step, and in what it gives. Of them the device knows more than the host, which puts ``KNOWN`` in the place
+first in the step, and in what it gives. Of them the device knows more than the host, which puts ``ON_DEVICE`` in the place
 of a length, token or position.
 
 ``rows`` are what attention sees as sequences: in large steps chunks, otherwise decode rows and runs of a few tokens of
@@ -14,7 +14,7 @@ a chunk each, all short min_graph_fill for the kernel of decode. So a step has o
 evenly.
 
 ``outputs`` are decode rows and chunks: ``last`` is each one's last token in the step, ``lengths`` its tokens computed
-by then, ``choosers`` the slots of those whose next token is chosen from this step's logits by the parameters of the
+by then, ``sampled_on_device`` the slots of those whose next token is chosen from this step's logits by the parameters of the
 slot; for the others, the slot that has no tokens. Tokens that fill up a bucket belong to rows of that slot: they write
 nothing and see nothing.
 
@@ -71,7 +71,7 @@ which walks through all keys (H200, 128 tokens behind 8,192: 149 us a layer, 60 
 USES_BEFORE_CAPTURE = 2
 """Steps of a bucket that run eagerly, or in a larger graph, before it is captured: a capture costs two of them."""
 
-KNOWN = -1
+ON_DEVICE = -1
 """Stands for what the device knows."""
 
 Outputs = tuple[torch.Tensor, ...]
@@ -187,12 +187,12 @@ class ChunkGraphs:
     def __len__(self) -> int:
         return len(self._replays)
 
-    def run(self, work: ScheduledStep, choosers: np.ndarray) -> Outputs | None:
+    def run(self, work: ScheduledStep, sampled_on_device: np.ndarray) -> Outputs | None:
         """Queue a step; None: it has no graph, nothing was done.
 
         Args:
             work: decode rows, and chunks whose tokens the host knows.
-            choosers: bool ``[num_rows]``: rows whose next token is chosen.
+            sampled_on_device: bool ``[num_rows]``: rows whose next token is chosen.
 
         Returns:
             What the step gives, overwritten by a later one; the rows of ``work`` come first.
@@ -201,7 +201,7 @@ class ChunkGraphs:
         if bucket is None:
             return None
         static, replay = self._replays[bucket]
-        static.copy_(send(self._pack(work, choosers, self.layout(*bucket)), self.device))
+        static.copy_(send(self._pack(work, sampled_on_device, self.layout(*bucket)), self.device))
         return replay()
 
     def tokens_to_fill_graph(self, num_decode: int, count: int, least: int = 0) -> int | None:
@@ -286,7 +286,7 @@ class ChunkGraphs:
             if not self._replays and not is_short_of_memory(error):
                 self.failure = message
 
-    def _pack(self, work: ScheduledStep, choosers: np.ndarray, layout: Layout) -> np.ndarray:
+    def _pack(self, work: ScheduledStep, sampled_on_device: np.ndarray, layout: Layout) -> np.ndarray:
         """The array of a step, int64."""
         host, n, num, counts = self.slots, work.num_decode, len(work.slots), work.counts
         num_tokens, ends = work.num_tokens, work.counts.cumsum()
@@ -299,7 +299,7 @@ class ChunkGraphs:
 
         chosen, last, lengths = outputs
         chosen[:] = host.num_slots
-        chosen[:num][choosers] = work.slots[choosers]
+        chosen[:num][sampled_on_device] = work.slots[sampled_on_device]
         last[:num] = ends - 1
         lengths[:num] = computed
 
@@ -318,5 +318,5 @@ class ChunkGraphs:
         row_lengths[:num_runs][is_real] = (computed - counts)[source[is_real]] + run_ends[is_real]
         row_of[:] = np.repeat(np.arange(num_runs), np.diff(row_ends[:num_runs], prepend=0))
         for known in (ids, positions, lengths, row_lengths):
-            known[:n] = KNOWN
+            known[:n] = ON_DEVICE
         return array

@@ -18,7 +18,7 @@ from ..async_copy import send
 from ..sampling.slot_sampling import SlotSampling
 from ..scheduling.slots import Slots
 from ..scheduling.step import ScheduledStep
-from .chunk_graphs import KNOWN, ChunkGraphs, Layout
+from .chunk_graphs import ON_DEVICE, ChunkGraphs, Layout
 from .compiled import CompiledModules, as_written
 from .decode_graphs import DecodeGraphs, is_short_of_memory
 from .engine_cache import EngineCache
@@ -45,7 +45,7 @@ class StepLogits:
     parts: list[torch.Tensor]
     first: np.ndarray
     last: np.ndarray
-    places: np.ndarray
+    token_index: np.ndarray
     tokens: torch.Tensor | None = None
     lse: torch.Tensor | None = None
 
@@ -133,9 +133,9 @@ class Runner:
             return self._run_packed(work, num_logits)
         logits, tokens, lse = decoded
         n = len(tokens)
-        places = np.where(self._choosers(work)[:n], np.arange(n), -1)
+        token_index = np.where(self._sampled_on_device(work)[:n], np.arange(n), -1)
         if n == len(work.slots):
-            return StepLogits([logits], ends - num_logits, ends, places, tokens, lse)
+            return StepLogits([logits], ends - num_logits, ends, token_index, tokens, lse)
         # Large chunks in a launch of their own.
         chunks = ScheduledStep(work.slots[n:], work.counts[n:], 0, work.samples[n:])
         more = self._run_packed(chunks, num_logits[n:])
@@ -143,8 +143,8 @@ class Runner:
         last = np.concatenate([np.arange(1, n + 1), n + more.last])
         if more.tokens is not None and more.lse is not None:
             tokens, lse = torch.cat([tokens, more.tokens]), torch.cat([lse, more.lse])
-        places = np.concatenate([places, np.where(more.places >= 0, n + more.places, -1)])
-        return StepLogits([logits, *more.parts], first, last, places, tokens, lse)
+        token_index = np.concatenate([token_index, np.where(more.token_index >= 0, n + more.token_index, -1)])
+        return StepLogits([logits, *more.parts], first, last, token_index, tokens, lse)
 
     def _run_packed(self, work: ScheduledStep, num_logits: np.ndarray) -> StepLogits:
         """Rows that no decode graph runs: chunks of prompts, candidates, and all of them without graphs."""
@@ -155,7 +155,7 @@ class Runner:
         logits = self.forward(self.tables.inputs(work), self._index(work.counts, num_logits))[0]
         return StepLogits([logits], ends - num_logits, ends, _no_places(work))
 
-    def _choosers(self, work: ScheduledStep) -> np.ndarray:
+    def _sampled_on_device(self, work: ScheduledStep) -> np.ndarray:
         """bool ``[num_rows]``: rows whose next token follows from this step's logits and the device's tables alone."""
         return work.samples & self.slots.is_row[work.slots] & self.sampling.on_device[work.slots]
 
@@ -193,7 +193,7 @@ class Runner:
         _, (slots, last, lengths), _ = layout.split(buffer)
         logits = self.forward(self.tables.chunk_inputs(buffer, layout), last)[0]
         # Counted already, as in a step that only decodes.
-        lengths = torch.where(lengths == KNOWN, self.tables.computed[slots], lengths)
+        lengths = torch.where(lengths == ON_DEVICE, self.tables.computed[slots], lengths)
         tokens, lse = self.sampling.choose_static(logits, slots, lengths)
         self.tables.note_tokens(slots, tokens, lengths)
         return logits, tokens, lse
@@ -291,16 +291,16 @@ class Runner:
             return None
         if (self.graphs is not None and self.graphs.failure is not None) or not self._may_replay():
             return None
-        choosers = self._choosers(work)
+        sampled_on_device = self._sampled_on_device(work)
         # Of decode rows the device knows what it needs, or is told now.
         self.tables.refresh(work.slots[:n])
-        found = self.chunk_graphs.run(work, choosers)
+        found = self.chunk_graphs.run(work, sampled_on_device)
         if found is None:
             return None
         logits, tokens, lse = found
-        self.tables.stale[work.slots[n:]] = ~choosers[n:]
+        self.tables.stale[work.slots[n:]] = ~sampled_on_device[n:]
         first = np.arange(len(work.slots))
-        return StepLogits([logits], first, first + num_logits, np.where(choosers, first, -1), tokens, lse)
+        return StepLogits([logits], first, first + num_logits, np.where(sampled_on_device, first, -1), tokens, lse)
 
     def _may_replay(self) -> bool:
         """Whether a replay does what the model's forward would do now."""

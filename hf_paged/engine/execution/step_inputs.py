@@ -20,7 +20,7 @@ from ..async_copy import send
 from ..scheduling.slot_pages import SlotPages
 from ..scheduling.slots import Slots
 from ..scheduling.step import ScheduledStep
-from .chunk_graphs import KNOWN, Layout
+from .chunk_graphs import ON_DEVICE, Layout
 from .cpu_attention import RowGroup
 
 
@@ -193,13 +193,13 @@ class DeviceSlotState:
         (slots, ends, lengths), _, (ids, positions, row_of) = layout.split(buffer)
         page_size = self.pages.page_size
         before = self.computed[slots]
-        is_decode = lengths == KNOWN
+        is_decode = lengths == ON_DEVICE
         lengths = torch.where(is_decode, before + 1, lengths)
         # Runs of a chunk write what is there.
         self.computed[slots] = torch.where(is_decode, lengths, before)
         slot_of = slots[row_of]
-        ids = torch.where(ids == KNOWN, self.last_token[slot_of], ids)
-        positions = torch.where(positions == KNOWN, lengths[row_of] - 1, positions)
+        ids = torch.where(ids == ON_DEVICE, self.last_token[slot_of], ids)
+        positions = torch.where(positions == ON_DEVICE, lengths[row_of] - 1, positions)
         is_held, column = slot_of < self.slots.num_slots, positions // page_size
         groups = []
         for table in self.page_tables:
