@@ -27,7 +27,12 @@ class Collector:
     """
 
     def __init__(
-        self, scheduler: Scheduler, selector: TokenSelector, tables: DeviceSlotState, cache: EngineCache, endings: Endings
+        self,
+        scheduler: Scheduler,
+        selector: TokenSelector,
+        tables: DeviceSlotState,
+        cache: EngineCache,
+        endings: Endings,
     ) -> None:
         self.scheduler, self.slots, self.pages = scheduler, scheduler.slots, scheduler.pages
         self.selector, self.tables, self.cache, self.endings = selector, tables, cache, endings

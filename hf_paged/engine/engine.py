@@ -137,9 +137,10 @@ class Engine:
         self._loop.check_open()
         request = self._admission.request(
             prompt_ids, request_id=request_id, priority=priority, deadline_s=deadline_s, cache_salt=cache_salt,
-            batch=_batch, rules=rules, seed=seed, generation_config=generation_config, logits_processor=logits_processor,
-            stopping_criteria=stopping_criteria, prefix_allowed_tokens_fn=prefix_allowed_tokens_fn, tokenizer=tokenizer,
-            logprobs=logprobs, prompt_logprobs=prompt_logprobs,
+            batch=_batch, rules=rules, seed=seed, generation_config=generation_config,
+            logits_processor=logits_processor, stopping_criteria=stopping_criteria,
+            prefix_allowed_tokens_fn=prefix_allowed_tokens_fn, tokenizer=tokenizer, logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
         )  # fmt: skip
         if _batch is None:
             self.hand_over([request])

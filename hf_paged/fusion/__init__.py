@@ -1,7 +1,7 @@
 """Fused forwards for live modules: found by pattern, proven against the modules' own, in place while an engine runs.
 
 Read in this order: :mod:`fuse` (the whole), :mod:`weights` (several as one matrix), :mod:`forwards` (what runs),
-:mod:`stand_ins` (in which thread), :mod:`recording`, :mod:`patterns` and :mod:`proofs` (how it is found, and shown to
+:mod:`stand_ins` (in which thread), :mod:`recording`, :mod:`patterns` and :mod:`verification` (how it is found, and shown to
 be the same).
 """
 

@@ -190,7 +190,9 @@ class FusedNorm(Unit):
 
     kind = "norm"
 
-    def __init__(self, context: FusionContext, module: nn.Module, eps: float, weight_offset: float, round_first: bool) -> None:
+    def __init__(
+        self, context: FusionContext, module: nn.Module, eps: float, weight_offset: float, round_first: bool
+    ) -> None:
         super().__init__(context, module)
         self.eps, self.weight_offset, self.round_first = eps, weight_offset, round_first
 

@@ -60,7 +60,9 @@ class FusedModel:
         refusals: why modules that look like one are not fused, by their names.
     """
 
-    def __init__(self, model: nn.Module, context: FusionContext, units: dict[nn.Module, Unit], refusals: dict[str, str]) -> None:
+    def __init__(
+        self, model: nn.Module, context: FusionContext, units: dict[nn.Module, Unit], refusals: dict[str, str]
+    ) -> None:
         self._model, self._scope, self._units = model, context, units
         self.refusals = refusals
         self._hooks = hooks_of(model)
@@ -161,8 +163,8 @@ def fuse_model(
         model: as it runs in the engine.
         cache: an engine's cache, in whose pages the steps write.
         steps: a few short ones: prompts, decodes, positions far from the start.
-        quick_steps: numbers of those that layers like another one, whose fused forwards all steps have proven, are proven
-            with.
+        quick_steps: numbers of those that layers like another one, whose fused forwards all steps have verified, are
+            verified with.
         num_positions: that a token can have; 0: not known.
     """
     with without_autograd():

@@ -1,7 +1,7 @@
 """Modules that may be fused, told from what they are made of and from what they got and gave. Never from a name.
 
 A finder gives the parts of a module, or the reason why it is not one of its kind; formulas are only supposed here, and
-proven by :mod:`proofs`. A module must have no parameters but those that the fused forward reads.
+verified by :mod:`verification`. A module must have no parameters but those that the fused forward reads.
 """
 
 import copy

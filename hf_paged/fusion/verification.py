@@ -1,7 +1,7 @@
 """Fused against unfused, on the arguments that a module got in the recorded steps, in the model's own dtype.
 
 A fused forward rounds in other places, so its results differ by roundings. A wrong formula must differ by more:
-modules are also called with inputs :data:`SCALE_UP` times as large, where a limit on values would show itself, and recorded
+modules are also called with inputs :data:`SCALE_UP` times as large, where a limit on values would show, and recorded
 steps have positions far from the start, where a factor that grows with the position would.
 """
 
@@ -126,7 +126,10 @@ def verify_unit(unit: Unit, verification: Verification) -> str | None:
 
 
 def _prove(
-    unit: Unit, verification: Verification, compare: Callable[[Call, int, float], Iterable[torch.Tensor]], num_scaled: int
+    unit: Unit,
+    verification: Verification,
+    compare: Callable[[Call, int, float], Iterable[torch.Tensor]],
+    num_scaled: int,
 ) -> str | None:
     differences: list[torch.Tensor] = []
     tolerance = TOLERANCES[next(unit.module.parameters()).dtype]

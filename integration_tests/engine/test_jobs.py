@@ -176,7 +176,12 @@ def test_a_small_model_computes_whole_budgets_of_prompts(model):
 
 @pytest.mark.parametrize(
     ("option", "parameters", "tokens"),
-    [("auto", 8_000_000_000, OFFLINE_STEP_TOKENS), ("auto", 600_000_000, 4096), (7, 8_000_000_000, None), (None, 1, None)],
+    [
+        ("auto", 8_000_000_000, OFFLINE_STEP_TOKENS),
+        ("auto", 600_000_000, 4096),
+        (7, 8_000_000_000, None),
+        (None, 1, None),
+    ],
 )
 def test_steps_of_small_models_have_whole_budgets(option, parameters, tokens):
     assert offline_step_tokens(option, parameters, 4096) == tokens

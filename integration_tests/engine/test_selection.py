@@ -531,7 +531,9 @@ def test_errors_end_their_own_row(model):
             raise RuntimeError("broken criterion")
 
     selector.release(bad)
-    selector.admit(bad, RequestParams.make(model, config, prompt_ids=[5], stopping_criteria=[Fails()]), 0, np.array([5]))
+    selector.admit(
+        bad, RequestParams.make(model, config, prompt_ids=[5], stopping_criteria=[Fails()]), 0, np.array([5])
+    )
     other = int(slots[3])
     selector.release(other)
     always = [lambda input_ids, scores: True]
@@ -557,7 +559,9 @@ def test_logprobs(model):
     selector = TokenSelector(3, VOCAB, "cpu")
     for slot, count in enumerate((None, 1, 4)):
         config = GenerationConfig(max_new_tokens=4, do_sample=slot == 2, temperature=0.3)
-        selector.admit(slot, RequestParams.make(model, config, prompt_ids=[5], logprobs=count, seed=1), 0, np.array([5]))
+        selector.admit(
+            slot, RequestParams.make(model, config, prompt_ids=[5], logprobs=count, seed=1), 0, np.array([5])
+        )
     selection = selector.select(logits, np.arange(3), np.zeros((3, 4), np.int64), np.ones(3, np.int64))
     assert list(selection.logprobs) == [1, 2]
     expected = logits.float().log_softmax(-1)

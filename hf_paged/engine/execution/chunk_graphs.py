@@ -3,20 +3,22 @@
 A short prompt is bound by the host: launching its kernels takes longer than running them, and every running sequence
 waits meanwhile. A graph takes one array, sent in one piece::
 
-    slots, ends, lengths [rows] each  |  sampled_on_device, last, lengths [outputs] each  |  ids, positions, row_of [tokens] each
+    slots, ends, lengths             [rows] each
+    sampled_on_device, last, lengths [outputs] each
+    ids, positions, row_of           [tokens] each
 
 Small chunks take decode rows along, since reading the weights again would cost more than the tokens do. Those come
-first in the step, and in what it gives. Of them the device knows more than the host, which puts ``ON_DEVICE`` in the place
-of a length, token or position.
+first in the step, and in what it gives. Of them the device knows more than the host, which puts ``ON_DEVICE`` in
+the place of a length, token or position.
 
 ``rows`` are what attention sees as sequences: in large steps chunks, otherwise decode rows and runs of a few tokens of
-a chunk each, all short min_graph_fill for the kernel of decode. So a step has one launch of attention, whose work is shared out
+a chunk each, all short enough for the kernel of decode. So a step has one launch of attention, whose work is shared out
 evenly.
 
 ``outputs`` are decode rows and chunks: ``last`` is each one's last token in the step, ``lengths`` its tokens computed
-by then, ``sampled_on_device`` the slots of those whose next token is chosen from this step's logits by the parameters of the
-slot; for the others, the slot that has no tokens. Tokens that fill up a bucket belong to rows of that slot: they write
-nothing and see nothing.
+by then, ``sampled_on_device`` the slots of those whose next token is chosen from this step's logits by the parameters
+of the slot; for the others, the slot that has no tokens. Tokens that fill up a bucket belong to rows of that slot: they
+write nothing and see nothing.
 
 Chunks that keep the device busy for longer than it takes to launch them gain nothing, and are not captured: which ones
 these are follows from the size of the model, see :func:`chunk_sizes`.
@@ -155,7 +157,7 @@ class ChunkGraphs:
         capture: makes the function that replays a step.
         mixed_tokens: prompt tokens of most steps with decode rows; None: not known.
         row_tokens: tokens of the runs that chunks attend in; None: there are none, and no decode rows go along.
-        offline_step_tokens: tokens of a job's steps at least, see :mod:`.pacing`; None: not known.
+        offline_step_tokens: tokens of an offline batch's steps at least, see :mod:`.pacing`; None: not known.
 
     Attributes:
         failure: why there are no graphs, None while there may be.
@@ -220,7 +222,7 @@ class ChunkGraphs:
                 self._make(bucket)
 
     def _usual_buckets(self) -> set[tuple[int, int]]:
-        """Buckets of most steps with decode rows: with the usual number of prompt tokens, and those of jobs."""
+        """Buckets of most steps with decode rows: with the usual number of prompt tokens, and of offline batches."""
         usual, most_rows, found = min_graph_fill(self.mixed_tokens), 0, set()
         for outputs in self.output_sizes if self.mixed_totals else ():
             least_rows, most_rows = most_rows + 1, min(outputs, self.slots.num_slots)
@@ -228,7 +230,7 @@ class ChunkGraphs:
             first, last = ((self._totals(rows + usual) or largest)[0] for rows in (least_rows, most_rows))
             found |= {(total, outputs) for total in self.mixed_totals if first <= total <= last}
             if self.offline_step_tokens is not None:
-                # A job's steps are of the first size that will do, and of the next one while they are late.
+                # A batch's steps are of the first size that will do, and of the next one while they are late.
                 found |= {(total, outputs) for total in self._totals(max(self.offline_step_tokens, least_rows + 1))}
         return found
 

@@ -306,7 +306,7 @@ class Runner:
         """Whether a replay does what the model's forward would do now."""
         replay_blocker = self._live.replay_blocker()
         if replay_blocker is not None:
-            logger.warning_once(f"steps run without CUDA graphs for now: {objection}.")
+            logger.warning_once(f"steps run without CUDA graphs for now: {replay_blocker}.")
         return replay_blocker is None and not self.needs_lengths
 
     def _run_with_states(self, work: ScheduledStep, num_logits: np.ndarray) -> torch.Tensor:

@@ -7,14 +7,14 @@ prompts than are slowed down by them::
     queued prompt tokens, in whole budgets     1/4    1/2    1     1.4 and more
     computed in a mixed step                   1/32   1/8    1/2   1
 
-Where nobody waits for a first token, all ends are known (a *job*) and there is room for all at once, the last tokens
-of the longest request end the job, and the others have time. A step of few tokens takes hardly less time than one of
-:data:`OFFLINE_STEP_TOKENS`, since the weights are read anyway, and more tokens take time in proportion. So all steps have about
-as many: the longest requests go first, rows that would end early wait while there are prompts to compute in their
-place, and with the last prompts everyone decodes::
+Where nobody waits for a first token, all ends are known (an *offline batch*) and there is room for all at once, the
+last tokens of the longest request end the batch, and the others have time. A step of few tokens takes hardly less time
+than one of :data:`OFFLINE_STEP_TOKENS`, since the weights are read anyway, and more tokens take time in proportion. So
+all steps have about as many: the longest requests go first, rows that would end early wait while there are prompts to
+compute in their place, and with the last prompts all rows decode::
 
     tokens     | c c c c c c c c c c c c d d |    c  chunks of prompts
-    of a step  | c c c c c c c c d d d d d d |    d  rows with as many tokens to go as the job has steps
+    of a step  | c c c c c c c c d d d d d d |    d  rows with as many tokens to go as the batch has steps
                | c c c d d d d d d d d d d d |
     steps ->   | d d d d d d d d d d d d d d |    all end together
 """
@@ -27,7 +27,7 @@ MIXED_TOKENS = (192, 1024)
 """Fewest and most prompt tokens that follow from that: with fewer, reading the weights costs more than the tokens."""
 
 OFFLINE_STEP_TOKENS = 256
-"""Tokens of a step of a job at least: fewer take hardly less time, since the weights are read anyway."""
+"""Tokens of a step of an offline batch at least: fewer take hardly less time, since the weights are read anyway."""
 
 LONG_QUEUE = 2
 """Of the queued prompt tokens a mixed step computes the part that they are of so many whole budgets."""
@@ -48,7 +48,8 @@ def min_graph_fill(count: int) -> int:
 
 
 def offline_step_tokens(option: int | str | None, num_parameters: int, max_batch_tokens: int) -> int | None:
-    """Tokens of a job's steps at least; None: a job's steps are like others, since ``mixed_prompt_tokens`` is given.
+    """Tokens of an offline batch's steps at least; None: its steps are like others, since ``mixed_prompt_tokens`` is
+    given.
 
     Of small models a step's own costs are more than their weights' reading: whole budgets keep the number of steps with
     prompts low.
@@ -65,11 +66,11 @@ def wanted_prompt_tokens(mixed_prompt_tokens: int, queued: int, max_batch_tokens
 
 
 def plan_offline_step(left: np.ndarray, tokens: np.ndarray, rows: np.ndarray, steps: np.ndarray) -> tuple[int, int]:
-    """A step of a job that all of it has room for.
+    """A step of an offline batch that all of it has room for.
 
-    The job takes as many steps as the row with most tokens to go. Of these each other row can spare some, and a prompt
-    is due when its rows have none to spare. Of the work that must be done by then, whichever prompt that is, a step
-    takes its share.
+    The batch takes as many steps as the row with most tokens to go. Of these each other row can spare some, and a
+    prompt is due when its rows have none to spare. Of the work that must be done by then, whichever prompt that is, a
+    step takes its share.
 
     Args:
         left: tokens to go of each row that decodes, most first.

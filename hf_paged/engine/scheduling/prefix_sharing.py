@@ -54,7 +54,9 @@ class PrefixSharing:
         self.pages.adopt(row.slot, match.pages)
         return self.share_inflight_prefix(row, tokens[:limit], match.num_tokens, prefilling, chunks)
 
-    def share_inflight_prefix(self, row: Row, tokens: np.ndarray, found: int, prefilling: list[Row], chunks: dict[Row, int]) -> int:
+    def share_inflight_prefix(
+        self, row: Row, tokens: np.ndarray, found: int, prefilling: list[Row], chunks: dict[Row, int]
+    ) -> int:
         """Share full pages with the row that has most of ``tokens`` by the end of this step: every layer writes the
         keys and values of all rows before any row attends.
 

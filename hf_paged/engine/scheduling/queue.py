@@ -11,7 +11,7 @@ class RequestQueue:
 
     Attributes:
         num_tokens: of their prompts.
-        num_others: requests of no job.
+        num_others: requests of no offline batch.
     """
 
     def __init__(self) -> None:
@@ -61,7 +61,7 @@ class RequestQueue:
         tokens = sum(len(request.prompt) for request in self)
         assert self.num_tokens == tokens, f"{tokens} prompt tokens wait, {self.num_tokens} were counted"
         others = sum(not request.is_offline for request in self)
-        assert self.num_online == others, f"{others} requests of no job wait, {self.num_others} were counted"
+        assert self.num_online == others, f"{others} requests of no offline batch wait, {self.num_online} were counted"
         for request in self:
             assert request.state is State.WAITING, "a request that does not wait is in the queue"
             assert all(row.slot < 0 for row in request.rows), "a waiting request has a slot"

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 Key = tuple[float, int, int]
-"""Seconds, new tokens of a job's request as a negative number, order of submission."""
+"""Seconds, new tokens of an offline batch's request as a negative number, order of submission."""
 
 
 class State(enum.Enum):
@@ -124,8 +124,8 @@ class Request:
         number: order of submission.
         key: order of service: the smallest goes first; see :class:`EngineConfig.ageing_s`.
         has_made_id: its id was not given, and may be exchanged while nobody has seen it.
-        is_offline: nobody waits for its first token, only for the end of all requests of the same call, and it ends with
-            its last token that is allowed.
+        is_offline: its caller waits for the end of all requests of the same call, not for its first token, and it ends
+            with its last token that is allowed.
         rows: its sequences.
         forked: whether the other rows have their share of the prompt's pages already.
         beams: the search over its rows, for beam requests.

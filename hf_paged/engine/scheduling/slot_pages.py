@@ -115,7 +115,7 @@ class SlotPages:
 
     def ensure_free(self, count: int | Sequence[int]) -> bool:
         """Have ``count`` free pages in every group (or ``count[i]`` in group i); stored prefixes give way to them."""
-        min_graph_fill = True
+        has_room = True
         for index, table in enumerate(self.tables):
             wanted, allocator = count if isinstance(count, int) else count[index], table.allocator
             if wanted > allocator.num_free:
@@ -123,8 +123,8 @@ class SlotPages:
             missing = wanted - allocator.num_free
             if missing > 0:
                 freed = self.pool.prefixes.evict(index, missing) if self.pool.prefixes is not None else 0
-                min_graph_fill &= freed >= missing
-        return min_graph_fill
+                has_room &= freed >= missing
+        return has_room
 
     def most_pages(self, table: GroupPageTable, tokens: int, chunk: int) -> int:
         """Pages of a group that a sequence of ``tokens`` holds at most, computed in chunks of ``chunk`` tokens."""

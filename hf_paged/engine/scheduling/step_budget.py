@@ -19,9 +19,10 @@ class StepLimits:
     Attributes:
         max_batch_tokens: tokens of a step at most.
         mixed_prompt_tokens: prompt tokens of a step beside decode rows while few are queued; None: the whole budget.
-        offline_step_tokens: tokens of a step at least where there are only requests of jobs; None: such steps are like others.
+        offline_step_tokens: tokens of a step at least where there are only requests of offline batches; None: such
+            steps are like others.
         whole_prompts: a prompt is computed in one step (models whose states cannot go on from a chunk).
-        fill: called with a number of decode rows, of prompt tokens, and of tokens of a step: prompt tokens that fill a
+        tokens_to_fill_graph: called with a number of decode rows, of prompt tokens, and of tokens of a step: prompt tokens that fill a
             captured step of at least so many; None: there is none.
     """
 
@@ -61,7 +62,9 @@ class StepBudget:
         """
         if self.limits.mixed_prompt_tokens is None or self.limits.whole_prompts:
             return self.limits.max_batch_tokens
-        if not len(decode) or (self.limits.offline_step_tokens == self.limits.max_batch_tokens and self._has_only_offline()):
+        if not len(decode) or (
+            self.limits.offline_step_tokens == self.limits.max_batch_tokens and self._has_only_offline()
+        ):
             return self.limits.max_batch_tokens
         queued = sum(self.slots.target(row) - int(self.slots.computed[row.slot]) for row in self.prefilling)
         if not is_blocked and self.waiting:
@@ -71,7 +74,7 @@ class StepBudget:
         return self.limits.tokens_to_fill_graph(len(decode), min_graph_fill(count), 0) or count
 
     def has_room_for_all(self) -> bool:
-        """Whether there are prompts to compute, of requests of jobs alone, and slots and pages for all of them."""
+        """Whether there are prompts to compute, all of offline batches, and slots and pages for all of them."""
         if self.limits.offline_step_tokens in (None, self.limits.max_batch_tokens) or self.limits.whole_prompts:
             return False
         if not (self.prefilling or self.waiting) or not self._has_only_offline():
@@ -83,7 +86,7 @@ class StepBudget:
         return all(count <= table.allocator.num_pages for count, table in zip(pages, self.pages.tables))
 
     def plan_offline_step(self, decode: np.ndarray) -> tuple[np.ndarray, int, int]:
-        """A step of a job that all of it has room for, see :func:`.pacing.pace`.
+        """A step of an offline batch that all of it has room for, see :func:`.pacing.plan_offline_step`.
 
         Args:
             decode: slots of rows that may decode.
@@ -92,15 +95,17 @@ class StepBudget:
             The same slots, those with most tokens to go first; how many of them cannot wait; tokens of the step.
         """
         slots, least = self.slots, self.limits.offline_step_tokens
-        assert least is not None, "the model's jobs have steps like others"
+        assert least is not None, "the model's offline batches have steps like others"
         left = slots.max_length[decode] - 1 - slots.computed[decode]
         order = np.argsort(-left, kind="stable")
         num_due, rate = plan_offline_step(left[order], *self._queue())
-        prompt_tokens = self.limits.tokens_to_fill_graph(num_due, rate - num_due, least) or max(rate - num_due, least - num_due, 1)
+        prompt_tokens = self.limits.tokens_to_fill_graph(num_due, rate - num_due, least) or max(
+            rate - num_due, least - num_due, 1
+        )
         return decode[order], num_due, min(num_due + prompt_tokens, self.limits.max_batch_tokens)
 
     def _has_only_offline(self) -> bool:
-        """Whether every request that runs or waits is one of a job."""
+        """Whether every request that runs or waits is one of an offline batch."""
         return not self.waiting.num_online and all(request.is_offline for request in self.running)
 
     def _queue(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
