@@ -29,7 +29,7 @@ class TokenTimes:
     """
 
     def __init__(self, engine: hf_paged.Engine) -> None:
-        self._slots = engine._core.slots
+        self._slots = engine.core.slots
         self.length = self._slots.length.copy()
         self._generation = self._slots.generation.copy()
         # Of the last token; NaN where the row has none that was seen.
@@ -109,7 +109,7 @@ def measure_saturation(engine: hf_paged.Engine, sizes: Sizes, seconds: float) ->
         return steps
 
     # Until the first prompts are through, and as long again for what they left behind.
-    while engine._core.slots.decoding.sum() < 0.9 * running and keep_full(time.perf_counter() + 0.05):
+    while engine.core.slots.decoding.sum() < 0.9 * running and keep_full(time.perf_counter() + 0.05):
         pass
     keep_full(time.perf_counter() + seconds / 4)
     before, started = engine.stats(), time.perf_counter()

@@ -304,7 +304,7 @@ class _Bench:
             results["num_graphs"] = engine.warm_up()
             synchronize()
             results["capture_s"] = time.perf_counter() - begun
-            graphs = engine._core.runner.graphs
+            graphs = engine.core.runner.graphs
             results["graph_failure"] = None if graphs is None else graphs.failure
             results["first_s"] = first_requests(engine, self.plan.sizes)
             results["ready_s"] = results["start_s"] + results["capture_s"] + results["first_s"]

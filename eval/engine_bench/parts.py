@@ -224,7 +224,7 @@ def all_decoding(engine: hf_paged.Engine, sizes: Sizes, new: int, deadline: Dead
         for i in range(sizes.num_requests)
     ]
     try:
-        core = engine._core
+        core = engine.core
         while core.slots.decoding.sum() < sizes.num_requests and not deadline.has_passed:
             engine.step()
         for _ in range(12):
@@ -251,7 +251,7 @@ def steady(engine: hf_paged.Engine, sizes: Sizes, limit_s: float, **how: Any) ->
 
 def _replay(engine: hf_paged.Engine, sizes: Sizes) -> dict[str, float]:
     """The graph of all rows replayed with nothing between the replays: what the host adds is the difference."""
-    core = engine._core
+    core = engine.core
     graphs = core.runner.graphs
     if graphs is None or graphs.failure:
         return {}
@@ -303,7 +303,7 @@ def long_context(model: Any, sizes: Sizes, limit_s: float, options: dict[str, An
                 for i in range(count)
             ]
             started = time.perf_counter()
-            while engine._core.slots.decoding.sum() < count and not deadline.has_passed:
+            while engine.core.slots.decoding.sum() < count and not deadline.has_passed:
                 engine.step()
             synchronize()
             prompt_s = time.perf_counter() - started

@@ -23,7 +23,7 @@ from ..errors import RequestError, UnsupportedModelError
 from ..fusion import FusedModel
 from .admission import Admission, OfflineBatch
 from .config import EngineConfig
-from .core import no_gradients
+from .core import EngineCore, no_gradients
 from .handle import RequestHandle
 from .loop import StepLoop
 from .loop_thread import loop_thread
@@ -86,6 +86,11 @@ class Engine:
         self._stop: str | None = None
         self._in_step = False
         register(self)
+
+    @property
+    def core(self) -> EngineCore:
+        """The sequences and steps, for measurements; it is touched between steps only."""
+        return self._core
 
     fused: FusedModel | None
     """Modules that run fused while the engine computes, and why others do not; None: none do."""
@@ -185,10 +190,6 @@ class Engine:
     def num_new_tokens(self) -> int:
         """New tokens since the start."""
         return self._loop.counters.new_tokens
-
-    def clock(self) -> float:
-        """Seconds, on the engine's clock."""
-        return self._core.clock()
 
     def advance(self) -> None:
         """Launch a step if nobody else does and none is on its way."""

@@ -10,6 +10,7 @@ from transformers.utils.logging import tqdm
 
 from .admission import OfflineBatch
 from .config import EngineConfig
+from .core import EngineCore
 from .handle import RequestHandle
 from .scheduling.request import Request, RequestOutput
 from .waiting import Steps, wait_for
@@ -27,8 +28,9 @@ class OfflineEngine(Steps, Protocol):
     def num_new_tokens(self) -> int:
         """Tokens since the start."""
 
-    def clock(self) -> float:
-        """Seconds."""
+    @property
+    def core(self) -> EngineCore:
+        """The sequences."""
 
     @property
     def submit(self) -> Callable[..., RequestHandle]:
@@ -59,7 +61,7 @@ def generate(
             f"generation_config must be one, or one for each of {len(prompts)} prompts, got {len(configs)}."
         )
     handles: list[RequestHandle] = []
-    batch, coming = OfflineBatch(engine.clock()), list[RequestHandle]()
+    batch, coming = OfflineBatch(engine.core.clock()), list[RequestHandle]()
     try:
         for number, (prompt, config) in enumerate(zip(prompts, configs), 1):
             coming.append(engine.submit(prompt, generation_config=config, _batch=batch, **options))

@@ -1,8 +1,8 @@
-"""Fused forwards for live modules: found by pattern, proven against the modules' own, in place while an engine runs.
+"""Fused forwards for live modules: found by pattern, compared with the modules' own, in place while an engine runs.
 
 Read in this order: :mod:`fuse` (the whole), :mod:`weights` (several as one matrix), :mod:`forwards` (what runs),
-:mod:`stand_ins` (in which thread), :mod:`recording`, :mod:`patterns` and :mod:`verification` (how it is found, and shown to
-be the same).
+:mod:`stand_ins` (in which thread), :mod:`recording`, :mod:`patterns` and :mod:`verification` (how it is found,
+and shown to be the same).
 """
 
 from .fuse import FusedModel, fuse_model

@@ -174,7 +174,7 @@ def test_prompt_tokens_that_fill_a_step():
 
 
 @pytest.mark.parametrize(
-    ("usual", "job", "buckets"),
+    ("usual", "batch", "buckets"),
     [
         (
             192,

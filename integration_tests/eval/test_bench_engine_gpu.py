@@ -165,12 +165,12 @@ def test_without_a_gpu_only_tiny_models_run():
 
 def engine_of(**arrays: list[int]) -> SimpleNamespace:
     slots = SimpleNamespace(num_slots=3, **{name: np.array(values) for name, values in arrays.items()})
-    return SimpleNamespace(_core=SimpleNamespace(slots=slots))
+    return SimpleNamespace(core=SimpleNamespace(slots=slots))
 
 
 def test_gaps_belong_to_one_row_at_a_time():
     engine = engine_of(length=[0, 0, 0], generation=[0, 0, 0], prompt_length=[0, 0, 0])
-    slots = engine._core.slots
+    slots = engine.core.slots
     times = sweep.TokenTimes(engine)
 
     def at(now, length, prompt, generation):

@@ -22,8 +22,8 @@ class StepLimits:
         offline_step_tokens: tokens of a step at least where there are only requests of offline batches; None: such
             steps are like others.
         whole_prompts: a prompt is computed in one step (models whose states cannot go on from a chunk).
-        tokens_to_fill_graph: called with a number of decode rows, of prompt tokens, and of tokens of a step: prompt tokens that fill a
-            captured step of at least so many; None: there is none.
+        tokens_to_fill_graph: called with a number of decode rows, of prompt tokens, and of tokens of a step: prompt
+            tokens that fill a captured step of at least so many; None: there is none.
     """
 
     max_batch_tokens: int
