@@ -90,7 +90,7 @@ class Admission:
         check_token_ids(rules.config, self.core.num_logits)
         most_pages = self._checked_pages(prompt, rules)
         now = self.core.clock()
-        # Longest first: whoever waits for all of an offline batch waits for its longest request.
+        # Longest first: the caller of an offline batch waits for its longest request.
         came, length = (now, 0) if batch is None else (batch.started, len(prompt) - rules.max_length)
         request = Request(
             number=number,

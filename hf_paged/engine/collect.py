@@ -69,7 +69,7 @@ class Collector:
         try:
             function(*args)
         except BaseException as error:
-            self.endings.end(request, "error", error)
+            self.endings.end_request(request, "error", error)
 
     def _take_tokens(self, slots: np.ndarray, ids: np.ndarray, selection: Selection) -> None:
         """One token for each of ``slots``."""
@@ -109,7 +109,7 @@ class Collector:
         for slot, error in errors.items():
             row = self.slots.rows[slot]
             if row is not None and not (isinstance(error, InvalidScoresError) and self._begins_again(row)):
-                self.endings.end(row.request, "error", error)
+                self.endings.end_request(row.request, "error", error)
 
     def _begins_again(self, row: Row) -> bool:
         """Let a row whose scores are invalid compute what others computed for it, once: NaN may have come from their

@@ -39,7 +39,7 @@ class EngineConfig:
         seed: makes requests without a seed of their own repeatable, in the order in which they are submitted; None:
             their seeds come from torch's global generator.
         ageing_s: a request of priority p is served like one of priority 0 that came ``p * ageing_s`` seconds earlier,
-            so nobody waits forever behind later ones.
+            so no request waits forever behind later ones.
         self_check: compare a few short prompts with the model's own forward before serving.
         trace_steps: steps that :meth:`Engine.trace` remembers.
         cuda_graphs: decode steps and chunks of prompts are captured as CUDA graphs, one for each bucket of batch sizes
@@ -51,7 +51,7 @@ class EngineConfig:
             (``model.compile()``) runs uncompiled in the engine without it.
         fuse: modules of usual kinds (norms, gated MLPs, attention, decoder layers) run fused while the engine computes:
             fewer kernels and larger matmuls. Each is compared with its own forward first. Weights of matmuls that
-            become one are moved next to one another: whoever keeps addresses of weights, as a CUDA graph does, must
+            become one are moved next to one another: code that keeps addresses of weights, as a CUDA graph does, must
             take them later, and handles of CUDA memory for other processes cannot be had of them.
             :meth:`Engine.close` moves them apart again. None: on a GPU; True: on a CPU as well, and an engine in which
             nothing can be is refused; False: never.

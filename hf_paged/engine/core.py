@@ -198,7 +198,7 @@ class EngineCore:
         work = self.scheduler.schedule(may_give_up=not is_ahead)
         while self.scheduler.unservable:
             request, error = self.scheduler.unservable.pop()
-            self.endings.end(request, "error", error)
+            self.endings.end_request(request, "error", error)
             if work is None:
                 work = self.scheduler.schedule(may_give_up=not is_ahead)
         return work

@@ -28,7 +28,7 @@ class Endings:
         if not row.request.live:
             self.finalize(row.request)
 
-    def end(self, request: Request, reason: str, error: BaseException | None = None) -> None:
+    def end_request(self, request: Request, reason: str, error: BaseException | None = None) -> None:
         """End a request that has not ended, wherever it is."""
         if request.state is State.FINISHED:
             return
@@ -42,13 +42,13 @@ class Endings:
         request.error = error
         self.finalize(request)
 
-    def fail(self, work: ScheduledStep, error: BaseException) -> None:
+    def fail_step(self, work: ScheduledStep, error: BaseException) -> None:
         """A step's forward has raised: its requests end with the cause, their pages come back."""
         for slot in work.slots.tolist():
             row = self.slots.rows[slot]
             if row is not None:
-                self.end(row.request, "error", error)
-        self.scheduler.failed()
+                self.end_request(row.request, "error", error)
+        self.scheduler.step_failed()
 
     def finalize(self, request: Request, sequences: tuple[SequenceOutput, ...] | None = None) -> None:
         """Give a request its output.
@@ -87,7 +87,7 @@ class Endings:
         request.state = State.FINISHED
         self.finished.append(request)
 
-    def abandon(self, request: Request, error: BaseException) -> None:
+    def end_unaccounted(self, request: Request, error: BaseException) -> None:
         """Give an output to a request whose books cannot be trusted any more."""
         for row in request.rows:
             row.finish_reason = "error"

@@ -1,9 +1,9 @@
 """The engine: requests in from any thread, tokens out, one loop over steps.
 
-Two locks. ``drive`` is held by whoever runs a step, or changes what steps run on; everything below it
-(:class:`EngineCore`) is touched under it only. Who waits for it has it after the running step, in the order of asking.
-``mail.changed`` guards the small state that other threads see: new and cancelled requests, streams, outputs. Nobody
-waits for ``drive`` while holding ``mail.changed``.
+Two locks. ``drive`` is held by the thread that runs a step, or changes what steps run on; everything below it
+(:class:`EngineCore`) is touched under it only. Waiting threads get it after the running step, in the order of asking.
+``mail.changed`` guards the small state that other threads see: new and cancelled requests, streams, outputs. No thread
+waits for ``drive`` while it holds ``mail.changed``.
 
 A request's own code (processors, criteria) may raise anything, SystemExit and KeyboardInterrupt too: it ends that
 request. Ctrl-C in the main thread is another matter: it waits for the end of the step, so that no books are left half
@@ -47,8 +47,8 @@ FORKED = (
 class Engine:
     """Continuous batching for one model: the same weights, the same module objects.
 
-    The engine's forwards run "paged_flash", whatever the model's attention implementation is: everybody else's run that
-    one, in other threads meanwhile too.
+    The engine's forwards run "paged_flash", whatever the model's attention implementation is. Forwards of other code
+    run that one, in other threads meanwhile too.
 
     Args:
         model: a causal LM of transformers.
@@ -192,7 +192,7 @@ class Engine:
         return self._loop.counters.new_tokens
 
     def advance(self) -> None:
-        """Launch a step if nobody else does and none is on its way."""
+        """Launch a step if no other thread does and none is on its way."""
         if not self.background and self.drive.acquire(blocking=False):
             try:
                 if not self._in_step and (self._loop.pending is None or self._loop.pending.has_arrived):
@@ -260,7 +260,7 @@ class Engine:
             finally:
                 self._in_step = False
                 if self._stop is not None and not self.mail.is_closed:
-                    self._loop.shut(self._stop)
+                    self._loop.close_now(self._stop)
             error = self._loop.take_error()
             if error is not None and not self.background:
                 raise error
@@ -281,7 +281,7 @@ class Engine:
         self._loop.broken, self.mail.is_closed = RequestError(FORKED), True
         for request in list(self.mail.unfinished.values()):
             if request.output is None:
-                self._core.endings.abandon(request, self._loop.broken)
+                self._core.endings.end_unaccounted(request, self._loop.broken)
         self._loop.publish()
 
     # Life
@@ -299,7 +299,7 @@ class Engine:
                 self._stop = "cancelled"  # Called from a request's own code: at the end of the step.
                 return
             with held_interrupts():
-                self._loop.shut("cancelled")
+                self._loop.close_now("cancelled")
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
@@ -324,7 +324,7 @@ class Engine:
         was computed before: prefixes, captured steps, and the keys and values of running requests, which compute their
         tokens again. Other changes to what the model computes (an attribute of a module, say) are not seen: call
         :meth:`refresh_weights`. Without a pause, changes are seen by the next step; those that leave no trace (through
-        ``parameter.data``, or by kernels of somebody's own) when a request finds a prefix of its prompt in an engine
+        ``parameter.data``, or by custom kernels) when a request finds a prefix of its prompt in an engine
         that was idle, and not while requests run.
 
         Args:

@@ -13,7 +13,7 @@ class RequestHandle:
 
     Iteration gives new tokens as they come, from the first on, each time it is started; it raises what ended the
     request with an error. It is for requests of one sequence; others give theirs with :meth:`result`. A request that
-    was iterated over is cancelled once nobody holds its handle or an iterator any more.
+    was iterated over is cancelled once no reference to its handle or an iterator is left.
     """
 
     def __init__(self, engine: Steps, request: Request) -> None:
@@ -95,7 +95,7 @@ class RequestHandle:
             raise output.error
 
     def __del__(self) -> None:
-        # An iterator holds its handle, so nobody can ask for another token. Who never asked for one may want no more
+        # An iterator holds its handle, so no caller can ask for another token. One that never asked may want no more
         # than that the request runs.
         if self._is_streamed and self._request.output is None:
             self._engine.mail.abandon(self._request)

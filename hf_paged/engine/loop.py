@@ -23,7 +23,7 @@ MOST_ENDED = 16
 
 
 class StepLoop:
-    """Runs steps, and lets other threads see what has happened. Whoever calls it holds the engine's lock of steps.
+    """Runs steps, and lets other threads see what has happened. The caller holds the engine's lock of steps.
 
     Args:
         core: the sequences.
@@ -72,7 +72,7 @@ class StepLoop:
         try:
             moved = self._run_step()
         except BaseException as error:
-            # Not a request's fault: the books cannot be trusted any more. Nobody shall wait forever.
+            # Not a request's fault: the books cannot be trusted any more. No caller shall wait forever.
             self.mark_broken(error)
             self._note(error)
             moved = True
@@ -116,7 +116,7 @@ class StepLoop:
                 self.collect_pending()
         except BaseException as error:
             self.collect_pending()
-            core.endings.fail(work, error)
+            core.endings.fail_step(work, error)
             self._note(error)
         self.counters.steps += 1
         self.counters.prompt_tokens += num_tokens - work.num_decode
@@ -134,7 +134,7 @@ class StepLoop:
         try:
             self.counters.new_tokens -= self.core.collect(launched)
         except BaseException as error:
-            self.core.endings.fail(launched.work, error)
+            self.core.endings.fail_step(launched.work, error)
             self._note(error)
         return True
 
@@ -167,7 +167,7 @@ class StepLoop:
                 heapq.heappush(self.deadlines, (request.deadline, request.number, request))
                 self._num_deadlines += 1
         for request in cancels:
-            self.core.endings.end(request, "cancelled")
+            self.core.endings.end_request(request, "cancelled")
 
     def _look_for_changes(self, incoming: list[Request]) -> None:
         """Drop what was computed with other weights than the model has now."""
@@ -197,7 +197,7 @@ class StepLoop:
             _, _, request = heapq.heappop(self.deadlines)
             assert request.deadline is not None
             seconds = request.deadline - request.submitted
-            self.core.endings.end(
+            self.core.endings.end_request(
                 request, "deadline", RequestError(f"the deadline of {seconds:.3g} seconds has passed.")
             )
 
@@ -205,7 +205,7 @@ class StepLoop:
         """Let other threads see what has happened."""
         core = self.core
         if core.endings.finished and not core.scheduler.running and core.holds_computed():
-            # Before anybody knows that nothing runs, and may write to the weights.
+            # Before a caller knows that nothing runs, and may write to the weights.
             core.runner.remember_values()
         if not core.endings.finished and not self.mail.streams and not self.mail.sleepers:
             self.seen = self.counters.snapshot(self.core)
@@ -218,11 +218,11 @@ class StepLoop:
                 output = request.output
                 assert output is not None
                 reason = output.finish_reason
-                # Another one: who looks at the statistics has the one before.
+                # Another one: a reader of the statistics has the one before.
                 self.counters.finished = {**self.counters.finished, reason: self.counters.finished.get(reason, 0) + 1}
                 self._record_request(request, output)
             self.seen = self.counters.snapshot(self.core)
-            # Last: whoever gets a result may look at the statistics at once.
+            # Last: a caller that gets a result may look at the statistics at once.
             for request in core.endings.finished:
                 request.is_public = True
             core.endings.finished.clear()
@@ -262,9 +262,9 @@ class StepLoop:
             unfinished = list(self.mail.unfinished.values())
         for request in unfinished:
             with contextlib.suppress(Exception):
-                self.core.endings.end(request, "error", error)
+                self.core.endings.end_request(request, "error", error)
             if request.output is None:
-                self.core.endings.abandon(request, error)
+                self.core.endings.end_unaccounted(request, error)
         self.publish()
 
     # Between steps
@@ -329,7 +329,7 @@ class StepLoop:
             chunk_graphs.warm_up(progress)
         return len(graphs) + len(chunk_graphs)
 
-    def shut(self, reason: str) -> None:
+    def close_now(self, reason: str) -> None:
         """End every request with ``reason``, and give all memory back."""
         with self.mail.changed:
             if self.mail.is_closed:
@@ -339,12 +339,12 @@ class StepLoop:
         self.core.runner.drop_graphs()
         self.intake()
         for request in list(self.mail.unfinished.values()):
-            self.core.endings.end(request, reason)
+            self.core.endings.end_request(request, reason)
         self.core.drop_prefixes()
         self.core.cache.drop()
         if self.fused is not None:
             self.fused.restore()
-        # Last: whoever gets a result may go on with the model at once.
+        # Last: a caller that gets a result may go on with the model at once.
         self.publish()
         with self.mail.changed:
             self.mail.changed.notify_all()

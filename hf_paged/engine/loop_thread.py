@@ -18,7 +18,7 @@ def loop_thread(engine: Turns) -> threading.Thread:
 
 
 def _run_loop(reference: "weakref.ref[Turns]") -> None:
-    """An engine that nobody holds any more ends the thread."""
+    """The thread ends once no reference to the engine is left."""
     while True:
         engine = reference()
         if engine is None or not engine.turn():

@@ -40,7 +40,7 @@ class OfflineEngine(Steps, Protocol):
         """Let the loop have requests."""
 
     def advance(self) -> None:
-        """Launch a step if nobody else does and none is on its way."""
+        """Launch a step if no other thread does and none is on its way."""
 
 
 def generate(

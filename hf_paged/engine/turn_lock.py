@@ -45,7 +45,7 @@ class TurnLock:
             raise
 
     def release(self) -> None:
-        """Give the lock to whoever has waited longest."""
+        """Give the lock to the thread that has waited longest."""
         if self._depth:
             self._depth -= 1
             return

@@ -14,14 +14,14 @@ from .turn_lock import TurnLock
 
 
 class Mailbox:
-    """The small state of an engine that all threads see, guarded by ``changed``. Nobody waits for the lock of steps
-    while holding that.
+    """The small state of an engine that all threads see, guarded by ``changed``. No thread waits for the lock of
+    steps while it holds that.
 
     Attributes:
         incoming, cancels: requests that are new, and that shall end.
         abandoned: the same, from the garbage collector, without a lock.
         unfinished: requests that have not ended, by name.
-        streams: requests whose new tokens somebody reads.
+        streams: requests whose new tokens a caller reads.
         sleepers: event loops to wake once something has changed.
         is_closed: no request comes any more.
     """
@@ -65,7 +65,7 @@ class Mailbox:
         return incoming, cancels
 
     def abandon(self, request: Request) -> None:
-        """Nobody will ask for the rest of a request: it is cancelled with the next step.
+        """No caller can ask for the rest of a request: it is cancelled with the next step.
 
         Takes no lock: it is called by the garbage collector, from any thread, whatever that holds.
         """
@@ -87,7 +87,7 @@ class Mailbox:
     def wake_sleepers(self, sleepers: list[tuple[asyncio.AbstractEventLoop, asyncio.Future]]) -> None:
         """Wake event loops that have waited; ``changed`` is not held."""
         for loop, future in sleepers:
-            # An event loop that was closed has nobody left to wake.
+            # An event loop that was closed has no task left to wake.
             with contextlib.suppress(RuntimeError):
                 loop.call_soon_threadsafe(_wake, future)
 

@@ -4,7 +4,7 @@ What stays as it is: module objects, their classes and attributes, Parameter obj
 forwards stand in for the modules' own in one thread for as long as :meth:`FusedModel.active` lasts, see
 :mod:`stand_ins`; nothing else is patched.
 What changes: the weights of matmuls that became one lie in one memory, see :mod:`weights`; :meth:`FusedModel.restore`
-gives each one of its own again. Where nobody calls it, they stay there and work as before.
+gives each one of its own again. Where it is not called, they stay there and work as before.
 """
 
 import contextlib

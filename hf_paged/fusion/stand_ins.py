@@ -1,4 +1,4 @@
-"""Other forwards for a model's modules, in one thread while it runs the model: everybody else's forwards are the own.
+"""Other forwards for a model's modules, in one thread while it runs the model: other threads run the modules' own.
 
 ::
 
@@ -54,7 +54,7 @@ class StandIn:
 
 
 def has_own_forward(module: nn.Module) -> bool:
-    """Whether a module has a forward other than its class's, given to it by somebody else."""
+    """Whether a module has a forward other than its class's, given to it by other code."""
     forward = module.__dict__.get("forward")
     if forward is None or isinstance(forward, StandIn):
         return False
@@ -70,7 +70,7 @@ def runs_another_forward(module: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def standing_in(forwards: Forwards) -> Iterator[None]:
-    """Let modules run these forwards in this thread; one that has a forward of its own keeps it, whoever gave it."""
+    """Let modules run these forwards in this thread; one that has a forward of its own keeps it."""
     taken: list[tuple[nn.Module, StandIn]] = []
     with _LOCK:
         for module in forwards:

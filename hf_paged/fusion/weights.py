@@ -1,13 +1,13 @@
-"""Weights of several linear layers as one matrix: one matmul in place of many, and still everybody's own parameters.
+"""Weights of several linear layers as one matrix: one matmul in place of many, and still separate parameters.
 
 ::
 
     memory      | q_proj.weight | k_proj.weight | v_proj.weight |      [Nq + Nk + Nv, K]
                   storage         storage         storage              of Parameter.data: the Parameter objects stay
 
-Each parameter has a storage of its own over its part of the matrix: whoever saves a model, or looks for shared tensors,
-finds none. ``optimizer.step()``, ``load_state_dict()`` and whatever else writes in place writes into the matrix. What
-gives a parameter other memory (``model.to()``, ``.data =``) is seen by :meth:`PackedLinears.is_current`.
+Each parameter has a storage of its own over its part of the matrix: code that saves a model, or looks for shared
+tensors, finds none. ``optimizer.step()``, ``load_state_dict()`` and whatever else writes in place writes into the
+matrix. What gives a parameter other memory (``model.to()``, ``.data =``) is seen by :meth:`PackedLinears.is_current`.
 """
 
 import weakref
@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 HELD = "somebody else holds a weight's memory: a state dict, another model, or a graph that waits for backward()"
-"""The objection that whoever starts the engine may want to do something about."""
+"""The objection that the owner of the engine may want to do something about."""
 
 
 class Matrix:
@@ -61,7 +61,7 @@ class PackedLinears:
     def __init__(self, linears: Sequence[nn.Linear]) -> None:
         self.linears = tuple(linears)
         self.sizes = [linear.out_features for linear in linears]
-        # Not a view of a weight: whoever looks would find its memory held by two.
+        # Not a view of a weight: a reader would find its memory held by two.
         self.weight: torch.Tensor = torch.empty(0)
         self.bias: torch.Tensor | None = None
         self._addresses: list[int] = []
@@ -115,7 +115,7 @@ class PackedLinears:
     def unpack(self) -> None:
         """Give each parameter that is still in a matrix memory of its own, if no other engine uses the matrix.
 
-        Where somebody else holds a parameter's memory by now, it stays there: they go on seeing the same values.
+        Where other code holds a parameter's memory by now, it stays there: they go on seeing the same values.
         """
         with torch.inference_mode(False), torch.no_grad():
             for matrix in self._matrices:
@@ -176,7 +176,7 @@ def _objection_to(parameter: nn.Parameter, like: nn.Parameter) -> str | None:
 
 def _num_holders(tensor: torch.Tensor) -> int:
     """Tensors that share a tensor's storage, itself counted."""
-    # Of a tensor that nobody else holds: itself, and what the question takes.
+    # Of a tensor without other references: itself, and what the question takes.
     lonely = torch.empty(1)
     return _use_count(tensor) - _use_count(lonely) + 1
 

@@ -1,7 +1,7 @@
 """What tells that a model still computes what it did: keys, values and captured steps of another one are of no use.
 
 Every step asks whether weights are the same objects, in the same places, with the same count of changes, and whether an
-optimiser has made a step. What leaves no trace (a kernel of somebody's own, ``parameter.data.add_()``) is seen by sums
+optimiser has made a step. What leaves no trace (a custom kernel, ``parameter.data.add_()``) is seen by sums
 over all bytes, which take a pass over the weights: after a pause, and when an idle engine could use what it has kept.
 """
 

@@ -1,13 +1,13 @@
 """How many prompt tokens a step computes: pure functions of numbers and arrays.
 
-Whoever decodes waits for the chunks of a mixed step. So it computes few prompt tokens, ``mixed_prompt_tokens``, as
+Decode rows wait for the chunks of a mixed step. So it computes few prompt tokens, ``mixed_prompt_tokens``, as
 long as few are queued, and more with the square of their number, up to the whole budget: then more sequences wait for
 prompts than are slowed down by them::
 
     queued prompt tokens, in whole budgets     1/4    1/2    1     1.4 and more
     computed in a mixed step                   1/32   1/8    1/2   1
 
-Where nobody waits for a first token, all ends are known (an *offline batch*) and there is room for all at once, the
+Where no caller waits for a first token, all ends are known (an *offline batch*) and there is room for all at once, the
 last tokens of the longest request end the batch, and the others have time. A step of few tokens takes hardly less time
 than one of :data:`OFFLINE_STEP_TOKENS`, since the weights are read anyway, and more tokens take time in proportion. So
 all steps have about as many: the longest requests go first, rows that would end early wait while there are prompts to

@@ -30,7 +30,7 @@ def model_length(config: Any) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Memory of a device, or of the machine, that nobody uses at the moment."""
+    """Memory of a device, or of the machine, that is unused at the moment."""
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
@@ -116,7 +116,7 @@ class PageRoom:
             return UNLIMITED  # The system commits a page when it is touched.
         free, reserved = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device)
         if free < self.reserve < reserved - torch.cuda.memory_allocated(device):
-            # PyTorch keeps more than steps need: somebody else in the process (a trainer) has left it there.
+            # PyTorch keeps more than steps need: another part of the process (a trainer) has left it there.
             torch.cuda.empty_cache()
             free, reserved = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device)
         return free - max(0, self.reserve - max(0, reserved - self._before[device]))
@@ -127,7 +127,7 @@ CACHED_BYTES = 512 * 2**20
 
 
 def give_back_unused(device: torch.device) -> None:
-    """Let PyTorch give back what it keeps of a GPU and nobody uses, if that is more than :data:`CACHED_BYTES`."""
+    """Let PyTorch give back what it keeps of a GPU unused, if that is more than :data:`CACHED_BYTES`."""
     if device.type != "cuda":
         return
     if torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device) > CACHED_BYTES:

@@ -123,14 +123,14 @@ class Request:
     Attributes:
         number: order of submission.
         key: order of service: the smallest goes first; see :class:`EngineConfig.ageing_s`.
-        has_made_id: its id was not given, and may be exchanged while nobody has seen it.
+        has_made_id: its id was not given, and may be exchanged while no caller has seen it.
         is_offline: its caller waits for the end of all requests of the same call, not for its first token, and it ends
             with its last token that is allowed.
         rows: its sequences.
         forked: whether the other rows have their share of the prompt's pages already.
         beams: the search over its rows, for beam requests.
         is_watched: stopping criteria beyond eos and length.
-        stream: new tokens, for whoever iterates over the handle.
+        stream: new tokens, for iterators over the handle.
         output: what it gave, once it has ended; ``is_public``: whether its caller may know.
         uses_prefixes: whether cached prefixes may stand for the beginning of its prompt.
         most_pages: of each group of layers, what it holds at most.

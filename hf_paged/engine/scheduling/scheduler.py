@@ -2,7 +2,7 @@
 
 There is no prefill phase and no decode phase: each sequence has ``computed`` tokens chasing its ``length``, under one
 budget of tokens for a step. Running sequences go first, then waiting requests in the order of their keys; a key is the
-time of arrival less the priority's advance, so it never changes, and nobody is overtaken forever.
+time of arrival less the priority's advance, so it never changes, and no request is overtaken forever.
 
     budget 16     | decode rows: 1 token each | chunks of prompts, best key first        |
                   | a  b  c  d                | e e e e  (rest of e)   f f f f f f f f   |
@@ -110,7 +110,7 @@ class Scheduler:
         Requests that turn out unservable are put in ``unservable``; they hold their pages until removed.
 
         Args:
-            may_give_up: False: rows may be about to end, so that nobody is unservable for the want of their pages.
+            may_give_up: False: rows may be about to end, so no request is unservable for the want of their pages.
         """
         decode = self._plan_decode()
         budget = self.limits.max_batch_tokens - int((1 + self.slots.draft[decode]).sum())
@@ -136,7 +136,7 @@ class Scheduler:
             # Those that can wait take the places that prompts leave.
             decode = np.sort(decode[: max(num_due, total - sum(chunks.values()))] if chunks else decode)
         if self._vacated:
-            # What was preempted for a chunk is out of the step, whoever has its slot now.
+            # What was preempted for a chunk is out of the step, whichever row has its slot now.
             decode = decode[~np.isin(decode, self._vacated)]
         if not len(decode) and not chunks:
             if self.prefilling and may_give_up:
@@ -169,7 +169,7 @@ class Scheduler:
                 self._start_together(row.request)
         return forks
 
-    def failed(self) -> None:
+    def step_failed(self) -> None:
         """The planned step could not be launched, and its requests have ended: rows that share what it was to compute
         start again."""
         for row in list(self.prefixes.sharers):

@@ -13,7 +13,7 @@ class GroupPageTable(SequenceTable):
 
     Attributes:
         rows: int32 ``[num_slots + 1, width]``, the page table; what is behind a sequence's pages has no meaning. The
-            last row is nobody's.
+            last row belongs to no slot.
         changed: slots and columns of ``rows`` written since the last :meth:`take_changes`.
         first_held: per slot, the first page that was not given back.
     """
@@ -66,7 +66,7 @@ class GroupPageTable(SequenceTable):
         """Give back the pages that no query after ``computed`` tokens sees.
 
         A little more is kept: what a query sees at the last page boundary, so that the full pages can be stored as a
-        prefix that somebody can go on from.
+        prefix that a later sequence can go on from.
         """
         first = min(self.first_seen(computed // self.page_size * self.page_size), len(self.pages[slot]))
         held = self.first_held[slot]

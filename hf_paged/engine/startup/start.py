@@ -74,7 +74,7 @@ def _fuse(model: Any, config: EngineConfig, needs_lengths: bool, max_model_len: 
     if enables_autocast(model):
         raise ValueError("fuse=True cannot be: the model's forward enables autocast. Leave it None.")
     fused = fuse(model, config, needs_lengths, max_model_len)
-    # On a transformers that nobody has tried, what no longer matches a pattern is said aloud.
+    # On an untested version of transformers, what no longer matches a pattern is said aloud.
     say = logger.info if is_tested_version() or not fused.refusals else logger.warning_once
     say(f"{type(model).__name__} in the engine: {fused}")
     if not len(fused) and wanted:
