@@ -351,14 +351,14 @@ class FusedAttention(Unit):
     Args:
         qkv, out: weights.
         rotation: None: positions do not enter.
-        q_norm, k_norm: over each head, or over all of them at once, before the rotation.
+        norms: of queries and keys, or none: over each head, or over all of them at once, before the rotation.
         names: of the arguments that the module's forward takes, and that may be given.
         inside: the linear layers and norms.
     """
 
     kind = "attention"
 
-    def __init__(  # noqa: PLR0913
+    def __init__(
         self,
         context: FusionContext,
         module: nn.Module,
@@ -366,15 +366,15 @@ class FusedAttention(Unit):
         out: PackedLinears,
         options: AttentionOptions,
         rotation: Rotation | None,
-        q_norm: FusedNorm | None,
-        k_norm: FusedNorm | None,
+        norms: Sequence[FusedNorm],
         names: Sequence[str],
         allowed: frozenset[str],
         inside: Sequence[nn.Module],
     ) -> None:
         super().__init__(context, module, inside)
         self.qkv, self.out, self.options, self.rotation = qkv, out, options, rotation
-        self.q_norm, self.k_norm = q_norm, k_norm
+        pair: Sequence[FusedNorm | None] = norms or (None, None)
+        self.q_norm, self.k_norm = pair
         self.names, self.allowed = tuple(names), allowed
         self.packs = [qkv, out]
 
@@ -438,14 +438,15 @@ class FusedAttention(Unit):
         k = k.view(-1, options.num_kv_heads, options.head_dim)
         v = v.view(-1, options.num_kv_heads, options.v_dim)
         layer = self.context.cache.layers[options.index]
-        cos = sin = None
+        tables = None
         if self.rotation is not None:
             assert position_embeddings is not None
             cos, sin = (self.rotation.of(table.flatten(0, 1)) for table in position_embeddings)
+            tables = cos, sin
         elif q_norm is not None and k_norm is not None:
             q, k = q_norm.normalize(q.contiguous()), k_norm.normalize(k.contiguous())
         q = layer.rotate_and_write(
-            q, k, v, cos, sin, self.rotation is not None and self.rotation.is_interleaved,
+            q, k, v, tables, self.rotation is not None and self.rotation.is_interleaved,
             None if q_norm is None else q_norm.weight, None if k_norm is None else k_norm.weight,
             0.0 if q_norm is None else q_norm.eps, 0.0 if q_norm is None else q_norm.weight_offset,
             q_norm is not None and q_norm.round_first,

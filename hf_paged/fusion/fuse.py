@@ -270,7 +270,6 @@ class _Builder:
         norms = [unit for unit in map(self.units.get, parts.norms) if isinstance(unit, FusedNorm)]
         if len(norms) != len(parts.norms):
             raise PatternMismatch("its norms are of no known kind")
-        q_norm, k_norm = norms or (None, None)
         if norms:
             kinds = [(norm.eps, norm.weight_offset, norm.round_first) for norm in norms]
             options = parts.options
@@ -281,7 +280,7 @@ class _Builder:
         if rotation is not None and not self._fits(rotation, module, parts):
             return None
         return FusedAttention(
-            self.context, module, qkv, out, parts.options, rotation, q_norm, k_norm, parts.names, parts.allowed,
+            self.context, module, qkv, out, parts.options, rotation, norms, parts.names, parts.allowed,
             parts.inside,
         )  # fmt: skip
 

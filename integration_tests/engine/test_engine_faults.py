@@ -17,7 +17,7 @@ from random_requests import tiny_model
 from transformers import GenerationConfig, LogitsProcessor, StoppingCriteria
 
 import hf_paged
-from hf_paged.engine.sampling.request_params import RequestParams, Sampling
+from hf_paged.engine.sampling.request_params import RequestParams, WarperParams
 
 PROMPT = [5, 6, 7, 8, 9]
 
@@ -204,7 +204,8 @@ def test_counts_below_one_are_refused_at_submit(engine, expected, name, value):
 def test_what_no_check_foresaw_ends_its_request_alone(model, engine, expected, name):
     """Rules with a value that nobody can use, found out where a request gets its slot."""
     rules = RequestParams.make(model, config(do_sample=True), prompt_ids=PROMPT)
-    broken = {"temperature": {"plain": Sampling(True, temperature="hot")}, "eos_token_ids": {"eos_token_ids": ("x",)}}
+    hot = WarperParams(True, temperature="hot")
+    broken = {"temperature": {"plain": hot}, "eos_token_ids": {"eos_token_ids": ("x",)}}
     rules = dataclasses.replace(rules, **broken.get(name, {"num_rows": 0}))
     running = engine.submit(PROMPT, generation_config=config())
     if name == "num_rows":

@@ -57,13 +57,12 @@ class EngineLayer(CacheLayerMixin):
         write_pages_op(key, value, pages.k, pages.v, mapping, pages.k_scale, pages.v_scale)
         return LazyStates.pair(self, 1, step.num_keys, key_states, value_states)
 
-    def rotate_and_write(  # noqa: PLR0913
+    def rotate_and_write(
         self,
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        cos: torch.Tensor | None,
-        sin: torch.Tensor | None,
+        tables: tuple[torch.Tensor, torch.Tensor] | None,
         interleaved: bool,
         q_weight: torch.Tensor | None,
         k_weight: torch.Tensor | None,
@@ -73,18 +72,18 @@ class EngineLayer(CacheLayerMixin):
     ) -> torch.Tensor:
         """Rotate queries and keys, write keys and values to pages: :func:`rotary_write_op`; the queries come back.
 
-        Without ``cos`` and ``sin`` there is no rotation, and no norm either.
+        Without ``tables`` (cos, sin) there is no rotation, and no norm either.
         """
         step = self.cache.step.on(q.device)
         key, value = k.transpose(0, 1)[None], v.transpose(0, 1)[None]
         pages = self.group.layer(self.index, key, value)
         pages.check_like(key, value)
         mapping = step.groups[self.number].slot_mapping
-        if cos is None or sin is None:
+        if tables is None:
             write_pages_op(k, v, pages.k, pages.v, mapping, pages.k_scale, pages.v_scale)
             return q
         return rotary_write_op(
-            q, k, v, cos, sin, interleaved, q_weight, k_weight, eps, weight_offset, round_first,
+            q, k, v, *tables, interleaved, q_weight, k_weight, eps, weight_offset, round_first,
             pages.k, pages.v, pages.k_scale, pages.v_scale, mapping,
         )  # fmt: skip
 
