@@ -23,8 +23,20 @@ from eval import command_line
 
 LAYERS = 28
 
-def calls(device: str, with_sdpa: bool, dims: tuple[int, ...] = (64, 128, 256)) -> dict[str, Callable[[], object]]:
+
+def calls(device: str, with_sdpa: bool) -> dict[str, Callable[[], object]]:
     """The calls by name, each on tensors of its own."""
+    made = kernel_calls(device, with_sdpa)
+    made[f"PagedCache, decode step of {LAYERS} layers"] = cached_step("paged_flash", device)
+    if with_sdpa:
+        made[f"DynamicCache and PyTorch's, decode step of {LAYERS} layers"] = cached_step("sdpa", device)
+    return made
+
+
+def kernel_calls(
+    device: str, with_sdpa: bool, dims: tuple[int, ...] = (64, 128, 256)
+) -> dict[str, Callable[[], object]]:
+    """Those of ``hf_paged_kernels``, by head dims where these matter."""
     made: dict[str, Callable[[], object]] = {}
     new = lambda *shape: torch.randn(shape, device=device, dtype=torch.bfloat16)  # noqa: E731
 
@@ -33,15 +45,17 @@ def calls(device: str, with_sdpa: bool, dims: tuple[int, ...] = (64, 128, 256)) 
         leaves = [x.clone().requires_grad_() for x in (q, k, v)]
         flash = kernels.flash_attention
         made[f"flash_attention {dim}"] = lambda: flash(q, k, v, causal=True)
-        made[f"flash_attention {dim}, backward too"] = lambda: torch.autograd.grad(
-            flash(*leaves, causal=True), leaves, grad
-        )
+        both = lambda: torch.autograd.grad(flash(*leaves, causal=True), leaves, grad)  # noqa: E731
+        made[f"flash_attention {dim}, backward too"] = both
+        made[f"flash_attention {dim}, backward too, on one thread"] = on_one_thread(both)
         if with_sdpa:
             heads = [x.transpose(1, 2) for x in (q, k, v, grad)]
             more = [x.detach().clone().requires_grad_() for x in heads[:3]]
             sdpa = lambda *x: F.scaled_dot_product_attention(*x, is_causal=True, enable_gqa=True)  # noqa: E731
             made[f"PyTorch's {dim}"] = lambda: sdpa(*heads[:3])
-            made[f"PyTorch's {dim}, backward too"] = lambda: torch.autograd.grad(sdpa(*more), more, heads[3])
+            sdpa_both = lambda: torch.autograd.grad(sdpa(*more), more, heads[3])  # noqa: E731
+            made[f"PyTorch's {dim}, backward too"] = sdpa_both
+            made[f"PyTorch's {dim}, backward too, on one thread"] = on_one_thread(sdpa_both)
 
     for dim in dims:
         dense(dim)
@@ -58,9 +72,6 @@ def calls(device: str, with_sdpa: bool, dims: tuple[int, ...] = (64, 128, 256)) 
     made["paged_attention, decode, plan given"] = lambda: kernels.paged_attention(*step, max_query_len=1, plan=plan)
     made["make_split_plan"] = lambda: kernels.make_split_plan(lens, cu, table, page_size)
     made["write_pages"] = lambda: kernels.write_pages(k, v, *pools, slots)
-    made[f"PagedCache, decode step of {LAYERS} layers"] = cached_step("paged_flash", device)
-    if with_sdpa:
-        made[f"DynamicCache and PyTorch's, decode step of {LAYERS} layers"] = cached_step("sdpa", device)
     return made
 
 
@@ -83,6 +94,16 @@ def cached_step(attention: str, device: str) -> Callable[[], object]:
     with torch.no_grad():
         step(128)
     return step
+
+
+def on_one_thread(call: Callable[[], object]) -> Callable[[], object]:
+    """Without autograd's thread of the GPU: what the way there and back costs is the difference."""
+
+    def inner() -> object:
+        with torch.autograd.set_multithreading_enabled(False):
+            return call()
+
+    return inner
 
 
 def microseconds(call: Callable[[], object], wait: Callable[[], object], times: int) -> float:

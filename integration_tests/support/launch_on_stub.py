@@ -68,12 +68,12 @@ class CheckedLaunch(launches.Launch):
 
 def public() -> None:
     """The public functions: later calls bind nothing again, and read nothing back."""
-    from eval.bench_host_time import calls
+    from eval.bench_host_time import kernel_calls
 
     def refuse(*args):
         raise AssertionError("a value is read back from the device")
 
-    for name, call in calls("cpu", False, (64,)).items():
+    for name, call in kernel_calls("cpu", False, (64,)).items():
         IS_COMPARED.append(True)
         call()
         call()

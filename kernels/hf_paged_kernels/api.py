@@ -469,8 +469,8 @@ def write_pages(
         v_scale: the same for values.
 
     Raises:
-        ValueError: shapes, devices or slots that do not fit; TypeError: dtypes that are not supported. Slots are checked
-            where pages are in :func:`paged_attention`.
+        ValueError: shapes, devices or slots that do not fit; TypeError: dtypes that are not supported. Slots are
+            checked where pages are in :func:`paged_attention`.
     """
     checks.once(_check_write, (k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale))
     checks.refuse_tangents(k=k, v=v, k_pages=k_pages, v_pages=v_pages)
