@@ -123,10 +123,8 @@ ROOMS = {
         [f"hf_paged_kernels.{feature}.ops" for feature in ("attention", "layers", "sampling")],
         [f"hf_paged_kernels.{feature}" for feature in ("attention", "linear", "layers", "sampling")],
         ["hf_paged_kernels.checks", "hf_paged_kernels.eager"],
-        [
-            "hf_paged_kernels.backend", "hf_paged_kernels.compat_gluon", "hf_paged_kernels.dependent_launch_triton",
-            "hf_paged_kernels.launch_triton",
-        ],
+        ["hf_paged_kernels.launch_triton"],
+        ["hf_paged_kernels.backend", "hf_paged_kernels.compat_gluon", "hf_paged_kernels.dependent_launch_triton"],
         ["hf_paged_kernels.settings"],
     ],
 }

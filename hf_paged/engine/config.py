@@ -55,6 +55,9 @@ class EngineConfig:
             take them later, and handles of CUDA memory for other processes cannot be had of them.
             :meth:`Engine.close` moves them apart again. None: on a GPU; True: on a CPU as well, and an engine in which
             nothing can be is refused; False: never.
+        compile_ahead: at start, threads compile the kernels that the model's steps will need, several at a time;
+            otherwise each is compiled by the step that meets it first. Done once for a shape of model in a cache
+            folder of Triton. None: for models of 100 million parameters or more on a machine with four cores or more.
         batch_invariant: not available yet; must be False.
 
     Raises:
@@ -78,6 +81,7 @@ class EngineConfig:
     cuda_graphs: bool | None = None
     compile: bool = False
     fuse: bool | None = None
+    compile_ahead: bool | None = None
     batch_invariant: bool = False
 
     def __post_init__(self) -> None:
@@ -111,7 +115,7 @@ class EngineConfig:
         for name in ("prefix_caching", "self_check", "compile", "batch_invariant"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
-        for name in ("cuda_graphs", "fuse"):
+        for name in ("cuda_graphs", "fuse", "compile_ahead"):
             if getattr(self, name) is not None and not isinstance(getattr(self, name), bool):
                 raise TypeError(f"{name} must be None, True or False, got {getattr(self, name)!r}.")
         if self.batch_invariant:

@@ -288,7 +288,8 @@ def generate(
             raise UnsupportedModelError(reason)
         # No larger than the call can use; and one call does not make up for comparing fused modules first.
         rows = min(len(input_ids), EngineConfig().max_num_seqs)
-        config = EngineConfig(max_num_seqs=rows, max_model_len=generation_config.max_length, fuse=False)
+        length = generation_config.max_length
+        config = EngineConfig(max_num_seqs=rows, max_model_len=length, fuse=False, compile_ahead=False)
         with Engine(model, config, background=False) as engine:
             yield engine
 

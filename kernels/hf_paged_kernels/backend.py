@@ -1,7 +1,9 @@
 """Which implementation a tensor takes, and the device a launch runs under."""
 
 import os
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import lru_cache
 from importlib.util import find_spec
 from typing import Any
@@ -22,7 +24,44 @@ def uses_triton(tensor: torch.Tensor) -> bool:
 
     Others take the PyTorch reference.
     """
-    return tensor.device.type != "cpu" and tensor.dtype != torch.float64
+    return tensor.device.type != "cpu" and tensor.dtype != torch.float64 and not _takes_references()
+
+
+_on_references: set[int] = set()
+
+
+def _takes_references() -> bool:
+    return bool(_on_references) and threading.get_ident() in _on_references
+
+
+Record = Callable[[tuple | None, Any, tuple, dict[str, Any]], None]
+"""Takes a launch: a key that equal ones share (None: unknown), the kernel, its arguments, its constants."""
+_recorders: dict[int, Record] = {}
+
+
+def recorder() -> Record | None:
+    """What takes the launches of this thread in place of the GPU; None: nothing does."""
+    return _recorders.get(threading.get_ident()) if _recorders else None
+
+
+@contextmanager
+def recording(record: Record) -> Iterator[None]:
+    """In this thread ``record`` takes launches in place of the GPU."""
+    _recorders[threading.get_ident()] = record
+    try:
+        yield
+    finally:
+        del _recorders[threading.get_ident()]
+
+
+@contextmanager
+def on_references() -> Iterator[None]:
+    """In this thread ops compute with PyTorch, as on a CPU."""
+    _on_references.add(threading.get_ident())
+    try:
+        yield
+    finally:
+        _on_references.discard(threading.get_ident())
 
 
 def on_nvidia(tensor: torch.Tensor) -> bool:
@@ -75,9 +114,13 @@ def scale_strides(k_scale: torch.Tensor | None, v_scale: torch.Tensor | None) ->
     return k_scale.stride()
 
 
-@lru_cache
 def has_gluon(device: torch.device) -> bool:
     """Whether the Gluon kernels run on ``device``: Hopper and a Triton that has Gluon, not switched off."""
+    return _has_gluon(device) and not _takes_references()
+
+
+@lru_cache
+def _has_gluon(device: torch.device) -> bool:
     if device.type != "cuda" or torch.version.cuda is None or os.environ.get("HF_PAGED_GLUON") == "0":
         return False
     return torch.cuda.get_device_capability(device) == (9, 0) and find_spec("triton.experimental.gluon") is not None

@@ -8,6 +8,8 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
+from .backend import on_references, recorder
+
 PLAIN = (int, float, bool, str, NoneType)
 
 
@@ -37,7 +39,13 @@ class EagerOp:
 
     def __call__(self, *arguments: Any, **keywords: Any) -> Any:
         """As the op."""
-        if torch.compiler.is_compiling() or not is_plain(arguments):
+        if torch.compiler.is_compiling():
+            return self.op(*arguments, **keywords)
+        if recorder() is not None:
+            self.function(*arguments, **keywords)  # Its launches are recorded.
+            with on_references():
+                return self.function(*arguments, **keywords)
+        if not is_plain(arguments):
             return self.op(*arguments, **keywords)
         if torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments):
             if self.gradient is None or keywords or _is_below_autograd():

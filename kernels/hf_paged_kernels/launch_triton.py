@@ -16,6 +16,7 @@ All private names of Triton are in this file.
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -23,6 +24,8 @@ from torch.nn import Parameter
 from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
+
+from .backend import recorder
 
 MAX_KEYS = 10_000
 """Keys that are kept. There are few for each compilation: a key says more of the strides only."""
@@ -128,7 +131,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
     found = (*key, *constants, *constants.values())
     bound = _bound.get(found, _UNKNOWN)
     if bound is None or bound is _UNKNOWN:
-        compiled = _launch_by_triton(kernel, grid, arguments, constants)
+        compiled = _launch_by_triton(kernel, grid, arguments, constants, found)
+        if compiled is None:
+            return None
         if bound is _UNKNOWN:
             if len(_bound) >= MAX_KEYS:
                 _bound.clear()
@@ -150,6 +155,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any
 
 
 def _start(bound: Bound, grid: tuple[int, ...], stream: int, passed: list) -> None:
+    if recorder() is not None:
+        return
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
     if bound.in_tuple:
         bound.start(x, y, z, stream, *bound.options, passed)
@@ -296,8 +303,28 @@ def is_watched(kernel: Any) -> bool:
     )
 
 
-def _launch_by_triton(kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: dict[str, Any]) -> Any:
-    return kernel[grid](*(x.descriptor() if type(x) is Tile else x for x in arguments), **constants)
+def _launch_by_triton(
+    kernel: Any, grid: tuple[int, ...], arguments: tuple, constants: dict[str, Any], key: tuple | None = None
+) -> Any:
+    record = recorder()
+    if record is not None:
+        record(key, kernel, arguments, constants)
+        return None
+    return kernel[grid](*_for_triton(arguments), **constants)
+
+
+def _for_triton(arguments: tuple) -> list:
+    return [x.descriptor() if type(x) is Tile else x for x in arguments]
+
+
+def compile_only(kernel: Any, arguments: tuple, constants: dict[str, Any]) -> None:
+    """Compile what :func:`launch` would start, and load it; nothing runs."""
+    kernel.warmup(*_for_triton(arguments), grid=(1, 1, 1), **constants)._init_handles()
+
+
+def cache_folder() -> Path:
+    """Where Triton keeps what it has compiled."""
+    return Path(knobs.cache.dir)
 
 
 def _bind(kernel: Any, compiled: Any, arguments: tuple, constants: dict[str, Any]) -> Bound | None:

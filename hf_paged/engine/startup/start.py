@@ -13,6 +13,7 @@ from ..execution.compiled import as_written
 from ..execution.decode_graphs import capture_blocker
 from ..execution.model_fingerprint import read_buffers, written_buffers
 from ..scheduling.page_budget import PageRoom, choose_num_pages, working_bytes
+from .compile_ahead import compile_ahead
 from .fusion_steps import fuse
 from .self_check import probe, run_reference
 
@@ -23,6 +24,8 @@ def start(model: Any, config: EngineConfig, max_model_len: int) -> tuple[EngineC
     """Check the model, see what a page costs, make the pages."""
     fused = None
     with no_gradients(), as_written(model):
+        if capture_blocker(model, model.get_input_embeddings().weight.device) is None:
+            compile_ahead(model, config, max_model_len)
         reference = run_reference(model) if config.self_check else None
         try:
             buffers = read_buffers(model)

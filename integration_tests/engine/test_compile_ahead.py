@@ -1,0 +1,89 @@
+"""Kernels compiled before they are needed: the first layers of a model, and what is left to compile after them."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from random_requests import tiny_model
+
+from hf_paged.engine.startup.compile_ahead import with_first_layers
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(("family", "kinds"), [("llama", 1), ("gemma3_text", 2), ("gpt_oss", 2)])
+def test_the_first_layers_of_each_kind(family, kinds):
+    model = tiny_model(family)
+    ids = torch.arange(1, 9)[None]
+    with torch.no_grad():
+        whole = model(input_ids=ids, output_hidden_states=True)
+        few = with_first_layers(model)
+        got = few(input_ids=ids, output_hidden_states=True)
+        again = model(input_ids=ids, output_hidden_states=True)
+    layers = len(model.model.layers)
+    assert len(few.model.layers) == max(2, kinds) or len(few.model.layers) == layers
+    # As far as its layers go it is the model; the last of hidden_states is normed.
+    count = len(few.model.layers)
+    for ours, theirs in zip(got.hidden_states[:count], whole.hidden_states):
+        assert torch.equal(ours, theirs)
+    assert torch.equal(again.logits, whole.logits)
+    assert len(model.model.layers) == layers
+    assert all(a is b for a, b in zip(few.model.layers, model.model.layers))
+
+
+def test_a_model_without_a_list_of_layers_is_taken_whole():
+    model = tiny_model("llama")
+    layers, model.model.layers = model.model.layers, torch.nn.ModuleList([])
+    try:
+        assert with_first_layers(model) is model
+    finally:
+        model.model.layers = layers
+
+
+COUNTING = """
+    import json, sys, threading
+    import torch, triton
+    from triton import knobs
+    main, compiled = threading.get_ident(), []
+    def listener(*, metadata, cache_hit, **rest):
+        if not cache_hit:
+            compiled.append((threading.get_ident() == main, metadata["name"]))
+    knobs.compilation.listener = listener
+    import hf_paged
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2048, hidden_size=512, intermediate_size=1024, num_hidden_layers=3, num_attention_heads=8,
+        num_key_value_heads=4, head_dim=64, max_position_embeddings=4096,
+    )
+    model = LlamaForCausalLM._from_config(config, attn_implementation="sdpa", dtype=torch.bfloat16).cuda().eval()
+    options = GenerationConfig(max_new_tokens=8, min_new_tokens=8, do_sample=False, pad_token_id=0)
+    with hf_paged.Engine(model, hf_paged.EngineConfig(max_num_seqs=32, compile_ahead=True)) as engine:
+        for count in (1, 7, 32):
+            engine.generate([[5, 6, 7] * (n + 1) for n in range(count)], generation_config=options)
+    print(json.dumps([len(compiled), [name for is_main, name in compiled if is_main]]))
+"""
+
+
+@pytest.mark.gpu
+def test_nothing_is_compiled_in_the_foreground(tmp_path):
+    """An empty cache: what steps launch has been compiled by other threads; a second process compiles nothing."""
+    env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
+    runs = [
+        subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(COUNTING)], cwd=ROOT, env=env, capture_output=True, text=True,
+            timeout=240, check=False,
+        )
+        for _ in range(2)
+    ]  # fmt: skip
+    for run in runs:
+        assert run.returncode == 0, run.stderr[-3000:]
+    (first, in_foreground), (second, _) = (json.loads(run.stdout.splitlines()[-1]) for run in runs)
+    assert first > 0
+    assert in_foreground == []
+    assert second == 0

@@ -1,0 +1,82 @@
+"""Launches are recorded and compiled, for a Hopper GPU, in the place of being run."""
+
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton.experimental.gluon")
+
+SUPPORT = Path(__file__).parents[1] / "support"
+SCRIPT = """
+    import json
+    import compile_for_hopper as hopper
+    from triton import knobs
+    hopper.pretend_hopper()
+    from triton.compiler import CompiledKernel
+    CompiledKernel._init_handles = lambda kernel: None  # There is no GPU to load it.
+    from hf_paged_kernels import backend
+    from hf_paged_kernels.launch_triton import compile_only
+    from hf_paged_kernels.layers.rms_norm_triton import rms_norm_launch
+    from hf_paged_kernels.linear.decode import choose_batch_linear
+    from hf_paged_kernels.linear.decode_gluon import batch_linear_launch
+    from hf_paged_kernels.linear.skinny import choose_small_linear
+    from hf_paged_kernels.linear.skinny_gluon import small_linear_launch
+
+    def launch_some():
+        x, weight = hopper.new(64, 1024), hopper.new(4096, 1024)
+        rms_norm_launch(x, hopper.new(1024), 1e-5, 0.0, True, None)
+        batch_linear_launch(x, weight, None, choose_batch_linear(64, 4096, 1024, False, False))
+        small_linear_launch(x[:4], weight, None, None, None, 1e-5, choose_small_linear(4, 4096, 1024, False, 2))
+
+    launches = []
+    with backend.recording(lambda *launch: launches.append(launch)):
+        launch_some()
+        launch_some()
+    assert not hopper.COMPILED
+    keys = {key for key, *_ in launches}
+    misses = []
+    knobs.compilation.listener = lambda *, cache_hit, **rest: misses.append(not cache_hit)
+    for _, *launch in launches[:3]:
+        compile_only(*launch)
+    compiled = sum(misses)
+    launch_some()
+    print(json.dumps([len(launches), len(keys), compiled, sum(misses)]))
+"""
+
+
+def test_what_was_recorded_is_what_launches_need(tmp_path):
+    env = os.environ | {
+        "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(SUPPORT), *sys.path]),
+    }  # fmt: skip
+    env.pop("TRITON_INTERPRET", None)
+    script = [sys.executable, "-c", textwrap.dedent(SCRIPT)]
+    run = subprocess.run(script, env=env, capture_output=True, text=True, timeout=400, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert json.loads(run.stdout.splitlines()[-1]) == [6, 3, 3, 3]
+
+
+def test_recorded_ops_compute_by_reference(monkeypatch):
+    from hf_paged_kernels import backend
+    from hf_paged_kernels.layers import ops
+
+    x, weight = torch.randn(3, 64), torch.randn(64)
+    expected = ops.rms_norm_op(x, weight, 1e-5, 0.0, True, None)
+    calls = []
+
+    def function(*arguments):
+        calls.append(backend.uses_triton(x.to("meta")))
+        return reference(*arguments)
+
+    reference = ops.rms_norm_op.function
+    monkeypatch.setattr(ops.rms_norm_op, "function", function)
+    with backend.recording(lambda *launch: None):
+        got = ops.rms_norm_op(x, weight, 1e-5, 0.0, True, None)
+    assert calls == [True, False]
+    assert torch.equal(got[0], expected[0])
+    assert backend.recorder() is None
