@@ -25,6 +25,16 @@ SPLIT_LENGTH = 512
 its own length only."""
 
 
+def cdiv(a: int, b: int) -> int:
+    """``a / b``, rounded up. Triton's own function, which serves kernels too, costs the host as much as a launch."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    """The least power of two that is not less than ``n``, 0 for 0."""
+    return 1 << (n - 1).bit_length() if n else 0
+
+
 @dataclass(frozen=True, slots=True)
 class AttentionSettings:
     """Tile sizes of one attention launch: query rows, keys, warps and software-pipelining stages.

@@ -29,7 +29,7 @@ import triton.language as tl
 
 from ..backend import MAX_GRID, contiguous, contiguous_rows, device_guard, layout
 from ..launch_triton import Launch, Launches, Tile
-from ..settings import LOG2_E, AttentionSettings, BackwardSettings, flash_backward_settings
+from ..settings import LOG2_E, AttentionSettings, BackwardSettings, cdiv, flash_backward_settings, next_power_of_2
 from .flash_backward_parts_triton import (
     find_block,
     find_stats,
@@ -344,7 +344,7 @@ def flash_attention_backward_launch(
     batch, seqlen_q = (1, q.shape[0]) if varlen else q.shape[:2]
     num_seqs = batch if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     # Zeros: no program writes the slots between two packed sequences.
-    num_slots = 16 * triton.cdiv(_grid(4, seqlen_q, 1, 1, num_seqs, varlen)[0], 4)
+    num_slots = 16 * cdiv(_grid(4, seqlen_q, 1, 1, num_seqs, varlen)[0], 4)
     rows = q.new_zeros((2 + (sinks is not None), batch, q.shape[-2], num_slots), dtype=torch.float32)
     lse_log2, delta, *more = rows.unbind()
     sums = more[0] if more else None
@@ -405,7 +405,7 @@ def _prepare(
     batch, seqlen_q, num_q_heads, head_dim = q.shape
     seqlen_k, num_kv_heads, v_dim = v.shape[1:]
     num_seqs = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else batch
-    block_d, block_dv = (max(16, triton.next_power_of_2(dim)) for dim in (head_dim, v_dim))
+    block_d, block_dv = (max(16, next_power_of_2(dim)) for dim in (head_dim, v_dim))
     query_tiles = key_tiles = None
     if s.descriptors:
         rows, columns = s.keys.block_m, s.queries.block_n
@@ -457,7 +457,7 @@ def _prepare(
 
 def _grid(block: int, seqlen: int, num_heads: int, batch: int, num_seqs: int, varlen: bool) -> tuple[int, int, int]:
     """Blocks of the first axis belong to sequences; packed, an upper bound that needs no length: ``find_sequence``."""
-    return (seqlen // block + num_seqs if varlen else triton.cdiv(seqlen, block)), num_heads, batch
+    return (seqlen // block + num_seqs if varlen else cdiv(seqlen, block)), num_heads, batch
 
 
 def _tiles(settings: AttentionSettings) -> dict[str, int]:

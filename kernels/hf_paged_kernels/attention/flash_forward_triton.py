@@ -15,7 +15,7 @@ import triton.language as tl
 
 from ..backend import MAX_GRID, contiguous, device_guard
 from ..launch_triton import launch
-from ..settings import LOG2_E, AttentionSettings, flash_settings
+from ..settings import LOG2_E, AttentionSettings, cdiv, flash_settings, next_power_of_2
 from .primitives_triton import (
     add_sink,
     finish_softmax,
@@ -270,7 +270,7 @@ def flash_attention_launch(
     scale_log2 = scale * LOG2_E if softcap is None else 2.0 * scale / softcap * LOG2_E
     with device_guard(q):
         for first_seq in range(0, num_seqs, MAX_GRID):
-            grid = (triton.cdiv(seqlen_q, s.block_m), num_q_heads, min(MAX_GRID, num_seqs - first_seq))
+            grid = (cdiv(seqlen_q, s.block_m), num_q_heads, min(MAX_GRID, num_seqs - first_seq))
             launch(
                 _flash_forward, grid,
                 q, k, v, sinks, out, lse, cu_seqlens_q, cu_seqlens_k, seqlen_q, seqlen_k,
@@ -281,8 +281,8 @@ def flash_attention_launch(
                 V_DIM=v_dim,
                 BLOCK_M=s.block_m,
                 BLOCK_N=s.block_n,
-                BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
-                BLOCK_DV=max(16, triton.next_power_of_2(v_dim)),
+                BLOCK_D=max(16, next_power_of_2(head_dim)),
+                BLOCK_DV=max(16, next_power_of_2(v_dim)),
                 VARLEN=varlen,
                 HAS_LEFT=window_left is not None,
                 HAS_RIGHT=window_right is not None,

@@ -28,7 +28,6 @@ What a program does next is in ``hopper_tiles_gluon``, the copies are in ``hoppe
 from dataclasses import dataclass
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
@@ -41,10 +40,12 @@ from ..settings import (
     LOG2_E,
     SHORT_QUERY,
     HopperSettings,
+    cdiv,
     hopper_settings,
     max_split_items,
     max_splits,
     multiprocessors,
+    next_power_of_2,
 )
 from .hopper_consumer_gluon import consume
 from .hopper_producer_gluon import produce
@@ -271,7 +272,7 @@ def hopper_flash_launch(
         block_m = TILE_ROWS * s.consumers
         q4, k4, v4, out4 = (x[None] if packed else x for x in (q, k, v, out))
         if cu_seqlens_q is None:
-            num_blocks = triton.cdiv(q.shape[1], block_m)
+            num_blocks = cdiv(q.shape[1], block_m)
         else:
             num_blocks = q.shape[0] // block_m + cu_seqlens_q.shape[0] - 1
         forward = _flash.keep(key, _prepare(
@@ -369,7 +370,7 @@ def _prepare_pages(
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, page_size = pages[0].shape[1:3]
     group = num_q_heads // num_kv_heads
-    pack = triton.next_power_of_2(group)
+    pack = next_power_of_2(group)
     num_seqs, max_tokens = seq_lens.shape[0], page_table.shape[1] * page_size
     split = max_query_len * pack <= TILE_ROWS and max_query_len <= SHORT_QUERY
     s = settings or hopper_settings(head_dim, max_query_len, split, max_tokens)

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from ..backend import device_guard
 from ..launch_triton import launch
+from ..settings import next_power_of_2
 
 
 @triton.jit
@@ -73,6 +74,6 @@ def merge_attention_states_launch(
             out_a, lse_a, out_b, lse_b, out, lse,
             *out_a.stride()[:2], *out_b.stride()[:2], *out.stride()[:2],
             *reversed(lse_a.stride()), *reversed(lse_b.stride()), *reversed(lse.stride()),
-            V_DIM=v_dim, BLOCK_DV=triton.next_power_of_2(v_dim), num_warps=1,
+            V_DIM=v_dim, BLOCK_DV=next_power_of_2(v_dim), num_warps=1,
         )  # fmt: skip
     return out, lse

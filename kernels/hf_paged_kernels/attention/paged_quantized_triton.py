@@ -26,7 +26,7 @@ import triton.language as tl
 
 from ..backend import contiguous, contiguous_rows, device_guard, on_nvidia, scale_strides
 from ..launch_triton import launch
-from ..settings import LOG2_E, QuantizedSettings, is_short_query, multiprocessors, quantized_settings
+from ..settings import LOG2_E, QuantizedSettings, is_short_query, multiprocessors, next_power_of_2, quantized_settings
 from .primitives_triton import (
     add_sink,
     find_sequence,
@@ -492,7 +492,7 @@ def quantized_paged_attention_launch(
     num_programs = num_blocks * num_kv_heads
     if is_split and on_nvidia(q):
         num_programs = min(num_programs, multiprocessors(q.device) * chosen.programs_per_sm)
-    block_dv = max(16, triton.next_power_of_2(v_dim))
+    block_dv = max(16, next_power_of_2(v_dim))
     scale_log2 = scale * LOG2_E if softcap is None else 2.0 * scale / softcap * LOG2_E
     with device_guard(q):
         launch(
@@ -512,7 +512,7 @@ def quantized_paged_attention_launch(
             BLOCK_Q=block_q,
             BLOCK_M=chosen.block_m,
             BLOCK_N=chosen.block_n,
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_D=max(16, next_power_of_2(head_dim)),
             BLOCK_DV=block_dv // 2 if pairs else block_dv,
             IS_SPLIT=is_split,
             HAS_LEFT=window_left is not None,

@@ -25,7 +25,7 @@ import triton.language as tl
 
 from ..backend import MAX_GRID, contiguous, contiguous_rows, device_guard, scale_strides
 from ..launch_triton import launch
-from ..settings import LOG2_E, SPLIT_LENGTH, AttentionSettings, is_short_query, paged_settings
+from ..settings import LOG2_E, SPLIT_LENGTH, AttentionSettings, cdiv, is_short_query, next_power_of_2, paged_settings
 from .primitives_triton import (
     add_sink,
     find_sequence,
@@ -405,7 +405,7 @@ def paged_attention_launch(
     if settings is not None:
         chosen, block_q = settings, max(1, settings.block_m // group)
     short_query = is_short_query(group, max_query_len)
-    num_splits = triton.cdiv(max_pages * page_size, split_length) if short_query else 1
+    num_splits = cdiv(max_pages * page_size, split_length) if short_query else 1
     if num_splits > MAX_GRID:
         raise ValueError(
             f"page_table has room for {max_pages * page_size} tokens of a sequence: at most {MAX_GRID * split_length} "
@@ -425,7 +425,7 @@ def paged_attention_launch(
         target, target_lse = out, lse
         out_strides = (out.stride(0), out.stride(1), 0)
         lse_strides = (lse.stride(1), lse.stride(0), 0)
-    block_dv = max(16, triton.next_power_of_2(v_dim))
+    block_dv = max(16, next_power_of_2(v_dim))
     scale_log2 = scale * LOG2_E if softcap is None else 2.0 * scale / softcap * LOG2_E
     with device_guard(q):
         launch(
@@ -443,7 +443,7 @@ def paged_attention_launch(
             BLOCK_Q=block_q,
             BLOCK_M=chosen.block_m,
             BLOCK_N=chosen.block_n,
-            BLOCK_D=max(16, triton.next_power_of_2(head_dim)),
+            BLOCK_D=max(16, next_power_of_2(head_dim)),
             BLOCK_DV=block_dv,
             SPLIT_LEN=split_length if split else 0,
             ONE_BLOCK=one_block,

@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ..backend import device_guard, layout, scale_strides
 from ..launch_triton import Launch, Launches, launch
-from ..settings import LARGEST
+from ..settings import LARGEST, next_power_of_2
 
 
 @triton.jit
@@ -132,8 +132,8 @@ def write_pages_launch(
             PAGE_SIZE=k_pages.shape[2],
             HEAD_DIM=head_dim,
             V_DIM=v_dim,
-            BLOCK_D=triton.next_power_of_2(head_dim),
-            BLOCK_DV=triton.next_power_of_2(v_dim),
+            BLOCK_D=next_power_of_2(head_dim),
+            BLOCK_DV=next_power_of_2(v_dim),
             LARGEST=0.0 if k_scale is None else LARGEST[k_pages.dtype],
             num_warps=1,
         ))  # fmt: skip
@@ -181,5 +181,5 @@ def copy_pages_launch(
             launch(
                 _copy_pages, (source.numel(), num_heads),
                 pages, source, target, *pages.stride()[:3],
-                DIM=dim, PAGE_SIZE=page_size, BLOCK_D=triton.next_power_of_2(dim),
+                DIM=dim, PAGE_SIZE=page_size, BLOCK_D=next_power_of_2(dim),
             )  # fmt: skip

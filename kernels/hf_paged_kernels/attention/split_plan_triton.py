@@ -31,8 +31,10 @@ from ..settings import (
     LONG_SHORT_QUERY,
     LONG_SPREAD,
     MAX_SPLITS,
+    cdiv,
     max_split_items,
     max_splits,
+    next_power_of_2,
     split_plan_size,
 )
 
@@ -348,11 +350,11 @@ def prepare_merge(
     out, lse``; ``sequences`` and ``max_parts`` are those of the plan."""
     head_dim = parts.shape[1]
     num_kv_heads = out.shape[1] // group
-    block_d = triton.next_power_of_2(head_dim)
-    block_r = min(triton.next_power_of_2(pack), MERGED_ROWS)
+    block_d = next_power_of_2(head_dim)
+    block_r = min(next_power_of_2(pack), MERGED_ROWS)
     is_few = max_parts <= FEW_PARTS
     return Launch(
-        _merge_parts, (out.shape[0], num_kv_heads, triton.cdiv(pack, block_r)),
+        _merge_parts, (out.shape[0], num_kv_heads, cdiv(pack, block_r)),
         parts, part_lse, sequences, cu_seqlens_q, sinks, out, lse, cu_seqlens_q.shape[0] - 1,
         *out.stride()[:2], lse.stride(0),
         GROUP=group, PACK=pack, BLOCK_R=block_r, HEAD_DIM=head_dim, BLOCK_D=block_d,
@@ -409,7 +411,7 @@ def make_split_plan_launch(
         size = split_plan_size(num_seqs, max_tokens)
         if num_seqs == 0:
             return seq_lens.new_zeros(size)
-        block = max(32, triton.next_power_of_2(num_seqs))
+        block = max(32, next_power_of_2(num_seqs))
         known = _plans.keep(key, (size, Launch(
             _plan_splits, (1,),
             seq_lens, cu_seqlens_q, seq_lens, num_seqs, max_split_items(num_seqs, max_tokens), window_left or 0,

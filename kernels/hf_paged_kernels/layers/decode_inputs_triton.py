@@ -7,6 +7,7 @@ import triton.language as tl
 from ..backend import contiguous_rows, device_guard
 from ..dependent_launch_triton import dependent_launch, start_next, wait_for_previous
 from ..launch_triton import launch
+from ..settings import cdiv
 
 ROWS = 128
 PAGES = 1024
@@ -47,7 +48,7 @@ def decode_inputs_launch(
     if num_rows:
         with device_guard(slots):
             launch(
-                _decode_inputs, (triton.cdiv(num_rows, ROWS),),
+                _decode_inputs, (cdiv(num_rows, ROWS),),
                 slots, counts, last_token.contiguous(), input_ids, positions, seq_lens, num_rows,
                 ROWS=ROWS,
                 num_warps=4,

@@ -10,6 +10,7 @@ import triton.language as tl
 from ..backend import contiguous_rows, device_guard
 from ..dependent_launch_triton import dependent_launch, start_next, wait_for_previous
 from ..launch_triton import launch
+from ..settings import cdiv
 
 BLOCK_N = 1024
 
@@ -60,7 +61,7 @@ def gated_activation_launch(gate_up: torch.Tensor, activation: str, order: str) 
         gate, up = up, gate
     with device_guard(gate_up):
         launch(
-            _gated_activation, (len(rows), triton.cdiv(n, BLOCK_N)),
+            _gated_activation, (len(rows), cdiv(n, BLOCK_N)),
             gate, up, out, rows.stride(0),
             N=n,
             BLOCK_N=BLOCK_N,

@@ -14,6 +14,7 @@ import triton.language as tl
 from ..backend import contiguous, contiguous_rows, device_guard
 from ..dependent_launch_triton import dependent_launch, start_next, wait_for_previous
 from ..launch_triton import launch
+from ..settings import next_power_of_2
 
 
 @triton.jit
@@ -62,7 +63,7 @@ def _rms_norm(
 
 def rms_norm_warps(row_length: int) -> int:
     """Warps of a program: 8 elements, 16 bytes of a small float, for each thread of up to 16 warps."""
-    return min(16, max(1, triton.next_power_of_2(row_length) // 256))
+    return min(16, max(1, next_power_of_2(row_length) // 256))
 
 
 def rms_norm_launch(
@@ -119,7 +120,7 @@ def _launch(
             x, contiguous(weight), residual, normed, total, x.stride(0), 0 if residual is None else residual.stride(0),
             eps, weight_offset,
             N=n,
-            BLOCK_N=triton.next_power_of_2(n),
+            BLOCK_N=next_power_of_2(n),
             HAS_WEIGHT=weight is not None,
             HAS_RESIDUAL=residual is not None,
             NUM_PARTS=num_parts,

@@ -20,7 +20,7 @@ from ..attention.pages_triton import highest_bits, scale_of_bits
 from ..backend import contiguous, device_guard, scale_strides
 from ..dependent_launch_triton import dependent_launch, start_next, wait_for_previous
 from ..launch_triton import launch
-from ..settings import LARGEST
+from ..settings import LARGEST, cdiv, next_power_of_2
 
 TILE = 1024
 """Elements of a program's tile of heads."""
@@ -285,9 +285,9 @@ def rotary_write_launch(
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if num_tokens == 0:
         return out
-    block_h = max(1, TILE // triton.next_power_of_2(max(head_dim, v_dim)))
-    block_h = min(block_h, triton.next_power_of_2(max(num_q_heads, num_kv_heads)))
-    grid = (num_tokens, triton.cdiv(num_q_heads, block_h) + 2 * triton.cdiv(num_kv_heads, block_h))
+    block_h = max(1, TILE // next_power_of_2(max(head_dim, v_dim)))
+    block_h = min(block_h, next_power_of_2(max(num_q_heads, num_kv_heads)))
+    grid = (num_tokens, cdiv(num_q_heads, block_h) + 2 * cdiv(num_kv_heads, block_h))
     with device_guard(q):
         launch(
             _rotary_write, grid,
@@ -304,9 +304,9 @@ def rotary_write_launch(
             HALF=half,
             PAGE_SIZE=k_pages.shape[2],
             BLOCK_H=block_h,
-            BLOCK_HALF=triton.next_power_of_2(half),
-            BLOCK_REST=triton.next_power_of_2(max(1, head_dim - 2 * half)),
-            BLOCK_DV=triton.next_power_of_2(v_dim),
+            BLOCK_HALF=next_power_of_2(half),
+            BLOCK_REST=next_power_of_2(max(1, head_dim - 2 * half)),
+            BLOCK_DV=next_power_of_2(v_dim),
             INTERLEAVED=interleaved,
             HAS_Q_WEIGHT=q_weight is not None,
             HAS_K_WEIGHT=k_weight is not None,

@@ -17,7 +17,6 @@ them in their order: no atomics, no second pass here, and a row's result depends
 """
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -32,6 +31,7 @@ from ..backend import contiguous, device_guard
 from ..compat_gluon import barrier, load_async
 from ..dependent_launch_triton import has_dependent_launch
 from ..launch_triton import Tile, launch
+from ..settings import cdiv
 from .decode import BatchLinearSettings
 
 
@@ -204,14 +204,14 @@ def _launch(
 ) -> None:
     s = settings
     num_tokens, num_features = out.shape[-2:]
-    grid = (triton.cdiv(num_tokens, s.tokens + s.more_tokens), s.num_parts, triton.cdiv(num_features, s.features))
+    grid = (cdiv(num_tokens, s.tokens + s.more_tokens), s.num_parts, cdiv(num_features, s.features))
     x_desc = _descriptor(x, s.tokens, s.block_k)
     more_desc = _descriptor(x, s.more_tokens, s.block_k) if s.more_tokens else x_desc
     with device_guard(x):
         launch(
             _batch_linear, grid,
             x_desc, more_desc, _descriptor(weight, s.features, s.block_k), contiguous(bias), out,
-            num_tokens, num_features, triton.cdiv(x.shape[1], s.block_k), s.num_parts,
+            num_tokens, num_features, cdiv(x.shape[1], s.block_k), s.num_parts,
             TOKENS=s.tokens, MORE=s.more_tokens, BLOCK_K=s.block_k, STAGES=s.stages, GATED=gated,
             num_warps=4, launch_pdl=has_dependent_launch(x.device),
         )  # fmt: skip

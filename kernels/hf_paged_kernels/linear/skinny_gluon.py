@@ -19,7 +19,6 @@ which nobody writes, and only then waits for that kernel (programmatic dependent
 """
 
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
@@ -27,6 +26,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..backend import contiguous, device_guard
 from ..launch_triton import launch
+from ..settings import cdiv, next_power_of_2
 from .skinny import MAX_TOKENS, SmallLinearSettings
 
 FARTHEST = 2**31 // MAX_TOKENS - 1
@@ -379,7 +379,7 @@ def _launch(
         multiply_adds = settings.rows <= 2
         kernel = _small_linear if multiply_adds else _small_linear_mma
         launch(
-            kernel, (triton.cdiv(num_features, settings.block_n),),
+            kernel, (cdiv(num_features, settings.block_n),),
             x, weight, bias, residual, norm_weight, out, *(() if multiply_adds else (num_tokens,)), num_features,
             norm_eps, x.stride(0), K=width, ROWS=settings.rows, GATED=gated, BLOCK_N=settings.block_n,
             WARPS_N=settings.warps_n, WARPS_K=settings.warps_k, AHEAD=settings.ahead, X_AHEAD=settings.x_ahead,
@@ -394,7 +394,7 @@ def rms_norm_launch(x: torch.Tensor, norm_weight: torch.Tensor, norm_eps: float)
     out = x.new_empty(num_tokens, width)
     launch(
         _rms_norm, (num_tokens,),
-        x, norm_weight, out, norm_eps, x.stride(0), K=width, BLOCK_K=triton.next_power_of_2(width), NUM_WARPS=4,
+        x, norm_weight, out, norm_eps, x.stride(0), K=width, BLOCK_K=next_power_of_2(width), NUM_WARPS=4,
         num_warps=4, launch_pdl=True,
     )  # fmt: skip
     return out

@@ -32,6 +32,7 @@ import triton.language as tl
 from ..backend import MAX_GRID, contiguous_rows, device_guard, on_nvidia
 from ..dependent_launch_triton import dependent_launch, start_next, wait_for_previous
 from ..launch_triton import launch
+from ..settings import cdiv, next_power_of_2
 from . import reference
 from .reference import tile_size
 from .scores_triton import (
@@ -666,7 +667,7 @@ def sample_tokens_launch(
     # Both are written: where a kernel cannot do that in place, their copies are.
     row_rules, noted = contiguous_rows(rules), None if last_token is None else last_token.contiguous()
     tile = tile_size(vocab)
-    num_tiles = triton.cdiv(vocab, tile)
+    num_tiles = cdiv(vocab, tile)
     num_groups = num_tiles * (tile // GROUP)
 
     def new(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -683,7 +684,7 @@ def sample_tokens_launch(
     group_max, groups = new(num_rows, num_groups), new(num_rows, num_groups, dtype=torch.int32)
     shift = {torch.bfloat16: 16, torch.float16: 13}.get(logits.dtype, 0)
     narrow, fast = shift > 0, on_nvidia(logits)
-    tiles = triton.next_power_of_2(num_tiles)
+    tiles = next_power_of_2(num_tiles)
     scanned, weighed = (max(1, min(most, num_rows * num_tiles // PROGRAMS)) for most in (SCAN_TILES, WEIGH_TILES))
     more = 1 if logits.element_size() < 4 else 2
     by_slot = int(noted is not None)
@@ -693,7 +694,7 @@ def sample_tokens_launch(
     with device_guard(logits):
         for ruled in (False, True):
             launch(
-                _scan_tiles, (triton.cdiv(num_tiles, scanned), num_rows),
+                _scan_tiles, (cdiv(num_tiles, scanned), num_rows),
                 *rows, temperature, top_k, wants_lse, tile_max, tile_sum, tile_raw_max, tile_raw_sum, group_max,
                 num_tiles, scanned,
                 RULED=ruled, FAST=fast, TILE=tile, GROUP=GROUP, num_warps=SCAN_WARPS * more, **dependent,
@@ -707,7 +708,7 @@ def sample_tokens_launch(
         )  # fmt: skip
         for again in (False, True):
             launch(
-                _weigh_tiles, (triton.cdiv(num_tiles, weighed), num_rows),
+                _weigh_tiles, (cdiv(num_tiles, weighed), num_rows),
                 *rows, temperature, top_p, min_p, seeds, row_task, row_max, row_sum, tile_max,
                 chosen, tile_mass, chosen_again, tile_mass_again, num_tiles, weighed,
                 AGAIN=again, NARROW=narrow, FAST=fast, TILE=tile, TILES=tiles,
