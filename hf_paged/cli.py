@@ -1,4 +1,4 @@
-"""The command ``hf-paged``: what an issue report needs, a check of this machine, and lm-evaluation-harness."""
+"""The command ``hf-paged``: reports for issues, a check of this machine, compiled kernels, lm-evaluation-harness."""
 
 import argparse
 import importlib.metadata
@@ -11,10 +11,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from transformers import AutoModelForCausalLM
 from transformers.utils import logging
 
 from . import __version__
 from .doctor import check_kernels, check_model
+from .engine import Engine
 from .errors import UnsupportedModelError
 from .transformers_internals import TESTED
 
@@ -35,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.command == "env":
         print("\n".join(describe_environment()))
         return 0
+    if options.command == "warm-up":
+        return _warm_up(parser, options.model)
     try:
         device = torch.empty(0, device=options.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
@@ -72,10 +76,31 @@ def _make_parser() -> argparse.ArgumentParser:
         "--weights", action="store_true", help="load the model and start an engine (default: read its config alone)"
     )
     doctor.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    warm = commands.add_parser(
+        "warm-up", help="compile the kernels of a model into the cache folder, for later processes or other machines",
+        description="Loads a model onto the GPU, and compiles and captures what an engine with default options needs. "
+        "What was compiled stays in Triton's cache folder (TRITON_CACHE_DIR), which machines with the same GPU and the "
+        "same versions can share, or an image can contain.",
+    )  # fmt: skip
+    warm.add_argument("--model", metavar="PATH", required=True, help="folder or hub id of a model")
     commands.add_parser(
         "lm-eval", add_help=False, help='the command of lm-evaluation-harness, with "hf-paged" among its models'
     )
     return parser
+
+
+def _warm_up(parser: argparse.ArgumentParser, path: str) -> int:
+    if not torch.cuda.is_available():
+        parser.error("warm-up needs a CUDA GPU that torch can use: kernels are compiled for it")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype="auto", attn_implementation="paged_flash").cuda()
+        logging.enable_progress_bar()
+        with Engine(model) as engine:
+            num_graphs = engine.warm_up(progress=True)
+    except (ValueError, OSError, ImportError, UnsupportedModelError) as error:
+        parser.error(f"--model {path!r}: {' '.join(str(error).split())}")
+    _say(f"{num_graphs} steps can be captured; their kernels are in {kernel_cache()}")
+    return 0
 
 
 def _say(line: str) -> None:

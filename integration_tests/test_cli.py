@@ -68,6 +68,10 @@ def test_help_shows_the_defaults(command, capsys):
         (["env", "--model"], "unrecognized arguments"),
         (["doctor", "--device", "nowhere"], "--device 'nowhere' cannot be used here"),
         (["doctor", "--weights"], "--weights needs --model"),
+        pytest.param(
+            ["warm-up", "--model", "."], "warm-up needs a CUDA GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
         (["doctor", "--model", "/nowhere/at/all"], "--model '/nowhere/at/all'"),
         (["doctor", "--model", "."], "--model '.'"),
     ],
