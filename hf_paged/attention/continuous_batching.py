@@ -16,7 +16,7 @@ from hf_paged_kernels.attention.ops import paged_attention_op, write_pages_op
 from hf_paged_kernels.checks import check_pages
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..cache.split_plans import StepSplitPlans
+from ..cache.step_plan import StepSplitPlans
 from ..transformers_internals import batching_update, is_batching_cache
 from .dense import packed
 from .options import AttentionOptions

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from hf_paged_kernels.layers.ops import decode_inputs_op, decode_rows_op
 
-from ...cache.split_plans import StepSplitPlans
+from ...cache.step_plan import StepSplitPlans
 from ..async_copy import send
 from ..scheduling.slot_pages import SlotPages
 from ..scheduling.slots import Slots
