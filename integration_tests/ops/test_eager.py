@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import hf_paged_kernels as kernels
 import pytest
 import torch
-from hf_paged_kernels import checks
+from hf_paged_kernels import backend, checks
 from hf_paged_kernels.attention import ops
 from hf_paged_kernels.eager import EagerOp, eager_op
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -202,3 +202,12 @@ def test_values_on_an_accelerator_are_left_alone(monkeypatch):
     assert not checks.may_read_values(torch.zeros(1, device="meta"))
     monkeypatch.setattr(checks, "VALUES_ON_DEVICE", True)
     assert not checks.may_read_values(torch.zeros(1, device="meta"))
+
+
+def test_a_layout_is_not_known_by_what_a_thread_takes(monkeypatch):
+    """One that takes references for a while does not decide for later calls."""
+    monkeypatch.setattr(backend, "_has_gluon", lambda device: True)
+    q, k = (torch.randn(1, 5, heads, 128).bfloat16() for heads in (4, 2))
+    with backend.on_references():
+        assert not backend.uses_gluon(q, k, k, 1.0)
+    assert backend.uses_gluon(q, k, k, 1.0)

@@ -132,7 +132,8 @@ def uses_gluon(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) 
     ``HF_PAGED_GLUON=0`` in the environment keeps everything on portable Triton.
     """
     return (
-        scale > 0
+        has_gluon(q.device)
+        and scale > 0
         and _suits_gluon(layout(q), layout(k), layout(v))
         and (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0
     )
@@ -140,13 +141,12 @@ def uses_gluon(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) 
 
 @lru_cache(1024)
 def _suits_gluon(q: Layout, k: Layout, v: Layout) -> bool:
-    """The part of :func:`uses_gluon` that asks nothing of memory."""
-    (q_shape, _, dtype, device), (k_shape, _, k_dtype, _), (v_shape, _, v_dtype, _) = q, k, v
+    """The part of :func:`uses_gluon` that asks for layouts only."""
+    (q_shape, _, dtype, _), (k_shape, _, k_dtype, _), (v_shape, _, v_dtype, _) = q, k, v
     head_dim = q_shape[-1]
     group = q_shape[-2] // max(1, k_shape[-2 if len(k_shape) == len(q_shape) else 1])
     return (
-        has_gluon(device)
-        and dtype in (torch.float16, torch.bfloat16)
+        dtype in (torch.float16, torch.bfloat16)
         and k_dtype == v_dtype == dtype
         and head_dim == v_shape[-1]
         and head_dim in GLUON_HEAD_DIMS
