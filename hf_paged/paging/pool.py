@@ -184,9 +184,11 @@ class PageGroup:
         assert pool is not None, "a group of pages is used without its pool"
         return pool
 
-    def move_to(self, pool: "PagePool") -> None:
-        """Become a group of another pool, a copy of the one before."""
-        self._pool = weakref.ref(pool)
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_pool": self.pool}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"_pool": weakref.ref(state["_pool"])})
 
     def layer(self, index: int, key: torch.Tensor, value: torch.Tensor) -> LayerPages:
         """The pages of a layer, made for keys like ``key`` the first time."""
@@ -391,13 +393,6 @@ class PagePool:
         self.groups: dict[int | None, PageGroup] = {}
         self.room: Callable[[torch.device], int] | None = None
         self.prefixes: PrefixCache | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "PagePool":
-        twin = memo[id(self)] = object.__new__(PagePool)
-        twin.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        for group in twin.groups.values():
-            group.move_to(twin)
-        return twin
 
     def set_layers(self, windows: dict[int | None, int]) -> None:
         """Make the groups of a model: number of layers by sliding window. A shared pool serves one kind of model."""

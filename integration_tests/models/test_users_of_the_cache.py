@@ -38,6 +38,8 @@ def test_pickling_is_refused_and_copies_are_not():
         pickle.dumps(cache)
     twin = copy.deepcopy(cache)
     assert torch.equal(twin.layers[0].keys, cache.layers[0].keys)
+    empty = pickle.loads(pickle.dumps(hf_paged.PagedCache(cache.config, page_size=8)))
+    assert all(group.pages.pool is empty.pool for group in empty.groups.values())
 
 
 def test_numpy_integers_are_integers():
