@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _seed() -> None:
     """Fresh inputs in every test, reproducible by the test's order-independent seed."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _give_memory_back(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Processes that run tests side by side share a GPU: what PyTorch keeps cached in one, the others cannot have."""
+    yield
+    if HAS_GPU and request.node.get_closest_marker("gpu"):
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture
