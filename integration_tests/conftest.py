@@ -1,5 +1,6 @@
 """Shared fixtures: Triton's interpreter without a GPU, NaN-poisoned allocations, a visible skip for GPU tests."""
 
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -35,6 +36,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def _seed() -> None:
     """Fresh inputs in every test, reproducible by the test's order-independent seed."""
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _keep_verbosity() -> Iterator[None]:
+    """Commands that tests run in this process set transformers' verbosity."""
+    logger = logging.getLogger("transformers")
+    before = logger.level
+    yield
+    logger.setLevel(before)
 
 
 @pytest.fixture(autouse=True)
