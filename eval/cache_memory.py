@@ -471,8 +471,7 @@ def reorder(model: LlamaForCausalLM, sizes: Sizes, kind: str, prompt: int) -> Re
             states = torch.ones(num_seqs, heads, tokens, head_dim, dtype=DTYPE)
             cache.update(states, states, layer)
         if isinstance(cache, hf_paged.PagedCache):
-            for paged in cache.layers:
-                paged.flush()  # attention does it in a model
+            cache.planner.flush()  # attention does it in a model
 
     write(1, prompt)
     cache.batch_repeat_interleave(sizes.beams)

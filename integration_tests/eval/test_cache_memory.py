@@ -111,7 +111,7 @@ def test_record_names_the_owner_of_every_page():
     def write(num_seqs: int, tokens: int) -> None:
         states = torch.zeros(num_seqs, 1, tokens, 16)
         cache.update(states, states, 0)
-        cache.layers[0].flush()
+        cache.planner.flush()
 
     write(1, 17)
     cache.store_prefix(list(range(17)))  # two full pages
