@@ -896,3 +896,10 @@ def is_sharded(model: PreTrainedModel) -> bool:
     from torch.distributed.tensor import DTensor
 
     return any(isinstance(tensor, DTensor) for tensor in itertools.chain(model.parameters(), model.buffers()))
+
+
+def shallow_copy(module: Any) -> Any:
+    """A module with the same parameters, buffers and children, whose children can be exchanged by themselves."""
+    twin = copy.copy(module)
+    twin._modules = dict(module._modules)
+    return twin

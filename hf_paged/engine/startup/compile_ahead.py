@@ -6,7 +6,6 @@ in plain PyTorch, while other threads compile what they would have launched (``h
 """
 
 import contextlib
-import copy
 import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from torch import nn
 from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
+from ...transformers_internals import shallow_copy
 from ..config import EngineConfig
 from ..core import EngineCore
 from ..execution.decode_graphs import Out
@@ -109,22 +109,15 @@ def with_first_layers(model: Any) -> Any:
     if len(found) != 1:
         return model
     *path, last = found[0].split(".")
-    first = top = _shallow(model)
+    owner = top = shallow_copy(model)
     for name in path:
-        inner = _shallow(first._modules[name])
-        first._modules[name] = inner
-        first = inner
-    layers = first._modules[last]
+        setattr(owner, name, shallow_copy(getattr(owner, name)))
+        owner = getattr(owner, name)
+    layers = getattr(owner, last)
     kinds = [_kind(model, number, layer) for number, layer in enumerate(layers)]
     enough = max(2, 1 + max(kinds.index(kind) for kind in set(kinds)))
-    first._modules[last] = nn.ModuleList(list(layers)[:enough])
+    setattr(owner, last, nn.ModuleList(list(layers)[:enough]))
     return top
-
-
-def _shallow(module: Any) -> Any:
-    twin = copy.copy(module)
-    twin._modules = dict(module._modules)
-    return twin
 
 
 def _kind(model: Any, number: int, layer: nn.Module) -> tuple[Any, ...]:
