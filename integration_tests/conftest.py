@@ -39,12 +39,9 @@ def _seed() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _keep_verbosity() -> Iterator[None]:
-    """Commands that tests run in this process set transformers' verbosity."""
-    logger = logging.getLogger("transformers")
-    before = logger.level
-    yield
-    logger.setLevel(before)
+def _usual_verbosity() -> None:
+    """Commands that other tests, and fixtures of modules, ran in this process have set transformers' verbosity."""
+    logging.getLogger("transformers").setLevel(logging.WARNING)
 
 
 @pytest.fixture(autouse=True)
