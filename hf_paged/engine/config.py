@@ -58,6 +58,7 @@ class EngineConfig:
         compile_ahead: at start, threads compile the kernels that the model's steps will need, several at a time;
             otherwise each is compiled by the step that meets it first. Done once for a shape of model in a cache
             folder of Triton. None: for models of 100 million parameters or more on a machine with four cores or more.
+            Nothing is compiled for a CPU, an AMD GPU, or a model whose steps cannot be captured, whatever this says.
         batch_invariant: not available yet; must be False.
 
     Raises:

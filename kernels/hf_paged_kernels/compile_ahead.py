@@ -2,8 +2,7 @@
 
 Inside :func:`compiling` ops of this package launch nothing in the calling thread: what they would launch is compiled by
 other threads, and their results come from the PyTorch references. A program that runs a few steps in it has all of its
-kernels afterwards, in a third of the time that one after the other takes: LLVM and ptxas, half of a compilation, run
-outside of Python's interpreter lock.
+kernels afterwards, sooner than one after the other: LLVM and ptxas run outside of Python's interpreter lock.
 """
 
 import contextlib
@@ -12,7 +11,7 @@ import hashlib
 import importlib.metadata
 import os
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,20 +20,18 @@ import torch
 from .backend import recording
 
 MAX_THREADS = 16
-FEWEST_CORES = 4
-"""With fewer, other threads take the time from this one."""
 
 
 def can_compile(device: torch.device) -> bool:
-    """Whether kernels can be compiled ahead for ``device`` on this machine."""
-    return device.type == "cuda" and torch.version.hip is None and (os.cpu_count() or 1) >= FEWEST_CORES
+    """Whether kernels can be compiled ahead for ``device``."""
+    return device.type == "cuda" and torch.version.hip is None
 
 
 @contextlib.contextmanager
 def compiling(device: torch.device, bar: Any) -> Iterator[None]:
     """Compile what the ops in the block would launch; leaving it waits for that.
 
-    Kernels that do not compile are left to the calls that need them.
+    Kernels that do not compile are left to the calls that need them. An exception in the block leaves the rest undone.
 
     Args:
         device: a CUDA device.
@@ -42,8 +39,7 @@ def compiling(device: torch.device, bar: Any) -> Iterator[None]:
     """
     from .launch_triton import compile_only
 
-    seen: set[tuple] = set()
-    waiting: list[Future] = []
+    seen: set[tuple | None] = set()
 
     def prepare() -> None:
         torch.cuda.set_device(device)
@@ -56,16 +52,18 @@ def compiling(device: torch.device, bar: Any) -> Iterator[None]:
 
     def record(key: tuple | None, kernel: Any, arguments: tuple, constants: dict[str, Any]) -> None:
         if key is None or key not in seen:
-            seen.add(key or ())
+            seen.add(key)
             bar.total += 1
-            waiting.append(pool.submit(compile_one, kernel, arguments, constants))
+            pool.submit(compile_one, kernel, arguments, constants)
 
     threads = min(MAX_THREADS, os.cpu_count() or 1)
     with ThreadPoolExecutor(threads, "compile-ahead", initializer=prepare) as pool:
-        with recording(record):
-            yield
-        for future in waiting:
-            future.result()
+        try:
+            with recording(record):
+                yield
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def marker(what: str, device: torch.device) -> Path:

@@ -7,6 +7,7 @@ in plain PyTorch, while other threads compile what they would have launched (``h
 
 import contextlib
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,13 +20,14 @@ from transformers.utils.logging import tqdm
 from ...transformers_internals import shallow_copy
 from ..config import EngineConfig
 from ..core import EngineCore
-from ..execution.decode_graphs import Out
+from ..execution.decode_graphs import Out, capture_blocker
 from .fusion_steps import fuse
 
 logger = logging.get_logger(__name__)
 
-LEAST_PARAMETERS = 100_000_000
-"""Of a model whose kernels are compiled ahead if nothing is said."""
+LEAST_PARAMETERS, FEWEST_CORES = 100_000_000, 4
+"""Of a model whose kernels are compiled ahead if nothing is said, and of its machine: with fewer cores, other threads
+take the time from this one."""
 NUM_PAGES = 512
 """Pages of the steps that are run for their kernels."""
 DECODE_SIZES = (1, 2, 4, 8, 16, 24, 32, 64, 128, 256)
@@ -38,15 +40,16 @@ def compile_ahead(model: Any, config: EngineConfig, max_model_len: int) -> None:
     """Compile what an engine's steps launch, if this machine has not done so before for a model of this shape.
 
     Args:
-        model: as it runs in the engine, on one GPU.
+        model: as it runs in the engine. Nothing is done for one whose steps cannot be captured.
         config: the engine's options.
         max_model_len: of the engine.
     """
     device = model.get_input_embeddings().weight.device
     wanted = config.compile_ahead
     if wanted is None:
-        wanted = sum(weight.numel() for weight in model.parameters()) >= LEAST_PARAMETERS
-    if not wanted or not kernels.can_compile(device):
+        num_parameters = sum(weight.numel() for weight in model.parameters())
+        wanted = num_parameters >= LEAST_PARAMETERS and (os.cpu_count() or 1) >= FEWEST_CORES
+    if not wanted or not kernels.can_compile(device) or capture_blocker(model, device) is not None:
         return
     done = kernels.marker(_shape(model, config, max_model_len), device)
     if done.exists():

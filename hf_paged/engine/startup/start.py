@@ -24,8 +24,7 @@ def start(model: Any, config: EngineConfig, max_model_len: int) -> tuple[EngineC
     """Check the model, see what a page costs, make the pages."""
     fused = None
     with no_gradients(), as_written(model):
-        if capture_blocker(model, model.get_input_embeddings().weight.device) is None:
-            compile_ahead(model, config, max_model_len)
+        compile_ahead(model, config, max_model_len)
         reference = run_reference(model) if config.self_check else None
         try:
             buffers = read_buffers(model)
