@@ -120,5 +120,6 @@ def test_layers_on_two_devices(family, tmp_path):
             tokens.append(out.sequences)
         assert torch.equal(*tokens)
         cache = cache_of(out)
-        assert [cache.groups[None].pages.layers[i].k.device.index for i in range(4)] == [0, 0, 1, 1]
+        (group,) = cache.groups.values()
+        assert [group.pages.layers[i].k.device.index for i in range(4)] == [0, 0, 1, 1]
         cache.check()

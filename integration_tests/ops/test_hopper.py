@@ -323,7 +323,9 @@ def test_equal_calls_skip_the_binder_of_triton(monkeypatch):
     from eval.bench_host_time import kernel_calls
 
     made = kernel_calls("cuda", False, (128,))
-    expected = {name: (call(), call())[1] for name, call in made.items()}
+    for call in made.values():
+        call()  # Binds; write_pages changes what decode reads.
+    expected = {name: call() for name, call in made.items()}
 
     def refuse(*args, **kwargs):
         raise AssertionError("a launch goes through Triton's binder")
