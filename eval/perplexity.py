@@ -22,6 +22,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
@@ -65,32 +66,97 @@ from eval.quality.scoring import KV_DTYPES, PATHS, engine_scores, reason_against
 from eval.quality.text_data import ACCEPTED_SPECS, Documents, load_documents, load_text
 from eval.quality.windows import BY_DOCUMENT, CONVENTIONS, DISJOINT, Window, plan_windows
 
-__all__ = ["PairedDifference", "PerplexityResult", "Window", "load_text", "main", "perplexity", "plan_windows"]
+__all__ = [
+    "DocumentBounds", "PairedDifference", "PathOptions", "PerplexityResult", "RunControl", "Window", "load_text",
+    "main", "perplexity", "plan_windows",
+]  # fmt: skip
 
 Figures = tuple[list[list[float]], list[list[int]]]
 """Of one batch: nll and most likely token of the scored tokens of each window."""
 
 
+@dataclass(frozen=True, slots=True)
+class DocumentBounds:
+    """Where the documents of a text begin, for the conventions that score document by document.
+
+    Attributes:
+        starts: for conventions "lm-eval" and "last-word", the first token of each document.
+        word_tokens: for convention "last-word", how many tokens each last word has.
+    """
+
+    starts: Sequence[int] = (0,)
+    word_tokens: Sequence[int] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PathOptions:
+    """How windows go along a path.
+
+    Attributes:
+        page_size: tokens in a page of the default PagedCache and of the engine.
+        kv_dtype: of their pages: "auto", "fp8" or "int8".
+        chunk: tokens in a forward of path "chunked_prefill".
+        batch_size: windows of equal size that share a forward. There is no padding, but in path "padded_prefill".
+        cache_factory: gives an empty cache for each batch of windows, in place of the default; not with "prefill" and
+            "engine".
+    """
+
+    page_size: int = 16
+    kv_dtype: str = "auto"
+    chunk: int = 64
+    batch_size: int = 1
+    cache_factory: Callable[[], Cache] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class RunControl:
+    """How a run is watched, shared and resumed.
+
+    Attributes:
+        observe: called with (index of the first of them among all scored tokens, logits [n, vocab_size]) for every
+            scored token in order within its window; not with "engine", which gives no logits, nor with several
+            `processes` or `partial` results.
+        processes: deal the batches to several processes; each gets the whole result.
+        partial: keeps finished batches, and has those of an earlier run.
+        progress: show a bar that counts scored tokens.
+    """
+
+    observe: Callable[[int, torch.Tensor], None] | None = None
+    processes: Processes = field(default_factory=Processes)
+    partial: PartialResults | None = None
+    progress: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Batch:
+    """Windows of one shape that share a forward: `first_scored` is the index of its first among all scored tokens."""
+
+    index: int
+    windows: list[Window]
+    first_scored: int
+
+    @property
+    def num_scored(self) -> int:
+        """Scored tokens of all its windows."""
+        return sum(item.num_scored for item in self.windows)
+
+    def rows(self, ids: torch.Tensor) -> torch.Tensor:
+        """The windows' tokens of `ids` [num_tokens] -> [batch, length]."""
+        return torch.stack([ids[item.begin : item.end] for item in self.windows])
+
+
 @torch.no_grad()
-def perplexity(  # noqa: PLR0913
+def perplexity(
     model: PreTrainedModel,
     token_ids: Sequence[int] | torch.Tensor,
     *,
     window: int,
     stride: int,
-    path: str = "prefill",
     convention: str = "hf",
-    document_starts: Sequence[int] = (0,),
-    word_tokens: Sequence[int] = (),
-    page_size: int = 16,
-    kv_dtype: str = "auto",
-    chunk: int = 64,
-    cache_factory: Callable[[], Cache] | None = None,
-    batch_size: int = 1,
-    observe: Callable[[int, torch.Tensor], None] | None = None,
-    processes: Processes | None = None,
-    partial: PartialResults | None = None,
-    progress: bool = False,
+    bounds: DocumentBounds = DocumentBounds(),
+    path: str = "prefill",
+    options: PathOptions = PathOptions(),
+    control: RunControl = RunControl(),
 ) -> PerplexityResult:
     """Score `token_ids` with `model` window by window, along one of the paths of `eval.quality.scoring`.
 
@@ -103,22 +169,11 @@ def perplexity(  # noqa: PLR0913
         token_ids: [num_tokens], the tokenised text.
         window: most tokens in a window, at most the model's max_position_embeddings.
         stride: tokens from one window to the next; see `plan_windows`.
-        path: one of `eval.quality.scoring.PATHS`.
         convention: one of `eval.quality.windows.CONVENTIONS`.
-        document_starts: for conventions "lm-eval" and "last-word", the first token of each document.
-        word_tokens: for convention "last-word", how many tokens each last word has.
-        page_size: tokens in a page of the default PagedCache and of the engine.
-        kv_dtype: of their pages: "auto", "fp8" or "int8".
-        chunk: tokens in a forward of path "chunked_prefill".
-        cache_factory: gives an empty cache for each batch of windows, in place of the default; not with "prefill" and
-            "engine".
-        batch_size: windows of equal size that share a forward. There is no padding, but in path "padded_prefill".
-        observe: called with (index of the first of them among all scored tokens, logits [n, vocab_size]) for every
-            scored token in order within its window; not with "engine", which gives no logits, nor with several
-            `processes` or `partial` results.
-        processes: deal the batches to several processes; each gets the whole result.
-        partial: keeps finished batches, and has those of an earlier run.
-        progress: show a bar that counts scored tokens.
+        bounds: the documents of the text.
+        path: one of `eval.quality.scoring.PATHS`.
+        options: page size, dtype of the pages and what else a path has.
+        control: processes, partial results, progress.
 
     Raises:
         TypeError: `token_ids` are not integers.
@@ -129,76 +184,22 @@ def perplexity(  # noqa: PLR0913
     """
     check_path(path)
     check_window(model.config, window)
-    for name, value in (("page_size", page_size), ("batch_size", batch_size), ("chunk", chunk)):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    if kv_dtype not in KV_DTYPES:
-        raise ValueError(
-            f"kv_dtype={kv_dtype!r} is unknown{did_you_mean(kv_dtype, KV_DTYPES)}; pass one of {KV_DTYPES}"
-        )
-    if path in ("prefill", "engine") and cache_factory is not None:
-        uses = "no cache" if path == "prefill" else "its own pages"
-        raise ValueError(
-            f"cache_factory is given, and path={path!r} uses {uses}; pass path='decode' or 'paged_prefill'"
-        )
-    if path != "prefill" and cache_name(model) is None:
-        raise ValueError(f"path={path!r}: {type(model).__name__}.forward takes no cache; pass path='prefill'")
-    processes = processes or Processes()
-    if observe is not None and (path == "engine" or processes.count > 1 or partial is not None):
-        raise ValueError(
-            f"observe is given with path={path!r}, {processes.count} processes and partial={partial is not None}; it "
-            "needs the logits of all windows in one process"
-        )
-    attn = attention_implementation(model)
-    reason = reason_against(attn, path, kv_dtype) if cache_factory is None else None
-    if reason is not None:
-        raise ValueError(f"path={path!r} with attn={attn!r} and kv_dtype={kv_dtype!r}: {reason}")
+    _check_options(model, path, options, control)
     ids = _checked_token_ids(token_ids, model)
-    windows = plan_windows(ids.numel(), window, stride, convention, document_starts, word_tokens)
-
-    batches = list(_batches(windows, batch_size))
-    offsets = [0]
-    for batch in batches:
-        offsets.append(offsets[-1] + sum(item.num_scored for item in batch))
-    run = f"{attn} {path} {kv_dtype}"
-    known: dict[int, Figures] = {}
-    if partial is not None:
-        found = ((index, partial.get(run, index)) for index in range(len(batches)))
-        known = {index: figures for index, figures in found if figures is not None}
-    mine = [i for i in range(len(batches)) if i % processes.count == processes.rank and i not in known]
-    rows = (torch.stack([ids[item.begin : item.end] for item in batches[i]]) for i in mine)
-    make_cache = cache_factory or _default_cache_factory(model, attn, path, page_size, kv_dtype)
-    if path == "engine":
-        longest = max((item.end - item.begin for item in windows), default=1)
-        scores = _engine_batches(model, rows, [batches[i][0].num_scored for i in mine], longest, page_size, kv_dtype)
-    else:
-        scores = _model_batches(
-            model, rows, [batches[i] for i in mine], path, make_cache, chunk, observe, offsets, mine
-        )
+    windows = plan_windows(ids.numel(), window, stride, convention, bounds.starts, bounds.word_tokens)
+    attn = attention_implementation(model)
 
     was_training = model.training
     model.eval()
-    done: list[tuple[int, Figures]] = sorted(known.items())
-    if processes.count > 1:
-        done = [(i, figures) for i, figures in done if i % processes.count == processes.rank]
     start = time.perf_counter()
     try:
-        with tqdm(
-            total=offsets[-1], desc=run, unit="token", disable=not (progress and processes.is_main), leave=False
-        ) as bar:
-            bar.update(sum(offsets[i + 1] - offsets[i] for i, _ in done))
-            for i, figures in zip(mine, scores):
-                done.append((i, figures))
-                if partial is not None:
-                    partial.put(run, i, figures)
-                bar.update((offsets[i + 1] - offsets[i]) * min(processes.count, len(batches)))
+        figures = _all_figures(model, ids, windows, path, options, control)
     finally:
         model.train(was_training)
     seconds = time.perf_counter() - start
 
-    by_batch = dict(processes.gather(done))
-    nll = torch.tensor([x for i in range(len(batches)) for row in by_batch[i][0] for x in row], dtype=torch.float64)
-    top1 = torch.tensor([x for i in range(len(batches)) for row in by_batch[i][1] for x in row], dtype=torch.int64)
+    nll = torch.tensor([x for rows, _ in figures for row in rows for x in row], dtype=torch.float64)
+    top1 = torch.tensor([x for _, rows in figures for row in rows for x in row], dtype=torch.int64)
     positions = torch.cat([torch.arange(item.end - item.num_scored, item.end) for item in windows])
     if not nll.isfinite().all():
         worst = int((~nll.isfinite()).int().argmax())
@@ -207,7 +208,72 @@ def perplexity(  # noqa: PLR0913
             f"{model.dtype}), {int((~nll.isfinite()).sum())} of {nll.numel()} are not finite; "
             "try dtype float32 (--dtype)"
         )
-    return PerplexityResult(nll, positions, windows, attn, path, convention, seconds, kv_dtype, top1)
+    return PerplexityResult(nll, positions, windows, attn, path, convention, seconds, options.kv_dtype, top1)
+
+
+def _check_options(model: PreTrainedModel, path: str, options: PathOptions, control: RunControl) -> None:
+    """Raise ValueError for a bad value, or for options that do not go with each other, the path or the model."""
+    for name in ("page_size", "batch_size", "chunk"):
+        if getattr(options, name) < 1:
+            raise ValueError(f"{name}={getattr(options, name)} must be at least 1")
+    kv_dtype = options.kv_dtype
+    if kv_dtype not in KV_DTYPES:
+        raise ValueError(
+            f"kv_dtype={kv_dtype!r} is unknown{did_you_mean(kv_dtype, KV_DTYPES)}; pass one of {KV_DTYPES}"
+        )
+    if path in ("prefill", "engine") and options.cache_factory is not None:
+        uses = "no cache" if path == "prefill" else "its own pages"
+        raise ValueError(
+            f"cache_factory is given, and path={path!r} uses {uses}; pass path='decode' or 'paged_prefill'"
+        )
+    if path != "prefill" and cache_name(model) is None:
+        raise ValueError(f"path={path!r}: {type(model).__name__}.forward takes no cache; pass path='prefill'")
+    count, has_partial = control.processes.count, control.partial is not None
+    if control.observe is not None and (path == "engine" or count > 1 or has_partial):
+        raise ValueError(
+            f"observe is given with path={path!r}, {count} processes and partial={has_partial}; it needs the logits of "
+            "all windows in one process"
+        )
+    attn = attention_implementation(model)
+    reason = reason_against(attn, path, kv_dtype) if options.cache_factory is None else None
+    if reason is not None:
+        raise ValueError(f"path={path!r} with attn={attn!r} and kv_dtype={kv_dtype!r}: {reason}")
+
+
+def _all_figures(
+    model: PreTrainedModel,
+    ids: torch.Tensor,
+    windows: Sequence[Window],
+    path: str,
+    options: PathOptions,
+    control: RunControl,
+) -> list[Figures]:
+    """Figures of every batch in order: those known before, this process's own, and the other processes'."""
+    processes, partial = control.processes, control.partial
+    batches = _batches(windows, options.batch_size)
+    run = f"{attention_implementation(model)} {path} {options.kv_dtype}"
+    dealt = batches[processes.rank :: processes.count]
+    done: list[tuple[int, Figures]] = []
+    if partial is not None:
+        found = ((batch.index, partial.get(run, batch.index)) for batch in dealt)
+        done = [(index, figures) for index, figures in found if figures is not None]
+    known = {index for index, _ in done}
+    left = [batch for batch in dealt if batch.index not in known]
+    if path == "engine":
+        scores = _engine_batches(model, ids, left, max((item.end - item.begin for item in windows), default=1), options)
+    else:
+        scores = _model_batches(model, ids, left, path, options, control.observe)
+    total = sum(batch.num_scored for batch in batches)
+    hidden = not (control.progress and processes.is_main)
+    with tqdm(total=total, desc=run, unit="token", disable=hidden, leave=False) as bar:
+        bar.update(sum(batches[index].num_scored for index in known))
+        for batch, figures in zip(left, scores):
+            done.append((batch.index, figures))
+            if partial is not None:
+                partial.put(run, batch.index, figures)
+            bar.update(batch.num_scored * min(processes.count, len(batches)))
+    by_batch = dict(processes.gather(done))
+    return [by_batch[batch.index] for batch in batches]
 
 
 def check_path(path: str) -> None:
@@ -234,69 +300,65 @@ def _checked_token_ids(token_ids: Sequence[int] | torch.Tensor, model: PreTraine
     return ids
 
 
-def _default_cache_factory(
-    model: PreTrainedModel, attn: str, path: str, page_size: int, kv_dtype: str
-) -> Callable[[], Cache | None]:
+def _default_cache_factory(model: PreTrainedModel, path: str, options: PathOptions) -> Callable[[], Cache | None]:
     if path == "prefill":
         return lambda: None
     # The aliases of "paged_flash" begin with its name.
-    if path == "decode" and not attn.startswith("paged_flash"):
+    if path == "decode" and not attention_implementation(model).startswith("paged_flash"):
         return lambda: DynamicCache(config=model.config)
-    return lambda: hf_paged.PagedCache(model.config, page_size=page_size, kv_dtype=kv_dtype)
+    return lambda: hf_paged.PagedCache(model.config, page_size=options.page_size, kv_dtype=options.kv_dtype)
 
 
-def _batches(windows: Iterable[Window], batch_size: int) -> Iterator[list[Window]]:
-    """The windows in order, `batch_size` of one shape at a time."""
+def _batches(windows: Iterable[Window], batch_size: int) -> list[_Batch]:
+    """The windows in order, at most `batch_size` of one shape at a time."""
+    batches: list[_Batch] = []
+    first_scored = 0
     for _, group in groupby(windows, key=lambda item: item.shape):
-        while batch := list(islice(group, batch_size)):
-            yield batch
+        while chosen := list(islice(group, batch_size)):
+            batches.append(_Batch(len(batches), chosen, first_scored))
+            first_scored += batches[-1].num_scored
+    return batches
 
 
 def _model_batches(
     model: PreTrainedModel,
-    rows: Iterable[torch.Tensor],
-    batches: Sequence[Sequence[Window]],
+    all_ids: torch.Tensor,
+    batches: Sequence[_Batch],
     path: str,
-    make_cache: Callable[[], Cache | None],
-    chunk: int,
+    options: PathOptions,
     observe: Callable[[int, torch.Tensor], None] | None,
-    offsets: Sequence[int],
-    indices: Sequence[int],
 ) -> Iterator[Figures]:
-    """Figures of each batch by forwards of the model; `rows` [batch, length] go with `batches`."""
-    for ids, batch, index in zip(rows, batches, indices):
-        ids = ids.to(model.device)
-        num_scored = batch[0].num_scored
-        nll: list[list[float]] = [[] for _ in batch]
-        top1: list[list[int]] = [[] for _ in batch]
+    """Figures of each batch by forwards of the model."""
+    make_cache = options.cache_factory or _default_cache_factory(model, path, options)
+    for batch in batches:
+        ids = batch.rows(all_ids).to(model.device)
+        num_scored = batch.windows[0].num_scored
+        nll: list[list[float]] = [[] for _ in batch.windows]
+        top1: list[list[int]] = [[] for _ in batch.windows]
         num_done = 0
-        for logits in scored_logits(model, ids, num_scored, path, make_cache(), chunk):
+        for logits in scored_logits(model, ids, num_scored, path, make_cache(), options.chunk):
             count = logits.shape[1]
             begin = ids.shape[1] - num_scored + num_done
             for row, row_logits in enumerate(logits):
                 nll[row] += token_nll(row_logits, ids[row, begin : begin + count]).double().tolist()
                 top1[row] += row_logits.argmax(dim=-1).tolist()
                 if observe is not None:
-                    observe(offsets[index] + row * num_scored + num_done, row_logits)
+                    observe(batch.first_scored + row * num_scored + num_done, row_logits)
             num_done += count
         yield nll, top1
 
 
 def _engine_batches(
-    model: PreTrainedModel,
-    rows: Iterable[torch.Tensor],
-    num_scored: Sequence[int],
-    longest: int,
-    page_size: int,
-    kv_dtype: str,
+    model: PreTrainedModel, ids: torch.Tensor, batches: Sequence[_Batch], longest: int, options: PathOptions
 ) -> Iterator[Figures]:
-    """Figures of each batch by an engine."""
+    """Figures of each batch by an engine; `longest`: tokens in the longest window of the text."""
     config = hf_paged.EngineConfig(
-        page_size=page_size, kv_dtype=kv_dtype, max_model_len=longest, max_num_seqs=16, max_batch_tokens=512,
+        page_size=options.page_size, kv_dtype=options.kv_dtype, max_model_len=longest, max_num_seqs=16,
+        max_batch_tokens=512,
     )  # fmt: skip
     with hf_paged.Engine(model, config, background=False) as engine:
-        batches = (list(batch) for batch in rows)
-        for scores in engine_scores(engine, batches, num_scored):
+        rows = (list(batch.rows(ids)) for batch in batches)
+        for scores in engine_scores(engine, rows, [batch.windows[0].num_scored for batch in batches]):
             yield [nll for nll, _ in scores], [top1 for _, top1 in scores]
 
 
@@ -430,6 +492,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     partial = None
     if args.output is not None:
         partial = PartialResults(args.output, settings, resume=args.resume, processes=processes)
+    control = RunControl(processes=processes, partial=partial, progress=True)
     results: list[PerplexityResult] = []
     finished = False
     try:
@@ -437,9 +500,9 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             set_attention(model, attn)
             results.append(
                 perplexity(
-                    model, token_ids, window=window, stride=stride, path=path, convention=args.convention,
-                    document_starts=starts, word_tokens=words, page_size=args.page_size, kv_dtype=kv_dtype,
-                    chunk=args.chunk, batch_size=args.batch_size, processes=processes, partial=partial, progress=True,
+                    model, token_ids, window=window, stride=stride, convention=args.convention, path=path,
+                    bounds=DocumentBounds(starts, words), control=control,
+                    options=PathOptions(args.page_size, kv_dtype, args.chunk, args.batch_size),
                 )
             )  # fmt: skip
         finished = True

@@ -8,7 +8,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from eval.loading import set_attention
-from eval.perplexity import perplexity
+from eval.perplexity import PathOptions, RunControl, perplexity
 from eval.quality.perplexity_result import PerplexityResult
 from eval.quality.windows import DISJOINT
 
@@ -140,9 +140,9 @@ def _run(
     observe: Callable[[int, torch.Tensor], None] | None,
 ) -> PerplexityResult:
     return perplexity(
-        model, ids, window=settings.window, stride=settings.stride, path=path, convention=settings.convention,
-        page_size=settings.page_size, chunk=settings.chunk, batch_size=settings.batch_size, kv_dtype=kv_dtype,
-        observe=observe, progress=True,
+        model, ids, window=settings.window, stride=settings.stride, convention=settings.convention, path=path,
+        options=PathOptions(settings.page_size, kv_dtype, settings.chunk, settings.batch_size),
+        control=RunControl(observe=observe, progress=True),
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel,
 import hf_paged
 from eval.cache_memory import held_bytes
 from eval.loading import set_attention, with_cache
-from eval.perplexity import perplexity
+from eval.perplexity import PathOptions, perplexity
 from eval.quality.distances import Settings
 
 RESIDUAL = 16
@@ -82,10 +82,13 @@ def kv_table(
         set_attention(model, "paged_flash" if name.startswith("PagedCache") else "sdpa")
         try:
             bits = _bits(model, ids[: settings.window], CACHES[name], settings)
+            options = PathOptions(
+                chunk=settings.chunk, batch_size=settings.batch_size,
+                cache_factory=lambda name=name: CACHES[name](model.config, settings.page_size),
+            )  # fmt: skip
             result = perplexity(
                 model, ids, window=settings.window, stride=settings.stride, convention=settings.convention,
-                path="chunked_prefill", chunk=settings.chunk, batch_size=settings.batch_size,
-                cache_factory=lambda name=name: CACHES[name](model.config, settings.page_size),
+                path="chunked_prefill", options=options,
             )  # fmt: skip
         except (ImportError, ValueError, TypeError, RuntimeError) as error:
             rows.append(CacheRow(name, note=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"))

@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache, LlamaConfig, LlamaForCausalLM, Pre
 
 import hf_paged
 from eval import perplexity as perplexity_module
-from eval.perplexity import Window, load_text, main, perplexity, plan_windows
+from eval.perplexity import PathOptions, Window, load_text, main, perplexity, plan_windows
 from eval.quality import scoring
 
 VOCAB_SIZE = 97
@@ -167,7 +167,7 @@ def test_gptq_equals_windows_scored_alone(model: LlamaForCausalLM, token_ids: li
 @pytest.mark.parametrize("path", ["prefill", "decode"])
 def test_batches_change_nothing(model: LlamaForCausalLM, token_ids: list[int], path: str) -> None:
     alone = perplexity(model, token_ids, window=32, stride=9, path=path)
-    together = perplexity(model, token_ids, window=32, stride=9, path=path, batch_size=4)
+    together = perplexity(model, token_ids, window=32, stride=9, path=path, options=PathOptions(batch_size=4))
     assert torch.equal(alone.positions, together.positions)
     assert together.paired_difference(alone).max_abs < 1e-4
 
@@ -249,8 +249,9 @@ def test_decode_sees_a_fault_in_the_cache(model: LlamaForCausalLM, token_ids: li
         caches.append(LosesATokenCache(config=model.config))
         return caches[-1]
 
+    options = PathOptions(cache_factory=make_cache)
     sound = perplexity(model, token_ids, window=32, stride=16, path="decode")
-    faulty = perplexity(model, token_ids, window=32, stride=16, path="decode", cache_factory=make_cache)
+    faulty = perplexity(model, token_ids, window=32, stride=16, path="decode", options=options)
     difference = faulty.paired_difference(sound)
     assert len(caches) == len(sound.windows)
     assert difference.max_abs > 1e-2
@@ -278,7 +279,8 @@ def test_paged_flash_equals_eager(
 ) -> None:
     eager = perplexity(model, token_ids, window=window, stride=stride)
     model.set_attn_implementation("paged_flash")
-    paged = perplexity(model, token_ids, window=window, stride=stride, path=path, page_size=page_size)
+    options = PathOptions(page_size=page_size)
+    paged = perplexity(model, token_ids, window=window, stride=stride, path=path, options=options)
     difference = paged.paired_difference(eager)
     assert (paged.attn, paged.path) == ("paged_flash", path)
     assert abs(difference.mean) < 1e-5
@@ -290,7 +292,7 @@ def test_paged_flash_equals_eager(
 def test_paged_flash_in_batches_equals_eager(model: LlamaForCausalLM, token_ids: list[int], path: str) -> None:
     eager = perplexity(model, token_ids, window=32, stride=9)
     model.set_attn_implementation("paged_flash")
-    paged = perplexity(model, token_ids, window=32, stride=9, path=path, batch_size=3)
+    paged = perplexity(model, token_ids, window=32, stride=9, path=path, options=PathOptions(batch_size=3))
     difference = paged.paired_difference(eager)
     assert abs(difference.mean) < 1e-5
     assert difference.max_abs < 1e-4
@@ -315,7 +317,7 @@ def test_each_path_goes_through_its_cache(
     model.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs[CACHE]), with_kwargs=True
     )
-    perplexity(model, token_ids[:40], window=33, stride=7, path=path, page_size=8)
+    perplexity(model, token_ids[:40], window=33, stride=7, path=path, options=PathOptions(page_size=8))
     assert {type(cache) for cache in seen} == {expected or type(None)}
     if expected is hf_paged.PagedCache:
         assert {cache.page_size for cache in seen} == {8}
@@ -383,15 +385,18 @@ def test_perplexity_of_a_huge_nll_is_infinite() -> None:
         ({"stride": 0}, "stride=0 must be from 1 to window - 1 = 63"),
         ({"stride": 64}, "stride=64 must be from 1 to window - 1 = 63.*convention='gptq'"),
         ({"stride": 32, "convention": "gptq"}, "stride=32 with window=64: gptq windows are disjoint; pass stride=64"),
-        ({"page_size": 0}, "page_size=0 must be at least 1"),
-        ({"batch_size": 0}, "batch_size=0 must be at least 1"),
+        ({"options": PathOptions(page_size=0)}, "page_size=0 must be at least 1"),
+        ({"options": PathOptions(batch_size=0)}, "batch_size=0 must be at least 1"),
         ({"token_ids": []}, "token_ids has 0 tokens, and at least 2"),
         ({"token_ids": [5]}, "token_ids has 1 tokens, and at least 2"),
         ({"token_ids": [5] * 63, "stride": 64, "convention": "gptq"}, "token_ids has 63 tokens, and convention 'gptq'"),
         ({"token_ids": [[5, 6]]}, r"token_ids has the shape \[1, 2\]"),
         ({"token_ids": [5, VOCAB_SIZE]}, "token_ids holds 97, and the model's vocabulary is 0 to 96"),
         ({"token_ids": [5, -1]}, "token_ids holds -1, and the model's vocabulary is 0 to 96"),
-        ({"cache_factory": DynamicCache}, "cache_factory is given, and path='prefill' uses no cache"),
+        (
+            {"options": PathOptions(cache_factory=DynamicCache)},
+            "cache_factory is given, and path='prefill' uses no cache",
+        ),
     ],
     ids=lambda value: None if isinstance(value, str) else ",".join(value),
 )

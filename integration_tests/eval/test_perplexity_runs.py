@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from eval.perplexity import encode, main, perplexity, plan_runs
+from eval.perplexity import DocumentBounds, PathOptions, RunControl, encode, main, perplexity, plan_runs
 from eval.quality import named_data, perplexity_result, text_data
 from eval.quality.named_data import NAMED_DATA, detokenize_wikitext
 from eval.quality.partial_results import PartialResults
@@ -61,7 +61,8 @@ def eager(model, ids):
 @pytest.mark.parametrize("path", ["prefill", "paged_prefill", "padded_prefill", "chunked_prefill", "decode", "engine"])
 def test_every_path_agrees_with_eager(model, ids, eager, path):
     model.set_attn_implementation("paged_flash")
-    result = perplexity(model, ids, window=111, stride=63, path=path, chunk=17, batch_size=3)
+    options = PathOptions(chunk=17, batch_size=3)
+    result = perplexity(model, ids, window=111, stride=63, path=path, options=options)
     assert abs(result.perplexity / eager.perplexity - 1) < 1e-4
     assert result.paired_difference(eager).max_abs < 1e-3
     assert result.top1_agreement(eager) > 0.99
@@ -71,7 +72,8 @@ def test_every_path_agrees_with_eager(model, ids, eager, path):
 @pytest.mark.parametrize("path", ["chunked_prefill", "engine"])
 def test_quantised_pages_are_read_and_lose_little(model, ids, eager, path, kv_dtype):
     model.set_attn_implementation("paged_flash")
-    result = perplexity(model, ids, window=111, stride=63, path=path, chunk=17, batch_size=3, kv_dtype=kv_dtype)
+    options = PathOptions(chunk=17, batch_size=3, kv_dtype=kv_dtype)
+    result = perplexity(model, ids, window=111, stride=63, path=path, options=options)
     assert 1e-4 < result.paired_difference(eager).max_abs < 1
     assert abs(result.perplexity / eager.perplexity - 1) < 0.02
 
@@ -88,7 +90,7 @@ def test_windows_of_lm_eval_may_be_as_long_as_the_model_has_positions(ids, path)
     model = AutoModelForCausalLM.from_pretrained(
         ASSETS / "small_model", attn_implementation="eager", dtype=torch.float32, max_position_embeddings=64
     )
-    settings = {"window": 64, "stride": 64, "convention": "lm-eval", "document_starts": [0, 150, 152]}
+    settings = {"window": 64, "stride": 64, "convention": "lm-eval", "bounds": DocumentBounds([0, 150, 152])}
     expected = perplexity(model, ids[:300], **settings)
     model.set_attn_implementation("paged_flash")
     result = perplexity(model, ids[:300], path=path, **settings)
@@ -126,7 +128,10 @@ def test_observed_logits_are_those_of_the_scored_tokens(model, ids, eager):
         seen[first : first + len(logits)] = -logits.log_softmax(-1)[rows, labels[first : first + len(logits)]].double()
 
     model.set_attn_implementation("eager")
-    result = perplexity(model, ids, window=111, stride=63, batch_size=4, path="chunked_prefill", observe=observe)
+    result = perplexity(
+        model, ids, window=111, stride=63, path="chunked_prefill", options=PathOptions(batch_size=4),
+        control=RunControl(observe=observe),
+    )  # fmt: skip
     torch.testing.assert_close(seen, result.nll, rtol=0, atol=1e-5)
 
 
@@ -437,7 +442,7 @@ def test_parts_of_all_ranks_make_the_whole(model, ids, eager, monkeypatch):
             return [item for part in parts for item in part]
 
         monkeypatch.setattr(Processes, "gather", gather)
-        return perplexity(model, ids, window=111, stride=63, processes=Processes(index, 2))
+        return perplexity(model, ids, window=111, stride=63, control=RunControl(processes=Processes(index, 2)))
 
     with pytest.raises(KeyError):
         rank(0)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_paged
-from eval.perplexity import PerplexityResult, perplexity
+from eval.perplexity import PathOptions, PerplexityResult, perplexity
 
 ASSETS = Path(__file__).parent.parent / "assets"
 
@@ -22,9 +22,11 @@ def decode():
     rows = ids[: len(ids) // 128 * 128]
 
     def run(kv_dtype: str) -> PerplexityResult:
+        options = PathOptions(
+            batch_size=32, cache_factory=lambda: hf_paged.PagedCache(model.config, kv_dtype=kv_dtype)
+        )
         return perplexity(
-            model, rows, window=128, stride=128, convention="gptq", path="decode", batch_size=32,
-            cache_factory=lambda: hf_paged.PagedCache(model.config, kv_dtype=kv_dtype),
+            model, rows, window=128, stride=128, convention="gptq", path="decode", options=options
         )  # fmt: skip
 
     return run, run("auto")
