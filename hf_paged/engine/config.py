@@ -55,7 +55,7 @@ class EngineConfig:
             take them later, and handles of CUDA memory for other processes cannot be had of them.
             :meth:`Engine.close` moves them apart again. None: on a GPU; True: on a CPU as well, and an engine in which
             nothing can be is refused; False: never.
-        compile_ahead: at start, threads compile the kernels that the model's steps will need, several at a time;
+        compile_ahead: at start, other processes compile the kernels that the model's steps will need, many at a time;
             otherwise each is compiled by the step that meets it first. Done once for a shape of model in a cache
             folder of Triton. None: for models of 100 million parameters or more on a machine with four cores or more.
             Nothing is compiled for a CPU, an AMD GPU, or a model whose steps cannot be captured, whatever this says.

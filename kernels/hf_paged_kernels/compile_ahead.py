@@ -1,8 +1,9 @@
-"""Kernels compiled by threads while PyTorch computes what they would have computed.
+"""Kernels compiled by other processes while PyTorch computes what they would have computed.
 
 Inside :func:`compiling` ops of this package launch nothing in the calling thread: what they would launch is compiled by
-other threads, and their results come from the PyTorch references. A program that runs a few steps in it has all of its
-kernels afterwards, sooner than one after the other: LLVM and ptxas run outside of Python's interpreter lock.
+processes of :mod:`.compile_worker`, and their results come from the PyTorch references. A program that runs a few steps
+in it has all of its kernels afterwards, sooner than one after the other: much of a compilation is Python, so threads
+would wait for one another.
 """
 
 import contextlib
@@ -10,8 +11,12 @@ import functools
 import hashlib
 import importlib.metadata
 import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +24,12 @@ import torch
 
 from .backend import recording
 
-MAX_THREADS = 16
+MAX_PROCESSES = 16
 
 
 def can_compile(device: torch.device) -> bool:
     """Whether kernels can be compiled ahead for ``device``."""
-    return device.type == "cuda" and torch.version.hip is None
+    return device.type == "cuda" and torch.version.hip is None and hasattr(os, "fork")
 
 
 @contextlib.contextmanager
@@ -37,33 +42,73 @@ def compiling(device: torch.device, bar: Any) -> Iterator[None]:
         device: a CUDA device.
         bar: a progress bar as of tqdm, whose ``total`` grows.
     """
+    from .launch_triton import compilation_of
+
+    launches: list[tuple[Any, tuple, dict[str, Any]]] = []
+    seen: set[tuple | None] = set()
+    with _worker() as worker:
+        loader = threading.Thread(target=_load, args=(worker, device, launches, bar), name="compile-ahead", daemon=True)
+        loader.start()
+
+        def record(key: tuple | None, kernel: Any, arguments: tuple, constants: dict[str, Any]) -> None:
+            if key is None or key not in seen:
+                seen.add(key)
+                bar.total += 1
+                launches.append((kernel, arguments, constants))
+                _send(worker, (len(launches) - 1, tuple(compilation_of(kernel, arguments, constants))))
+
+        with recording(record):
+            yield
+        with contextlib.suppress(BrokenPipeError):
+            worker.stdin.close()  # type: ignore[union-attr]
+        loader.join()
+
+
+@contextlib.contextmanager
+def _worker() -> Iterator[subprocess.Popen]:
+    from .launch_triton import cache_folder
+
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "TRITON_CACHE_DIR": str(cache_folder())}
+    command = [sys.executable, "-m", f"{__package__}.compile_worker", str(min(MAX_PROCESSES, os.cpu_count() or 1))]
+    # A session of its own: Ctrl-C is for this process, which ends that one.
+    worker = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, start_new_session=True
+    )
+    try:
+        yield worker
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(worker.pid, signal.SIGKILL)
+        raise
+    finally:
+        with contextlib.suppress(BrokenPipeError):
+            worker.stdin.close()  # type: ignore[union-attr]
+        worker.wait()
+        worker.stdout.close()  # type: ignore[union-attr]
+
+
+def _send(worker: subprocess.Popen, job: tuple) -> None:
+    stdin: Any = worker.stdin
+    with contextlib.suppress(BrokenPipeError):  # The worker has ended: the calls that need a kernel compile it.
+        stdin.write(pickle.dumps(job))
+        stdin.flush()
+
+
+def _load(worker: subprocess.Popen, device: torch.device, launches: list, bar: Any) -> None:
+    """Take what has been compiled from the cache into this process."""
     from .launch_triton import compile_only
 
-    seen: set[tuple | None] = set()
-
-    def prepare() -> None:
-        torch.cuda.set_device(device)
-        torch.cuda.current_stream().synchronize()  # Makes the device's context that of this thread.
-
-    def compile_one(kernel: Any, arguments: tuple, constants: dict[str, Any]) -> None:
-        with contextlib.suppress(Exception):
-            compile_only(kernel, arguments, constants)
-        bar.update()
-
-    def record(key: tuple | None, kernel: Any, arguments: tuple, constants: dict[str, Any]) -> None:
-        if key is None or key not in seen:
-            seen.add(key)
-            bar.total += 1
-            pool.submit(compile_one, kernel, arguments, constants)
-
-    threads = min(MAX_THREADS, os.cpu_count() or 1)
-    with ThreadPoolExecutor(threads, "compile-ahead", initializer=prepare) as pool:
+    torch.cuda.set_device(device)
+    torch.cuda.current_stream().synchronize()  # Makes the device's context that of this thread.
+    while True:
         try:
-            with recording(record):
-                yield
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+            number, error = pickle.load(worker.stdout)  # type: ignore[arg-type]
+        except (EOFError, pickle.UnpicklingError):
+            return
+        if error is None:
+            with contextlib.suppress(Exception):
+                compile_only(*launches[number])
+        bar.update()
 
 
 def marker(what: str, device: torch.device) -> Path:

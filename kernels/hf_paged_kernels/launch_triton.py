@@ -322,6 +322,56 @@ def compile_only(kernel: Any, arguments: tuple, constants: dict[str, Any]) -> No
     kernel.warmup(*_for_triton(arguments), grid=(1, 1, 1), **constants)._init_handles()
 
 
+class Compilation(NamedTuple):
+    """What Triton compiles for a launch: another process makes the same entry of the cache from it.
+
+    Attributes:
+        module, name: where the kernel is.
+        signature, constants, attributes, options: as Triton has taken them from a launch's arguments.
+        target: backend, architecture and warp size.
+    """
+
+    module: str
+    name: str
+    signature: dict[str, Any]
+    constants: dict[Any, Any]
+    attributes: dict[Any, Any]
+    options: dict[str, Any]
+    target: tuple[str, Any, int]
+
+
+def compilation_of(kernel: Any, arguments: tuple, constants: dict[str, Any]) -> Compilation:
+    """What :func:`launch` would have to compile."""
+    _, _, target, backend, binder = kernel.device_caches[driver.active.get_current_device()]
+    given = constants | {
+        "debug": kernel.debug or knobs.runtime.debug, "instrumentation_mode": knobs.compilation.instrumentation_mode
+    }  # fmt: skip
+    bound, specialization, options = binder(*_for_triton(arguments), **given)
+    options, signature, values, attributes = kernel._pack_args(backend, given, bound, specialization, options)
+    place = target.backend, target.arch, target.warp_size
+    return Compilation(
+        kernel.fn.__module__, kernel.fn.__qualname__, signature, values, attributes, options.__dict__, place
+    )
+
+
+def compile_into_cache(what: Compilation) -> None:
+    """Compile for a GPU that this process need not have."""
+    import importlib
+
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource, compile
+
+    kernel = getattr(importlib.import_module(what.module), what.name)
+    source: Any = ASTSource
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as source
+    compile(
+        source(kernel, what.signature, what.constants, what.attributes),
+        target=GPUTarget(*what.target),
+        options=what.options,
+    )
+
+
 def cache_folder() -> Path:
     """Where Triton keeps what it has compiled."""
     return Path(knobs.cache.dir)

@@ -2,7 +2,7 @@
 
 Without it each kernel is compiled by the step that meets it first, one after the other: about a minute for a model on a
 machine that has compiled nothing yet. Here the steps of an engine run once with the first layers of the model, computed
-in plain PyTorch, while other threads compile what they would have launched (``hf_paged_kernels.compile_ahead``).
+in plain PyTorch, while other processes compile what they would have launched (``hf_paged_kernels.compile_ahead``).
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from .fusion_steps import fuse
 logger = logging.get_logger(__name__)
 
 LEAST_PARAMETERS, FEWEST_CORES = 100_000_000, 4
-"""Of a model whose kernels are compiled ahead if nothing is said, and of its machine: with fewer cores, other threads
+"""Of a model whose kernels are compiled ahead if nothing is said, and of its machine: with fewer cores, other processes
 take the time from this one."""
 NUM_PAGES = 512
 """Pages of the steps that are run for their kernels."""
@@ -55,13 +55,13 @@ def compile_ahead(model: Any, config: EngineConfig, max_model_len: int) -> None:
     if done.exists():
         return
     bar = tqdm(desc="compiling kernels", unit="kernel", delay=2.0, leave=False, total=0)
-    with bar, kernels.compiling(device, bar):
-        try:
+    try:
+        with bar, kernels.compiling(device, bar):
             _run_steps(with_first_layers(model), config, max_model_len)
-        except Exception as error:
-            # The engine's own steps meet the same, and say so in their own way.
-            logger.info(f"not all kernels were compiled ahead: {type(error).__name__}: {error}")
-            return
+    except Exception as error:
+        # The engine's own steps meet the same, and say so in their own way.
+        logger.info(f"not all kernels were compiled ahead: {type(error).__name__}: {error}")
+        return
     with contextlib.suppress(OSError):  # A cache folder that cannot be written.
         done.touch()
 
