@@ -8,14 +8,19 @@ from .cache.paged_cache import PagedCache
 from .engine import (
     Engine,
     EngineConfig,
+    EngineHealth,
+    EngineSnapshot,
     EngineStats,
     RequestHandle,
     RequestOutput,
+    RequestSnapshot,
     RequestTiming,
     SequenceOutput,
+    TokenEvent,
+    TokenEvents,
     is_supported,
 )
-from .errors import OutOfPagesError, RequestError, UnsupportedModelError
+from .errors import OutOfPagesError, QueueFullError, RequestError, UnsupportedModelError
 from .generation.patch import generate, patch_generate, unpatch_generate
 from .hooks import row_wise
 from .paging import PagePool
@@ -25,15 +30,21 @@ __version__ = "0.1.0"
 __all__ = [
     "Engine",
     "EngineConfig",
+    "EngineHealth",
+    "EngineSnapshot",
     "EngineStats",
     "OutOfPagesError",
     "PagePool",
     "PagedCache",
+    "QueueFullError",
     "RequestError",
     "RequestHandle",
     "RequestOutput",
+    "RequestSnapshot",
     "RequestTiming",
     "SequenceOutput",
+    "TokenEvent",
+    "TokenEvents",
     "UnsupportedModelError",
     "__version__",
     "generate",

@@ -26,5 +26,21 @@ class RequestError(ValueError):
     """A request that the engine cannot take, or had to end; the message names what was asked and what is possible."""
 
 
+class QueueFullError(RequestError):
+    """More requests wait than the engine lets wait: try again later.
+
+    Attributes:
+        waiting: requests that wait.
+        max_waiting: see :class:`EngineConfig`.
+    """
+
+    def __init__(self, waiting: int, max_waiting: int) -> None:
+        self.waiting, self.max_waiting = waiting, max_waiting
+        super().__init__(
+            f"{waiting} requests wait for a slot, the engine lets {max_waiting} wait: try again later, or set "
+            f"EngineConfig(max_waiting=)."
+        )
+
+
 class InvalidScoresError(ValueError):
     """No token can be chosen: scores have NaN, or leave no token with a probability."""

@@ -2,18 +2,25 @@
 
 from .config import EngineConfig
 from .engine import Engine
+from .events import TokenEvent, TokenEvents
 from .handle import RequestHandle
 from .scheduling.request import RequestOutput, RequestTiming, SequenceOutput
 from .startup.support import is_supported
 from .trace import EngineStats
+from .views import EngineHealth, EngineSnapshot, RequestSnapshot
 
 __all__ = [
     "Engine",
     "EngineConfig",
+    "EngineHealth",
+    "EngineSnapshot",
     "EngineStats",
     "RequestHandle",
     "RequestOutput",
+    "RequestSnapshot",
     "RequestTiming",
     "SequenceOutput",
+    "TokenEvent",
+    "TokenEvents",
     "is_supported",
 ]

@@ -13,6 +13,7 @@ from .execution.step_inputs import DeviceSlotState
 from .in_flight import InFlightStep
 from .sampling.beam_search import BeamSearch
 from .sampling.logprobs import prompt_logprobs
+from .sampling.stopping import stop_reason
 from .sampling.token_selector import Selection, TokenSelector, invalid_scores_error
 from .scheduling.request import Request, Row, SequenceOutput, State
 from .scheduling.scheduler import Scheduler
@@ -190,7 +191,9 @@ class Collector:
         for beam in request.beams.finalize():
             at_limit = prompt + len(beam.token_ids) >= request.rules.max_length
             ended = "length" if at_limit and (not beam.token_ids or beam.token_ids[-1] not in eos) else "stop"
-            sequences.append(SequenceOutput(beam.token_ids, ended, None, beam.score, beam.beam_indices))
+            tokens = np.concatenate([request.prompt, np.array(beam.token_ids, dtype=np.int64)])
+            stopped_by = stop_reason(request.rules, tokens) if ended == "stop" else None
+            sequences.append(SequenceOutput(beam.token_ids, ended, None, stopped_by, beam.score, beam.beam_indices))
         for row in request.rows:
             row.finish_reason = sequences[0].finish_reason
             self.scheduler.finish_row(row)

@@ -31,6 +31,8 @@ class EngineConfig:
             always ``max_batch_tokens``. Models that keep recurrent states compute a prompt in one step whatever this
             says.
         max_num_seqs: sequences that run at a time (a request with 4 beams counts as 4).
+        max_waiting: requests that wait for a slot at most; :meth:`Engine.submit` of one more raises QueueFullError.
+            None: any number. :meth:`Engine.generate` hands its prompts over whatever this says.
         max_model_len: prompt and new tokens of a request; None: what the model's config says.
         prefix_caching: keep full pages after use, and find them again for prompts that begin alike, also in the step
             that computes them.
@@ -71,6 +73,7 @@ class EngineConfig:
     max_batch_tokens: int = 4096
     mixed_prompt_tokens: int | str | None = "auto"
     max_num_seqs: int = 256
+    max_waiting: int | None = None
     max_model_len: int | None = None
     prefix_caching: bool = True
     kv_dtype: str = "auto"
@@ -91,7 +94,7 @@ class EngineConfig:
             raise ValueError(f"page_size must be one of {PAGE_SIZES}, got {self.page_size!r}.")
         if self.kv_dtype not in KV_DTYPES:
             raise ValueError(f"kv_dtype must be one of {tuple(KV_DTYPES)}, got {self.kv_dtype!r}.")
-        for name in ("num_pages", "max_model_len"):
+        for name in ("num_pages", "max_model_len", "max_waiting"):
             if getattr(self, name) is not None:
                 _check_int(name, getattr(self, name), 1, "None or ")
         if self.mixed_prompt_tokens not in ("auto", None):

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from ..errors import InvalidScoresError
+from .sampling.stopping import stop_reason
 from .scheduling.request import Request, RequestOutput, RequestTiming, Row, SequenceOutput, State
 from .scheduling.scheduler import Scheduler
 from .scheduling.step import ScheduledStep
@@ -25,6 +26,8 @@ class Endings:
         """A row has ended, and with its last one the request."""
         row.finish_reason = reason
         self.scheduler.finish_row(row)
+        if reason == "stop":
+            row.stop_reason = stop_reason(row.request.rules, row.tokens)
         if not row.request.live:
             self.finalize(row.request)
 
@@ -59,7 +62,9 @@ class Endings:
         now, prompt = self.clock(), len(request.prompt)
         if sequences is None:
             sequences = tuple(
-                SequenceOutput(row.tokens[prompt:].tolist(), row.finish_reason or "error", row.logprobs or None)
+                SequenceOutput(
+                    row.tokens[prompt:].tolist(), row.finish_reason or "error", row.logprobs or None, row.stop_reason
+                )
                 for row in request.rows[: request.rules.num_return_sequences]
             )
         first = sequences[0]
@@ -72,6 +77,7 @@ class Endings:
             prompt_ids=request.prompt.tolist(),
             token_ids=first.token_ids,
             finish_reason=reason,
+            stop_reason=first.stop_reason,
             error=request.error,
             logprobs=first.logprobs,
             prompt_logprobs=request.prompt_logprobs,

@@ -13,7 +13,6 @@ written, and then reaches the caller. A second one does not wait.
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,8 +33,8 @@ from .scheduling.page_budget import model_length
 from .scheduling.request import Request, RequestOutput
 from .startup.start import start
 from .startup.support import is_supported
-from .trace import EngineStats, engine_stats
 from .turn_lock import TurnLock
+from .views import EngineViews
 from .waiting import Mailbox, wait_for
 
 FORKED = (
@@ -44,7 +43,7 @@ FORKED = (
 )
 
 
-class Engine:
+class Engine(EngineViews):
     """Continuous batching for one model: the same weights, the same module objects.
 
     The engine's forwards run "paged_flash", whatever the model's attention implementation is. Forwards of other code
@@ -136,6 +135,7 @@ class Engine:
         Raises:
             RequestError: it can never be served (too long for the model or the pool, too many rows), its id is taken,
                 or the engine is closed.
+            QueueFullError: ``EngineConfig(max_waiting=)`` requests wait already.
             ValueError, TypeError: an argument is not valid.
         """
         wait_if_exiting()
@@ -148,15 +148,17 @@ class Engine:
             prompt_logprobs=prompt_logprobs,
         )  # fmt: skip
         if _batch is None:
-            self.hand_over([request])
+            self.hand_over([request], is_limited=True)
         else:
             _batch.add(request)
         return RequestHandle(self, request)
 
-    def hand_over(self, requests: list[Request]) -> None:
-        """Let the loop have requests."""
+    def hand_over(self, requests: list[Request], *, is_limited: bool = False) -> None:
+        """Let the loop have requests; ``is_limited``: if no more wait than may."""
         with self.mail.changed:
             self._loop.check_open()
+            for request in requests if is_limited else ():
+                self._loop.check_room(request)
             self.mail.put(requests, self._admission.rename)
             self.wake_loop()
 
@@ -413,32 +415,3 @@ class Engine:
             self._loop.check_open()
             yield
             self._loop.note_counts()
-
-    # Looking in
-
-    def stats(self) -> EngineStats:
-        """What the engine holds and has done. Waits for nothing: while a step runs, as of the end of the one before."""
-        if self.drive.acquire(blocking=False):
-            try:
-                self._loop.note_counts()
-            finally:
-                self.drive.release()
-        with self.mail.changed:
-            seen, num_unfinished = self._loop.seen, len(self.mail.unfinished)
-        return engine_stats(seen, num_unfinished)
-
-    def trace(self, path: str | Path) -> Path:
-        """Write what the engine did: ``.json`` (Chrome trace), ``.csv`` (steps), or ``.png`` (matplotlib)."""
-        with self.drive:
-            return self._loop.trace.write(path)
-
-    def check(self) -> None:
-        """Prove that every page and slot is owned or free (AssertionError if not)."""
-        with self.drive:
-            self._core.check()
-
-    def __repr__(self) -> str:
-        loop = self._loop
-        state = "asleep" if loop.is_asleep else "paused" if loop.is_paused else "open"
-        state = "closed" if self.mail.is_closed else state
-        return f"Engine({type(self.model).__name__}, {state}, {len(self.mail.unfinished)} requests)"

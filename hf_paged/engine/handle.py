@@ -2,8 +2,10 @@
 
 import functools
 from collections.abc import AsyncIterator, Iterator
+from typing import Any
 
 from ..errors import RequestError
+from .events import TokenEvents
 from .scheduling.request import Request, RequestOutput, State
 from .waiting import Steps, wait_async, wait_for
 
@@ -12,8 +14,8 @@ class RequestHandle:
     """A submitted request. Any thread may iterate over it, wait for its result, or cancel it.
 
     Iteration gives new tokens as they come, from the first on, each time it is started; it raises what ended the
-    request with an error. It is for requests of one sequence; others give theirs with :meth:`result`. A request that
-    was iterated over is cancelled once no reference to its handle or an iterator is left.
+    request with an error. It is for requests of one sequence; :meth:`events` gives the tokens of several. A request
+    that was iterated over is cancelled once no reference to its handle or an iterator is left.
     """
 
     def __init__(self, engine: Steps, request: Request) -> None:
@@ -40,6 +42,21 @@ class RequestHandle:
         assert self._request.output is not None
         return self._request.output
 
+    def events(self, tokenizer: Any = None, *, skip_special_tokens: bool = True) -> TokenEvents:
+        """New tokens as they come, of all sequences of the request, for ``for`` and ``async for``.
+
+        Args:
+            tokenizer: of the model: events have the text that their tokens add.
+            skip_special_tokens: leave special tokens out of that text.
+
+        Raises:
+            RequestError: the request runs beams, whose tokens change until the end.
+        """
+        self._is_streamed = True
+        if self._request.rules.mode == "beams":
+            raise RequestError(f"request {self.request_id} runs beams, which cannot be streamed: use result().")
+        return TokenEvents(self._engine, self._request, self, tokenizer, skip_special_tokens)
+
     def cancel(self) -> None:
         """End the request; its result comes with the tokens so far and ``finish_reason`` "cancelled"."""
         self._engine.cancel_request(self._request)
@@ -49,7 +66,7 @@ class RequestHandle:
         given = 0
         while True:
             wait_for(self._engine, functools.partial(self._has_more, given), None, self.request_id)
-            tokens = self._engine.mail.new_tokens(self._request, given)
+            tokens, _ = self._engine.mail.new_tokens(self._request, given)
             yield from tokens
             given += len(tokens)
             if not tokens and self._request.is_public:
@@ -61,7 +78,7 @@ class RequestHandle:
         given = 0
         while True:
             await wait_async(self._engine, functools.partial(self._has_more, given))
-            tokens = self._engine.mail.new_tokens(self._request, given)
+            tokens, _ = self._engine.mail.new_tokens(self._request, given)
             for token in tokens:
                 yield token
             given += len(tokens)
@@ -84,8 +101,8 @@ class RequestHandle:
         rules = self._request.rules
         if rules.mode == "beams" or rules.num_rows > 1:
             raise RequestError(
-                f"request {self.request_id} has {rules.num_rows} rows: only requests of one sequence can be streamed, "
-                f"use result()."
+                f"request {self.request_id} has {rules.num_rows} rows: only requests of one sequence can be iterated "
+                f"over, use events(), or result() for beams."
             )
 
     def _raise_error(self) -> None:

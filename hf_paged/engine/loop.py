@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..errors import RequestError
+from ..errors import QueueFullError, RequestError
 from ..fusion import FusedModel
 from .core import EngineCore
 from .in_flight import InFlightStep
@@ -36,6 +36,7 @@ class StepLoop:
         is_paused, is_asleep: no step runs; pages have no memory either.
         broken: what has ended the engine.
         seen: of the end of the last step, for statistics.
+        step_began: when the running step did, None: none runs.
     """
 
     def __init__(self, core: EngineCore, mail: Mailbox, fused: FusedModel | None) -> None:
@@ -49,6 +50,7 @@ class StepLoop:
         self._weights_change = True
         self.broken: BaseException | None = None
         self._to_raise: BaseException | None = None
+        self.step_began: float | None = None
         self.note_counts()
 
     def note_counts(self) -> None:
@@ -67,8 +69,25 @@ class StepLoop:
         if self.mail.is_closed:
             raise RequestError("the engine is closed: make another, hf_paged.Engine(model).")
 
+    def check_room(self, request: Request) -> None:
+        """``mail.changed`` is held.
+
+        Raises:
+            QueueFullError: ``EngineConfig(max_waiting=)`` requests wait, and there is no slot for one more.
+        """
+        config = self.core.config
+        if config.max_waiting is None:
+            return
+        # Slots that were free after the last step go to what has come since, unless others wait for these already.
+        free = 0 if self.seen.queued else config.max_num_seqs - self.seen.rows
+        room = max(0, free - request.rules.num_rows + 1)
+        num_waiting = len(self.mail.unfinished) - self.seen.running - room
+        if num_waiting >= config.max_waiting:
+            raise QueueFullError(num_waiting, config.max_waiting)
+
     def step(self) -> bool:
         """Run one step, if there is anything to compute; returns whether there was."""
+        self.step_began = self.core.clock()
         try:
             moved = self._run_step()
         except BaseException as error:
@@ -76,6 +95,7 @@ class StepLoop:
             self.mark_broken(error)
             self._note(error)
             moved = True
+        self.step_began = None
         return moved
 
     def take_error(self) -> BaseException | None:
@@ -230,9 +250,10 @@ class StepLoop:
                 self.deadlines = [entry for entry in self.deadlines if entry[2].output is None]
                 heapq.heapify(self.deadlines)
             for request in self.mail.streams:
-                row = request.rows[0]
-                tokens = core.slots.tokens(row.slot) if row.slot >= 0 else row.tokens
-                request.stream.extend(tokens[len(request.prompt) + len(request.stream) :].tolist())
+                for row in request.rows:
+                    tokens = core.slots.tokens(row.slot) if row.slot >= 0 else row.tokens
+                    row.stream.extend(tokens[len(request.prompt) + len(row.stream) :].tolist())
+                    row.stream_end = row.finish_reason
             sleepers, self.mail.sleepers = self.mail.sleepers, []
             self.mail.changed.notify_all()
         self.mail.wake_sleepers(sleepers)

@@ -5,7 +5,7 @@ import json
 from collections import deque
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 KINDS = (".json", ".csv", ".png", ".svg", ".pdf")
 
@@ -16,6 +16,7 @@ class EngineStats:
 
     Attributes:
         running, waiting: requests.
+        waiting_tokens: prompt tokens of the requests in the queue, as of the last step.
         rows: sequences in slots.
         pages_total, pages_used, pages_cached, pages_free: over all groups of layers; cached pages are those in use by
             the prefix cache alone.
@@ -29,6 +30,7 @@ class EngineStats:
 
     running: int
     waiting: int
+    waiting_tokens: int
     rows: int
     pages_total: int
     pages_used: int
@@ -45,6 +47,26 @@ class EngineStats:
     finished: dict[str, int]
 
 
+class Seen(NamedTuple):
+    """Counts as of the end of a step; ``pages``: those in all, in use, and held by the prefix cache alone, of each
+    group of layers."""
+
+    running: int
+    queued: int
+    queued_tokens: int
+    rows: int
+    steps: int
+    prompt_tokens: int
+    new_tokens: int
+    busy_s: float
+    prefix_tokens: int
+    asked_tokens: int
+    recomputed: int
+    swapped: int
+    finished: dict[str, int]
+    pages: tuple[tuple[int, int, int], ...]
+
+
 @dataclass(slots=True)
 class Counters:
     """Counts since the engine started, for :class:`EngineStats`."""
@@ -55,37 +77,38 @@ class Counters:
     busy_s: float = 0.0
     finished: dict[str, int] = field(default_factory=dict)
 
-    def snapshot(self, core: Any) -> tuple[Any, ...]:
+    def snapshot(self, core: Any) -> Seen:
         """What :func:`engine_stats` is made of, as of now: it is taken after every step."""
-        counts = core.scheduler.counts
-        return (
-            len(core.scheduler.running), core.slots.num_used, self.steps, self.prompt_tokens, self.new_tokens,
-            self.busy_s, counts.prefix_tokens, counts.prompt_tokens, counts.recomputed, counts.swapped, self.finished,
-            [(a.num_pages, a.num_used, a.num_kept_alone) for a in core.allocators],
+        counts, queue = core.scheduler.counts, core.scheduler.waiting
+        return Seen(
+            len(core.scheduler.running), len(queue), queue.num_tokens, core.slots.num_used, self.steps,
+            self.prompt_tokens, self.new_tokens, self.busy_s, counts.prefix_tokens, counts.prompt_tokens,
+            counts.recomputed, counts.swapped, self.finished,
+            tuple((a.num_pages, a.num_used, a.num_kept_alone) for a in core.allocators),
         )  # fmt: skip
 
 
-def engine_stats(snapshot: tuple[Any, ...], num_unfinished: int) -> EngineStats:
+def engine_stats(seen: Seen, num_unfinished: int) -> EngineStats:
     """The statistics of a snapshot, while so many requests have not ended."""
-    running, rows, steps, prompts, new, busy_s, found, asked, recomputed, swapped, finished, pages = snapshot
-    total, used, cached = (sum(counts) for counts in zip(*pages))
+    total, used, cached = (sum(counts) for counts in zip(*seen.pages))
     return EngineStats(
-        running=running,
-        waiting=max(0, num_unfinished - running),
-        rows=rows,
+        running=seen.running,
+        waiting=max(0, num_unfinished - seen.running),
+        waiting_tokens=seen.queued_tokens,
+        rows=seen.rows,
         pages_total=total,
         pages_used=used,
         pages_cached=cached,
         pages_free=total - used,
-        steps=steps,
-        prompt_tokens=prompts,
-        new_tokens=new,
-        tokens_per_s=new / busy_s if busy_s else 0.0,
-        prefix_hit_rate=found / asked if asked else 0.0,
-        preemptions=recomputed + swapped,
-        recomputed=recomputed,
-        swapped=swapped,
-        finished=dict(finished),
+        steps=seen.steps,
+        prompt_tokens=seen.prompt_tokens,
+        new_tokens=seen.new_tokens,
+        tokens_per_s=seen.new_tokens / seen.busy_s if seen.busy_s else 0.0,
+        prefix_hit_rate=seen.prefix_tokens / seen.asked_tokens if seen.asked_tokens else 0.0,
+        preemptions=seen.recomputed + seen.swapped,
+        recomputed=seen.recomputed,
+        swapped=seen.swapped,
+        finished=dict(seen.finished),
     )
 
 

@@ -72,17 +72,21 @@ class Mailbox:
         self.abandoned.append(request)
 
     def num_new_tokens(self, request: Request) -> int:
-        """New tokens that a stream of a request can give by now; from the first call on they are collected."""
+        """New tokens of all sequences that a stream can give by now; from the first call on they are collected.
+        ``changed`` is held."""
         if request.output is not None:
-            return len(request.output.token_ids)
+            return sum(len(sequence.token_ids) for sequence in request.output.sequences)
         self.streams[request] = None
-        return len(request.stream)
+        return sum(len(row.stream) for row in request.rows)
 
-    def new_tokens(self, request: Request, given: int) -> list[int]:
-        """New tokens behind the first ``given``."""
+    def new_tokens(self, request: Request, given: int, index: int = 0) -> tuple[list[int], str | None]:
+        """New tokens of a sequence behind the first ``given``; and how it ended, None: there may be more."""
         with self.changed:
-            tokens = request.stream if request.output is None else request.output.token_ids
-            return tokens[given:]
+            if request.output is not None:
+                sequence = request.output.sequences[index]
+                return sequence.token_ids[given:], sequence.finish_reason
+            row = request.rows[index]
+            return row.stream[given:], row.stream_end
 
     def wake_sleepers(self, sleepers: list[tuple[asyncio.AbstractEventLoop, asyncio.Future]]) -> None:
         """Wake event loops that have waited; ``changed`` is not held."""

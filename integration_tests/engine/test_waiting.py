@@ -62,11 +62,15 @@ def asked(engine: hf_paged.Engine, count: int) -> None:
         threading.Event().wait(0.001)
 
 
-@pytest.mark.parametrize("name", ["stats", "submit", "cancel", "engine.cancel", "is_done", "repr"])
+@pytest.mark.parametrize(
+    "name", ["stats", "snapshot", "health", "submit", "cancel", "engine.cancel", "is_done", "repr"]
+)
 def test_what_waits_for_nothing_returns_inside_a_step(loaded, name):
     engine, _, handles = loaded
     calls = {
         "stats": engine.stats,
+        "snapshot": engine.snapshot,
+        "health": engine.health,
         "submit": lambda: handles.append(engine.submit([9, 8], generation_config=CONFIG)),
         "cancel": handles[3].cancel,
         "engine.cancel": lambda: engine.cancel(handles[4].request_id),
@@ -79,6 +83,11 @@ def test_what_waits_for_nothing_returns_inside_a_step(loaded, name):
     if name == "stats":
         assert (got[0].running, got[0].waiting, got[0].rows) == (64, 0, 64)
         assert got[0].new_tokens >= 4 * 64
+    if name == "health":
+        assert got[0].step_s > 0
+    if name == "snapshot":
+        assert {request.state for request in got[0].requests} == {"running"}
+        assert len(got[0].requests) == 64
         engine.submit([9], generation_config=CONFIG)
         assert engine.stats().waiting == 1
 

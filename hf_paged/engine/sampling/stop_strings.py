@@ -63,15 +63,22 @@ class StopStrings(StoppingCriteria):
 
     def is_stopped(self, tokens: Sequence[int] | np.ndarray) -> bool:
         """Whether the last of these tokens ends a stop string."""
+        return self.found(tokens) is not None
+
+    def found(self, tokens: Sequence[int] | np.ndarray) -> str | None:
+        """The first of the stop strings that the last of these tokens ends, None: it ends none."""
         tokens = tokens[len(tokens) - self._longest :] if len(tokens) > self._longest else tokens
         of: Callable[[int], Any] = self._texts.of
         last = of(int(tokens[-1])) if len(tokens) else None
         if not last:
-            return False
+            return None
         text, needed = last, self._longest - 1 + len(last)
         for token in reversed(tokens[:-1]):
             more = of(int(token))
             if more is None or len(text) >= needed:
                 break
             text = more + text
-        return any(text.find(stop, max(0, len(text) - len(last) - len(stop) + 1)) >= 0 for stop in self._stops)
+        for name, stop in zip(self.stop_strings, self._stops):
+            if text.find(stop, max(0, len(text) - len(last) - len(stop) + 1)) >= 0:
+                return name
+        return None

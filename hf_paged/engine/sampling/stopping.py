@@ -19,6 +19,19 @@ def history_tensor(rules: RequestParams, tokens: np.ndarray, device: torch.devic
     return torch.from_numpy(padded)[None].to(device)
 
 
+def stop_reason(rules: RequestParams, tokens: np.ndarray) -> int | str | None:
+    """What ended a row that has stopped: the eos token, or a stop string; None: a criterion of the request's own.
+
+    Args:
+        rules: of the row's request.
+        tokens: ``[num_tokens]`` int64, prompt and generated tokens.
+    """
+    if int(tokens[-1]) in rules.eos_token_ids:
+        return int(tokens[-1])
+    found = (criterion.found(tokens) for criterion in rules.criteria if type(criterion) is StopStrings)
+    return next((text for text in found if text is not None), None)
+
+
 def is_stopped(rules: RequestParams, tokens: np.ndarray, device: torch.device) -> bool:
     """Whether any of the request's criteria ends this row after its last token.
 

@@ -47,6 +47,7 @@ class SequenceOutput:
         token_ids: new tokens, the eos included.
         finish_reason: "stop" (eos, a stop string or criterion), "length", "cancelled", "deadline" or "error".
         logprobs: per new token, where asked for.
+        stop_reason: what ended it, for "stop": the eos token, or the stop string; None: a criterion, or another reason.
         score: of a beam.
         beam_indices: of a beam: for each new token, the beam it came from.
     """
@@ -54,6 +55,7 @@ class SequenceOutput:
     token_ids: list[int]
     finish_reason: str
     logprobs: list[Any] | None = None
+    stop_reason: int | str | None = None
     score: float | None = None
     beam_indices: list[int] | None = None
 
@@ -68,6 +70,7 @@ class RequestOutput:
         token_ids: new tokens of the first sequence.
         finish_reason: "stop" (eos, a stop string or criterion), "length", "cancelled", "deadline" (it has passed) or
             "error".
+        stop_reason: which eos token or stop string ended the first sequence, see :class:`SequenceOutput`.
         error: what ended it, for "error" and "deadline".
         logprobs: of the first sequence, one entry for each new token, where asked for.
         prompt_logprobs: of the prompt's tokens, None for the first one, where asked for.
@@ -80,6 +83,7 @@ class RequestOutput:
     prompt_ids: list[int]
     token_ids: list[int]
     finish_reason: str
+    stop_reason: int | str | None
     error: BaseException | None
     logprobs: list[Any] | None
     prompt_logprobs: list[Any] | None
@@ -96,10 +100,16 @@ class Row:
         saved: int64 tokens while it has no slot.
         swapped: its pages in host memory, if it was swapped out.
         finish_reason: None while it runs.
+        stop_reason: see :class:`SequenceOutput`.
         logprobs: of its new tokens.
+        stream: new tokens that iterators over the handle may give, guarded by ``mail.changed``; ``stream_end``: its
+            finish reason, once they are all there.
     """
 
-    __slots__ = ("finish_reason", "index", "logprobs", "request", "saved", "slot", "swapped")
+    __slots__ = (
+        "finish_reason", "index", "logprobs", "request", "saved", "slot", "stop_reason", "stream", "stream_end",
+        "swapped",
+    )  # fmt: skip
 
     def __init__(self, request: "Request", index: int) -> None:
         self.request, self.index = request, index
@@ -107,7 +117,10 @@ class Row:
         self.saved: np.ndarray | None = request.prompt
         self.swapped: Any = None
         self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
         self.logprobs: list[Any] = []
+        self.stream: list[int] = []
+        self.stream_end: str | None = None
 
     @property
     def tokens(self) -> np.ndarray:
@@ -130,7 +143,6 @@ class Request:
         forked: whether the other rows have their share of the prompt's pages already.
         beams: the search over its rows, for beam requests.
         is_watched: stopping criteria beyond eos and length.
-        stream: new tokens, for iterators over the handle.
         output: what it gave, once it has ended; ``is_public``: whether its caller may know.
         uses_prefixes: whether cached prefixes may stand for the beginning of its prompt.
         most_pages: of each group of layers, what it holds at most.
@@ -162,7 +174,6 @@ class Request:
     started: float | None = None
     first_token: float | None = None
     prompt_logprobs: list[Any] | None = None
-    stream: list[int] = field(default_factory=list)
 
     @property
     def live(self) -> list[Row]:
