@@ -13,6 +13,10 @@ BAD_INPUT = (ValueError, OSError, ImportError, UnsupportedModelError)
 """What commands raise where an argument, a file or an installed package is not fit; the message says which."""
 
 
+INTERRUPTED = 130
+"""The exit status after Ctrl-C, as a shell gives it."""
+
+
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """The description as it is written, and the default of every option."""
 
@@ -101,4 +105,7 @@ def run(main: Callable[[], Any]) -> NoReturn:
     except BAD_INPUT as problem:
         print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(INTERRUPTED)
     sys.exit(status if isinstance(status, int) else 0)

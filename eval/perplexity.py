@@ -300,7 +300,8 @@ def _checked_token_ids(token_ids: Sequence[int] | torch.Tensor, model: PreTraine
     return ids
 
 
-def _default_cache_factory(model: PreTrainedModel, path: str, options: PathOptions) -> Callable[[], Cache | None]:
+def default_cache_factory(model: PreTrainedModel, path: str, options: PathOptions) -> Callable[[], Cache | None]:
+    """What makes the cache of each batch of windows, None for a path without one."""
     if path == "prefill":
         return lambda: None
     # The aliases of "paged_flash" begin with its name.
@@ -329,7 +330,7 @@ def _model_batches(
     observe: Callable[[int, torch.Tensor], None] | None,
 ) -> Iterator[Figures]:
     """Figures of each batch by forwards of the model."""
-    make_cache = options.cache_factory or _default_cache_factory(model, path, options)
+    make_cache = options.cache_factory or default_cache_factory(model, path, options)
     for batch in batches:
         ids = batch.rows(all_ids).to(model.device)
         num_scored = batch.windows[0].num_scored

@@ -9,19 +9,25 @@
   can answer, a passkey in filler text (`--passkey-lengths`) beside another attention (`eval/quality/retrieval.py`).
 - Perplexity against bits of the cache, beside transformers' QuantizedCache (`eval/quality/kv_quantisation.py`).
 - The verdict (`eval/quality/verdict.py`): limits by the dtype of weights and pages; `--max-delta-ppl 0.001` sets one
-  for the perplexity of all runs, relative. Exit status 0: passed, 1: failed, 2: bad arguments.
+  for the perplexity of all runs, relative. Exit status 0: passed, 1: failed, 2: bad arguments, 130: interrupted.
+
+It says how long it will take, on the standard error. What is measured so far is in report.partial.md and .json of the
+folder; Ctrl-C prints it.
 """
 
 import argparse
 import hashlib
 import json
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging
 
@@ -42,12 +48,23 @@ from eval.loading import (
 )
 from eval.perplexity import check_path, plan_runs
 from eval.quality.distances import Reference, Settings, measure
-from eval.quality.induction_model import induction_model
+from eval.quality.forecast import in_words, prompts_seconds, run_seconds
+from eval.quality.induction_model import copy_prompt, induction_model
 from eval.quality.kv_quantisation import CacheRow, kv_table
-from eval.quality.retrieval import INDUCTION_PATHS, QUANTISED_PATHS, Grid, induction_grid, passkey_grid
+from eval.quality.retrieval import (
+    INDUCTION_PATHS,
+    MAX_ANSWER,
+    NUM_KEYS,
+    QUANTISED_PATHS,
+    STRING_LEN,
+    Grid,
+    induction_grid,
+    passkey_grid,
+    passkey_prompt,
+)
 from eval.quality.scoring import KV_DTYPES, PATHS
 from eval.quality.text_data import ACCEPTED_SPECS, load_text
-from eval.quality.verdict import judge, limits_of
+from eval.quality.verdict import Verdict, judge, limits_of
 from eval.quality.windows import BY_DOCUMENT, CONVENTIONS, plan_windows
 
 
@@ -55,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
     Returns:
-        The exit status: 0 where the verdict is passed, else 1.
+        The exit status: 0 where the verdict is passed, 130 where it was interrupted, else 1.
 
     Raises:
         ValueError, FileNotFoundError, ImportError: the arguments name something unknown, missing or unfit.
@@ -79,18 +96,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         raise ValueError(f"spec (--data) {args.data!r}: {error}") from error
     check_window(float32.config, settings.window)
 
+    seconds = run_seconds(float32, ids, settings, ("eager", "prefill", "auto"))
+    _say(f"eager attention in float32: about {in_words(seconds)}; then the forecast for all else")
     reference = Reference(float32, ids, settings)
     model = float32
     if args.dtype != "float32":
         del float32
         model = load_pretrained(AutoModelForCausalLM, args.model, dtype=args.dtype).to(device)
-    rows = measure(model, reference, ids, settings, runs)
-    induction = _induction(args, device)
-    passkey = _passkey(args, model, tokenizer)
-    caches = kv_table(model, ids[: args.cache_tokens], settings) if args.cache_tokens else []
-    verdict = judge(rows, induction, passkey, args.max_delta_ppl)
-
-    report = {
+    subject = {
         "model": args.model,
         "data": args.data,
         "text_sha256": hashlib.sha256(text.encode()).hexdigest(),
@@ -101,26 +114,169 @@ def main(argv: Sequence[str] | None = None) -> int:
         "date": date.today().isoformat(),
         "versions": versions(),
         "reference": {"ppl": reference.result.perplexity, "mean_nll": reference.result.mean_nll},
-        "runs": [
-            {"name": row.name, **asdict(row), "limits": asdict(limits_of(row, rows, args.max_delta_ppl))}
-            for row in rows
-        ],
-        "memory": _memory(model, ids[: settings.window], settings),
-        "caches": [asdict(row) for row in caches],
-        "induction": [asdict(grid) for grid in induction],
-        "passkey": [asdict(grid) for grid in passkey],
-        "verdict": {"passed": verdict.passed, "num_checks": verdict.num_checks, "failures": verdict.failures},
     }
-    if args.output is not None:
-        args.output.mkdir(parents=True, exist_ok=True)
-        (args.output / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        (args.output / "report.md").write_text(markdown(report, verdict.line), encoding="utf-8")
-        try:
-            report_figure.draw(report, args.output / "report.png")
-        except ImportError as error:
-            print(f"report.png is not drawn: {error}; then python -m eval.report_figure {args.output}", file=sys.stderr)
-    print(markdown(report, verdict.line))
-    return 0 if verdict.passed else 1
+    parts = [
+        *_quality_parts(model, reference, ids, settings, runs),
+        *_induction_parts(args, device),
+        *_passkey_parts(args, model, tokenizer),
+        Part("memory", "memory", 0.0, lambda: _memory(model, ids[: settings.window], settings)),
+        *_cache_parts(args, model, ids, settings),
+    ]
+    progress = Progress(subject, parts, args.max_delta_ppl, args.output)
+    _say(progress.forecast())
+    try:
+        progress.run()
+    except KeyboardInterrupt:
+        print(progress.markdown())
+        return command_line.INTERRUPTED
+    finally:
+        if not progress.is_complete and args.output is not None:
+            _say(f"not complete: what was measured is in {args.output / PARTIAL}.md and .json")
+    print(progress.markdown())
+    return 0 if progress.verdict().passed else 1
+
+
+PARTIAL = "report.partial"
+"""The files of a report that is not complete, less their endings."""
+
+
+def _say(line: str) -> None:
+    """To the standard error: the standard output is the report."""
+    print(line, file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A piece of the report.
+
+    Attributes:
+        group: what the forecast names it with.
+        key: the list of the report that its items go to.
+        seconds: that it will take, about.
+        work: gives its items, one by one where each takes long.
+    """
+
+    group: str
+    key: str
+    seconds: float
+    work: Callable[[], Iterable[Any]]
+
+
+class Progress:
+    """The parts of a report, what they have given so far, and the files that hold it.
+
+    Args:
+        subject: what is measured; the first entries of the report.
+        parts: run in order.
+        max_delta_ppl: see `eval.quality.verdict.judge`.
+        output: folder; `PARTIAL` is written there after each item, and the report's own files when all is measured.
+    """
+
+    def __init__(
+        self, subject: dict[str, Any], parts: Sequence[Part], max_delta_ppl: float | None, output: Path | None
+    ) -> None:
+        self._subject, self._parts, self._max_delta_ppl, self._output = subject, parts, max_delta_ppl, output
+        self._items: dict[str, list[Any]] = {key: [] for key in ("runs", "memory", "caches", "induction", "passkey")}
+        self._num_done = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every part has run."""
+        return self._num_done == len(self._parts)
+
+    def forecast(self) -> str:
+        """How long all parts will take, in words."""
+        groups = {part.group: 0.0 for part in self._parts}
+        for part in self._parts:
+            groups[part.group] += part.seconds
+        shares = ", ".join(f"{name} {in_words(seconds)}" for name, seconds in groups.items() if seconds)
+        return f"this will take about {in_words(sum(groups.values()))}: {shares}"
+
+    def run(self) -> None:
+        """Run the parts; what they have given is on disk after each item."""
+        self._write(PARTIAL)
+        total = sum(part.seconds for part in self._parts)
+        shown = "{desc}: {percentage:.0f}%|{bar}| {elapsed}, about {remaining} to go"
+        with tqdm(total=total, desc="report", bar_format=shown) as bar:
+            for part in self._parts:
+                for item in part.work():
+                    self._items[part.key].append(item)
+                    self._write(PARTIAL)
+                self._num_done += 1
+                self._write(PARTIAL)
+                bar.update(min(part.seconds, total - bar.n))  # rounding may not go beyond the total
+        self._write("report")
+        if self._output is not None:
+            for ending in (".json", ".md"):
+                (self._output / f"{PARTIAL}{ending}").unlink(missing_ok=True)
+            try:
+                report_figure.draw(self.report(), self._output / "report.png")
+            except ImportError as error:
+                _say(f"report.png is not drawn: {error}; then python -m eval.report_figure {self._output}")
+
+    def verdict(self) -> Verdict:
+        """Of what is measured."""
+        items = self._items
+        return judge(items["runs"], items["induction"], items["passkey"], self._max_delta_ppl)
+
+    def report(self) -> dict[str, Any]:
+        """What report.json holds; "complete" says whether all parts are in it, without which nothing has passed."""
+        verdict, rows = self.verdict(), self._items["runs"]
+        return {
+            **self._subject,
+            "complete": self.is_complete,
+            "runs": [
+                {"name": row.name, **asdict(row), "limits": asdict(limits_of(row, rows, self._max_delta_ppl))}
+                for row in rows
+            ],
+            "memory": self._items["memory"],
+            **{key: [asdict(item) for item in self._items[key]] for key in ("caches", "induction", "passkey")},
+            "verdict": {
+                "passed": self.is_complete and verdict.passed,
+                "num_checks": verdict.num_checks,
+                "failures": verdict.failures,
+            },
+        }
+
+    def markdown(self) -> str:
+        """The report as Markdown."""
+        verdict = self.verdict()
+        line = verdict.line
+        if not self.is_complete:
+            line = (
+                f"PARTIAL: {self._num_done} of {len(self._parts)} parts are measured; of {verdict.num_checks} checks "
+                f"so far {len(verdict.failures)} fail{': ' * bool(verdict.failures)}{'; '.join(verdict.failures)}"
+            )
+        return markdown(self.report(), line)
+
+    def _write(self, name: str) -> None:
+        if self._output is None:
+            return
+        self._output.mkdir(parents=True, exist_ok=True)
+        text = json.dumps(self.report(), indent=2, allow_nan=False) + "\n"
+        for ending, content in ((".json", text), (".md", self.markdown())):
+            # A process that is killed while it writes leaves the file before.
+            fresh = self._output / f"{name}{ending}.new"
+            fresh.write_text(content, encoding="utf-8")
+            fresh.replace(self._output / f"{name}{ending}")
+
+
+def _quality_parts(
+    model: PreTrainedModel,
+    reference: Reference,
+    ids: Sequence[int],
+    settings: Settings,
+    runs: Sequence[tuple[str, str, str]],
+) -> list[Part]:
+    return [
+        Part(
+            "perplexity",
+            "runs",
+            run_seconds(model, ids, settings, run),
+            lambda run=run: [measure(model, reference, ids, settings, run)],
+        )
+        for run in runs
+    ]
 
 
 def _runs(args: argparse.Namespace) -> list[tuple[str, str, str]]:
@@ -142,27 +298,58 @@ def _settings(args: argparse.Namespace, model: PreTrainedModel) -> Settings:
     return Settings(window, stride, args.convention, args.page_size, args.chunk, args.batch_size)
 
 
-def _induction(args: argparse.Namespace, device: torch.device) -> list[Grid]:
+def _induction_parts(args: argparse.Namespace, device: torch.device) -> list[Part]:
     lengths = args.induction_lengths
     if lengths is None:
         lengths = [4096, 16384, 65536, 131072] if device.type == "cuda" else [256, 512, 1024, 2048]
     if not lengths:
         return []
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    model = induction_model(dtype=dtype).to(device)
+    model = induction_model(dtype=torch.float32 if device.type == "cpu" else torch.bfloat16).to(device)
+    longest = copy_prompt(model.config.vocab_size, max(lengths), 0, string_len=STRING_LEN, depth=0.5)
+    parts = []
+    for kv_dtype in args.kv_dtype:
+        seconds = {
+            is_decode: prompts_seconds(
+                model, longest, lengths, STRING_LEN - 1, "decode" if is_decode else "chunked_prefill",
+                kv_dtype=kv_dtype, page_size=args.page_size,
+            )
+            for is_decode in (False, True)
+        }  # fmt: skip
+        for path in INDUCTION_PATHS if kv_dtype == "auto" else QUANTISED_PATHS:
+            grid = partial(
+                induction_grid, model, lengths, args.depths, path=path, kv_dtype=kv_dtype, page_size=args.page_size
+            )
+            total = len(args.depths) * seconds[path == "decode"]
+            parts.append(Part("induction model", "induction", total, lambda grid=grid: [grid()]))
+    return parts
+
+
+def _passkey_parts(args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Part]:
+    if not args.passkey_lengths:
+        return []
+    prompt = torch.tensor([passkey_prompt(tokenizer, max(args.passkey_lengths), 0.5, 12345)])
+    seconds = prompts_seconds(model, prompt, args.passkey_lengths, MAX_ANSWER, "decode", page_size=args.page_size)
+
+    def grid(attn: str) -> Iterator[Grid]:
+        set_attention(model, attn)
+        yield passkey_grid(model, tokenizer, args.passkey_lengths, args.depths)
+
     return [
-        induction_grid(model, lengths, args.depths, path=path, kv_dtype=kv_dtype, page_size=args.page_size)
-        for kv_dtype in args.kv_dtype
-        for path in (INDUCTION_PATHS if kv_dtype == "auto" else QUANTISED_PATHS)
+        Part("passkey", "passkey", seconds * NUM_KEYS * len(args.depths), partial(grid, attn))
+        for attn in ("sdpa", "paged_flash")
     ]
 
 
-def _passkey(args: argparse.Namespace, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[Grid]:
-    grids = []
-    for attn in ("sdpa", "paged_flash") if args.passkey_lengths else ():
-        set_attention(model, attn)
-        grids.append(passkey_grid(model, tokenizer, args.passkey_lengths, args.depths))
-    return grids
+def _cache_parts(
+    args: argparse.Namespace, model: PreTrainedModel, ids: Sequence[int], settings: Settings
+) -> list[Part]:
+    if not args.cache_tokens:
+        return []
+    few = ids[: args.cache_tokens]
+    kinds = [("sdpa", "auto"), *(("paged_flash", kv_dtype) for kv_dtype in KV_DTYPES)]
+    # Packages of other quantised caches may not be installed: they are not in the forecast.
+    seconds = sum(run_seconds(model, few, settings, (attn, "chunked_prefill", kv_dtype)) for attn, kv_dtype in kinds)
+    return [Part("caches", "caches", seconds, lambda: kv_table(model, few, settings))]
 
 
 @torch.no_grad()
@@ -195,7 +382,7 @@ def markdown(report: dict[str, Any], verdict_line: str) -> str:
         f"{report['device']}, {report['date']}; "
         f"{', '.join(f'{name} {version}' for name, version in report['versions'].items())}. Written by "
         "`python -m eval.report`.\n",
-        "![differences and retrieval](report.png)\n",
+        *(["![differences and retrieval](report.png)\n"] if report["complete"] else []),
         "## Perplexity\n",
         f"Eager attention in float32: {reference['ppl']:.6f}. Differences are against it, token by token, in nats; "
         "intervals are 95%, by bootstrap over windows, and say how much the text decides; top-1 is the share of tokens "

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from eval.loading import set_attention
@@ -115,20 +114,18 @@ def measure(
     reference: Reference,
     ids: Sequence[int],
     settings: Settings,
-    runs: Sequence[tuple[str, str, str]],
-) -> list[QualityRow]:
-    """One row for each run (attn, path, kv_dtype) of `model`, on the windows of `reference`."""
-    rows = []
-    for attn, path, kv_dtype in tqdm(runs, desc="perplexity runs"):
-        set_attention(model, attn)
-        if model.device.type == "cuda":  # kernels are compiled before the clock starts
-            num_tokens = settings.window if settings.convention in DISJOINT else settings.window // 4 + 1
-            _run(model, ids[:num_tokens], settings, path, kv_dtype, None)
-        divergences: list[float] = []
-        observe = None if path == "engine" else reference.divergence(divergences)
-        result = _run(model, ids, settings, path, kv_dtype, observe)
-        rows.append(_row(result, reference.result, divergences, str(model.dtype).removeprefix("torch.")))
-    return rows
+    run: tuple[str, str, str],
+) -> QualityRow:
+    """The row of a run (attn, path, kv_dtype) of `model`, on the windows of `reference`."""
+    attn, path, kv_dtype = run
+    set_attention(model, attn)
+    if model.device.type == "cuda":  # kernels are compiled before the clock starts
+        num_tokens = settings.window if settings.convention in DISJOINT else settings.window // 4 + 1
+        _run(model, ids[:num_tokens], settings, path, kv_dtype, None)
+    divergences: list[float] = []
+    observe = None if path == "engine" else reference.divergence(divergences)
+    result = _run(model, ids, settings, path, kv_dtype, observe)
+    return _row(result, reference.result, divergences, str(model.dtype).removeprefix("torch."))
 
 
 def _run(

@@ -5,7 +5,7 @@ Every cache is fed the same windows in chunks, so that all but the newest keys a
 own (`pip install optimum-quanto hqq`); what is not installed has a row that says so.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -65,8 +65,8 @@ class CacheRow:
 
 def kv_table(
     model: PreTrainedModel, ids: Sequence[int], settings: Settings, names: Sequence[str] = tuple(CACHES)
-) -> list[CacheRow]:
-    """A row for each cache; the first is what the others are compared with.
+) -> Iterator[CacheRow]:
+    """A row for each cache, as it is measured; the first is what the others are compared with.
 
     A cache whose backend is not installed, or that refuses the model, has a row that says so.
 
@@ -77,8 +77,7 @@ def kv_table(
     if unknown:
         raise ValueError(f"names has {unknown[0]!r}; pass some of {tuple(CACHES)}")
     reference = None
-    rows = []
-    for name in tqdm(names, desc="caches"):
+    for name in tqdm(names, desc="caches", leave=False):
         set_attention(model, "paged_flash" if name.startswith("PagedCache") else "sdpa")
         try:
             bits = _bits(model, ids[: settings.window], CACHES[name], settings)
@@ -91,16 +90,13 @@ def kv_table(
                 path="chunked_prefill", options=options,
             )  # fmt: skip
         except (ImportError, ValueError, TypeError, RuntimeError) as error:
-            rows.append(CacheRow(name, note=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"))
+            yield CacheRow(name, note=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
             continue
         reference = reference or result
-        rows.append(
-            CacheRow(
-                name, bits, result.perplexity, result.perplexity / reference.perplexity - 1,
-                result.paired_difference(reference).max_abs,
-            )
+        yield CacheRow(
+            name, bits, result.perplexity, result.perplexity / reference.perplexity - 1,
+            result.paired_difference(reference).max_abs,
         )  # fmt: skip
-    return rows
 
 
 @torch.no_grad()

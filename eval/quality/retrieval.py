@@ -23,6 +23,8 @@ FILLER = "The grass is green. The sky is blue. The sun is yellow. Here we go. Th
 KEY = "The pass key is {key}. Remember it. {key} is the pass key. "
 QUESTION = "What is the pass key? The pass key is "
 MAX_ANSWER = 10
+NUM_KEYS = 3
+"""Passkeys asked for in each cell."""
 
 INDUCTION_PATHS = ("prefill", "paged_prefill", "chunked_prefill", "decode", "engine")
 QUANTISED_PATHS = ("chunked_prefill", "decode", "engine")
@@ -181,7 +183,7 @@ def passkey_grid(
     lengths: Sequence[int],
     depths: Sequence[float],
     *,
-    num_keys: int = 3,
+    num_keys: int = NUM_KEYS,
     seed: int = 0,
 ) -> Grid:
     """Share of `num_keys` keys that greedy `generate()` answers, under the model's attention implementation."""

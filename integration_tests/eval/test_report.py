@@ -2,6 +2,7 @@
 
 import dataclasses
 import importlib.util
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from eval import report, report_figure
+from eval.quality import forecast
 from eval.quality.distances import QualityRow, Reference, Settings, measure
 from eval.quality.induction_model import induction_model
 from eval.quality.kv_quantisation import kv_table
@@ -87,6 +89,74 @@ def test_the_report_of_a_sound_model_passes_and_is_written(tmp_path, capsys):
     heat_maps = [axes.images[0].get_array().tolist() for axes in report_figure.figure_of(written).axes if axes.images]
     assert heat_maps == [grid["scores"] for grid in written["induction"]]
     assert capsys.readouterr().out.rstrip() == text.rstrip()
+
+
+def interrupted_at(monkeypatch, error: BaseException, *more: str) -> int:
+    """Run the report; the second of its runs ends with `error`."""
+    measure = report.measure
+    names = []
+
+    def measure_or_stop(model, reference, ids, settings, run):
+        names.append(run)
+        if len(names) == 2:
+            raise error
+        return measure(model, reference, ids, settings, run)
+
+    monkeypatch.setattr(report, "measure", measure_or_stop)
+    return report.main(arguments("--path", "prefill", "decode", "--induction-lengths", *more))
+
+
+def test_an_interrupted_report_keeps_and_prints_what_is_measured(tmp_path, capsys, monkeypatch):
+    (tmp_path / "report.json").write_text("an earlier report")
+    assert interrupted_at(monkeypatch, KeyboardInterrupt(), "--output", str(tmp_path)) == 130
+    out, err = capsys.readouterr()
+    assert "**PARTIAL: 1 of 3 parts are measured; of 2 checks so far 0 fail**" in out
+    assert "VERDICT" not in out
+    assert "| paged_flash | prefill |" in out
+    assert "| paged_flash | decode |" not in out
+    assert "report.png" not in out
+    assert "this will take about" in err
+    assert "report.partial.md" in err
+    assert (tmp_path / "report.partial.md").read_text(encoding="utf-8").rstrip() == out.rstrip()
+    written = json.loads((tmp_path / "report.partial.json").read_text(encoding="utf-8"))
+    assert not written["complete"]
+    assert not written["verdict"]["passed"]
+    assert [run["path"] for run in written["runs"]] == ["prefill"]
+    assert (tmp_path / "report.json").read_text() == "an earlier report"
+    monkeypatch.undo()
+    assert report.main(arguments("--path", "prefill", "--induction-lengths", "--output", str(tmp_path))) == 0
+    assert not list(tmp_path.glob("report.partial*"))
+    assert json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["complete"]
+
+
+def test_a_report_that_breaks_off_keeps_what_is_measured(tmp_path, capsys, monkeypatch):
+    with pytest.raises(RuntimeError, match="out of memory"):
+        interrupted_at(monkeypatch, RuntimeError("out of memory"), "--output", str(tmp_path))
+    assert "report.partial.md and .json" in capsys.readouterr().err
+    assert "| paged_flash | prefill |" in (tmp_path / "report.partial.md").read_text(encoding="utf-8")
+
+
+def test_the_forecast_counts_the_parts_that_run(monkeypatch):
+    """With a clock that ticks once a forward the forecast is the number of forwards that the runs need."""
+    model = AutoModelForCausalLM.from_pretrained(ASSETS / "small_model", dtype=torch.float32)
+    ids, settings = list(range(5, 205)), Settings(100, 50, chunk=30, batch_size=4)
+    forward = model.forward
+    calls = 0
+
+    def counted(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        return forward(*args, **kwargs)
+
+    model.forward = counted
+    monkeypatch.setattr(forecast.time, "perf_counter", lambda: float(calls))
+    counted.__signature__ = inspect.signature(forward)
+    reference = Reference(model, ids, settings)
+    for attn, path in (("eager", "prefill"), ("sdpa", "decode"), ("paged_flash", "padded_prefill")):
+        seconds = forecast.run_seconds(model, ids, settings, (attn, path, "auto"))
+        before = calls
+        measure(model, reference, ids, settings, (attn, path, "auto"))
+        assert seconds == calls - before, path
 
 
 def test_without_matplotlib_all_but_the_picture_is_written(tmp_path, capsys, monkeypatch):
@@ -248,7 +318,7 @@ def test_the_divergence_by_hand():
         first = model(torch.tensor([ids[:20]])).logits[0, :-1].double().log_softmax(-1)
         model.lm_head.weight.mul_(1.1)
         second = model(torch.tensor([ids[:20]])).logits[0, :-1].double().log_softmax(-1)
-    row = measure(model, reference, ids, settings, [("eager", "prefill", "auto")])[0]
+    row = measure(model, reference, ids, settings, ("eager", "prefill", "auto"))
     divergence = (first.exp() * (first - second)).sum(-1)
     assert row.kl_tokens == row.num_scored == 39
     assert row.kl_max >= divergence.max().item() - 1e-5
@@ -308,11 +378,10 @@ def test_the_passkey_grid_counts_answers():
 
 def test_caches_that_are_not_installed_have_a_note():
     model = AutoModelForCausalLM.from_pretrained(ASSETS / "small_model", dtype=torch.float32)
-    rows = kv_table(
-        model, list(range(5, 90)), Settings(40, 20, chunk=16), ["DynamicCache", "QuantizedCache hqq 4 bits"]
-    )
+    names = ["DynamicCache", "QuantizedCache hqq 4 bits"]
+    rows = list(kv_table(model, list(range(5, 90)), Settings(40, 20, chunk=16), names))
     assert rows[0].delta_ppl == 0
     assert rows[1].note or rows[1].ppl
     assert (rows[1].ppl is None) == (importlib.util.find_spec("hqq") is None)
     with pytest.raises(ValueError, match="names has 'hqq'; pass some of"):
-        kv_table(model, [1, 2], Settings(2, 1), ["hqq"])
+        next(kv_table(model, [1, 2], Settings(2, 1), ["hqq"]))
