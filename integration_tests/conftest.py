@@ -1,5 +1,6 @@
-"""Shared fixtures: Triton's interpreter without a GPU, NaN-poisoned allocations, a visible skip for GPU tests."""
+"""Shared fixtures: Triton's interpreter without a GPU, NaN-poisoned allocations, one GPU for several processes."""
 
+import gc
 import logging
 import os
 import sys
@@ -23,6 +24,9 @@ if not HAS_GPU:
     interpreter.repair()
 
 
+NUM_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip tests marked ``gpu`` where there is none, with a reason in the summary."""
     if HAS_GPU:
@@ -44,12 +48,33 @@ def _usual_verbosity() -> None:
     logging.getLogger("transformers").setLevel(logging.WARNING)
 
 
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Processes that run tests side by side share a GPU. What PyTorch keeps cached in one, the others cannot have."""
+    if not HAS_GPU:
+        yield
+        return
+    from shared_card import this_card
+
+    with this_card().held(alone=item.get_closest_marker("whole_card") is not None):
+        yield
+        if item.get_closest_marker("gpu"):
+            # pytest leaves the last failure here, and its frames hold the tensors of that test.
+            for name in ("last_exc", "last_value", "last_traceback"):
+                vars(sys).pop(name, None)
+            gc.collect()
+            torch.cuda.empty_cache()
+
+
 @pytest.fixture(autouse=True)
-def _give_memory_back(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Processes that run tests side by side share a GPU: what PyTorch keeps cached in one, the others cannot have."""
-    yield
-    if HAS_GPU and request.node.get_closest_marker("gpu"):
-        torch.cuda.empty_cache()
+def _equal_share_of_the_gpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines size their pool by the memory that is free: each process counts on its share of the card only."""
+    if HAS_GPU and NUM_PROCESSES > 1 and not request.node.get_closest_marker("whole_card"):
+        from shared_card import equal_share
+
+        from hf_paged.engine.scheduling import page_budget
+
+        monkeypatch.setattr(page_budget, "free_bytes", equal_share(page_budget.free_bytes, NUM_PROCESSES))
 
 
 @pytest.fixture

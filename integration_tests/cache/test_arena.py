@@ -481,6 +481,7 @@ def test_cuda_addresses_and_views_stay():
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_card
 def test_cuda_memory_follows_what_is_committed():
     make_cuda_arena(MIB).commit(MIB)  # The context's own memory, once.
     torch.cuda.empty_cache()
@@ -520,6 +521,7 @@ def test_cuda_memory_is_not_released_under_a_kernel():
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_card
 def test_cuda_many_reservations_come_and_go():
     """More addresses in turn than the device has at once."""
     size = reservable_bytes(torch.device("cuda"))
@@ -553,6 +555,7 @@ def test_cuda_graph_sees_memory_committed_after_its_capture():
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_card
 def test_cuda_memory_dropped_during_a_capture_is_released_later():
     free_bytes()
     kept, dropped = make_cuda_arena(GIB), make_cuda_arena(GIB)
@@ -572,6 +575,7 @@ def test_cuda_memory_dropped_during_a_capture_is_released_later():
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_card
 def test_cuda_out_of_memory_leaves_the_arena_usable():
     total = reservable_bytes(torch.device("cuda"))
     arena = make_cuda_arena(2 * total)
@@ -588,6 +592,7 @@ def test_cuda_out_of_memory_leaves_the_arena_usable():
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_card
 def test_cuda_takes_what_the_caching_allocator_keeps_unused():
     free = free_bytes()
     hoard = torch.empty(free * 3 // 4, dtype=torch.uint8, device="cuda")
@@ -638,6 +643,7 @@ def test_cuda_triton_takes_a_view():
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_card
 def test_cuda_every_device():
     if torch.cuda.device_count() < 2:
         pytest.skip("needs two GPUs")

@@ -327,6 +327,7 @@ def test_stored_prefixes_keep_their_memory():
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_card
 def test_trimmed_memory_is_free_on_the_gpu():
     pool = hf_paged.PagePool(256)
     pool.set_layers({None: 1})

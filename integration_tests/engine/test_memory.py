@@ -291,6 +291,7 @@ def test_the_largest_step_is_measured(model, numbers, monkeypatch, taken):
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_card
 @pytest.mark.parametrize("gib", [2.0, 0.7])
 def test_an_engine_on_a_nearly_full_card(gib):
     """So much is free when the engine is made, then nearly nothing when it wakes up, then all."""
@@ -324,6 +325,7 @@ def test_an_engine_on_a_nearly_full_card(gib):
 
 
 @pytest.mark.gpu
+@pytest.mark.whole_card
 def test_pages_leave_what_a_largest_step_takes():
     """Every page that may be committed is; then a step of ``max_batch_tokens`` finds its memory at once."""
     sizes = dict(hidden_size=512, intermediate_size=8192, num_hidden_layers=2, num_attention_heads=8)
