@@ -61,6 +61,40 @@ def test_what_was_recorded_is_what_launches_need(tmp_path):
     assert json.loads(run.stdout.splitlines()[-1]) == [6, 3, 3, 3]
 
 
+KEYS = """
+    import importlib, json, pkgutil, random, sys
+    import hf_paged_kernels
+    from hf_paged_kernels.launch_triton import hash_callees_first
+    from triton.runtime.jit import JITFunction
+
+    found = {}
+    for module in pkgutil.walk_packages(hf_paged_kernels.__path__, "hf_paged_kernels."):
+        if module.name.endswith(("_triton", "_gluon")):
+            names = vars(importlib.import_module(module.name))
+            found |= {f"{module.name}.{n}": f for n, f in names.items() if isinstance(f, JITFunction)}
+    order = sorted(found)
+    random.Random(int(sys.argv[1])).shuffle(order)
+    for name in order:
+        hash_callees_first(found[name])
+        found[name] = found[name].cache_key
+    print(json.dumps(found))
+"""
+
+
+def test_keys_of_kernels_are_the_same_in_every_process():
+    """Whichever kernel comes first: what one process has compiled, another finds."""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    env.pop("TRITON_INTERPRET", None)
+    script = textwrap.dedent(KEYS)
+    runs = [
+        subprocess.Popen([sys.executable, "-c", script, seed], env=env, stdout=subprocess.PIPE, text=True)
+        for seed in "12"
+    ]
+    first, second = (json.loads(run.communicate(timeout=200)[0].splitlines()[-1]) for run in runs)
+    assert len(first) > 100
+    assert {name for name in first if first[name] != second[name]} == set()
+
+
 def test_recorded_ops_compute_by_reference(monkeypatch):
     from hf_paged_kernels import backend
     from hf_paged_kernels.layers import ops

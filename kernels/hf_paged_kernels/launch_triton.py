@@ -13,17 +13,21 @@ kernels that need scratch memory, hooks on launches, debug and instrumentation s
 All private names of Triton are in this file.
 """
 
+import ast
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
+import triton
+from packaging.version import Version
 from torch.nn import Parameter
 from triton import knobs
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
+from triton.runtime.jit import JITCallable, JITFunction
 
 from .backend import recorder
 
@@ -310,6 +314,7 @@ def _launch_by_triton(
     if record is not None:
         record(key, kernel, arguments, constants)
         return None
+    hash_callees_first(kernel)
     return kernel[grid](*_for_triton(arguments), **constants)
 
 
@@ -319,7 +324,40 @@ def _for_triton(arguments: tuple) -> list:
 
 def compile_only(kernel: Any, arguments: tuple, constants: dict[str, Any]) -> None:
     """Compile what :func:`launch` would start, and load it; nothing runs."""
+    hash_callees_first(kernel)
     kernel.warmup(*_for_triton(arguments), grid=(1, 1, 1), **constants)._init_handles()
+
+
+KEYS_ARE_THE_SAME = Version(triton.__version__) >= Version("3.9")
+"""Triton's keys do not depend on the order in which a process hashes functions."""
+
+
+def hash_callees_first(function: Any) -> None:
+    """Make the key of ``function`` in Triton's cache the same in every process.
+
+    Before 3.9 Triton hashes the global values of a callee with those of the caller only if the callee has been hashed
+    before: the key depends on which kernels a process has launched by then, and what another process has compiled is
+    not found.
+    """
+    if KEYS_ARE_THE_SAME or not isinstance(function, JITCallable) or function.hash is not None:
+        return
+    for node in ast.walk(function.parse()):
+        if isinstance(node, ast.Name | ast.Attribute):
+            value = _named(node, function.__globals__)
+            for callee in value.hash_attrs if getattr(value, "__triton_aggregate__", False) else (value,):
+                if callee is not function:
+                    hash_callees_first(callee)
+    function.cache_key  # noqa: B018
+
+
+def _named(node: ast.expr, names: dict[str, Any]) -> Any:
+    """What a name, or an attribute of a module, stands for in a kernel; None for all else."""
+    if isinstance(node, ast.Name):
+        return names.get(node.id)
+    if isinstance(node, ast.Attribute):
+        owner = _named(node.value, names)
+        return getattr(owner, node.attr, None) if isinstance(owner, ModuleType) else None
+    return None
 
 
 class Compilation(NamedTuple):
@@ -362,6 +400,7 @@ def compile_into_cache(what: Compilation) -> None:
     from triton.compiler import ASTSource, compile
 
     kernel = getattr(importlib.import_module(what.module), what.name)
+    hash_callees_first(kernel)
     source: Any = ASTSource
     if kernel.is_gluon():
         from triton.experimental.gluon._runtime import GluonASTSource as source
