@@ -62,7 +62,7 @@ class PagedLM(HFLM):
         max_batch_size: int | None = None,
         page_size: int = 16,
         kv_dtype: str = "auto",
-        max_batch_tokens: int = 4096,
+        max_batch_tokens: int = 8192,
         max_num_seqs: int = 256,
         memory_fraction: float = 0.9,
         num_pages: int | None = None,

@@ -70,7 +70,7 @@ class EngineConfig:
     page_size: int = 16
     num_pages: int | None = None
     memory_fraction: float = 0.9
-    max_batch_tokens: int = 4096
+    max_batch_tokens: int = 8192
     mixed_prompt_tokens: int | str | None = "auto"
     max_num_seqs: int = 256
     max_waiting: int | None = None

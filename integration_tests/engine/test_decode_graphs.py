@@ -14,6 +14,7 @@ from small_engines import alone, config, make_engine, prompt, run_again
 from transformers import LogitsProcessor
 
 import hf_paged
+from hf_paged.engine.execution import decode_graphs
 from hf_paged.engine.execution.decode_graphs import (
     CaptureError,
     DecodeGraphs,
@@ -29,7 +30,8 @@ def model():
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_families_through_a_small_pool(family):
+def test_families_through_a_small_pool(family, monkeypatch):
+    monkeypatch.setattr(decode_graphs, "PADDED_STEPS", 1)
     model = tiny_model(family)
     prompts = [prompt(n, n) for n in (1, 3, 9, 17, 30, 40)]
     expected = [alone(model, ids, config(12)) for ids in prompts]
@@ -237,7 +239,7 @@ def test_a_size_that_cannot_be_captured_takes_a_larger_one(model):
         assert graphs._failed == {1, 2}
 
 
-def test_a_few_padded_steps_come_before_a_capture_of_their_own():
+def test_padding_worth_a_few_steps_comes_before_a_capture():
     made = []
 
     def capture(step, slots):
@@ -257,12 +259,21 @@ def test_a_few_padded_steps_come_before_a_capture_of_their_own():
         logits, tokens = graphs.run(np.arange(count))
         assert len(logits) == len(tokens) == count
         assert seen[-1] == [*range(count), *[32] * (24 - count)]
-    for _ in range(8):
+    # 20 rows of 24 are padding: 9 steps are worth less than 8 whole ones.
+    for _ in range(9):
         graphs.run(np.arange(3))
         assert len(seen[-1]) == 24
     graphs.run(np.arange(3))
     assert seen[-1] == [0, 1, 2, 32]
     assert made == [32, 24, 4]
+    # The padding of a shrinking batch counts as a whole: 8 of 24 rows, then 16.
+    graphs.drop()
+    made.clear()
+    for count in (24, *[16] * 16, *[8] * 3):
+        graphs.run(np.arange(count))
+        assert made == [24]
+    graphs.run(np.arange(8))
+    assert made == [24, 8]
 
 
 def test_a_slot_without_tokens_stays_as_it_is(model):

@@ -44,7 +44,9 @@ class Capture(Protocol):
 
 
 PADDED_STEPS = 8
-"""Steps that a batch size takes a larger bucket before its own is captured: a few padded steps cost less."""
+"""Rows that only fill up a captured bucket, in steps of all of its rows, before the bucket of the batch size is
+captured: that takes longer than a few such steps, and batches shrink through one size after the other. Counted and not
+timed, since which step runs decides how its sums are rounded."""
 
 
 class CaptureError(RuntimeError):
@@ -72,7 +74,7 @@ class DecodeGraphs:
         self._capture = capture or CudaCapture()
         self._replays: dict[int, tuple[torch.Tensor, Callable[[], Outputs]]] = {}
         self._held: dict[int, np.ndarray] = {}
-        self._asked: dict[int, int] = {}
+        self._padded: dict[int, int] = {}
         self._failed: set[int] = set()
 
     def __len__(self) -> int:
@@ -109,7 +111,7 @@ class DecodeGraphs:
         """Forget every graph: they are captured again where they are needed."""
         self._replays.clear()
         self._held.clear()
-        self._asked.clear()
+        self._padded.clear()
         self._failed.clear()
 
     def _size_for(self, count: int) -> int:
@@ -123,11 +125,12 @@ class DecodeGraphs:
         if bucket in self._replays:
             return bucket
         larger = min((size for size in self._replays if size > bucket), default=None)
-        self._asked[bucket] = self._asked.get(bucket, 0) + 1
-        may_wait = larger is not None and self._asked[bucket] <= PADDED_STEPS
-        if may_wait or bucket in self._failed or not self._make(bucket):
-            return larger
-        return bucket
+        if larger is not None:
+            padded = self._padded[larger] = self._padded.get(larger, 0) + larger - bucket
+            if padded < PADDED_STEPS * larger:
+                return larger
+            self._padded[larger] = 0
+        return larger if bucket in self._failed or not self._make(bucket) else bucket
 
     def _make(self, bucket: int) -> bool:
         static = torch.full((bucket,), self.num_slots, dtype=torch.int64, device=self.device)
