@@ -13,7 +13,7 @@ import torch
 from ..errors import RequestError
 from .core import EngineCore
 from .sampling.request_params import RequestParams, check_token_ids
-from .scheduling.request import Request, Row
+from .scheduling.request import Request, Sequence
 
 SEEDS = 1 << 62
 
@@ -108,7 +108,7 @@ class Admission:
             uses_prefixes=rules.num_prompt_logprobs is None,
             most_pages=most_pages,
         )
-        request.rows = [Row(request, index) for index in range(rules.num_rows)]
+        request.sequences = [Sequence(request, index) for index in range(rules.num_sequences)]
         return request
 
     def rename(self, request: Request) -> str:
@@ -152,28 +152,28 @@ class Admission:
     def _checked_pages(self, prompt: np.ndarray, rules: RequestParams) -> list[int]:
         """Pages of each group of layers that a request holds at most; what can never be served is refused."""
         core = self.core
-        if rules.num_rows < 1:
-            raise ValueError(f"a request runs at least one sequence, the rules given have num_rows={rules.num_rows!r}.")
+        if rules.num_sequences < 1:
+            raise ValueError(f"a request runs at least one sequence, got num_sequences={rules.num_sequences!r}.")
         if rules.max_length > core.max_model_len:
             raise RequestError(
                 f"the prompt of {len(prompt)} tokens and its new ones come to {rules.max_length} tokens, the engine "
                 f"serves {core.max_model_len}: ask for fewer new tokens, or set EngineConfig(max_model_len=)."
             )
-        if rules.num_rows > core.config.max_num_seqs:
+        if rules.num_sequences > core.config.max_num_seqs:
             raise RequestError(
-                f"the request runs {rules.num_rows} sequences (beams or samples), the engine "
+                f"the request runs {rules.num_sequences} sequences (beams or samples), the engine "
                 f"{core.config.max_num_seqs} at a time: set EngineConfig(max_num_seqs=)."
             )
         most_pages = []
         for group, table in enumerate(core.pages.tables):
             needed = core.pages.pages_for(
-                len(prompt), rules.max_length, rules.num_rows, group, core.limits.whole_prompts
+                len(prompt), rules.max_length, rules.num_sequences, group, core.limits.whole_prompts
             )
             most_pages.append(needed)
             total = table.allocator.num_pages
             if needed > total:
                 raise RequestError(
-                    f"the request needs up to {needed} pages for {rules.num_rows} sequences of {rules.max_length} "
+                    f"the request needs up to {needed} pages for {rules.num_sequences} sequences of {rules.max_length} "
                     f"tokens, the pool has {total}: ask for fewer new tokens, or set EngineConfig(num_pages=)."
                 )
         return most_pages

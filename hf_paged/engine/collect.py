@@ -15,7 +15,7 @@ from .sampling.beam_search import BeamSearch
 from .sampling.logprobs import prompt_logprobs
 from .sampling.stopping import stop_reason
 from .sampling.token_selector import Selection, TokenSelector, invalid_scores_error
-from .scheduling.request import Request, Row, SequenceOutput, State
+from .scheduling.request import Request, Sequence, SequenceOutput, State
 from .scheduling.scheduler import Scheduler
 
 
@@ -42,14 +42,14 @@ class Collector:
         """Take the tokens of a step; requests that end are put in ``endings.finished``.
 
         Returns:
-            How many tokens were dropped, because their rows have left.
+            How many tokens were dropped, because their sequences have left.
         """
         tokens = None if launched.tokens is None else launched.tokens.wait()
         now = self.endings.clock()
         for request in launched.firsts:
             request.first_token = now if request.first_token is None else request.first_token
-        for row, start, logits in launched.prompts:
-            self._guarded(row.request, self._take_prompt_logprobs, row, start, logits)
+        for sequence, start, logits in launched.prompts:
+            self._guarded(sequence.request, self._take_prompt_logprobs, sequence, start, logits)
         dropped = 0
         if tokens is not None and launched.selection is not None:
             slots = launched.slots
@@ -57,12 +57,12 @@ class Collector:
             dropped = len(slots) - int(is_there.sum())
             if len(slots) > dropped:
                 self._take_tokens(slots[is_there], tokens[is_there], launched.selection)
-        for row, logits in launched.drafted:
-            self._guarded(row.request, self._verify, row, logits)
-        for request, rows in launched.beams.items():
+        for sequence, logits in launched.drafted:
+            self._guarded(sequence.request, self._verify, sequence, logits)
+        for request, beams in launched.beams.items():
             if request.state is State.RUNNING:
-                rows.sort(key=lambda entry: entry[0].index)
-                self._guarded(request, self._step_beams, request, torch.cat([logits for _, logits in rows]))
+                beams.sort(key=lambda entry: entry[0].index)
+                self._guarded(request, self._step_beams, request, torch.cat([logits for _, logits in beams]))
         return dropped
 
     def _guarded(self, request: Request, function: Callable[..., None], *args: Any) -> None:
@@ -91,7 +91,7 @@ class Collector:
         if logprobs:
             for slot in slots.tolist():
                 if slot in logprobs:
-                    host.row(slot).logprobs.append(logprobs[slot])
+                    host.sequence(slot).logprobs.append(logprobs[slot])
         is_eos = (ids[:, None] == host.eos[slots]).any(1)
         ended = is_eos | (lengths >= host.max_length[slots])
         if host.watched[slots].any():
@@ -102,39 +102,40 @@ class Collector:
             ended |= is_eos
         if ended.any():
             for slot, is_stop in zip(slots[ended].tolist(), is_eos[ended].tolist()):
-                ended_row = host.rows[slot]
-                if ended_row is not None:
-                    self.endings.finish_row(ended_row, "stop" if is_stop else "length")
+                ended = host.sequences[slot]
+                if ended is not None:
+                    self.endings.finish_sequence(ended, "stop" if is_stop else "length")
 
     def _end_failed(self, errors: dict[int, BaseException]) -> None:
         for slot, error in errors.items():
-            row = self.slots.rows[slot]
-            if row is not None and not (isinstance(error, InvalidScoresError) and self._begins_again(row)):
-                self.endings.end_request(row.request, "error", error)
+            sequence = self.slots.sequences[slot]
+            if sequence is not None and not (isinstance(error, InvalidScoresError) and self._begins_again(sequence)):
+                self.endings.end_request(sequence.request, "error", error)
 
-    def _begins_again(self, row: Row) -> bool:
-        """Let a row whose scores are invalid compute what others computed for it, once: NaN may have come from their
-        pages. Returns whether it does."""
-        request = row.request
-        if not (request.uses_prefixes and request.cached_tokens and request.rules.is_plain and len(request.rows) == 1):
+    def _begins_again(self, sequence: Sequence) -> bool:
+        """Let a sequence whose scores are invalid compute what others computed for it, once: NaN may have come from
+        their pages. Returns whether it does."""
+        request = sequence.request
+        is_alone = request.rules.is_plain and len(request.sequences) == 1
+        if not (request.uses_prefixes and request.cached_tokens and is_alone):
             return False
-        self.pages.forget_prefix(row.slot)
+        self.pages.forget_prefix(sequence.slot)
         request.uses_prefixes, request.cached_tokens = False, 0
-        self.slots.computed[row.slot] = 0  # Nothing of it is stored.
+        self.slots.computed[sequence.slot] = 0  # Nothing of it is stored.
         self.scheduler.preempt(request, allow_swap=False)
         return True
 
     def _drop_failed(
         self, slots: np.ndarray, ids: np.ndarray, errors: dict[int, BaseException]
     ) -> tuple[np.ndarray, np.ndarray]:
-        """End the requests of failed rows; returns the slots that still run, and their tokens."""
+        """End the requests of failed sequences; returns the slots that still run, and their tokens."""
         self._end_failed(errors)
-        runs = np.array([self.slots.rows[slot] is not None for slot in slots.tolist()], dtype=bool)
+        runs = np.array([self.slots.sequences[slot] is not None for slot in slots.tolist()], dtype=bool)
         return slots[runs], ids[runs]
 
-    def _verify(self, row: Row, logits: torch.Tensor) -> None:
-        """Take the tokens of a row that had candidates, and propose the next ones."""
-        host, slot = self.slots, row.slot
+    def _verify(self, sequence: Sequence, logits: torch.Tensor) -> None:
+        """Take the tokens of a sequence that had candidates, and propose the next ones."""
+        host, slot = self.slots, sequence.slot
         if slot < 0:
             return
         length, draft = int(host.length[slot]), int(host.draft[slot])
@@ -149,14 +150,14 @@ class Collector:
         host.computed[slot] = length - 1
         self.pages.shrink(slot, length - 1)
         self.tables.stale[slot] = host.decoding[slot] = True
-        is_stop = tokens[-1] in row.request.rules.eos_token_ids
+        is_stop = tokens[-1] in sequence.request.rules.eos_token_ids
         if host.watched[slot]:
             stopped, errors = self.selector.stopped(np.array([slot]), host.history, host.length)
             if errors:
                 raise errors[slot]
             is_stop |= slot in stopped
         if is_stop or length >= host.max_length[slot]:
-            self.endings.finish_row(row, "stop" if is_stop else "length")
+            self.endings.finish_sequence(sequence, "stop" if is_stop else "length")
         elif not self.cache.has_states:
             proposed = self.selector.propose(slot, host.history, length)
             host.reserve(length + len(proposed) + 1)
@@ -164,7 +165,7 @@ class Collector:
             host.draft[slot] = len(proposed)
 
     def _step_beams(self, request: Request, logits: torch.Tensor) -> None:
-        """Move the rows of a beam search; ``logits`` are ``[num_beams, vocab]``, or ``[1, vocab]`` at the start."""
+        """Move the sequences of a beam search; ``logits``: ``[num_beams, vocab]``, or ``[1, vocab]`` at the start."""
         if request.beams is None:
             request.beams = BeamSearch(request.rules, request.prompt.tolist())
         step = request.beams.step(logits)
@@ -172,7 +173,7 @@ class Collector:
             self._finish_beams(request)
             return
         host = self.slots
-        slots = [row.slot for row in request.rows]
+        slots = [sequence.slot for sequence in request.sequences]
         parents = [slots[parent] for parent in step.parents]
         length = int(host.length[slots[0]])
         host.reserve(length + 2)
@@ -194,13 +195,13 @@ class Collector:
             tokens = np.concatenate([request.prompt, np.array(beam.token_ids, dtype=np.int64)])
             stopped_by = stop_reason(request.rules, tokens) if ended == "stop" else None
             sequences.append(SequenceOutput(beam.token_ids, ended, None, stopped_by, beam.score, beam.beam_indices))
-        for row in request.rows:
-            row.finish_reason = sequences[0].finish_reason
-            self.scheduler.finish_row(row)
+        for sequence in request.sequences:
+            sequence.finish_reason = sequences[0].finish_reason
+            self.scheduler.finish_sequence(sequence)
         self.endings.finalize(request, tuple(sequences))
 
-    def _take_prompt_logprobs(self, row: Row, start: int, logits: torch.Tensor) -> None:
-        request = row.request
+    def _take_prompt_logprobs(self, sequence: Sequence, start: int, logits: torch.Tensor) -> None:
+        request = sequence.request
         if request.prompt_logprobs is None:
             request.prompt_logprobs = [None]
         known = request.prompt_logprobs

@@ -1,11 +1,11 @@
 """One step after the other over the sequences in slots: plan, launch, collect. Knows nothing of threads.
 
-    plan()      host: which rows compute how many tokens, pages for them
+    plan()      host: which sequences compute how many tokens, pages for them
     launch()    device: forward, choice of tokens; nothing is waited for
     collect()   host: tokens into histories, who has ended
 
 A step may be planned and launched before the one ahead of it is collected, as far as it needs none of its tokens on the
-host. Rows that end with a token that was on its way compute one token too many, which is dropped.
+host. Sequences that end with a token that was on its way compute one token too many, which is dropped.
 """
 
 import time
@@ -34,7 +34,7 @@ from .sampling.request_params import num_logits_of
 from .sampling.token_selector import TokenSelector, merged
 from .scheduling.pacing import mixed_prompt_tokens, offline_step_tokens
 from .scheduling.page_budget import PageRoom, split_pages
-from .scheduling.request import Request, Row
+from .scheduling.request import Request, Sequence
 from .scheduling.scheduler import Scheduler
 from .scheduling.slot_pages import SlotPages
 from .scheduling.slots import Slots
@@ -171,21 +171,21 @@ class EngineCore:
 
     # Slots come and go
 
-    def _admit(self, row: Row) -> None:
-        rules = row.request.rules
-        self.selector.admit(row.slot, rules, row.index, self.slots.tokens(row.slot))
-        self.tables.stale[row.slot] = True
-        self.wants_prompt[row.slot] = rules.num_prompt_logprobs is not None and row.index == 0
+    def _admit(self, sequence: Sequence) -> None:
+        rules = sequence.request.rules
+        self.selector.admit(sequence.slot, rules, sequence.index, self.slots.tokens(sequence.slot))
+        self.tables.stale[sequence.slot] = True
+        self.wants_prompt[sequence.slot] = rules.num_prompt_logprobs is not None and sequence.index == 0
 
-    def _release(self, row: Row) -> None:
-        self.selector.release(row.slot)
-        self.wants_prompt[row.slot] = False
+    def _release(self, sequence: Sequence) -> None:
+        self.selector.release(sequence.slot)
+        self.wants_prompt[sequence.slot] = False
 
     def forget_swapped(self) -> None:
         """Drop what is in host memory: those requests are computed again."""
         for request in self.scheduler.waiting:
-            for row in request.rows:
-                self.swapping.drop(row)
+            for sequence in request.sequences:
+                self.swapping.drop(sequence)
 
     # Steps
 
@@ -230,11 +230,12 @@ class EngineCore:
         slots = self.slots
         starts = slots.computed[work.slots]
         prompts = work.slots[work.num_decode :][work.samples[work.num_decode :]]
-        firsts = [request for request in (slots.row(slot).request for slot in prompts) if request.first_token is None]
+        requests = (slots.sequence(slot).request for slot in prompts)
+        firsts = [request for request in requests if request.first_token is None]
         forks = self.scheduler.launched(work)
         for source, others in forks:
             if self.cache.has_states and others:
-                self.cache.copy_states([row.slot for row in others], [source.slot] * len(others))
+                self.cache.copy_states([sequence.slot for sequence in others], [source.slot] * len(others))
         sampled = np.flatnonzero(work.samples)
         chosen = work.slots[sampled]
         rows = sampled
@@ -242,26 +243,26 @@ class EngineCore:
         launched = InFlightStep(work, chosen, None, firsts=firsts)
         if not together.all():
             for i in sampled[~together].tolist():
-                row = slots.row(work.slots[i])
-                if row.request.rules.mode == "beams":
-                    entry = (row, result.of(result.last[i] - 1, result.last[i]))
-                    launched.beams.setdefault(row.request, []).append(entry)
+                sequence = slots.sequence(work.slots[i])
+                if sequence.request.rules.mode == "beams":
+                    entry = (sequence, result.of(result.last[i] - 1, result.last[i]))
+                    launched.beams.setdefault(sequence.request, []).append(entry)
                 else:
                     # Without candidates these are the logits of its last token.
-                    wanted = int(slots.draft[row.slot]) + 1
-                    launched.drafted.append((row, result.of(result.last[i] - wanted, result.last[i])))
+                    wanted = int(slots.draft[sequence.slot]) + 1
+                    launched.drafted.append((sequence, result.of(result.last[i] - wanted, result.last[i])))
             chosen, rows = chosen[together], rows[together]
         for source, others in forks:
             place = np.flatnonzero(chosen == source.slot)
             if len(place) and others:
                 # Fresh samples of one prompt: each chooses its first token from the same logits.
-                more = np.array([row.slot for row in others], dtype=np.int64)
+                more = np.array([sequence.slot for sequence in others], dtype=np.int64)
                 chosen = np.concatenate([chosen, more])
                 rows = np.concatenate([rows, np.full(len(more), rows[place[0]])])
         asked = self.wants_prompt[work.slots[work.num_decode :]]
         for i in (np.flatnonzero(asked) + work.num_decode).tolist():
-            row = slots.row(work.slots[i])
-            launched.prompts.append((row, int(starts[i]), result.of(result.first[i], result.last[i])))
+            sequence = slots.sequence(work.slots[i])
+            launched.prompts.append((sequence, int(starts[i]), result.of(result.first[i], result.last[i])))
         launched.slots = chosen
         if len(chosen):
             launched.generation = slots.generation[chosen]
@@ -274,7 +275,7 @@ class EngineCore:
         What the step has chosen by itself stays; the logits of those rows are not touched unless they are reported.
         """
         host, chosen, index = self.slots, launched.slots, result.last[rows] - 1
-        # Rows that only now fork from a prompt choose from its logits, each for itself.
+        # Sequences that only now fork from a prompt choose from its logits, each for itself.
         token_index = np.where(launched.work.slots[rows] == chosen, result.token_index[rows], -1)
         known, others = np.flatnonzero(token_index >= 0), np.flatnonzero(token_index < 0)
         selections = []
@@ -289,7 +290,7 @@ class EngineCore:
                 self.selector.chosen(chosen[known], tokens, lse, lambda some: result.take(index[known[some]]))
             )
         if len(others):
-            # A row's tokens may be on their way, but how many it has is known: all of them have been computed.
+            # A sequence's tokens may be on their way, but how many it has is known: all of them have been computed.
             slots = chosen[others]
             selection = self.selector.select(result.take(index[others]), slots, host.history, host.computed)
             self.tables.put_tokens(slots, selection.token_ids)

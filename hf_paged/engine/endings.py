@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 from ..errors import InvalidScoresError
 from .sampling.stopping import stop_reason
-from .scheduling.request import Request, RequestOutput, RequestTiming, Row, SequenceOutput, State
+from .scheduling.request import Request, RequestOutput, RequestTiming, Sequence, SequenceOutput, State
 from .scheduling.scheduler import Scheduler
 from .scheduling.step import ScheduledStep
 from .scheduling.swapping import Swapping
@@ -22,25 +22,25 @@ class Endings:
         self.swapping, self.clock = swapping, clock
         self.finished: list[Request] = []
 
-    def finish_row(self, row: Row, reason: str) -> None:
-        """A row has ended, and with its last one the request."""
-        row.finish_reason = reason
-        self.scheduler.finish_row(row)
+    def finish_sequence(self, sequence: Sequence, reason: str) -> None:
+        """A sequence has ended, and with its last one the request."""
+        sequence.finish_reason = reason
+        self.scheduler.finish_sequence(sequence)
         if reason == "stop":
-            row.stop_reason = stop_reason(row.request.rules, row.tokens)
-        if not row.request.live:
-            self.finalize(row.request)
+            sequence.stop_reason = stop_reason(sequence.request.rules, sequence.tokens)
+        if not sequence.request.live:
+            self.finalize(sequence.request)
 
     def end_request(self, request: Request, reason: str, error: BaseException | None = None) -> None:
         """End a request that has not ended, wherever it is."""
         if request.state is State.FINISHED:
             return
-        for row in request.live:
-            row.finish_reason = reason
-            self.swapping.drop(row)
-        for row in request.rows:
-            if row.slot >= 0 and isinstance(error, InvalidScoresError):
-                self.pages.forget_prefix(row.slot)
+        for sequence in request.live:
+            sequence.finish_reason = reason
+            self.swapping.drop(sequence)
+        for sequence in request.sequences:
+            if sequence.slot >= 0 and isinstance(error, InvalidScoresError):
+                self.pages.forget_prefix(sequence.slot)
         self.scheduler.remove(request)
         request.error = error
         self.finalize(request)
@@ -48,30 +48,30 @@ class Endings:
     def fail_step(self, work: ScheduledStep, error: BaseException) -> None:
         """A step's forward has raised: its requests end with the cause, their pages come back."""
         for slot in work.slots.tolist():
-            row = self.slots.rows[slot]
-            if row is not None:
-                self.end_request(row.request, "error", error)
+            sequence = self.slots.sequences[slot]
+            if sequence is not None:
+                self.end_request(sequence.request, "error", error)
         self.scheduler.step_failed()
 
     def finalize(self, request: Request, sequences: tuple[SequenceOutput, ...] | None = None) -> None:
         """Give a request its output.
 
         Args:
-            sequences: None: those of its rows.
+            sequences: None: those of its sequences.
         """
         now, prompt = self.clock(), len(request.prompt)
         if sequences is None:
             sequences = tuple(
                 SequenceOutput(
-                    row.tokens[prompt:].tolist(), row.finish_reason or "error", row.logprobs or None, row.stop_reason
+                    one.tokens[prompt:].tolist(), one.finish_reason or "error", one.logprobs or None, one.stop_reason
                 )
-                for row in request.rows[: request.rules.num_return_sequences]
+                for one in request.sequences[: request.rules.num_return_sequences]
             )
         first = sequences[0]
         reason = first.finish_reason
-        for row in request.rows:
-            if row.finish_reason in ("error", "cancelled", "deadline"):
-                reason = row.finish_reason
+        for sequence in request.sequences:
+            if sequence.finish_reason in ("error", "cancelled", "deadline"):
+                reason = sequence.finish_reason
         request.output = RequestOutput(
             request_id=request.request_id,
             prompt_ids=request.prompt.tolist(),
@@ -95,8 +95,8 @@ class Endings:
 
     def end_unaccounted(self, request: Request, error: BaseException) -> None:
         """Give an output to a request whose books cannot be trusted any more."""
-        for row in request.rows:
-            row.finish_reason = "error"
-            row.saved = request.prompt if row.saved is None else row.saved
+        for sequence in request.sequences:
+            sequence.finish_reason = "error"
+            sequence.saved = request.prompt if sequence.saved is None else sequence.saved
         request.error = error
         self.finalize(request)

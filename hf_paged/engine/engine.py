@@ -125,7 +125,7 @@ class Engine(EngineViews):
             deadline_s: seconds from now after which the request ends with what it has, and ``finish_reason`` is
                 "deadline".
             logits_processor, stopping_criteria, prefix_allowed_tokens_fn: as for ``generate()``, called with the full
-                history of one row.
+                history of one sequence.
             seed: of the sampled tokens.
             tokenizer: needed for ``stop_strings``.
             logprobs, prompt_logprobs: report log-probabilities, and this many of the best tokens'.

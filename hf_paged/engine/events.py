@@ -49,11 +49,11 @@ class TokenEvents:
         self, engine: Steps, request: Request, holder: object, tokenizer: Any, skip_special_tokens: bool
     ) -> None:
         self._engine, self._request, self._holder = engine, request, holder
-        num_rows = len(request.rows)
-        self._given = [0] * num_rows
+        num_sequences = len(request.sequences)
+        self._given = [0] * num_sequences
         self._texts = None
         if tokenizer is not None:
-            self._texts = [IncrementalText(tokenizer, skip_special_tokens) for _ in range(num_rows)]
+            self._texts = [IncrementalText(tokenizer, skip_special_tokens) for _ in range(num_sequences)]
 
     def __iter__(self) -> Iterator[TokenEvent]:
         while True:
@@ -80,13 +80,13 @@ class TokenEvents:
     def _take(self) -> list[TokenEvent]:
         """Tokens that no event was made of yet, those of one step together."""
         coming = []
-        for index, row in enumerate(self._request.rows):
+        for index, sequence in enumerate(self._request.sequences):
             given = self._given[index]
             tokens, finish_reason = self._engine.mail.new_tokens(self._request, given, index)
             self._given[index] += len(tokens)
             for number, token in enumerate(tokens, given):
                 is_last = finish_reason is not None and number + 1 == self._given[index]
-                entry = row.logprobs[number] if number < len(row.logprobs) else None
+                entry = sequence.logprobs[number] if number < len(sequence.logprobs) else None
                 event = TokenEvent(
                     index,
                     token,

@@ -99,10 +99,10 @@ class RequestHandle:
     def _check_streamable(self) -> None:
         self._is_streamed = True
         rules = self._request.rules
-        if rules.mode == "beams" or rules.num_rows > 1:
+        if rules.mode == "beams" or rules.num_sequences > 1:
             raise RequestError(
-                f"request {self.request_id} has {rules.num_rows} rows: only requests of one sequence can be iterated "
-                f"over, use events(), or result() for beams."
+                f"request {self.request_id} has {rules.num_sequences} sequences: only requests of one sequence can be "
+                f"iterated over, use events(), or result() for beams."
             )
 
     def _raise_error(self) -> None:

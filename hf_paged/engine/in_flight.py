@@ -7,7 +7,7 @@ import torch
 
 from .async_copy import HostCopy
 from .sampling.token_selector import Selection
-from .scheduling.request import Request, Row
+from .scheduling.request import Request, Sequence
 from .scheduling.step import ScheduledStep
 
 
@@ -16,15 +16,15 @@ class InFlightStep:
     """A step whose results are on their way.
 
     Attributes:
-        work: its rows.
-        slots: int64 ``[n]`` on the host: rows whose tokens ``selection`` has.
-        generation: int64 ``[n]``, of these slots: tokens of rows that have left meanwhile are dropped.
+        work: its sequences.
+        slots: int64 ``[n]`` on the host: sequences whose tokens ``selection`` has.
+        generation: int64 ``[n]``, of these slots: tokens of sequences that have left meanwhile are dropped.
         selection: their tokens, None where there are none.
         tokens: the same on their way to the host.
         firsts: requests whose first token this is.
-        drafted: rows whose candidates are verified, with their logits ``[candidates + 1, vocab]``.
-        beams: rows of beam searches, with their logits ``[1, vocab]``.
-        prompts: rows whose prompt's log-probabilities were asked for: row, first token computed, logits.
+        drafted: sequences whose candidates are verified, with their logits ``[candidates + 1, vocab]``.
+        beams: sequences of beam searches, with their logits ``[1, vocab]``.
+        prompts: sequences whose prompt's log-probabilities were asked for: sequence, first token computed, logits.
     """
 
     work: ScheduledStep
@@ -33,9 +33,9 @@ class InFlightStep:
     generation: np.ndarray | None = None
     tokens: HostCopy | None = None
     firsts: list[Request] = field(default_factory=list)
-    drafted: list[tuple[Row, torch.Tensor]] = field(default_factory=list)
-    beams: dict[Request, list[tuple[Row, torch.Tensor]]] = field(default_factory=dict)
-    prompts: list[tuple[Row, int, torch.Tensor]] = field(default_factory=list)
+    drafted: list[tuple[Sequence, torch.Tensor]] = field(default_factory=list)
+    beams: dict[Request, list[tuple[Sequence, torch.Tensor]]] = field(default_factory=dict)
+    prompts: list[tuple[Sequence, int, torch.Tensor]] = field(default_factory=list)
 
     @property
     def has_arrived(self) -> bool:
@@ -45,4 +45,4 @@ class InFlightStep:
     @property
     def num_tokens(self) -> int:
         """Tokens that the step chooses, those of verified candidates counted as one."""
-        return len(self.slots) + len(self.drafted) + sum(len(rows) for rows in self.beams.values())
+        return len(self.slots) + len(self.drafted) + sum(len(sequences) for sequences in self.beams.values())

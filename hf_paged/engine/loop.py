@@ -80,7 +80,7 @@ class StepLoop:
             return
         # Slots that were free after the last step go to what has come since, unless others wait for these already.
         free = 0 if self.seen.queued else config.max_num_seqs - self.seen.rows
-        room = max(0, free - request.rules.num_rows + 1)
+        room = max(0, free - request.rules.num_sequences + 1)
         num_waiting = len(self.mail.unfinished) - self.seen.running - room
         if num_waiting >= config.max_waiting:
             raise QueueFullError(num_waiting, config.max_waiting)
@@ -250,10 +250,10 @@ class StepLoop:
                 self.deadlines = [entry for entry in self.deadlines if entry[2].output is None]
                 heapq.heapify(self.deadlines)
             for request in self.mail.streams:
-                for row in request.rows:
-                    tokens = core.slots.tokens(row.slot) if row.slot >= 0 else row.tokens
-                    row.stream.extend(tokens[len(request.prompt) + len(row.stream) :].tolist())
-                    row.stream_end = row.finish_reason
+                for sequence in request.sequences:
+                    tokens = core.slots.tokens(sequence.slot) if sequence.slot >= 0 else sequence.tokens
+                    sequence.stream.extend(tokens[len(request.prompt) + len(sequence.stream) :].tolist())
+                    sequence.stream_end = sequence.finish_reason
             sleepers, self.mail.sleepers = self.mail.sleepers, []
             self.mail.changed.notify_all()
         self.mail.wake_sleepers(sleepers)

@@ -127,9 +127,9 @@ class EngineViews:
 
     def _seen(self, request: Request, now: float) -> RequestSnapshot:
         new_tokens, lengths = 0, self._core.slots.length
-        for row in request.rows:
-            # A row that leaves its slot meanwhile has its tokens saved first.
-            slot, saved = row.slot, row.saved
+        for sequence in request.sequences:
+            # A sequence that leaves its slot meanwhile has its tokens saved first.
+            slot, saved = sequence.slot, sequence.saved
             length = int(lengths[slot]) if saved is None and slot >= 0 else 0 if saved is None else len(saved)
             new_tokens += max(0, length - len(request.prompt))
         first = request.first_token

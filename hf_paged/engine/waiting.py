@@ -77,7 +77,7 @@ class Mailbox:
         if request.output is not None:
             return sum(len(sequence.token_ids) for sequence in request.output.sequences)
         self.streams[request] = None
-        return sum(len(row.stream) for row in request.rows)
+        return sum(len(sequence.stream) for sequence in request.sequences)
 
     def new_tokens(self, request: Request, given: int, index: int = 0) -> tuple[list[int], str | None]:
         """New tokens of a sequence behind the first ``given``; and how it ended, None: there may be more."""
@@ -85,8 +85,8 @@ class Mailbox:
             if request.output is not None:
                 sequence = request.output.sequences[index]
                 return sequence.token_ids[given:], sequence.finish_reason
-            row = request.rows[index]
-            return row.stream[given:], row.stream_end
+            running = request.sequences[index]
+            return running.stream[given:], running.stream_end
 
     def wake_sleepers(self, sleepers: list[tuple[asyncio.AbstractEventLoop, asyncio.Future]]) -> None:
         """Wake event loops that have waited; ``changed`` is not held."""

@@ -109,12 +109,12 @@ def test_cancelled_and_swapped_rows_lose_the_token_on_its_way(model):
         handle, other = (engine.submit(p, generation_config=config(24)) for p in (ids, prompt(6)))
         for _ in range(5):
             engine.step()
-        slot = handle._request.rows[0].slot
+        slot = handle._request.sequences[0].slot
         engine._core.scheduler.preempt(handle._request)
         assert engine.stats().swapped == 1
         for _ in range(4):
             engine.step()
-        assert handle._request.rows[0].slot >= 0 or slot >= 0
+        assert handle._request.sequences[0].slot >= 0 or slot >= 0
         other.cancel()
         assert handle.result().token_ids == expected
         assert len(other.result().token_ids) < 24

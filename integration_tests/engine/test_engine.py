@@ -66,7 +66,7 @@ def test_as_many_samples_as_sequences_fit_a_pool_of_default_size(model):
     with make_engine(model, num_pages=None, max_num_seqs=8, max_model_len=10) as engine:
         output = engine.generate([prompt(7)], generation_config=options)[0]
         assert [len(row.token_ids) for row in output.sequences] == [3] * 8
-    assert "num_rows=8" in repr(RequestParams.make(model, options, prompt_ids=prompt(7)))
+    assert "num_sequences=8" in repr(RequestParams.make(model, options, prompt_ids=prompt(7)))
 
 
 def test_a_stored_prompt_is_found_again(model):

@@ -200,16 +200,16 @@ def test_counts_below_one_are_refused_at_submit(engine, expected, name, value):
     assert running.result(timeout_s=30).token_ids == expected
 
 
-@pytest.mark.parametrize("name", ["temperature", "eos_token_ids", "num_rows"])
+@pytest.mark.parametrize("name", ["temperature", "eos_token_ids", "num_sequences"])
 def test_what_no_check_foresaw_ends_its_request_alone(model, engine, expected, name):
     """Rules with a value that nobody can use, found out where a request gets its slot."""
     rules = RequestParams.make(model, config(do_sample=True), prompt_ids=PROMPT)
     hot = WarperParams(True, temperature="hot")
     broken = {"temperature": {"plain": hot}, "eos_token_ids": {"eos_token_ids": ("x",)}}
-    rules = dataclasses.replace(rules, **broken.get(name, {"num_rows": 0}))
+    rules = dataclasses.replace(rules, **broken.get(name, {"num_sequences": 0}))
     running = engine.submit(PROMPT, generation_config=config())
-    if name == "num_rows":
-        with pytest.raises(ValueError, match="num_rows=0"):
+    if name == "num_sequences":
+        with pytest.raises(ValueError, match="num_sequences=0"):
             engine.submit(PROMPT, rules=rules)
     else:
         output = engine.submit(PROMPT, rules=rules).result(timeout_s=30)

@@ -132,7 +132,7 @@ def test_beside_a_running_request(change, kind):
             engine.step()
         core = engine._core
         engine._loop.collect_pending()
-        before = core.slots.tokens(handle._request.rows[0].slot).tolist()
+        before = core.slots.tokens(handle._request.sequences[0].slot).tolist()
         assert 1 < len(before) - len(PROMPT) < 10
         change(model)
         other = engine.submit(PROMPT, generation_config=config(6))
@@ -153,7 +153,7 @@ def test_a_running_request_over_a_pause(change, how):
         engine.pause(keep_graphs=True)
         if how == "swapped":
             engine._core.preempt_all(allow_swap=True)
-        row = handle._request.rows[0]
+        row = handle._request.sequences[0]
         before = (engine._core.slots.tokens(row.slot) if row.slot >= 0 else row.tokens).tolist()
         change(model)
         engine.resume()

@@ -387,7 +387,7 @@ def test_rows_of_a_request_draw_independently_and_repeatably(model):
     config = GenerationConfig(max_new_tokens=12, do_sample=True, num_return_sequences=3)
     rules = RequestParams.make(model, config, prompt_ids=[5, 6, 7], seed=4)
     rows = run_rows(model, [5, 6, 7], rules)
-    assert rules.num_rows == len({tuple(row) for row in rows}) == 3
+    assert rules.num_sequences == len({tuple(row) for row in rows}) == 3
     again = RequestParams.make(model, config, prompt_ids=[5, 6, 7], seed=4)
     assert run_rows(model, [5, 6, 7], again) == rows
 

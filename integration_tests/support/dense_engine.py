@@ -31,7 +31,7 @@ def all_logits(model: Any, tokens: list[list[int]] | np.ndarray) -> torch.Tensor
 def run_rows(model: Any, prompt: list[int], rules: RequestParams, rows: list[int] | None = None) -> list[list[int]]:
     """New tokens of every row of a request with mode "rows"."""
     selector = TokenSelector(4, model.config.vocab_size, "cpu")
-    return [run_row(model, prompt, rules, row, selector) for row in (rows or range(rules.num_rows))]
+    return [run_row(model, prompt, rules, row, selector) for row in (rows or range(rules.num_sequences))]
 
 
 def run_row(model: Any, prompt: list[int], rules: RequestParams, row: int, selector: TokenSelector) -> list[int]:
@@ -82,7 +82,7 @@ def run_assisted(model: Any, prompt: list[int], rules: RequestParams) -> tuple[l
 def run_beams(model: Any, prompt: list[int], rules: RequestParams) -> list[BeamSequence]:
     """The result of a request with mode "beams"."""
     search = BeamSearch(rules, prompt)
-    rows = [list(prompt)] * rules.num_rows
+    rows = [list(prompt)] * rules.num_sequences
     logits = all_logits(model, rows[:1])[:, -1]
     while True:
         step = search.step(logits)

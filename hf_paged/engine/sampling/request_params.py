@@ -82,7 +82,7 @@ class RequestParams:
     Attributes:
         config: the resolved config, lengths final.
         mode: "rows" (greedy or sampled), "beams" or "assisted" (prompt lookup).
-        num_rows: sequences that run: ``num_return_sequences``, or ``num_beams``.
+        num_sequences: sequences that run: ``num_return_sequences``, or ``num_beams``.
         max_length: the most tokens of a row, prompt included, padding not.
         eos_token_ids: tokens that end a row.
         pad_token_id: what ``generate()`` fills finished rows with, if anything.
@@ -100,7 +100,7 @@ class RequestParams:
     # Its own repr fails on the tensors that generate() puts into it.
     config: GenerationConfig = dataclasses.field(repr=False)
     mode: Mode
-    num_rows: int
+    num_sequences: int
     max_length: int
     eos_token_ids: tuple[int, ...]
     pad_token_id: int | None
@@ -229,7 +229,7 @@ class RequestParams:
         return cls(
             config=config,
             mode=mode,
-            num_rows=config.num_beams if mode == "beams" else config.num_return_sequences,
+            num_sequences=config.num_beams if mode == "beams" else config.num_return_sequences,
             max_length=(config.max_length if max_length is None else max_length) - len(padding_ids),
             eos_token_ids=tuple(int(token) for c in by_type for token in c.eos_token_id),
             pad_token_id=pad_token_id if pad_token_id is not None or not eos_token_ids else eos_token_ids[0],
@@ -288,7 +288,7 @@ class RequestParams:
         For beams, those of the whole request (``row`` 0), to be called with ``[num_beams, L]``.
         """
         if row not in self._row_processors:
-            repeated_row = self.batch_row * self.num_rows + row
+            repeated_row = self.batch_row * self.num_sequences + row
             self._row_processors[row] = LogitsProcessorList(
                 processor_of_row(p, self.batch_row, self.batch_rows, len(self.padding_ids), repeated_row)
                 for p in self.processors

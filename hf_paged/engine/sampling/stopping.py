@@ -1,4 +1,4 @@
-"""Stopping criteria beyond eos and the maximum length, asked row by row with the row's full history."""
+"""Stopping criteria beyond eos and the maximum length, asked one sequence at a time with its full history."""
 
 import numpy as np
 import torch
@@ -8,10 +8,10 @@ from .stop_strings import StopStrings
 
 
 def history_tensor(rules: RequestParams, tokens: np.ndarray, device: torch.device) -> torch.Tensor:
-    """What processors and criteria are called with: ``[1, L]`` int64, a copy, the row's padding first.
+    """What processors and criteria are called with: ``[1, L]`` int64, a copy, the sequence's padding first.
 
     Args:
-        rules: of the row's request.
+        rules: of the sequence's request.
         tokens: ``[num_tokens]`` int64, prompt and generated tokens.
         device: where the logits are.
     """
@@ -20,10 +20,10 @@ def history_tensor(rules: RequestParams, tokens: np.ndarray, device: torch.devic
 
 
 def stop_reason(rules: RequestParams, tokens: np.ndarray) -> int | str | None:
-    """What ended a row that has stopped: the eos token, or a stop string; None: a criterion of the request's own.
+    """What ended a sequence that has stopped: the eos token, or a stop string; None: a criterion of the request's own.
 
     Args:
-        rules: of the row's request.
+        rules: of the sequence's request.
         tokens: ``[num_tokens]`` int64, prompt and generated tokens.
     """
     if int(tokens[-1]) in rules.eos_token_ids:
@@ -33,7 +33,7 @@ def stop_reason(rules: RequestParams, tokens: np.ndarray) -> int | str | None:
 
 
 def is_stopped(rules: RequestParams, tokens: np.ndarray, device: torch.device) -> bool:
-    """Whether any of the request's criteria ends this row after its last token.
+    """Whether any of the request's criteria ends this sequence after its last token.
 
     Every criterion is called at every token, as ``generate()`` does: some of them count.
     """

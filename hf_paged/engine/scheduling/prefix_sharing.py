@@ -4,12 +4,12 @@ from collections.abc import Hashable
 
 import numpy as np
 
-from .request import Row
+from .request import Sequence
 from .slot_pages import SlotPages
 from .slots import Slots
 
 MAX_SOURCES = 8
-"""Rows with the same first page that a row looks through for most tokens in common, the last ones."""
+"""Sequences with the same first page that a sequence looks through for most tokens in common, the last ones."""
 
 
 class PrefixSharing:
@@ -20,51 +20,56 @@ class PrefixSharing:
         is_on: False: nothing is found or kept.
 
     Attributes:
-        sharers: rows that share what others compute in the step that is being planned.
+        sharers: sequences that share what others compute in the step that is being planned.
     """
 
     def __init__(self, slots: Slots, pages: SlotPages, is_on: bool) -> None:
         self.slots, self.pages, self.is_on = slots, pages, is_on
-        self.sharers: dict[Row, None] = {}
-        # Rows whose prompts are being computed, by salt and the tokens of their first page; None: not looked at yet.
-        self._beginnings: dict[tuple[Hashable, bytes], list[Row]] | None = None
+        self.sharers: dict[Sequence, None] = {}
+        # Those whose prompts are being computed, by salt and the tokens of their first page; None: not looked at yet.
+        self._beginnings: dict[tuple[Hashable, bytes], list[Sequence]] | None = None
 
     def begin_step(self) -> None:
         """Another step is planned."""
         self.sharers.clear()
         self._beginnings = None
 
-    def find(self, row: Row, prefilling: list[Row], chunks: dict[Row, int]) -> int | None:
-        """Give a row that just got its slot the pages of its beginning that are known.
+    def find(self, sequence: Sequence, prefilling: list[Sequence], chunks: dict[Sequence, int]) -> int | None:
+        """Give a sequence that just got its slot the pages of its beginning that are known.
 
         Args:
-            row: without pages.
-            prefilling: rows whose prompts are being computed.
+            sequence: without pages.
+            prefilling: sequences whose prompts are being computed.
             chunks: tokens of them that this step computes.
 
         Returns:
             Tokens that need not be computed; None: nothing was looked for.
         """
-        prefixes, request = self.pages.pool.prefixes, row.request
+        prefixes, request = self.pages.pool.prefixes, sequence.request
         if not self.is_on or not request.uses_prefixes or prefixes is None:
             return None
-        tokens = self.slots.tokens(row.slot)
+        tokens = self.slots.tokens(sequence.slot)
         limit = min(len(tokens) - 1, len(request.prompt) - 1 if not request.forked else len(tokens))
         match = prefixes.match(tokens.tolist(), request.salt, max_tokens=limit)
-        self.pages.adopt(row.slot, match.pages)
-        return self.share_inflight_prefix(row, tokens[:limit], match.num_tokens, prefilling, chunks)
+        self.pages.adopt(sequence.slot, match.pages)
+        return self.share_inflight_prefix(sequence, tokens[:limit], match.num_tokens, prefilling, chunks)
 
     def share_inflight_prefix(
-        self, row: Row, tokens: np.ndarray, found: int, prefilling: list[Row], chunks: dict[Row, int]
+        self,
+        sequence: Sequence,
+        tokens: np.ndarray,
+        found: int,
+        prefilling: list[Sequence],
+        chunks: dict[Sequence, int],
     ) -> int:
-        """Share full pages with the row that has most of ``tokens`` by the end of this step: every layer writes the
-        keys and values of all rows before any row attends.
+        """Share full pages with the sequence that has most of ``tokens`` by the end of this step: every layer writes
+        the keys and values of all sequences before any of them attends.
 
         Args:
-            row: that has pages of the first ``found`` tokens.
+            sequence: that has pages of the first ``found`` tokens.
             tokens: int64 ``[n]``, what it may share.
             found: a multiple of the page size.
-            prefilling: rows whose prompts are being computed.
+            prefilling: sequences whose prompts are being computed.
             chunks: tokens of them that this step computes.
 
         Returns:
@@ -75,7 +80,7 @@ class PrefixSharing:
             self._beginnings = {}
             for other in prefilling:
                 self._beginnings.setdefault(self._beginning(other), []).append(other)
-        alike = self._beginnings.setdefault(self._beginning(row), [])
+        alike = self._beginnings.setdefault(self._beginning(sequence), [])
         source, most = None, found
         # Samples of a prompt come one after the other.
         for other in alike[: -MAX_SOURCES - 1 : -1]:
@@ -84,21 +89,21 @@ class PrefixSharing:
             end = min(len(tokens), int(slots.computed[other.slot]) + chunks.get(other, 0))
             differs = np.flatnonzero(slots.history[other.slot, :end] != tokens[:end])
             same = (int(differs[0]) if len(differs) else end) // page_size * page_size
-            if same > most and self.pages.can_share_prefix_from(other.slot, row.slot, same):
+            if same > most and self.pages.can_share_prefix_from(other.slot, sequence.slot, same):
                 source, most = other, same
-        alike.append(row)
+        alike.append(sequence)
         if source is not None:
-            self.pages.share_prefix_from(source.slot, row.slot, most)
-            self.sharers[row] = None
+            self.pages.share_prefix_from(source.slot, sequence.slot, most)
+            self.sharers[sequence] = None
         return most
 
-    def _beginning(self, row: Row) -> tuple[Hashable, bytes]:
-        """What rows have in common that may share pages."""
-        return row.request.salt, self.slots.history[row.slot, : self.pages.page_size].tobytes()
+    def _beginning(self, sequence: Sequence) -> tuple[Hashable, bytes]:
+        """What sequences have in common that may share pages."""
+        return sequence.request.salt, self.slots.history[sequence.slot, : self.pages.page_size].tobytes()
 
-    def store(self, row: Row) -> None:
-        """Keep the full pages of a row for later ones."""
-        if not self.is_on or row.slot < 0 or row in self.sharers:
+    def store(self, sequence: Sequence) -> None:
+        """Keep the full pages of a sequence for later ones."""
+        if not self.is_on or sequence.slot < 0 or sequence in self.sharers:
             return
-        computed = int(self.slots.computed[row.slot])
-        self.pages.store_prefix(row.slot, self.slots.tokens(row.slot)[:computed], row.request.salt)
+        computed = int(self.slots.computed[sequence.slot])
+        self.pages.store_prefix(sequence.slot, self.slots.tokens(sequence.slot)[:computed], sequence.request.salt)

@@ -64,4 +64,4 @@ class RequestQueue:
         assert self.num_online == others, f"{others} requests of no offline batch wait, {self.num_online} were counted"
         for request in self:
             assert request.state is State.WAITING, "a request that does not wait is in the queue"
-            assert all(row.slot < 0 for row in request.rows), "a waiting request has a slot"
+            assert all(sequence.slot < 0 for sequence in request.sequences), "a waiting request has a slot"

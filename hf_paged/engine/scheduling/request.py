@@ -1,4 +1,4 @@
-"""One request: what was asked, its sequences (rows), and what it gives."""
+"""One request: what was asked, its sequences, and what it gives."""
 
 import enum
 from dataclasses import dataclass, field
@@ -92,7 +92,7 @@ class RequestOutput:
     sequences: tuple[SequenceOutput, ...]
 
 
-class Row:
+class Sequence:
     """One sequence of a request that runs: in a slot, or with its tokens saved.
 
     Attributes:
@@ -124,8 +124,8 @@ class Row:
 
     @property
     def tokens(self) -> np.ndarray:
-        """int64, the tokens of a row without a slot."""
-        assert self.saved is not None, "the tokens of a running row are in its slot"
+        """int64, the tokens of a sequence without a slot."""
+        assert self.saved is not None, "the tokens of a running sequence are in its slot"
         return self.saved
 
 
@@ -139,9 +139,9 @@ class Request:
         has_made_id: its id was not given, and may be exchanged while no caller has seen it.
         is_offline: its caller waits for the end of all requests of the same call, not for its first token, and it ends
             with its last token that is allowed.
-        rows: its sequences.
-        forked: whether the other rows have their share of the prompt's pages already.
-        beams: the search over its rows, for beam requests.
+        sequences: its own.
+        forked: whether the other sequences have their share of the prompt's pages already.
+        beams: the search over its sequences, for beam requests.
         is_watched: stopping criteria beyond eos and length.
         output: what it gave, once it has ended; ``is_public``: whether its caller may know.
         uses_prefixes: whether cached prefixes may stand for the beginning of its prompt.
@@ -165,7 +165,7 @@ class Request:
     state: State = State.WAITING
     forked: bool = False
     beams: Any = None
-    rows: list[Row] = field(default_factory=list)
+    sequences: list[Sequence] = field(default_factory=list)
     error: BaseException | None = None
     output: RequestOutput | None = None
     is_public: bool = False
@@ -176,6 +176,6 @@ class Request:
     prompt_logprobs: list[Any] | None = None
 
     @property
-    def live(self) -> list[Row]:
-        """Rows that have not ended."""
-        return [row for row in self.rows if row.finish_reason is None]
+    def live(self) -> list[Sequence]:
+        """Sequences that have not ended."""
+        return [sequence for sequence in self.sequences if sequence.finish_reason is None]

@@ -17,7 +17,7 @@ import numpy as np
 
 from .prefix_sharing import PrefixSharing
 from .queue import RequestQueue
-from .request import Request, Row, State
+from .request import Request, Sequence, State
 from .slot_pages import SlotPages
 from .slots import Slots
 from .step import ScheduledStep
@@ -43,7 +43,7 @@ class Scheduler:
         pages: their pages.
         limits: of a step.
         prefix_caching: look for cached prefixes, and store them.
-        on_admit, on_release: called with a row that just got a slot, or is about to lose it.
+        on_admit, on_release: called with a sequence that just got a slot, or is about to lose it.
         swapping: keeps the pages of preempted requests; None: they are computed again.
         clock: seconds, for timing.
     """
@@ -55,8 +55,8 @@ class Scheduler:
         limits: StepLimits,
         *,
         prefix_caching: bool = True,
-        on_admit: Callable[[Row], None] = lambda row: None,
-        on_release: Callable[[Row], None] = lambda row: None,
+        on_admit: Callable[[Sequence], None] = lambda sequence: None,
+        on_release: Callable[[Sequence], None] = lambda sequence: None,
         swapping: Swapping | None = None,
         clock: Callable[[], float] = lambda: 0.0,
     ) -> None:
@@ -66,13 +66,13 @@ class Scheduler:
         self.clock = clock
         self.waiting = RequestQueue()
         self.running: dict[Request, None] = {}
-        self.prefilling: list[Row] = []
+        self.prefilling: list[Sequence] = []
         self.budget = StepBudget(slots, pages, limits, self.waiting, self.running, self.prefilling)
         self.unservable: list[tuple[Request, Exception]] = []
         self.counts = SchedulerCounts()
         self._blocked: tuple[int, int, int] | None = None
-        # Of the step that is being planned: tokens of rows that do not decode yet, and slots that were given up.
-        self._chunks: dict[Row, int] = {}
+        # Of the step that is being planned: tokens of sequences that do not decode yet, and slots that were given up.
+        self._chunks: dict[Sequence, int] = {}
         self._vacated: list[int] = []
 
     # Requests come and go
@@ -86,20 +86,20 @@ class Scheduler:
         """Take a request out of the queue or out of its slots, its pages with it."""
         if request.state is State.WAITING:
             self.waiting.remove(request)
-        for row in request.rows:
-            if row.slot >= 0:
-                self._leave(row)
-            row.swapped = None
+        for sequence in request.sequences:
+            if sequence.slot >= 0:
+                self._leave(sequence)
+            sequence.swapped = None
         self.running.pop(request, None)
         self._blocked = None
 
-    def finish_row(self, row: Row) -> None:
-        """A row has ended: store its full pages as a prefix, give its slot and pages back."""
-        if row.slot >= 0:
-            self.prefixes.store(row)
-            self._leave(row)
-        if not row.request.live:
-            self.running.pop(row.request, None)
+    def finish_sequence(self, sequence: Sequence) -> None:
+        """A sequence has ended: store its full pages as a prefix, give its slot and pages back."""
+        if sequence.slot >= 0:
+            self.prefixes.store(sequence)
+            self._leave(sequence)
+        if not sequence.request.live:
+            self.running.pop(sequence.request, None)
         self._blocked = None
 
     # A step
@@ -110,7 +110,7 @@ class Scheduler:
         Requests that turn out unservable are put in ``unservable``; they hold their pages until removed.
 
         Args:
-            may_give_up: False: rows may be about to end, so no request is unservable for the want of their pages.
+            may_give_up: False: sequences may be about to end, so no request is unservable for the want of their pages.
         """
         decode = self._plan_decode()
         budget = self.limits.max_batch_tokens - int((1 + self.slots.draft[decode]).sum())
@@ -124,62 +124,62 @@ class Scheduler:
             budget = total - num_due
         elif self.prefilling or self.waiting:
             budget = min(budget, self.budget.prompt_tokens(decode, self._blocked is not None))
-        rows, may_admit = sorted(self.prefilling, key=lambda row: row.request.key), True
-        while budget > 0 and (rows or (self.waiting and may_admit)):
-            if may_admit and self.waiting and (not rows or self.waiting.first.key < rows[0].request.key):
+        sequences, may_admit = sorted(self.prefilling, key=lambda sequence: sequence.request.key), True
+        while budget > 0 and (sequences or (self.waiting and may_admit)):
+            if may_admit and self.waiting and (not sequences or self.waiting.first.key < sequences[0].request.key):
                 admitted = self._admit()
                 may_admit = admitted is not None
-                rows[:0] = admitted or []
+                sequences[:0] = admitted or []
             else:
-                budget -= self._plan_chunk(rows.pop(0), budget)
+                budget -= self._plan_chunk(sequences.pop(0), budget)
         if is_paced:
             # Those that can wait take the places that prompts leave.
             decode = np.sort(decode[: max(num_due, total - sum(chunks.values()))] if chunks else decode)
         if self._vacated:
-            # What was preempted for a chunk is out of the step, whichever row has its slot now.
+            # What was preempted for a chunk is out of the step, whichever sequence has its slot now.
             decode = decode[~np.isin(decode, self._vacated)]
         if not len(decode) and not chunks:
             if self.prefilling and may_give_up:
                 self._reject(min(self.running, key=lambda r: r.key), self.pages.want_of_pages())
             return None
-        slots = np.concatenate([decode, np.array([row.slot for row in chunks], dtype=np.int64)])
+        slots = np.concatenate([decode, np.array([sequence.slot for sequence in chunks], dtype=np.int64)])
         counts = np.concatenate([1 + self.slots.draft[decode], np.array(list(chunks.values()), dtype=np.int64)])
         samples = self.slots.computed[slots] + counts >= self.slots.length[slots]
         return ScheduledStep(slots, counts, len(decode), samples)
 
-    def launched(self, work: ScheduledStep) -> list[tuple[Row, list[Row]]]:
+    def launched(self, work: ScheduledStep) -> list[tuple[Sequence, list[Sequence]]]:
         """A planned step was launched: its tokens count as computed.
 
         Returns:
-            Requests whose prompt is now computed for one row, as (that row, the rows that share it from here on).
+            Requests whose prompt is now computed for one sequence, as (that one, those that share it from here on).
         """
         self.slots.computed[work.slots] += work.counts
         self.prefixes.sharers.clear()
         forks = []
         for slot in work.slots[work.num_decode :].tolist():
-            row = self.slots.row(slot)
+            sequence = self.slots.sequence(slot)
             computed = self.slots.computed[slot]
-            if computed == len(row.request.prompt):
+            if computed == len(sequence.request.prompt):
                 # Others with the same beginning find it while this one still runs.
-                self.prefixes.store(row)
-            if not row.request.forked and computed >= len(row.request.prompt):
-                forks.append((row, self._fork(row)))
-            if computed >= self.slots.target(row):
-                self.prefilling.remove(row)
-                self._start_together(row.request)
+                self.prefixes.store(sequence)
+            if not sequence.request.forked and computed >= len(sequence.request.prompt):
+                forks.append((sequence, self._fork(sequence)))
+            if computed >= self.slots.target(sequence):
+                self.prefilling.remove(sequence)
+                self._start_together(sequence.request)
         return forks
 
     def step_failed(self) -> None:
-        """The planned step could not be launched, and its requests have ended: rows that share what it was to compute
-        start again."""
-        for row in list(self.prefixes.sharers):
-            if row.slot >= 0:
-                self.slots.computed[row.slot] = row.request.cached_tokens = 0
-                self.preempt(row.request, allow_swap=False)
+        """The planned step could not be launched, and its requests have ended: sequences that share what it was to
+        compute start again."""
+        for sequence in list(self.prefixes.sharers):
+            if sequence.slot >= 0:
+                self.slots.computed[sequence.slot] = sequence.request.cached_tokens = 0
+                self.preempt(sequence.request, allow_swap=False)
 
     def _start_together(self, request: Request) -> None:
         """Let beams that were computed again decode once all of them are ready."""
-        slots, host = [row.slot for row in request.live], self.slots
+        slots, host = [sequence.slot for sequence in request.live], self.slots
         if request.rules.mode != "beams" or (host.length[slots] == len(request.prompt)).any():
             return
         if (host.computed[slots] == host.length[slots] - 1).all():
@@ -213,13 +213,13 @@ class Scheduler:
         slots.shares[decode] = False
         return decode
 
-    def _plan_chunk(self, row: Row, budget: int) -> int:
-        """Plan the next tokens of a row whose prompt is not computed; returns how many."""
-        if row.slot < 0 or row in self._chunks:
+    def _plan_chunk(self, sequence: Sequence, budget: int) -> int:
+        """Plan the next tokens of a sequence whose prompt is not computed; returns how many."""
+        if sequence.slot < 0 or sequence in self._chunks:
             return 0  # It was preempted for a better one just now, or admitted again after that.
-        slots, pages, slot = self.slots, self.pages, row.slot
+        slots, pages, slot = self.slots, self.pages, sequence.slot
         computed = int(slots.computed[slot])
-        count = self.slots.target(row) - computed
+        count = self.slots.target(sequence) - computed
         if not self.limits.whole_prompts:
             count = min(count, budget)
         elif count > budget and (self._chunks or budget < self.limits.max_batch_tokens):
@@ -231,7 +231,7 @@ class Scheduler:
             while pages.shares_page(slot, computed):
                 if pages.ensure_free(1):
                     pages.copy_on_write([slot], [computed])
-                elif not self._preempt_worst(better_than=row):
+                elif not self._preempt_worst(better_than=sequence):
                     return 0
             slots.shares[slot] = False
         while True:
@@ -242,14 +242,14 @@ class Scheduler:
             if fits > 0 and not self.limits.whole_prompts:
                 count = min(count, fits)
                 break
-            if not self._preempt_worst(better_than=row):
+            if not self._preempt_worst(better_than=sequence):
                 return 0
         pages.extend(slot, computed + count)
-        self._chunks[row] = count
+        self._chunks[sequence] = count
         return count
 
-    def _admit(self) -> list[Row] | None:
-        """Let the first waiting request run if it can; returns its rows that have tokens to compute before they decode.
+    def _admit(self) -> list[Sequence] | None:
+        """Let the first waiting request run if it can; returns its sequences that compute tokens before they decode.
 
         None: it has to wait.
         """
@@ -269,86 +269,86 @@ class Scheduler:
         request.state = State.RUNNING
         request.started = self.clock() if request.started is None else request.started
         self.running[request] = None
-        rows = request.live
+        sequences = request.live
         try:
-            # States cannot go on from a prompt that is computed again: each row computes all that it has.
-            has_more = max(len(row.tokens) for row in rows) > len(request.prompt)
-            request.forked = len(rows) == 1 or (self.limits.whole_prompts and has_more)
-            for row in rows:
-                self.slots.admit(row)
-                self.on_admit(row)
+            # States cannot go on from a prompt that is computed again: each sequence computes all that it has.
+            has_more = max(len(sequence.tokens) for sequence in sequences) > len(request.prompt)
+            request.forked = len(sequences) == 1 or (self.limits.whole_prompts and has_more)
+            for sequence in sequences:
+                self.slots.admit(sequence)
+                self.on_admit(sequence)
             # Otherwise the others share the prompt that the first one computes.
-            return [row for row in (rows if request.forked else rows[:1]) if self._begin(row)]
+            return [sequence for sequence in (sequences if request.forked else sequences[:1]) if self._begin(sequence)]
         except Exception as error:
             # What no check at submit foresaw is that request's own fault.
             self._reject(request, error)
             return []
 
-    def _begin(self, row: Row) -> bool:
-        """Give a row that just got its slot what is known of its beginning.
+    def _begin(self, sequence: Sequence) -> bool:
+        """Give a sequence that just got its slot what is known of its beginning.
 
         Returns:
             Whether it has tokens to compute before it decodes.
         """
-        slot, request = row.slot, row.request
-        is_back = row.swapped is not None and self.swapping is not None and self.swapping.swap_in(row)
+        slot, request = sequence.slot, sequence.request
+        is_back = sequence.swapped is not None and self.swapping is not None and self.swapping.swap_in(sequence)
         if not is_back:
-            found = self.prefixes.find(row, self.prefilling, self._chunks)
+            found = self.prefixes.find(sequence, self.prefilling, self._chunks)
             if found is not None:
                 self.slots.computed[slot] = found
                 if not request.preemptions:
                     request.cached_tokens = found
                     self.counts.prefix_tokens += found
                     self.counts.prompt_tokens += int(self.slots.length[slot])
-        row.swapped = None
+        sequence.swapped = None
         if is_back and self.slots.computed[slot] + 1 == self.slots.length[slot]:
             self.slots.decoding[slot] = True
             return False
-        self.prefilling.append(row)
+        self.prefilling.append(sequence)
         return True
 
     def _can_start(self, request: Request) -> bool:
         """Whether there are slots, and pages for all tokens that the request has, beside what others still need."""
-        rows = request.live
-        if len(rows) > self.slots.num_free:
+        sequences = request.live
+        if len(sequences) > self.slots.num_free:
             return False
         if not self.running:
             return True
         pages = self.pages
-        most = max(len(row.tokens) for row in rows)
+        most = max(len(sequence.tokens) for sequence in sequences)
         needed = []
         for group, table in enumerate(pages.tables):
             # One more page, so that it is not preempted at once.
-            count = pages.pages_for(len(request.prompt), most + 1, len(rows), group, self.limits.whole_prompts)
-            for row in self.prefilling:
-                missing = pages.pages_of(int(self.slots.length[row.slot])) - int(pages.num_pages[row.slot])
-                whole = pages.most_pages(table, int(self.slots.length[row.slot]), pages.page_size)
+            count = pages.pages_for(len(request.prompt), most + 1, len(sequences), group, self.limits.whole_prompts)
+            for sequence in self.prefilling:
+                missing = pages.pages_of(int(self.slots.length[sequence.slot])) - int(pages.num_pages[sequence.slot])
+                whole = pages.most_pages(table, int(self.slots.length[sequence.slot]), pages.page_size)
                 count += min(missing, whole)
             needed.append(count)
         return pages.ensure_free(needed)
 
-    def _fork(self, source: Row) -> list[Row]:
-        """Let the other rows of a request share the prompt that ``leader`` has computed."""
+    def _fork(self, source: Sequence) -> list[Sequence]:
+        """Let the other sequences of a request share the prompt that ``source`` has computed."""
         request = source.request
-        others = [row for row in request.live if row is not source]
-        self.pages.fork(source.slot, [row.slot for row in others])
+        others = [sequence for sequence in request.live if sequence is not source]
+        self.pages.fork(source.slot, [sequence.slot for sequence in others])
         request.forked = True
         prompt = len(request.prompt)
-        for row in [source, *others]:
-            self.slots.shares[row.slot] = prompt % self.pages.page_size != 0
-        for row in others:
-            self.slots.computed[row.slot] = prompt
-            if self.slots.target(row) > prompt:
-                self.prefilling.append(row)
+        for sequence in [source, *others]:
+            self.slots.shares[sequence.slot] = prompt % self.pages.page_size != 0
+        for sequence in others:
+            self.slots.computed[sequence.slot] = prompt
+            if self.slots.target(sequence) > prompt:
+                self.prefilling.append(sequence)
         return others
 
     # Giving back
 
-    def _preempt_worst(self, better_than: Row | None = None) -> bool:
+    def _preempt_worst(self, better_than: Sequence | None = None) -> bool:
         """Preempt the running request with the worst key; False if there is none to preempt.
 
         Args:
-            better_than: preempt only a request whose key is worse than this row's.
+            better_than: preempt only a request whose key is worse than this sequence's.
         """
         worst = max(self.running, key=lambda r: r.key, default=None)
         if worst is None or (better_than is not None and worst.key <= better_than.request.key):
@@ -362,49 +362,49 @@ class Scheduler:
     def _reject(self, request: Request, error: Exception) -> None:
         """Let a running request take no further part; the caller of :meth:`schedule` ends it."""
         self.unservable.append((request, error))
-        for row in request.live:
-            if row.slot >= 0:
-                self.slots.decoding[row.slot] = False
-            if row in self.prefilling:
-                self.prefilling.remove(row)
+        for sequence in request.live:
+            if sequence.slot >= 0:
+                self.slots.decoding[sequence.slot] = False
+            if sequence in self.prefilling:
+                self.prefilling.remove(sequence)
         self.running.pop(request)
 
     def preempt(self, request: Request, allow_swap: bool = True) -> None:
         """Take slots and pages back from a running request; it waits for them in the queue again."""
-        rows = request.live
-        # Rows that share pages would each come back with a copy: they are computed again, and share again.
-        can_swap = allow_swap and len(request.rows) == 1 and self.slots.computed[rows[0].slot] > 0
-        swapped = self.swapping.swap_out(rows[0]) if self.swapping is not None and can_swap else None
+        sequences = request.live
+        # Sequences that share pages would each come back with a copy: they are computed again, and share again.
+        can_swap = allow_swap and len(request.sequences) == 1 and self.slots.computed[sequences[0].slot] > 0
+        swapped = self.swapping.swap_out(sequences[0]) if self.swapping is not None and can_swap else None
         if swapped is not None:
-            rows[0].swapped = swapped
+            sequences[0].swapped = swapped
             self.counts.swapped += 1
         else:
             self.counts.recomputed += 1
-            for row in rows:
-                self.prefixes.store(row)
-        for row in rows:
-            self._leave(row)
+            for sequence in sequences:
+                self.prefixes.store(sequence)
+        for sequence in sequences:
+            self._leave(sequence)
         request.preemptions += 1
         request.state = State.WAITING
         self.running.pop(request, None)
         self.add(request)
 
-    def _leave(self, row: Row) -> None:
-        self.on_release(row)
-        if row in self.prefilling:
-            self.prefilling.remove(row)
-        self._chunks.pop(row, None)
-        self.prefixes.sharers.pop(row, None)
-        self._vacated.append(row.slot)
-        self.pages.free(row.slot)
-        self.slots.release(row)
+    def _leave(self, sequence: Sequence) -> None:
+        self.on_release(sequence)
+        if sequence in self.prefilling:
+            self.prefilling.remove(sequence)
+        self._chunks.pop(sequence, None)
+        self.prefixes.sharers.pop(sequence, None)
+        self._vacated.append(sequence.slot)
+        self.pages.free(sequence.slot)
+        self.slots.release(sequence)
 
     def check(self) -> None:
         """Prove the books (AssertionError if wrong)."""
         self.slots.check()
         self.pages.check()
         self.waiting.check()
-        for row in self.prefilling:
-            assert row.slot >= 0, "a row without a slot is to be computed"
+        for sequence in self.prefilling:
+            assert sequence.slot >= 0, "a sequence without a slot is to be computed"
         for request in self.running:
             assert request.state is State.RUNNING, "a request that does not run is among those that do"

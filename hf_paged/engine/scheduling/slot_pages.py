@@ -132,20 +132,20 @@ class SlotPages:
             return self.pages_of(tokens)
         return min(self.pages_of(tokens), self.pages_of(table.window + chunk) + 2)
 
-    def pages_for(self, prompt: int, total: int, num_rows: int, group: int, whole_prompts: bool) -> int:
-        """Pages of a group that a request holds at most: a prompt that ``num_rows`` rows of ``total`` tokens share.
+    def pages_for(self, prompt: int, total: int, num_sequences: int, group: int, whole_prompts: bool) -> int:
+        """Pages of a group that a request holds at most: a prompt that ``num_sequences`` of ``total`` tokens share.
 
         Args:
             whole_prompts: a prompt is computed in one step.
         """
         table = self.tables[group]
         chunk = prompt if whole_prompts else self.page_size
-        if num_rows == 1:
+        if num_sequences == 1:
             return self.most_pages(table, total, chunk)
         if table.window is not None or whole_prompts:
-            return num_rows * self.most_pages(table, total, chunk)
+            return num_sequences * self.most_pages(table, total, chunk)
         shared = prompt // self.page_size
-        return shared + num_rows * (self.pages_of(total) - shared) + 1
+        return shared + num_sequences * (self.pages_of(total) - shared) + 1
 
     def want_of_pages(self) -> Exception:
         """What ends a request that has the pool for itself and finds it too small.

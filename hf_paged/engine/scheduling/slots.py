@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .request import Row
+from .request import Sequence
 
 NO_EOS = -1
 
@@ -20,10 +20,10 @@ class Slots:
         decoding: bool, the next step computes the last token only.
         watched: bool, has stopping criteria beyond eos and length.
         shares: bool, may share its last, partly filled page with another sequence.
-        is_row: bool, tokens are chosen row by row (False: beams, verified drafts).
+        is_row: bool, tokens are chosen one by one (False: beams, verified drafts).
         generation: how many sequences have left the slot: a step's tokens are for the one it was launched with.
         history: int64 ``[num_slots, capacity]``, grown by doubling.
-        rows: the sequence in each slot, or None.
+        sequences: the sequence in each slot, or None.
     """
 
     def __init__(self, num_slots: int, capacity: int = 256) -> None:
@@ -34,7 +34,7 @@ class Slots:
         self.decoding, self.watched, self.shares, self.is_row = (np.zeros(num_slots, dtype=bool) for _ in range(4))
         self.eos = np.full((num_slots, 1), NO_EOS, dtype=np.int64)
         self.history = np.zeros((num_slots, capacity), dtype=np.int64)
-        self.rows: list[Row | None] = [None] * num_slots
+        self.sequences: list[Sequence | None] = [None] * num_slots
         # Low slots first: a small batch stays in the front of every table.
         self._free = list(range(num_slots - 1, -1, -1))
 
@@ -48,13 +48,14 @@ class Slots:
         """Slots with a sequence."""
         return self.num_slots - len(self._free)
 
-    def admit(self, row: Row) -> int:
-        """Give a row a slot and put its tokens there; returns the slot."""
+    def admit(self, sequence: Sequence) -> int:
+        """Give a sequence a slot and put its tokens there; returns the slot."""
         slot = self._free.pop()
         self.length[slot] = 0
-        self.rows[slot], row.slot = row, slot  # First: whatever fails from here on, release() gives it back.
-        request = row.request
-        tokens = row.tokens
+        # First: whatever fails from here on, release() gives it back.
+        self.sequences[slot], sequence.slot = sequence, slot
+        request = sequence.request
+        tokens = sequence.tokens
         self.reserve(len(tokens) + 1)
         self.history[slot, : len(tokens)] = tokens
         self.length[slot] = len(tokens)
@@ -71,18 +72,18 @@ class Slots:
             self.eos = wider
         self.eos[slot] = NO_EOS
         self.eos[slot, : len(eos)] = eos
-        row.saved = None
+        sequence.saved = None
         return slot
 
-    def release(self, row: Row) -> None:
-        """Take a row's slot back; its tokens stay with the row."""
-        slot = row.slot
-        row.saved = self.history[slot, : self.length[slot]].copy()
-        self.rows[slot] = None
+    def release(self, sequence: Sequence) -> None:
+        """Take a sequence's slot back; its tokens stay with the sequence."""
+        slot = sequence.slot
+        sequence.saved = self.history[slot, : self.length[slot]].copy()
+        self.sequences[slot] = None
         self.decoding[slot] = self.shares[slot] = False
         self.length[slot] = self.computed[slot] = self.draft[slot] = 0
         self.generation[slot] += 1
-        row.slot = -1
+        sequence.slot = -1
         self._free.append(slot)
 
     def reserve(self, capacity: int) -> None:
@@ -93,29 +94,29 @@ class Slots:
             history[:, :old] = self.history
             self.history = history
 
-    def row(self, slot: int) -> Row:
+    def sequence(self, slot: int) -> Sequence:
         """The sequence in a slot that has one."""
-        row = self.rows[slot]
-        assert row is not None, f"slot {slot} is empty"
-        return row
+        sequence = self.sequences[slot]
+        assert sequence is not None, f"slot {slot} is empty"
+        return sequence
 
     def tokens(self, slot: int) -> np.ndarray:
         """int64 ``[length]``, a view."""
         return self.history[slot, : self.length[slot]]
 
-    def target(self, row: Row) -> int:
-        """Tokens that a row computes before it decodes."""
-        length, prompt = int(self.length[row.slot]), len(row.request.prompt)
-        if not row.request.forked:
-            return prompt  # The other rows go on from the prompt that the first computes.
-        if row.request.rules.mode == "beams" and length > prompt:
+    def target(self, sequence: Sequence) -> int:
+        """Tokens that a sequence computes before it decodes."""
+        length, prompt = int(self.length[sequence.slot]), len(sequence.request.prompt)
+        if not sequence.request.forked:
+            return prompt  # The other sequences go on from the prompt that the first computes.
+        if sequence.request.rules.mode == "beams" and length > prompt:
             return length - 1  # Beams choose their tokens together, so they wait for one another.
         return length
 
     def check(self) -> None:
         """Prove the books (AssertionError if wrong)."""
-        used = [slot for slot, row in enumerate(self.rows) if row is not None]
+        used = [slot for slot, sequence in enumerate(self.sequences) if sequence is not None]
         assert sorted(self._free + used) == list(range(self.num_slots)), "a slot is lost"
         for slot in used:
-            assert self.row(slot).slot == slot, f"slot {slot} holds a row that believes to be elsewhere"
+            assert self.sequence(slot).slot == slot, f"slot {slot} holds a sequence whose slot is another"
             assert 0 <= self.computed[slot] <= self.length[slot], f"slot {slot} computed more tokens than it has"

@@ -7,7 +7,7 @@ import numpy as np
 
 from .pacing import min_graph_fill, plan_offline_step, wanted_prompt_tokens
 from .queue import RequestQueue
-from .request import Request, Row
+from .request import Request, Sequence
 from .slot_pages import SlotPages
 from .slots import Slots
 
@@ -39,7 +39,7 @@ class StepBudget:
     Args:
         slots, pages: of the sequences.
         limits: of a step.
-        waiting, running, prefilling: the scheduler's requests, and rows whose prompts are being computed.
+        waiting, running, prefilling: the scheduler's requests, and sequences whose prompts are being computed.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class StepBudget:
         limits: StepLimits,
         waiting: RequestQueue,
         running: dict[Request, None],
-        prefilling: list[Row],
+        prefilling: list[Sequence],
     ) -> None:
         self.slots, self.pages, self.limits = slots, pages, limits
         self.waiting, self.running, self.prefilling = waiting, running, prefilling
@@ -66,7 +66,7 @@ class StepBudget:
             self.limits.offline_step_tokens == self.limits.max_batch_tokens and self._has_only_offline()
         ):
             return self.limits.max_batch_tokens
-        queued = sum(self.slots.target(row) - int(self.slots.computed[row.slot]) for row in self.prefilling)
+        queued = sum(self.slots.target(one) - int(self.slots.computed[one.slot]) for one in self.prefilling)
         if not is_blocked and self.waiting:
             # Those that find a slot, at their mean length; what prefixes will save is not known yet.
             queued += self.waiting.num_tokens * min(len(self.waiting), self.slots.num_free) // len(self.waiting)
@@ -89,7 +89,7 @@ class StepBudget:
         """A step of an offline batch that all of it has room for, see :func:`.pacing.plan_offline_step`.
 
         Args:
-            decode: slots of rows that may decode.
+            decode: slots of sequences that may decode.
 
         Returns:
             The same slots, those with most tokens to go first; how many of them cannot wait; tokens of the step.
@@ -109,15 +109,15 @@ class StepBudget:
         return not self.waiting.num_online and all(request.is_offline for request in self.running)
 
     def _queue(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Of prompts, in the order of service: tokens to compute, rows that go on from it, and the steps these take."""
+        """Of prompts, in the order of service: tokens to compute, sequences that go on from it, and their steps."""
         slots, queue = self.slots, []
-        for row in sorted(self.prefilling, key=lambda row: row.request.key):
-            request, target = row.request, self.slots.target(row)
-            num_rows = 1 if request.forked else len(request.live)
-            queue.append((target - int(slots.computed[row.slot]), num_rows, request.rules.max_length - 1 - target))
+        for sequence in sorted(self.prefilling, key=lambda sequence: sequence.request.key):
+            request, target = sequence.request, self.slots.target(sequence)
+            count = 1 if request.forked else len(request.live)
+            queue.append((target - int(slots.computed[sequence.slot]), count, request.rules.max_length - 1 - target))
         for request in self.waiting.ordered():
-            known = [len(row.tokens) for row in request.live]
+            known = [len(sequence.tokens) for sequence in request.live]
             count = sum(known) if request.forked else known[0]
             queue.append((count, len(known), request.rules.max_length - 1 - max(known)))
-        tokens, rows, steps = np.array(queue).T
-        return tokens, rows, steps
+        tokens, sequences, steps = np.array(queue).T
+        return tokens, sequences, steps

@@ -5,14 +5,14 @@ from dataclasses import dataclass
 import torch
 
 from ...paging import GONE
-from .request import Row
+from .request import Sequence
 from .slot_pages import SlotPages
 from .slots import Slots
 
 
 @dataclass(frozen=True, slots=True)
-class SwappedRow:
-    """A row's pages in host memory.
+class SwappedSequence:
+    """A sequence's pages in host memory.
 
     Attributes:
         computed: tokens in the pages.
@@ -41,9 +41,9 @@ class Swapping:
     def __init__(self, slots: Slots, pages: SlotPages, space: int) -> None:
         self.slots, self.pages, self.space_left = slots, pages, space
 
-    def swap_out(self, row: Row) -> SwappedRow | None:
-        """Copy a row's pages to host memory; None where there is no room for them."""
-        slot = row.slot
+    def swap_out(self, sequence: Sequence) -> SwappedSequence | None:
+        """Copy a sequence's pages to host memory; None where there is no room for them."""
+        slot = sequence.slot
         if not self.space_left:
             return None
         held = [[page != GONE for page in table.pages[slot]] for table in self.pages.tables]
@@ -61,13 +61,13 @@ class Swapping:
                 copies[index] = host.copy_(raw, non_blocking=True)
             layers.append(copies)
         self.space_left -= num_bytes
-        # The token of a step on its way is lost: its row computes the last one that is known again.
+        # The token of a step on its way is lost: its sequence computes the last one that is known again.
         computed = min(int(self.slots.computed[slot]), int(self.slots.length[slot]) - 1)
-        return SwappedRow(computed, held, layers, num_bytes)
+        return SwappedSequence(computed, held, layers, num_bytes)
 
-    def swap_in(self, row: Row) -> bool:
-        """Bring the pages of a row back, which has a slot without pages; False: there are too few, compute it again."""
-        swapped: SwappedRow = row.swapped
+    def swap_in(self, sequence: Sequence) -> bool:
+        """Bring back the pages of a sequence whose slot has none; False: there are too few, compute it again."""
+        swapped: SwappedSequence = sequence.swapped
         self.space_left += swapped.num_bytes
         if not self.pages.ensure_free([sum(held) for held in swapped.held]):
             return False
@@ -80,12 +80,12 @@ class Swapping:
                 pages.raw()[ids] = host.to(pages.device, non_blocking=True)
             remaining = iter(taken)
             adopted.append([next(remaining) if is_held else None for is_held in held])
-        self.pages.adopt(row.slot, adopted)
-        self.slots.computed[row.slot] = swapped.computed
+        self.pages.adopt(sequence.slot, adopted)
+        self.slots.computed[sequence.slot] = swapped.computed
         return True
 
-    def drop(self, row: Row) -> None:
-        """Forget what a row has in host memory: it is computed again."""
-        if row.swapped is not None:
-            self.space_left += row.swapped.num_bytes
-            row.swapped = None
+    def drop(self, sequence: Sequence) -> None:
+        """Forget what a sequence has in host memory: it is computed again."""
+        if sequence.swapped is not None:
+            self.space_left += sequence.swapped.num_bytes
+            sequence.swapped = None
