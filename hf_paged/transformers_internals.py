@@ -1,7 +1,7 @@
-"""Every place where the package touches what transformers does not promise to keep. Nothing else may.
+"""Every place where the package uses what transformers does not promise to keep. Nothing else may.
 
-Each touch names the attribute it needs; when a transformers version has moved it, importing hf_paged fails with a
-message that names the version, and the test of that touch fails. Read in the sources of 5.17.0, 5.23.0 and 5.24.0.
+Importing hf_paged looks up every name; where a transformers version has moved one, it fails with a message that names
+the version, and so does the name's test. Read in the sources of 5.17.0, 5.23.0 and 5.24.0.
 """
 
 import contextlib
@@ -71,7 +71,7 @@ def uses_paged_flash(config: Any) -> bool:
     return strip_prefix(getattr(config, "_attn_implementation", None)) in NAMES
 
 
-def touch(owner: Any, name: str) -> Any:
+def require_attr(owner: Any, name: str) -> Any:
     """``getattr`` with an error that says what to do when transformers has moved the name."""
     try:
         return inspect.getattr_static(owner, name)
@@ -136,7 +136,7 @@ def install(
     """
     for owner, names in NEEDED.items():
         for name in names:
-            touch(owner, name)
+            require_attr(owner, name)
     if not is_tested_version():
         logger.warning_once(
             f"hf_paged is tested with transformers {TESTED[0]} to {TESTED[1]}, and this is {transformers.__version__}. "
@@ -154,7 +154,7 @@ def install(
 
 
 def _wrap(owner: Any, name: str, wrapper: Callable) -> None:
-    original = touch(owner, name)
+    original = require_attr(owner, name)
     if getattr(original, "_hf_paged", False):
         return
 
@@ -418,18 +418,18 @@ def batching_update(
     if hasattr(cache, "get_cache_for_block_table"):  # 5.18
         group, kwargs["k_cache"], kwargs["v_cache"] = cache.get_cache_for_block_table(module.layer_idx)
     else:
-        group, layer = touch_attr(cache, "layer_index_to_group_indices")[module.layer_idx]
+        group, layer = instance_attr(cache, "layer_index_to_group_indices")[module.layer_idx]
         shape = (-1, cache.block_size, cache.num_key_value_heads, cache.head_dim)
-        kwargs["k_cache"] = touch_attr(cache, "key_cache")[layer].view(shape)
-        kwargs["v_cache"] = touch_attr(cache, "value_cache")[layer].view(shape)
+        kwargs["k_cache"] = instance_attr(cache, "key_cache")[layer].view(shape)
+        kwargs["v_cache"] = instance_attr(cache, "value_cache")[layer].view(shape)
     kwargs["block_table"] = kwargs["block_table"][group]
     return key, value
 
 
-def touch_attr(obj: Any, name: str) -> Any:
+def instance_attr(obj: Any, name: str) -> Any:
     """An instance attribute that transformers does not promise to keep."""
     if not hasattr(obj, name):
-        touch(obj, name)
+        require_attr(obj, name)
     return getattr(obj, name)
 
 
@@ -447,7 +447,7 @@ def tensor_versions(tensors: Iterable[torch.Tensor]) -> list[int]:
 def without_autograd() -> AbstractContextManager:
     """A context in which PyTorch's dispatcher passes autograd by, which it otherwise asks for every operation: 62
     captures of Llama-3-8B on an H200 took 5.3 s instead of 6.6."""
-    return touch_attr(torch._C, "_AutoDispatchBelowAutograd")()
+    return instance_attr(torch._C, "_AutoDispatchBelowAutograd")()
 
 
 # What generate() makes of a GenerationConfig
@@ -574,7 +574,7 @@ def prepare_generation(
 
 def special_tokens(config: GenerationConfig) -> tuple[tuple[int, ...], int | None]:
     """(eos token ids, pad token id) of a prepared config."""
-    eos, pad = touch_attr(config, "_eos_token_tensor"), touch_attr(config, "_pad_token_tensor")
+    eos, pad = instance_attr(config, "_eos_token_tensor"), instance_attr(config, "_pad_token_tensor")
     return () if eos is None else tuple(eos.tolist()), None if pad is None else int(pad)
 
 
@@ -600,7 +600,8 @@ class _OneToken:
 def token_texts(tokenizer: Any) -> tuple[bool, Callable[[int], str | bytes | None]]:
     """What ``StopStringCriteria`` takes for the text of a token: whether that is bytes, and a function that gives it by
     id, None for an id that is no token."""
-    mode = touch(StopStringCriteria, "_get_stop_string_matching_mode").__get__(None, StopStringCriteria)(tokenizer)
+    find_mode = require_attr(StopStringCriteria, "_get_stop_string_matching_mode")
+    mode = find_mode.__get__(None, StopStringCriteria)(tokenizer)
     one = _OneToken(tokenizer)
 
     def find(token: int) -> str | bytes | None:
@@ -654,18 +655,18 @@ def processor_of_row(processor: Any, row: int, num_rows: int, padding: int, repe
         if isinstance(processor.prompt_ignore_length, torch.Tensor):
             return RepetitionPenaltyLogitsProcessor(processor.penalty, prompt_ignore_length=padding)
     elif type(processor) is PrefixConstrainedLogitsProcessor:
-        allowed = touch_attr(processor, "_prefix_allowed_tokens_fn")
+        allowed = instance_attr(processor, "_prefix_allowed_tokens_fn")
         # Rows of a prompt: its beams; from 5.24 on, its samples too.
-        batch_index = repeated_row // touch_attr(processor, "_num_beams")
+        batch_index = repeated_row // instance_attr(processor, "_num_beams")
         return _PrefixOfRow(lambda _, ids: allowed(batch_index, ids))
     elif type(processor) is EncoderRepetitionPenaltyLogitsProcessor and num_rows > 1:
         clone = copy.copy(processor)
-        clone.encoder_input_ids = touch_attr(processor, "encoder_input_ids")[row : row + 1]
+        clone.encoder_input_ids = instance_attr(processor, "encoder_input_ids")[row : row + 1]
         return clone
     elif type(processor) is EncoderNoRepeatNGramLogitsProcessor and num_rows > 1:
         clone = copy.copy(processor)
         clone.batch_size = 1
-        clone.generated_ngrams = touch_attr(processor, "generated_ngrams")[row : row + 1]
+        clone.generated_ngrams = instance_attr(processor, "generated_ngrams")[row : row + 1]
         return clone
     elif type(processor) is SynthIDTextWatermarkLogitsProcessor:
         return copy.deepcopy(processor)  # It remembers what it saw.
@@ -743,7 +744,7 @@ class AttentionChoice:
 
 def _let_threads_choose(owner: type) -> None:
     """Let a config class's ``_attn_implementation`` read what :class:`AttentionChoice` says first. Idempotent."""
-    own = touch(owner, "_attn_implementation")
+    own = require_attr(owner, "_attn_implementation")
     if getattr(own.fget, "_hf_paged", False):
         return
     written = own.fget
@@ -787,15 +788,15 @@ def hooks_of(model: torch.nn.Module) -> list[dict[int, Any]]:
     """The forward hooks and pre-hooks of every module, and those of all modules at once, as torch keeps them: what is
     added later shows up in them."""
     module = torch.nn.modules.module
-    everywhere = [touch_attr(module, "_global_forward_hooks"), touch_attr(module, "_global_forward_pre_hooks")]
+    everywhere = [instance_attr(module, "_global_forward_hooks"), instance_attr(module, "_global_forward_pre_hooks")]
     return everywhere + [h for m in model.modules() for h in (m._forward_hooks, m._forward_pre_hooks)]
 
 
 def has_compiled(model: torch.nn.Module) -> bool:
     """Whether a module, or its forward, is compiled by ``torch.compile``."""
     return any(
-        touch_attr(module, "_compiled_call_impl") is not None or hasattr(module.forward, "_torchdynamo_orig_callable")
-        for module in model.modules()
+        instance_attr(m, "_compiled_call_impl") is not None or hasattr(m.forward, "_torchdynamo_orig_callable")
+        for m in model.modules()
     )
 
 
