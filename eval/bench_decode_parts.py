@@ -30,7 +30,8 @@ from hf_paged_kernels.linear.decode import (
     linear_parts_op,
     num_linear_parts,
 )
-from hf_paged_kernels.linear.skinny import MAX_TOKENS, small_gated_linear_op, small_linear_op
+from hf_paged_kernels.linear.skinny import small_gated_linear_op, small_linear_op
+from hf_paged_kernels.linear.skinny_settings import MAX_TOKENS
 from hf_paged_kernels.sampling.ops import sample_tokens_op
 from hf_paged_kernels.sampling.reference import MARKS, sample_tokens_reference
 from transformers.utils.logging import tqdm

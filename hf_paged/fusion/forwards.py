@@ -28,7 +28,8 @@ from hf_paged_kernels.linear.decode import (
     linear_parts_op,
     num_linear_parts,
 )
-from hf_paged_kernels.linear.skinny import choose_small_linear, small_gated_linear_op, small_linear_op
+from hf_paged_kernels.linear.skinny import small_gated_linear_op, small_linear_op
+from hf_paged_kernels.linear.skinny_settings import choose_small_linear
 from torch import nn
 
 from ..transformers_internals import given_cache

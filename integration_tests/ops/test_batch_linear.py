@@ -7,15 +7,14 @@ import torch
 from helpers import DEVICE, TOLERANCE, error
 from hf_paged_kernels.layers.ops import rms_norm_parts_op
 from hf_paged_kernels.linear.decode import (
-    BatchLinearSettings,
     batch_gated_linear_op,
     batch_linear_op,
     batch_linear_settings,
-    choose_batch_linear,
     linear_parts_op,
     linear_parts_reference,
     num_linear_parts,
 )
+from hf_paged_kernels.linear.decode_settings import BatchLinearSettings, choose_batch_linear
 
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -166,7 +165,7 @@ def test_kernels(dtype, settings, with_bias):
         x, weight, bias = inputs(tokens, features, width, dtype, padded=features % 2 == 0)
         bias = bias if with_bias else None
         expected = linear(x, weight, bias)
-        assert error(batch_linear_launch(x, weight, bias, settings), expected) < TOLERANCE[dtype]
+        assert error(batch_linear_launch(x, weight, bias, settings, gated=False), expected) < TOLERANCE[dtype]
         for num_parts in (1, 2, 3, 5):
             parts = linear_parts_launch(x, weight, bias, replace(settings, num_parts=num_parts))
             assert parts.shape == (num_parts, tokens, features)
@@ -179,12 +178,12 @@ def test_kernels(dtype, settings, with_bias):
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.usefixtures("hopper", "poison")
 def test_gated_kernels(dtype, settings, with_bias):
-    from hf_paged_kernels.linear.decode_gluon import batch_gated_linear_launch
+    from hf_paged_kernels.linear.decode_gluon import batch_linear_launch
 
     for tokens, features, width in ((1, 64, 64), (settings.tokens, 130, 1000), (settings.tokens + 3, 67, 4104)):
         x, weight, bias = inputs(tokens, features, width, dtype, gated=True)
         bias = bias if with_bias else None
-        out = batch_gated_linear_launch(x, weight, bias, settings)
+        out = batch_linear_launch(x, weight, bias, settings, gated=True)
         assert error(out, gated_linear(x, weight, bias)) < TOLERANCE[dtype]
 
 

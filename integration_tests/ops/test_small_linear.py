@@ -5,12 +5,11 @@ import pytest
 import torch
 from helpers import DEVICE, TOLERANCE, error
 from hf_paged_kernels.linear.skinny import (
-    MAX_TOKENS,
-    choose_small_linear,
     small_gated_linear_op,
     small_linear_op,
     small_linear_settings,
 )
+from hf_paged_kernels.linear.skinny_settings import MAX_TOKENS, choose_small_linear
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-5

@@ -4,102 +4,18 @@
     batch_gated_linear_op(x, weight, bias)           silu(x Wg^T + bg) * (x Wu^T + bu)
     linear_parts_op(x, weight, bias, num_parts)      parts of x W^T + bias, for ``rms_norm_parts_op`` to add
 
-On a Hopper GPU a kernel of ``batch_linear_gluon`` does it where :func:`choose_batch_linear` has settings; elsewhere
-PyTorch's operators do. For up to 16 tokens there is :mod:`.small_linear`.
+On a Hopper GPU a kernel of ``decode_gluon`` does it where :func:`choose_batch_linear` has settings; elsewhere
+PyTorch's operators do. For up to 16 tokens there is :mod:`.skinny`.
 """
 
-from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 
 from ..backend import has_gluon
 from ..eager import eager_op
-
-MAX_TOKENS = 256
-"""Tokens up to which there are settings for some shapes."""
-FEATURES = 64
-"""Output features of most programs: of the gate and of the up projection each, where there are two."""
-PROGRAMS = 132
-"""Multiprocessors of an H200: programs that run at the same time, one on each."""
-BUSY = 64
-"""Programs that a launch has at least, for the memory to be busy."""
-SHORT_ROW = 1024
-"""Columns of weights up to which launches cost more than what cuBLAS does better with more than 64 tokens."""
-MAX_PARTS = 4
-MIN_STEPS = 4
-"""Tiles of 128 columns that a part adds up at least."""
-
-
-@dataclass(frozen=True, slots=True)
-class BatchLinearSettings:
-    """Settings of one launch.
-
-    Attributes:
-        tokens: columns of a program's tile; 32, 64 or 128.
-        more_tokens: columns of a second tile beside it, 0: there is none.
-        block_k: in_features of a step.
-        stages: steps in flight.
-        num_parts: programs that share the in_features of a tile, each with a part of the sum.
-        features: rows of a program's weights, of each projection; 64 or 128.
-    """
-
-    tokens: int
-    more_tokens: int
-    block_k: int
-    stages: int
-    num_parts: int = 1
-    features: int = FEATURES
-
-
-def choose_batch_linear(
-    num_tokens: int, out_features: int, in_features: int, gated: bool = False, in_parts: bool = False
-) -> BatchLinearSettings | None:
-    """Settings for ``[num_tokens, in_features] x [out_features, in_features]`` in half precision; None: use cuBLAS.
-
-    A pure function of its arguments, from measurements on an H200 (``eval/results/decode_step_h200.md``).
-    ``out_features`` counts both halves of a gated layer. With ``in_parts`` the sums may come as several parts.
-
-    Weights are read once from memory, but x once by every program from the L2 cache: more tokens than the 64 of a tile
-    pay only where they let more programs share the reading of the weights.
-    """
-    if not 16 < num_tokens <= MAX_TOKENS or in_features < 512 or in_features % 8:
-        return None
-    few = 32 if num_tokens <= 32 else 64
-    tiles = -(-out_features // (2 * FEATURES if gated else FEATURES))
-    # Rows so short that the start is most of it, even for two tiles of tokens at a time.
-    is_short = in_features <= SHORT_ROW and 2 * tiles <= PROGRAMS
-    if gated:
-        if tiles < 48 or (num_tokens > 64 and not is_short):
-            return None
-        if num_tokens > 128:
-            return BatchLinearSettings(64, 0, 64, 4) if num_tokens > 152 else None
-        # Two programs on a multiprocessor where there are more than one for each.
-        return BatchLinearSettings(few, 0, 128, 2 if tiles > PROGRAMS else 4)
-    if not in_parts:
-        if num_tokens <= 64:
-            return BatchLinearSettings(few, 0, 128, 6) if BUSY <= tiles <= PROGRAMS else None
-        if not is_short or 2 * tiles < BUSY:
-            return None
-        if num_tokens <= 128:
-            return BatchLinearSettings(64, 0, 128, 6)
-        return BatchLinearSettings(64, 32, 128, 5) if num_tokens <= 192 else BatchLinearSettings(128, 0, 128, 4)
-    max_parts = min(MAX_PARTS, in_features // (128 * MIN_STEPS))
-    if num_tokens <= 64 or (tiles <= 32 and num_tokens <= 192):
-        best = BatchLinearSettings(few, 0, 128, 6)
-    elif tiles <= 32 or 104 < num_tokens <= 128:
-        best = BatchLinearSettings(128, 0, 128, 4)
-    elif num_tokens <= 104 or (num_tokens <= 192 and in_features > 8192):
-        return None
-    elif num_tokens <= 192:
-        best = BatchLinearSettings(128, 64, 64, 7)
-    else:
-        best = BatchLinearSettings(128, 0, 64, 7, features=128)
-    programs = -(-out_features // best.features) * -(-num_tokens // (best.tokens + best.more_tokens))
-    num_parts = min(max_parts, PROGRAMS // programs)
-    if num_parts * programs < BUSY or (num_tokens > 64 and num_parts < 2):
-        return None
-    return replace(best, num_parts=num_parts)
+from .decode_settings import BatchLinearSettings, choose_batch_linear
 
 
 def batch_linear_settings(
@@ -146,11 +62,11 @@ def batch_linear_op(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         return F.linear(x, weight, bias)
     from .decode_gluon import batch_linear_launch
 
-    return batch_linear_launch(x, weight, bias, settings)
+    return batch_linear_launch(x, weight, bias, settings, gated=False)
 
 
 @batch_linear_op.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
@@ -167,13 +83,13 @@ def batch_gated_linear_op(x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
     if settings is None:
         gate, up = F.linear(x, weight, bias).chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
-    from .decode_gluon import batch_gated_linear_launch
+    from .decode_gluon import batch_linear_launch
 
-    return batch_gated_linear_launch(x, weight, bias, settings)
+    return batch_linear_launch(x, weight, bias, settings, gated=True)
 
 
 @batch_gated_linear_op.register_fake
-def _(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[0] // 2)
 
 

@@ -32,7 +32,7 @@ from ..compat_gluon import barrier, load_async
 from ..dependent_launch_triton import has_dependent_launch
 from ..launch_triton import Tile, launch
 from ..settings import cdiv
-from .decode import BatchLinearSettings
+from .decode_settings import BatchLinearSettings
 
 
 @gluon.jit
@@ -168,20 +168,11 @@ def _batch_linear(
 
 
 def batch_linear_launch(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, settings: BatchLinearSettings
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, settings: BatchLinearSettings, gated: bool
 ) -> torch.Tensor:
-    """Launch on checked arguments; see ``batch_linear_op``."""
-    out = x.new_empty(x.shape[0], weight.shape[0])
-    _launch(x, weight, bias, out, settings, gated=False)
-    return out
-
-
-def batch_gated_linear_launch(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, settings: BatchLinearSettings
-) -> torch.Tensor:
-    """Launch on checked arguments; see ``batch_gated_linear_op``."""
-    out = x.new_empty(x.shape[0], weight.shape[0] // 2)
-    _launch(x, weight, bias, out, settings, gated=True)
+    """Launch on checked arguments; see ``batch_linear_op``, and ``batch_gated_linear_op`` where ``gated``."""
+    out = x.new_empty(x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0])
+    _launch(x, weight, bias, out, settings, gated)
     return out
 
 

@@ -27,7 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..backend import contiguous, device_guard
 from ..launch_triton import launch
 from ..settings import cdiv, next_power_of_2
-from .skinny import MAX_TOKENS, SmallLinearSettings
+from .skinny_settings import MAX_TOKENS, SmallLinearSettings
 
 FARTHEST = 2**31 // MAX_TOKENS - 1
 """Elements between two tokens up to which their offsets fit into int32: in the last tokens of long sequences
@@ -68,7 +68,60 @@ def _chunk(C: gl.constexpr, WARPS_K: gl.constexpr, LAYOUT: gl.constexpr):
 
 
 @gluon.jit
-def _small_linear(  # noqa: C901
+def _all_weights(
+    w,
+    row,
+    num_features,
+    C: gl.constexpr,
+    K: gl.constexpr,
+    WARPS_K: gl.constexpr,
+    LAYOUT: gl.constexpr,
+    GATED: gl.constexpr,
+    OPERAND: gl.constexpr,
+):
+    """A tuple: chunk C of weight rows ``row``, and of the up projection's where GATED."""
+    load: gl.constexpr = _operand_weights if OPERAND else _weights
+    tiles = (load(w, row, C, K, WARPS_K, LAYOUT),)
+    if GATED:
+        tiles = tiles + (load(w, row + num_features, C, K, WARPS_K, LAYOUT),)
+    return tiles
+
+
+@gluon.jit
+def _vectors(
+    x,
+    norm_weight,
+    stride_xt,
+    C: gl.constexpr,
+    K: gl.constexpr,
+    ROWS: gl.constexpr,
+    WARPS_K: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """A tuple: chunk C of each token of x, and of the norm's weight where there is one."""
+    chunks = ()
+    for t in gl.static_range(ROWS):
+        chunks = chunks + (_vector(x + t * stride_xt, C, K, WARPS_K, LAYOUT),)
+    if norm_weight is not None:
+        chunks = chunks + (_vector(norm_weight, C, K, WARPS_K, LAYOUT),)
+    return chunks
+
+
+@gluon.jit
+def _normed(total, rms, bias, row, COLUMN: gl.constexpr):
+    """``total * rms + bias[row]``, both where there are such; the bias runs along axis 0 of [N, ROWS] where COLUMN."""
+    if rms is not None:
+        total = total * rms
+    if bias is not None:
+        added = gl.load(bias + row).to(gl.float32)
+        if COLUMN:
+            added = gl.expand_dims(added, 1)
+        total += added
+    return total
+
+
+@gluon.jit
+def _small_linear(
     x,
     w,
     bias,
@@ -103,19 +156,14 @@ def _small_linear(  # noqa: C901
     row = gl.minimum(feature, num_features - 1)
     tiles = ()
     for c in gl.static_range(FIRST):
-        tiles = tiles + (_weights(w, row, c, K, WARPS_K, LAYOUT),)
-        if GATED:
-            tiles = tiles + (_weights(w, row + num_features, c, K, WARPS_K, LAYOUT),)
+        tiles = tiles + _all_weights(w, row, num_features, c, K, WARPS_K, LAYOUT, GATED, False)
     gdc_wait()
     if not EARLY:
         gdc_launch_dependents()
 
     chunks = ()
     for c in gl.static_range(FIRST_X):
-        for t in gl.static_range(ROWS):
-            chunks = chunks + (_vector(x + t * stride_xt, c, K, WARPS_K, LAYOUT),)
-        if norm_weight is not None:
-            chunks = chunks + (_vector(norm_weight, c, K, WARPS_K, LAYOUT),)
+        chunks = chunks + _vectors(x, norm_weight, stride_xt, c, K, ROWS, WARPS_K, LAYOUT)
     PER_TILE: gl.constexpr = 2 if GATED else 1
     PER_CHUNK: gl.constexpr = ROWS if norm_weight is None else ROWS + 1
     sums = ()
@@ -126,14 +174,9 @@ def _small_linear(  # noqa: C901
         chunk = chunks[:PER_CHUNK]
         chunks = chunks[PER_CHUNK:]
         if c + FIRST < CHUNKS:
-            tiles = tiles + (_weights(w, row, c + FIRST, K, WARPS_K, LAYOUT),)
-            if GATED:
-                tiles = tiles + (_weights(w, row + num_features, c + FIRST, K, WARPS_K, LAYOUT),)
+            tiles = tiles + _all_weights(w, row, num_features, c + FIRST, K, WARPS_K, LAYOUT, GATED, False)
         if c + FIRST_X < CHUNKS:
-            for t in gl.static_range(ROWS):
-                chunks = chunks + (_vector(x + t * stride_xt, c + FIRST_X, K, WARPS_K, LAYOUT),)
-            if norm_weight is not None:
-                chunks = chunks + (_vector(norm_weight, c + FIRST_X, K, WARPS_K, LAYOUT),)
+            chunks = chunks + _vectors(x, norm_weight, stride_xt, c + FIRST_X, K, ROWS, WARPS_K, LAYOUT)
         new_sums = ()
         new_squares = ()
         for t in gl.static_range(ROWS):
@@ -155,17 +198,12 @@ def _small_linear(  # noqa: C901
     mask = feature < num_features
     for t in gl.static_range(ROWS):
         y = gl.sum(sums[t * PER_TILE], 1)
+        rms = None
         if norm_weight is not None:
             rms = gl.rsqrt(gl.sum(gl.sum(squares[t], 1), 0) / K + eps)
-            y = y * rms
-        if bias is not None:
-            y += gl.load(bias + row).to(gl.float32)
+        y = _normed(y, rms, bias, row, False)
         if GATED:
-            up = gl.sum(sums[t * PER_TILE + 1], 1)
-            if norm_weight is not None:
-                up = up * rms
-            if bias is not None:
-                up += gl.load(bias + num_features + row).to(gl.float32)
+            up = _normed(gl.sum(sums[t * PER_TILE + 1], 1), rms, bias, num_features + row, False)
             y = y / (1.0 + gl.exp(-y)) * up
         if residual is not None:
             y += gl.load(residual + t * num_features + row).to(gl.float32)
@@ -208,8 +246,27 @@ def _operand_x(
     return gl.load(x + token * stride_xt + offs, mask=(token < num_tokens) & (offs < K), other=0.0)
 
 
+@gluon.jit
+def _operands_x(
+    x,
+    norm_weight,
+    num_tokens,
+    stride_xt,
+    C: gl.constexpr,
+    K: gl.constexpr,
+    ROWS: gl.constexpr,
+    WARPS_K: gl.constexpr,
+    LAYOUT: gl.constexpr,
+):
+    """A tuple: chunk C of x, and of the norm's weight, the same for all tokens, where there is one."""
+    chunks = (_operand_x(x, num_tokens, stride_xt, C, K, ROWS, WARPS_K, LAYOUT),)
+    if norm_weight is not None:
+        chunks = chunks + (_operand_x(norm_weight, ROWS, 0, C, K, ROWS, WARPS_K, LAYOUT),)
+    return chunks
+
+
 @gluon.jit(do_not_specialize=["num_tokens"])
-def _small_linear_mma(  # noqa: C901
+def _small_linear_mma(
     x,
     w,
     bias,
@@ -248,18 +305,14 @@ def _small_linear_mma(  # noqa: C901
     row = gl.minimum(feature, num_features - 1)
     tiles = ()
     for c in gl.static_range(FIRST):
-        tiles = tiles + (_operand_weights(w, row, c, K, WARPS_K, W_LAYOUT),)
-        if GATED:
-            tiles = tiles + (_operand_weights(w, row + num_features, c, K, WARPS_K, W_LAYOUT),)
+        tiles = tiles + _all_weights(w, row, num_features, c, K, WARPS_K, W_LAYOUT, GATED, True)
     gdc_wait()
     if not EARLY:
         gdc_launch_dependents()
 
     chunks = ()
     for c in gl.static_range(FIRST_X):
-        chunks = chunks + (_operand_x(x, num_tokens, stride_xt, c, K, ROWS, WARPS_K, X_LAYOUT),)
-        if norm_weight is not None:
-            chunks = chunks + (_operand_x(norm_weight, ROWS, 0, c, K, ROWS, WARPS_K, X_LAYOUT),)
+        chunks = chunks + _operands_x(x, norm_weight, num_tokens, stride_xt, c, K, ROWS, WARPS_K, X_LAYOUT)
     PER_TILE: gl.constexpr = 2 if GATED else 1
     PER_CHUNK: gl.constexpr = 1 if norm_weight is None else 2
     total = gl.zeros([WARPS_K, BLOCK_N, ROWS], gl.float32, MMA)
@@ -270,9 +323,8 @@ def _small_linear_mma(  # noqa: C901
         chunk = chunks[:PER_CHUNK]
         chunks = chunks[PER_CHUNK:]
         if c + FIRST_X < CHUNKS:
-            chunks = chunks + (_operand_x(x, num_tokens, stride_xt, c + FIRST_X, K, ROWS, WARPS_K, X_LAYOUT),)
-            if norm_weight is not None:
-                chunks = chunks + (_operand_x(norm_weight, ROWS, 0, c + FIRST_X, K, ROWS, WARPS_K, X_LAYOUT),)
+            later: gl.constexpr = c + FIRST_X
+            chunks = chunks + _operands_x(x, norm_weight, num_tokens, stride_xt, later, K, ROWS, WARPS_K, X_LAYOUT)
         values = chunk[0]
         if norm_weight is not None:
             exact = values.to(gl.float32)
@@ -286,9 +338,7 @@ def _small_linear_mma(  # noqa: C901
         if GATED:
             total_up = mma_v2(tile[1], values, total_up)
         if c + FIRST < CHUNKS:
-            tiles = tiles + (_operand_weights(w, row, c + FIRST, K, WARPS_K, W_LAYOUT),)
-            if GATED:
-                tiles = tiles + (_operand_weights(w, row + num_features, c + FIRST, K, WARPS_K, W_LAYOUT),)
+            tiles = tiles + _all_weights(w, row, num_features, c + FIRST, K, WARPS_K, W_LAYOUT, GATED, True)
 
     token = gl.arange(0, ROWS, layout=gl.SliceLayout(0, OUT))
     feature = gl.program_id(0) * BLOCK_N + gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, OUT))
@@ -296,18 +346,13 @@ def _small_linear_mma(  # noqa: C901
     offs = gl.expand_dims(token, 0) * num_features + gl.expand_dims(feature, 1)
     mask = (gl.expand_dims(token, 0) < num_tokens) & (gl.expand_dims(feature, 1) < num_features)
     y = gl.sum(total, 0)
+    rms = None
     if norm_weight is not None:
         rms = gl.rsqrt(gl.sum(squares, 0) / K + eps)
         rms = gl.expand_dims(gl.convert_layout(rms, gl.SliceLayout(0, OUT)), 0)
-        y = y * rms
-    if bias is not None:
-        y += gl.expand_dims(gl.load(bias + row).to(gl.float32), 1)
+    y = _normed(y, rms, bias, row, True)
     if GATED:
-        up = gl.sum(total_up, 0)
-        if norm_weight is not None:
-            up = up * rms
-        if bias is not None:
-            up += gl.expand_dims(gl.load(bias + num_features + row).to(gl.float32), 1)
+        up = _normed(gl.sum(total_up, 0), rms, bias, num_features + row, True)
         y = y / (1.0 + gl.exp(-y)) * up
     if residual is not None:
         y += gl.load(residual + offs, mask=mask, other=0.0).to(gl.float32)
@@ -336,33 +381,9 @@ def small_linear_launch(
     norm_weight: torch.Tensor | None,
     norm_eps: float,
     settings: SmallLinearSettings,
-) -> torch.Tensor:
-    """Launch on checked arguments; shapes as in ``small_linear_op``."""
-    return _launch(x, weight, bias, residual, norm_weight, norm_eps, settings, gated=False)
-
-
-def small_gated_linear_launch(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    norm_eps: float,
-    settings: SmallLinearSettings,
-) -> torch.Tensor:
-    """Launch on checked arguments; shapes as in ``small_gated_linear_op``."""
-    return _launch(x, weight, bias, None, norm_weight, norm_eps, settings, gated=True)
-
-
-def _launch(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor | None,
-    residual: torch.Tensor | None,
-    norm_weight: torch.Tensor | None,
-    norm_eps: float,
-    settings: SmallLinearSettings,
     gated: bool,
 ) -> torch.Tensor:
+    """Launch on checked arguments; shapes as in ``small_linear_op``, or ``small_gated_linear_op`` where ``gated``."""
     num_tokens, width = x.shape
     bias, residual, norm_weight = contiguous(bias), contiguous(residual), contiguous(norm_weight)
     if x.stride(0) > FARTHEST:
