@@ -4,6 +4,8 @@ As in :mod:`.ops`: arguments are taken as checked, Triton runs on an accelerator
 op that mutates has a default. The ops are for inference: none has a backward pass.
 """
 
+from typing import Any
+
 import torch
 
 from ..backend import uses_triton
@@ -48,14 +50,8 @@ def rms_norm_op(
 
 
 @rms_norm_op.register_fake
-def _(
-    x: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    weight_offset: float,
-    round_first: bool,
-    residual: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(x: torch.Tensor, *others: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *_, residual = others
     return x.new_empty(x.shape), x.new_empty(0 if residual is None else x.shape)
 
 
@@ -86,14 +82,8 @@ def rms_norm_parts_op(
 
 
 @rms_norm_parts_op.register_fake
-def _(
-    parts: torch.Tensor,
-    weight: torch.Tensor | None,
-    eps: float,
-    weight_offset: float,
-    round_first: bool,
-    residual: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(*arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    *_, residual = arguments
     return residual.new_empty(residual.shape), residual.new_empty(residual.shape)
 
 
@@ -117,7 +107,7 @@ def gated_activation_op(gate_up: torch.Tensor, activation: str, order: str) -> t
 
 
 @gated_activation_op.register_fake
-def _(gate_up: torch.Tensor, activation: str, order: str) -> torch.Tensor:
+def _(gate_up: torch.Tensor, *_: Any) -> torch.Tensor:
     return gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
 
 
@@ -175,24 +165,7 @@ def rotary_write_op(
 
 
 @rotary_write_op.register_fake
-def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cos: torch.Tensor,
-    sin: torch.Tensor,
-    interleaved: bool,
-    q_weight: torch.Tensor | None,
-    k_weight: torch.Tensor | None,
-    eps: float,
-    weight_offset: float,
-    round_first: bool,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    slot_mapping: torch.Tensor,
-) -> torch.Tensor:
+def _(q: torch.Tensor, *_: Any) -> torch.Tensor:
     return q.new_empty(q.shape)
 
 
@@ -221,9 +194,7 @@ def decode_inputs_op(
 
 
 @decode_inputs_op.register_fake
-def _(
-    slots: torch.Tensor, computed: torch.Tensor, last_token: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _(slots: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return slots.new_empty(slots.shape), slots.new_empty(slots.shape), slots.new_empty(slots.shape, dtype=torch.int32)
 
 
@@ -252,7 +223,7 @@ def decode_rows_op(
 
 @decode_rows_op.register_fake
 def _(
-    slots: torch.Tensor, seq_lens: torch.Tensor, page_table: torch.Tensor, page_size: int
+    slots: torch.Tensor, seq_lens: torch.Tensor, page_table: torch.Tensor, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     return page_table.new_empty(slots.shape[0], page_table.shape[1]), slots.new_empty(slots.shape)
 

@@ -1,5 +1,7 @@
 """The choice of tokens as a ``torch.library`` custom op (namespace ``hf_paged``), with its fake implementation."""
 
+from typing import Any
+
 import torch
 
 from ..backend import uses_triton
@@ -59,18 +61,6 @@ def sample_tokens_op(
 
 
 @sample_tokens_op.register_fake
-def _(
-    logits: torch.Tensor,
-    slots: torch.Tensor,
-    positions: torch.Tensor,
-    temperature: torch.Tensor,
-    top_k: torch.Tensor,
-    top_p: torch.Tensor,
-    min_p: torch.Tensor,
-    seeds: torch.Tensor,
-    wants_lse: torch.Tensor,
-    rules: torch.Tensor,
-    last_token: torch.Tensor | None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(logits: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows = logits.shape[0]
     return logits.new_empty(num_rows, dtype=torch.int64), logits.new_empty(num_rows, dtype=torch.float64)
