@@ -367,10 +367,10 @@ def test_a_plan_is_settled_once_attention_was_asked_for_with_it(monkeypatch):
         assert all(handle.result().error is None for handle in handles)
     assert {step.shares_new_keys for step, *_ in asked} == {False, True}
     seen: dict[int, set[tuple]] = {}
-    for step, plan, is_settled in asked:
+    for step, plan, can_prefetch_kv in asked:
         before = seen.setdefault(id(step), set())
-        assert is_settled == (plan in before and not step.shares_new_keys)
+        assert can_prefetch_kv == (plan in before and not step.shares_new_keys)
         before.add(plan)
     assert len(seen) > 2
     assert all(len(plans) == 2 for plans in seen.values())
-    assert any(is_settled for *_, is_settled in asked)
+    assert any(can_prefetch_kv for *_, can_prefetch_kv in asked)

@@ -267,7 +267,7 @@ def test_a_settled_plan_gives_the_same_bits(poison, dim, q_len):
     q, k, v = make(4, len(places), 8, dim), make(4, len(places), 2, dim), make(4, len(places), 2, dim)
     cos, sin = (torch.rand(len(places), dim // 2, device="cuda") for _ in range(2))
 
-    def step(is_settled):
+    def step(can_prefetch_kv):
         plan = split_plan_op(seq_lens, cu, table.shape[1] * 16, None)
         outs = []
         for i, pages in enumerate(layers):
@@ -277,7 +277,7 @@ def test_a_settled_plan_gives_the_same_bits(poison, dim, q_len):
             outs.append(
                 paged_attention_op(
                     turned, *pages, table, seq_lens, cu, q_len, None, 0, None, None, dim**-0.5, None, None,
-                    plan, is_settled and i > 0,
+                    plan, can_prefetch_kv and i > 0,
                 )[0]
             )  # fmt: skip
         return torch.stack(outs)

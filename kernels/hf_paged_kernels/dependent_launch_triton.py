@@ -11,7 +11,7 @@ What every kernel that is launched this way must keep to:
 - Every program waits, also one that has nothing to do. So a kernel ends after the one before it has, and waiting for
   the previous kernel is waiting for all kernels before it.
 - Memory is read and written after the wait only, but for what a kernel before an earlier wait has written
-  (``paged_attention_op``, ``is_settled``).
+  (``paged_attention_op``, ``can_prefetch_kv``).
 """
 
 import os

@@ -105,10 +105,10 @@ class EngineLayer(CacheLayerMixin):
             if key not in step.cpu_groups:
                 step.cpu_groups[key] = plan_groups(table, step.seq_lens, step.cu_seqlens_q, page_size, left)
             return attend_groups(query, pages, step.cpu_groups[key], scale)
-        plan, is_settled = step.split_plan(self.number, page_size, left)
+        plan, can_prefetch_kv = step.split_plan(self.number, page_size, left)
         return paged_attention_op(
             query, pages.k, pages.v, table, step.seq_lens, step.cu_seqlens_q, step.max_query_len, left, right,
-            softcap, sinks, scale, pages.k_scale, pages.v_scale, plan, is_settled,
+            softcap, sinks, scale, pages.k_scale, pages.v_scale, plan, can_prefetch_kv,
         )[0]  # fmt: skip
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:

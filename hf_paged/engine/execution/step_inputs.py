@@ -83,15 +83,15 @@ class StepInputs:
         return self._copies[device]
 
     def split_plan(self, number: int, page_size: int, left: int | None) -> tuple[torch.Tensor | None, bool]:
-        """The work list of short queries, see :class:`StepSplitPlans`, None for other steps; and whether it is settled,
-        see ``paged_attention_op``: attention was asked for with it before, and no row sees keys of another's.
+        """The work list of short queries, see :class:`StepSplitPlans`, None for other steps; and ``can_prefetch_kv`` of
+        ``paged_attention_op``: attention was asked for with it before, and no row sees keys of another's.
 
         Args:
             number: of the group of layers.
             page_size: tokens of a page.
             left: keys that a query sees before its own, None: all.
         """
-        is_settled = (number, left) in self._split_plans and not self.shares_new_keys
+        can_prefetch_kv = (number, left) in self._split_plans and not self.shares_new_keys
         plan = self._split_plans.get(
             self.groups[number].page_table,
             self.seq_lens,
@@ -101,7 +101,7 @@ class StepInputs:
             left,
             number,
         )
-        return plan, is_settled
+        return plan, can_prefetch_kv
 
     @property
     def cu_seqlens_k(self) -> torch.Tensor:

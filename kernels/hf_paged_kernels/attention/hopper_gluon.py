@@ -54,7 +54,7 @@ from .split_plan_triton import empty_parts, make_split_plan_launch, prepare_merg
 
 LENGTHS = [
     "num_tiles", "num_seqs", "seqlen_q", "seqlen_k", "num_blocks", "num_heads", "section", "stride_table",
-    "stride_lb", "stride_lt", "stride_lh", "window_left", "window_right", "is_settled",
+    "stride_lb", "stride_lt", "stride_lh", "window_left", "window_right", "can_prefetch_kv",
 ]  # fmt: skip
 """Arguments whose value must not cause another compilation."""
 
@@ -65,7 +65,7 @@ def _hopper_forward(
     page_table, items, num_items, handed_out,
     num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, section, stride_table,
     stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh,
-    scale_log2, softcap, window_left, window_right, is_settled,
+    scale_log2, softcap, window_left, window_right, can_prefetch_kv,
     MODE: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, PAGE_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
@@ -109,15 +109,16 @@ def _hopper_forward(
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
     lengths = (cu_seqlens_q, cu_seqlens_k, seq_lens, items, num_items)
     work = (
-        num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, section, window_left, window_right, is_settled
+        num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, section, window_left, window_right,
+        can_prefetch_kv,
     )  # fmt: skip
     strides = (stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh)
     tensors = (
         out, lse, sinks, parts, part_lse, q_smem, k_smem, v_smem, barriers, queue, num_heads, strides,
         scale_log2, softcap, window_left, window_right,
     )  # fmt: skip
-    keys = (q_desc, k_desc, page_table, stride_table, is_settled, q_smem, k_smem, barriers, queue)
-    values = (q_desc, v_desc, page_table, stride_table, is_settled, q_smem, v_smem, barriers, queue)
+    keys = (q_desc, k_desc, page_table, stride_table, can_prefetch_kv, q_smem, k_smem, barriers, queue)
+    values = (q_desc, v_desc, page_table, stride_table, can_prefetch_kv, q_smem, v_smem, barriers, queue)
     options: gl.constexpr = (
         MODE, GROUP, PACK, PAGE_SIZE, HEAD_DIM, BLOCK_N, STAGES, Q_STAGES, CONSUMERS,
         HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_SINKS, TAKE_TURNS, FULL_WEIGHTS,
@@ -181,7 +182,7 @@ def _prepare(
     counter: torch.Tensor,
     max_items: int = 0,
     parts: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
-    is_settled: bool = False,
+    can_prefetch_kv: bool = False,
 ) -> Launch:
     """The launch on ``q [B, L, Hq, D]`` (packed: B is 1).
 
@@ -198,7 +199,7 @@ def _prepare(
         counter: zeros, or the plan ("split").
         max_items: of the plan.
         parts: ``empty_parts`` of the plan.
-        is_settled: of the plan, see ``paged_attention_op``.
+        can_prefetch_kv: of the plan, see ``paged_attention_op``.
     """
     s = settings
     batch, seqlen_q, num_q_heads, head_dim = q.shape
@@ -225,7 +226,7 @@ def _prepare(
         num_tiles, num_seqs, seqlen_q, k[0].shape[1], num_blocks, num_heads, section,
         0 if page_table is None else page_table.stride(0), *out.stride()[:3],
         lse.stride(0) if mode == "dense" else 0, lse.stride(-1), lse.stride(-2),
-        scale_log2, softcap or 0.0, window_left or 0, window_right or 0, int(is_settled),
+        scale_log2, softcap or 0.0, window_left or 0, window_right or 0, int(can_prefetch_kv),
         MODE=mode, GROUP=group, PACK=pack, PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_N=s.block_n,
         STAGES=s.stages, Q_STAGES=s.q_stages, CONSUMERS=s.consumers, HAS_LEFT=window_left is not None,
         HAS_RIGHT=window_right is not None, HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None,
@@ -300,26 +301,26 @@ def hopper_paged_launch(
     scale: float,
     plan: torch.Tensor | None = None,
     settings: HopperSettings | None = None,
-    is_settled: bool = False,
+    can_prefetch_kv: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Over pages; arguments and result as of ``paged_attention_launch``, ``is_settled`` of ``paged_attention_op``."""
+    """Over pages; see ``paged_attention_launch``, and ``paged_attention_op`` for ``can_prefetch_kv``."""
     out = q.new_empty(q.shape)
     lse = q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
     seq_lens, cu_seqlens_q, sinks = seq_lens.contiguous(), cu_seqlens_q.contiguous(), contiguous(sinks)
-    # A copy is made now: what it holds is not settled.
-    is_settled = is_settled and plan is not None and plan.is_contiguous() and page_table.stride(-1) == 1
+    # A copy is made now: it cannot be read before.
+    can_prefetch_kv = can_prefetch_kv and plan is not None and plan.is_contiguous() and page_table.stride(-1) == 1
     page_table = contiguous_rows(page_table)
     key = (
         layout(q), layout(k_pages), layout(v_pages), layout(page_table), layout(seq_lens), layout(cu_seqlens_q),
-        layout(sinks), max_query_len, window_left, window_right, softcap, scale, settings, is_settled,
+        layout(sinks), max_query_len, window_left, window_right, softcap, scale, settings, can_prefetch_kv,
     )  # fmt: skip
     step = _paged.get(key)
     if step is None:
         step = _paged.keep(key, _prepare_pages(
             q, (k_pages, v_pages), out, lse, page_table, seq_lens, cu_seqlens_q, max_query_len, window_left,
-            window_right, softcap, sinks, scale, settings, is_settled,
+            window_right, softcap, sinks, scale, settings, can_prefetch_kv,
         ))  # fmt: skip
     max_tokens = page_table.shape[1] * k_pages.shape[2]
     with device_guard(q):
@@ -365,7 +366,7 @@ def _prepare_pages(
     sinks: torch.Tensor | None,
     scale: float,
     settings: HopperSettings | None,
-    is_settled: bool,
+    can_prefetch_kv: bool,
 ) -> _PagedLaunches:
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, page_size = pages[0].shape[1:3]
@@ -381,7 +382,7 @@ def _prepare_pages(
         q[None], pages, out[None], lse, "split" if split else "paged", (cu_seqlens_q, None, seq_lens, page_table),
         window_left, window_right, softcap, sinks, scale, s, group, pack,
         num_tokens // (TILE_ROWS * s.consumers // pack) + num_seqs, max_tokens, seq_lens,
-        max_split_items(num_seqs, max_tokens), parts, is_settled,
+        max_split_items(num_seqs, max_tokens), parts, can_prefetch_kv,
     )  # fmt: skip
     merge = None
     if split and max_parts > 1:

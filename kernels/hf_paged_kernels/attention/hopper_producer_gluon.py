@@ -56,7 +56,7 @@ def _copy_tile(
 @gluon.jit
 def produce(tensors, OPERAND: gl.constexpr, OPTIONS: gl.constexpr):
     """A producer warp: copies keys (OPERAND 0, with the queries) or values (1), ahead of the consumers."""
-    q_desc, desc, page_table, stride_table, is_settled, q_smem, smem, barriers, queue = tensors
+    q_desc, desc, page_table, stride_table, can_prefetch_kv, q_smem, smem, barriers, queue = tensors
     MODE: gl.constexpr = OPTIONS[0]
     GROUP: gl.constexpr = OPTIONS[1]
     PACK: gl.constexpr = OPTIONS[2]
@@ -94,7 +94,7 @@ def produce(tensors, OPERAND: gl.constexpr, OPTIONS: gl.constexpr):
             if MODE == "split":  # noqa: SIM102 - one is for the compiler, the other for the device
                 if turn == 0:
                     # Of one query, all keys but the last are of earlier steps.
-                    known = gl.where((is_settled != 0) & (query_len == 1), gl.minimum(stop, num_keys - 1), 0)
+                    known = gl.where((can_prefetch_kv != 0) & (query_len == 1), gl.minimum(stop, num_keys - 1), 0)
                     while (key + BLOCK_N <= known) & (count < STAGES):
                         pages, key, count = _copy_tile(
                             desc, smem, table_row, key, start, stop, pages, kv_head, count, full, empty,

@@ -24,8 +24,8 @@ def schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
     their full and empty barriers.
 
     Decode is launched before the previous kernel has ended (``dependent_launch_triton``). No warp touches global memory
-    before the first note, so it is enough that this one waits. Of a settled plan (``paged_attention_op``) the first
-    note goes out before: producers then copy keys and values of earlier steps, and wait before they copy anything else.
+    before the first note, so it is enough that this one waits. With ``can_prefetch_kv`` (``paged_attention_op``) the
+    first note goes out before: producers then copy keys and values of earlier steps, and wait before they copy more.
     Consumers write nothing before either, since they wait for the queries; of a split without keys, this warp waits.
 
     The counter of splits is the plan's, and all layers take it in turn: it is touched after the wait only, and whoever

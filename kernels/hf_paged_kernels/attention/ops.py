@@ -43,17 +43,7 @@ def flash_attention_op(
 
 @flash_attention_op.register_fake
 def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    max_seqlen_q: int,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    scale: float,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens_q: torch.Tensor | None, *_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     out = q.new_empty(*q.shape[:-1], v.shape[-1])
     lse_shape = (q.shape[1], q.shape[0]) if cu_seqlens_q is not None else (q.shape[0], q.shape[2], q.shape[1])
@@ -90,21 +80,9 @@ def flash_attention_backward_op(
 
 @flash_attention_backward_op.register_fake
 def _(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    dout: torch.Tensor,
-    dlse: torch.Tensor | None,
-    cu_seqlens_q: torch.Tensor | None,
-    cu_seqlens_k: torch.Tensor | None,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    scale: float,
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *others: Any
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    *_, sinks, _scale = others
     dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
     return dq, dk, dv, q.new_empty(q.shape[-2] if sinks is not None else 0, dtype=torch.float32)
 
@@ -126,13 +104,13 @@ def paged_attention_op(
     k_scale: torch.Tensor | None,
     v_scale: torch.Tensor | None,
     plan: torch.Tensor | None = None,
-    is_settled: bool = False,
+    can_prefetch_kv: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``paged_attention_launch`` for the arguments, and ``split_plan_op`` for ``plan``.
 
     Args:
-        is_settled: a call before this one has waited for ``plan`` and the page table, and wherever a sequence has one
-            query, its keys and values but the last are of launches before that call. The kernel may read all these
+        can_prefetch_kv: a call before this one has waited for ``plan`` and the page table, and wherever a sequence has
+            one query, its keys and values but the last are of launches before that call. The kernel may read all these
             before the one ahead of it has ended.
     """
     arguments = (
@@ -144,7 +122,7 @@ def paged_attention_op(
     if k_scale is None and uses_gluon(q, k_pages, v_pages, scale):
         from .hopper_gluon import hopper_paged_launch
 
-        return hopper_paged_launch(*arguments[:12], plan, is_settled=is_settled)
+        return hopper_paged_launch(*arguments[:12], plan, can_prefetch_kv=can_prefetch_kv)
     if k_scale is not None and v_scale is not None and q.dtype != torch.float32:
         if uses_quantized_gluon(q, k_pages, v_pages, k_scale, v_scale, max_query_len):
             from .paged_quantized_gluon import quantized_splits_launch
@@ -159,24 +137,7 @@ def paged_attention_op(
 
 
 @paged_attention_op.register_fake
-def _(
-    q: torch.Tensor,
-    k_pages: torch.Tensor,
-    v_pages: torch.Tensor,
-    page_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    max_query_len: int,
-    window_left: int | None,
-    window_right: int | None,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    scale: float,
-    k_scale: torch.Tensor | None,
-    v_scale: torch.Tensor | None,
-    plan: torch.Tensor | None = None,
-    is_settled: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(q: torch.Tensor, k_pages: torch.Tensor, v_pages: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     out = q.new_empty(*q.shape[:2], v_pages.shape[-1])
     return out, q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
 
@@ -199,7 +160,7 @@ def split_plan_op(
 
 
 @split_plan_op.register_fake
-def _(seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor, max_tokens: int, window_left: int | None) -> torch.Tensor:
+def _(seq_lens: torch.Tensor, cu_seqlens_q: torch.Tensor, max_tokens: int, *_: Any) -> torch.Tensor:
     from ..settings import split_plan_size
 
     return seq_lens.new_empty(split_plan_size(seq_lens.shape[0], max_tokens))
@@ -248,9 +209,7 @@ def merge_attention_states_op(
 
 
 @merge_attention_states_op.register_fake
-def _(
-    out_a: torch.Tensor, lse_a: torch.Tensor, out_b: torch.Tensor, lse_b: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _(out_a: torch.Tensor, lse_a: torch.Tensor, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
     return out_a.new_empty(out_a.shape), lse_a.new_empty(lse_a.shape)
 
 
