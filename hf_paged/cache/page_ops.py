@@ -87,7 +87,7 @@ def swap_in(group: PageGroup, table: SequenceTable, row: int, length: int, swapp
     Raises:
         OutOfPagesError: too few pages; nothing was changed.
     """
-    group.make_room(sum(swapped.held))
+    group.ensure_free(sum(swapped.held))
     taken = table.allocator.allocate(sum(swapped.held))
     for index, host in swapped.layers.items():
         layer = group.layers[index]

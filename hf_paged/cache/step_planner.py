@@ -194,7 +194,7 @@ class StepPlanner:
         counts = [num_new] * num_seqs if is_token is None else is_token.sum(1).tolist()
         self._begin_rows(num_seqs)
         leaders = self._leaders(update, is_token)
-        self._make_room(counts, leaders)
+        self._ensure_free(counts, leaders)
         before = list(group.table.lengths)
         copies = group.table.append(counts, group.keep_from(counts), leaders)
         if copies:
@@ -302,7 +302,7 @@ class StepPlanner:
             if not len(group.table):
                 group.table.adopt([[] for _ in range(num_seqs)], [0] * num_seqs)
 
-    def _make_room(self, counts: list[int], leaders: list[int] | None) -> None:
+    def _ensure_free(self, counts: list[int], leaders: list[int] | None) -> None:
         """Have free pages for a step in every group that has not taken its tokens yet.
 
         The first group of a step asks for all: where one of them cannot have its pages, none takes tokens.
@@ -312,7 +312,7 @@ class StepPlanner:
         """
         behind = min(group.columns for group in self.groups.values())
         waiting = [group for group in self.groups.values() if group.columns == behind]
-        self.pool.make_room({group.pages: group.pages_needed(counts, leaders) for group in waiting})
+        self.pool.ensure_free({group.pages: group.pages_needed(counts, leaders) for group in waiting})
 
     def _leaders(self, update: LayerUpdate, is_token: torch.Tensor | None) -> list[int] | None:
         """Per row, the first row of the same prompt, in whose pages a step's tokens go; None: every row for itself.

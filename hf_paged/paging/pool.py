@@ -295,7 +295,7 @@ class PageGroup:
             default=self.allocator.num_pages,
         )
 
-    def make_room(self, count: int) -> None:
+    def ensure_free(self, count: int) -> None:
         """Have ``count`` free pages, growing within the pool's budget. Growing copies nothing.
 
         Raises:
@@ -415,24 +415,24 @@ class PagePool:
         budget = self.num_pages * sum(g.num_layers for g in self.groups.values())
         return (budget - sum(g.allocator.num_pages * g.num_layers for g in self.groups.values())) // group.num_layers
 
-    def make_room(self, needs: Mapping[PageGroup, int]) -> None:
+    def ensure_free(self, needs: Mapping[PageGroup, int]) -> None:
         """Have ``needs[group]`` free pages in each group, or raise and leave all that is held as it is.
 
         Where the budget is spent, what other groups have free at their ends is taken.
 
         Raises:
-            OutOfPagesError, torch.OutOfMemoryError: see :meth:`PageGroup.make_room`.
+            OutOfPagesError, torch.OutOfMemoryError: see :meth:`PageGroup.ensure_free`.
         """
         try:
             for group, count in needs.items():
-                group.make_room(count)
+                group.ensure_free(count)
         except OutOfPagesError:
             if len(self.groups) == 1:
                 raise
             for group in self.groups.values():
                 group.trim(keep_free=needs.get(group, 0))
             for group, count in needs.items():
-                group.make_room(count)
+                group.ensure_free(count)
 
     def evict(self, group: PageGroup, count: int) -> None:
         """Let the prefix cache give back up to ``count`` pages of a group."""

@@ -244,12 +244,12 @@ def test_a_growing_pool_keeps_what_it_holds():
     pool = PagePool(8)
     pool.set_layers({None: 1})
     group = pool.groups[None]
-    group.make_room(1)
+    group.ensure_free(1)
     states = torch.randn(1, 2, 3, 4)
     layer = group.layer(0, states, states)
     layer.k[3] = 7.0
     before, address = group.allocator.num_pages, layer.k.data_ptr()
-    group.make_room(before + 1)
+    group.ensure_free(before + 1)
     assert layer.k.data_ptr() == address, "growing moves nothing"
     twin = copy.deepcopy(pool).groups[None].layers[0]
     layer.k[3, 0, 0, 0] += 1
@@ -264,12 +264,12 @@ def test_groups_draw_on_one_budget():
     """4 pages of a model with 3 layers: 12 layer pages, for whichever group asks first."""
     pool = PagePool(8, 4)
     pool.set_layers({None: 1, 16: 2})
-    pool.groups[16].make_room(3)
-    pool.groups[None].make_room(6)
+    pool.groups[16].ensure_free(3)
+    pool.groups[None].ensure_free(6)
     with pytest.raises(OutOfPagesError):
-        pool.groups[None].make_room(7)
+        pool.groups[None].ensure_free(7)
     with pytest.raises(OutOfPagesError):
-        pool.groups[16].make_room(4)
+        pool.groups[16].ensure_free(4)
     pool.check()
     with pytest.raises(ValueError, match="a pool of its own"):
         pool.set_layers({None: 3})

@@ -198,13 +198,13 @@ def test_a_group_gets_what_another_has_free():
     pool = hf_paged.PagePool(PAGE, 6)
     pool.set_layers({7: 2, None: 1})
     windows, full = pool.groups.values()
-    pool.make_room({windows: 8, full: 2})
+    pool.ensure_free({windows: 8, full: 2})
     taken = windows.allocator.allocate(8)
     windows.allocator.free(taken[1:])
-    pool.make_room({windows: 1, full: 14})
+    pool.ensure_free({windows: 1, full: 14})
     assert (windows.allocator.num_pages, full.allocator.num_pages) == (2, 14)
     with pytest.raises(hf_paged.OutOfPagesError):
-        pool.make_room({windows: 2, full: 15})
+        pool.ensure_free({windows: 2, full: 15})
     windows.allocator.free(taken[:1])
     pool.check()
 
@@ -337,7 +337,7 @@ def test_trimmed_memory_is_free_on_the_gpu():
     layer.k[:] = 0  # nothing yet, but kernels and allocator are warm
     torch.cuda.synchronize()
     start, _ = torch.cuda.mem_get_info()
-    group.make_room(256)  # 256 MiB
+    group.ensure_free(256)  # 256 MiB
     pages = group.allocator.allocate(256)
     layer.k[7] = 3.0
     full, _ = torch.cuda.mem_get_info()

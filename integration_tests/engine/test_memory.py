@@ -165,7 +165,7 @@ def test_a_layer_without_memory_is_not_found(monkeypatch, card):
     pool = PagePool(PAGE)
     pool.set_layers({None: 2})
     group = pool.groups[None]
-    group.make_room(4)
+    group.ensure_free(4)
     key = torch.randn(1, 2, 1, 16)
     first = group.layer(0, key, key)
     card.free = card.taken

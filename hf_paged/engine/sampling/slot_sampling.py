@@ -115,7 +115,7 @@ class SlotSampling:
         Returns:
             The tokens, and float64 ``[num_rows]``: the log-sum-exp of the logits of rows that report log-probabilities.
         """
-        self._make_room(logits.shape[-1])
+        self._grow(logits.shape[-1])
         tables = (
             words if name in INTEGERS else words.view(torch.float64) for name, words in zip(NEUTRAL, self._device_words)
         )
@@ -157,7 +157,7 @@ class SlotSampling:
         width = MARKS + -(-self.vocab_size // TOKENS_OF_WORD)
         return torch.zeros(num_slots + 1, width, dtype=torch.int64, device=self.device)
 
-    def _make_room(self, vocab_size: int) -> None:
+    def _grow(self, vocab_size: int) -> None:
         """Have marks for so many tokens: a model's graphs are all captured with the same number."""
         if vocab_size > self.vocab_size:
             self.vocab_size = vocab_size
