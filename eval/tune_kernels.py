@@ -22,8 +22,8 @@ from eval import command_line
 
 HOPPER_PREFILL = {
     64: [HopperSettings(c, 128, s, q) for c in (2, 3) for s, q in ((2, 2), (3, 1), (3, 2))]
-    + [HopperSettings(2, 128, 3, 2, take_turns=turns, full_weights=True) for turns in (False, True)]
-    + [HopperSettings(3, 128, 3, 1, take_turns=True)],
+    + [HopperSettings(2, 128, 3, 2, pingpong=turns, full_weights=True) for turns in (False, True)]
+    + [HopperSettings(3, 128, 3, 1, pingpong=True)],
     128: [HopperSettings(2, 128, 2, q) for q in (1, 2)] + [HopperSettings(2, 64, s, 1) for s in (3, 4)],
     256: [HopperSettings(2, 64, 2, 1), HopperSettings(2, 32, 3, 1), HopperSettings(1, 64, 2, 1)],
 }

@@ -257,7 +257,7 @@ class HopperSettings:
     """Settings of the Gluon kernel: consumer warp groups of 64 rows, keys per tile, stages, registers per thread.
 
     Attributes:
-        take_turns: consumers start their matrix products one after the other, so that one's softmax runs under the
+        pingpong: consumers start their matrix products one after the other, so that one's softmax runs under the
             others' products.
         full_weights: weights stay float32 from one tile to the next, and each thread sums its own. Fewer instructions
             and more registers.
@@ -269,7 +269,7 @@ class HopperSettings:
     q_stages: int = 1
     programs_per_sm: int = 1
     max_registers: int | None = None
-    take_turns: bool = False
+    pingpong: bool = False
     full_weights: bool = False
 
 
@@ -290,7 +290,7 @@ def hopper_settings(
     if head_dim == 128 and max_paged_keys is not None and max_paged_keys <= SHORT_CONTEXT:
         return HopperSettings(2, 64, 4, 2)
     return {
-        64: HopperSettings(3, 128, 3, 1, take_turns=True)
+        64: HopperSettings(3, 128, 3, 1, pingpong=True)
         if max_query_len > 8192 and max_paged_keys is None
         else HopperSettings(2, 128, 3, 2, full_weights=True),
         128: HopperSettings(2, 128, 2, 1),

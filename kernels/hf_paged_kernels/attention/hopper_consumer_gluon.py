@@ -67,23 +67,23 @@ def _step(
     scale_log2, softcap, window_left, window_right,
     MASKED: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, S_LAYOUT: gl.constexpr, O_LAYOUT: gl.constexpr,
-    P_LAYOUT: gl.constexpr, WHICH: gl.constexpr, CONSUMERS: gl.constexpr, TAKE_TURNS: gl.constexpr,
+    P_LAYOUT: gl.constexpr, WHICH: gl.constexpr, CONSUMERS: gl.constexpr, PINGPONG: gl.constexpr,
     FULL_WEIGHTS: gl.constexpr,
 ):  # fmt: skip
     """Scores of tile ``count``, while the weights ``p`` of tile ``count - 1`` are multiplied with its values."""
-    _q_full, _q_empty, k_full, k_empty, v_full, v_empty, turns = barriers
+    _q_full, _q_empty, k_full, k_empty, v_full, v_empty, pingpong_barriers = barriers
     stage = count % STAGES
     last = (count - 1) % STAGES
     mbarrier.wait(k_full.index(stage), count // STAGES & 1)
     zeros = gl.zeros([64, BLOCK_N], gl.float32, S_LAYOUT)
     weights = gl.convert_layout(p.to(k_tiles.dtype), P_LAYOUT)
-    if TAKE_TURNS:
-        mbarrier.wait(turns.index(WHICH), (steps & 1) ^ (1 if WHICH == 0 else 0))
+    if PINGPONG:
+        mbarrier.wait(pingpong_barriers.index(WHICH), (steps & 1) ^ (1 if WHICH == 0 else 0))
     s = warpgroup_mma(q_tile, k_tiles.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
     mbarrier.wait(v_full.index(last), (count - 1) // STAGES & 1)
     o = warpgroup_mma(weights, v_tiles.index(last), o, is_async=True)
-    if TAKE_TURNS:
-        mbarrier.arrive(turns.index((WHICH + 1) % CONSUMERS))
+    if PINGPONG:
+        mbarrier.arrive(pingpong_barriers.index((WHICH + 1) % CONSUMERS))
     s = warpgroup_mma_wait(1, deps=[s])
     mbarrier.arrive(k_empty.index(stage))
     p, correction, running_max, running_sum = _softmax(
@@ -134,9 +134,9 @@ def consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
     HAS_RIGHT: gl.constexpr = OPTIONS[10]
     HAS_SOFTCAP: gl.constexpr = OPTIONS[11]
     HAS_SINKS: gl.constexpr = OPTIONS[12]
-    TAKE_TURNS: gl.constexpr = OPTIONS[13]
+    PINGPONG: gl.constexpr = OPTIONS[13]
     FULL_WEIGHTS: gl.constexpr = OPTIONS[14]
-    q_full, q_empty, k_full, k_empty, v_full, v_empty, _turns = barriers
+    q_full, q_empty, k_full, k_empty, v_full, v_empty, _pingpong = barriers
     stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh = strides
     dtype: gl.constexpr = q_smem.dtype
     HALVES: gl.constexpr = HEAD_DIM // 64
@@ -217,7 +217,7 @@ def consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
                         o, p, running_max, running_sum, q_tile, k_smem, v_smem, barriers, count, steps,
                         index * BLOCK_N, positions, stop, scale_log2, softcap, window_left, window_right, run != 1,
                         HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, BLOCK_N, STAGES, S_LAYOUT, O_LAYOUT, P_LAYOUT, WHICH,
-                        CONSUMERS, TAKE_TURNS, FULL_WEIGHTS,
+                        CONSUMERS, PINGPONG, FULL_WEIGHTS,
                     )  # fmt: skip
                     count += 1
                     steps += 1

@@ -69,7 +69,7 @@ def _hopper_forward(
     MODE: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, PAGE_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr, Q_STAGES: gl.constexpr, CONSUMERS: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
-    TAKE_TURNS: gl.constexpr, FULL_WEIGHTS: gl.constexpr,
+    PINGPONG: gl.constexpr, FULL_WEIGHTS: gl.constexpr,
 ):  # fmt: skip
     """``num_warps`` must be 4: the warps that a program starts with are the first consumer."""
     dtype: gl.constexpr = q_desc.dtype
@@ -97,16 +97,16 @@ def _hopper_forward(
     for i in gl.static_range(2):
         mbarrier.init(note_full.index(i), count=1)
         mbarrier.init(note_empty.index(i), count=CONSUMERS + 2)
-    if TAKE_TURNS:
-        turns = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    if PINGPONG:
+        pingpong_barriers = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
         for i in gl.static_range(CONSUMERS):
-            mbarrier.init(turns.index(i), count=1)
+            mbarrier.init(pingpong_barriers.index(i), count=1)
     else:
-        turns = q_full  # Nobody waits for it.
+        pingpong_barriers = q_full  # Nobody waits for it.
     fence_async_shared()
 
     queue = (notes, note_full, note_empty)
-    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, turns)
+    barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, pingpong_barriers)
     lengths = (cu_seqlens_q, cu_seqlens_k, seq_lens, items, num_items)
     work = (
         num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, section, window_left, window_right,
@@ -121,7 +121,7 @@ def _hopper_forward(
     values = (q_desc, v_desc, page_table, stride_table, can_prefetch_kv, q_smem, v_smem, barriers, queue)
     options: gl.constexpr = (
         MODE, GROUP, PACK, PAGE_SIZE, HEAD_DIM, BLOCK_N, STAGES, Q_STAGES, CONSUMERS,
-        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_SINKS, TAKE_TURNS, FULL_WEIGHTS,
+        HAS_LEFT, HAS_RIGHT, HAS_SOFTCAP, HAS_SINKS, PINGPONG, FULL_WEIGHTS,
     )  # fmt: skip
     if CONSUMERS == 1:
         gl.warp_specialize(
@@ -230,7 +230,7 @@ def _prepare(
         MODE=mode, GROUP=group, PACK=pack, PAGE_SIZE=page_size, HEAD_DIM=head_dim, BLOCK_N=s.block_n,
         STAGES=s.stages, Q_STAGES=s.q_stages, CONSUMERS=s.consumers, HAS_LEFT=window_left is not None,
         HAS_RIGHT=window_right is not None, HAS_SOFTCAP=softcap is not None, HAS_SINKS=sinks is not None,
-        TAKE_TURNS=s.take_turns, FULL_WEIGHTS=s.full_weights,
+        PINGPONG=s.pingpong, FULL_WEIGHTS=s.full_weights,
         num_warps=4, maxnreg=s.max_registers, launch_pdl=split and has_dependent_launch(q.device),
     )  # fmt: skip
 

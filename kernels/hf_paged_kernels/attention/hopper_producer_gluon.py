@@ -73,9 +73,9 @@ def produce(tensors, OPERAND: gl.constexpr, OPTIONS: gl.constexpr):
     dtype: gl.constexpr = q_desc.dtype
     piece: gl.constexpr = gl.NVMMASharedLayout(128, 16, 4)
     if OPERAND == 0:
-        q_full, q_empty, full, empty, _v_full, _v_empty, _turns = barriers
+        q_full, q_empty, full, empty, _v_full, _v_empty, _pingpong = barriers
     else:
-        q_full, q_empty, _k_full, _k_empty, full, empty, _turns = barriers
+        q_full, q_empty, _k_full, _k_empty, full, empty, _pingpong = barriers
     q_pieces = view(q_smem, dtype, [Q_STAGES * CONSUMERS * HALVES, 1, 64 // PACK, PACK, 64], piece)
     pieces = view(smem, dtype, [STAGES * HALVES, 1, BLOCK_N, 1, 64], piece)
 
