@@ -53,7 +53,7 @@ from .hopper_scheduler_gluon import schedule
 from .split_plan_triton import empty_parts, make_split_plan_launch, prepare_merge
 
 LENGTHS = [
-    "num_tiles", "num_seqs", "seqlen_q", "seqlen_k", "num_blocks", "num_heads", "section", "stride_table",
+    "num_tiles", "num_seqs", "seqlen_q", "seqlen_k", "num_blocks", "num_heads", "l2_section", "stride_table",
     "stride_lb", "stride_lt", "stride_lh", "window_left", "window_right", "can_prefetch_kv",
 ]  # fmt: skip
 """Arguments whose value must not cause another compilation."""
@@ -62,8 +62,8 @@ LENGTHS = [
 @gluon.jit(do_not_specialize=LENGTHS)
 def _hopper_forward(
     q_desc, k_desc, v_desc, out, lse, sinks, parts, part_lse, cu_seqlens_q, cu_seqlens_k, seq_lens,
-    page_table, items, num_items, handed_out,
-    num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, section, stride_table,
+    page_table, items, num_items, tile_counter,
+    num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, l2_section, stride_table,
     stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh,
     scale_log2, softcap, window_left, window_right, can_prefetch_kv,
     MODE: gl.constexpr, GROUP: gl.constexpr, PACK: gl.constexpr, PAGE_SIZE: gl.constexpr, HEAD_DIM: gl.constexpr,
@@ -102,14 +102,14 @@ def _hopper_forward(
         for i in gl.static_range(CONSUMERS):
             mbarrier.init(pingpong_barriers.index(i), count=1)
     else:
-        pingpong_barriers = q_full  # Nobody waits for it.
+        pingpong_barriers = q_full  # No warp waits for it.
     fence_async_shared()
 
     queue = (notes, note_full, note_empty)
     barriers = (q_full, q_empty, k_full, k_empty, v_full, v_empty, pingpong_barriers)
     lengths = (cu_seqlens_q, cu_seqlens_k, seq_lens, items, num_items)
     work = (
-        num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, section, window_left, window_right,
+        num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, l2_section, window_left, window_right,
         can_prefetch_kv,
     )  # fmt: skip
     strides = (stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh)
@@ -127,7 +127,7 @@ def _hopper_forward(
         gl.warp_specialize(
             [
                 (consume, (tensors, 0, options)), (produce, (keys, 0, options)), (produce, (values, 1, options)),
-                (schedule, (lengths, work, queue, handed_out, options)),
+                (schedule, (lengths, work, queue, tile_counter, options)),
             ],
             [1, 1, 1], [40, 40, 40],
         )  # fmt: skip
@@ -136,7 +136,7 @@ def _hopper_forward(
             [
                 (consume, (tensors, 0, options)), (consume, (tensors, 1, options)),
                 (produce, (keys, 0, options)), (produce, (values, 1, options)),
-                (schedule, (lengths, work, queue, handed_out, options)),
+                (schedule, (lengths, work, queue, tile_counter, options)),
             ],
             [4, 1, 1, 1], [240, 24, 24, 24],
         )  # fmt: skip
@@ -145,7 +145,7 @@ def _hopper_forward(
             [
                 (consume, (tensors, 0, options)), (consume, (tensors, 1, options)), (consume, (tensors, 2, options)),
                 (produce, (keys, 0, options)), (produce, (values, 1, options)),
-                (schedule, (lengths, work, queue, handed_out, options)),
+                (schedule, (lengths, work, queue, tile_counter, options)),
             ],
             [4, 4, 1, 1, 1], [160, 160, 24, 24, 24],
         )  # fmt: skip
@@ -215,7 +215,7 @@ def _prepare(
         Tile(x, (ANY, *x.shape[1:]) if paged else x.shape, x.stride(), kv_block, LAYOUT) for x in k
     )
     columns = num_heads * (batch if mode == "dense" else 1)
-    section = max(1, min(columns, L2_BUDGET // max(1, 4 * head_dim * kv_tokens // (group if pack == 1 else 1))))
+    l2_section = max(1, min(columns, L2_BUDGET // max(1, 4 * head_dim * kv_tokens // (group if pack == 1 else 1))))
     num_tiles = max_items * num_heads if split else num_blocks * columns
     programs = multiprocessors(q.device) * s.programs_per_sm
     plan = (Part(counter, 4), counter, Part(counter, 1)) if split else (None, None, counter)
@@ -223,7 +223,7 @@ def _prepare(
     return Launch(
         _hopper_forward, (min(programs, num_tiles),),
         q_desc, k_desc, v_desc, out, lse, sinks, *parts, cu_seqlens_q, cu_seqlens_k, seq_lens, page_table, *plan,
-        num_tiles, num_seqs, seqlen_q, k[0].shape[1], num_blocks, num_heads, section,
+        num_tiles, num_seqs, seqlen_q, k[0].shape[1], num_blocks, num_heads, l2_section,
         0 if page_table is None else page_table.stride(0), *out.stride()[:3],
         lse.stride(0) if mode == "dense" else 0, lse.stride(-1), lse.stride(-2),
         scale_log2, softcap or 0.0, window_left or 0, window_right or 0, int(can_prefetch_kv),

@@ -17,11 +17,11 @@ load_item = gluon.jit(split_plan_triton.load_item.fn)
 
 
 @gluon.jit
-def schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
+def schedule(lengths, work, queue, tile_counter, OPTIONS: gl.constexpr):
     """The scheduler warp: finds out what this program does next and hands it out, a tile ahead of the others.
 
-    Tiles go to who asks first: ``handed_out`` counts them. ``queue``: two notes of 16 numbers in shared memory with
-    their full and empty barriers.
+    A program that is free takes the next tile by ``tile_counter``. ``queue``: two notes of 16 numbers in shared memory
+    with their full and empty barriers.
 
     Decode is launched before the previous kernel has ended (``dependent_launch_triton``). No warp touches global memory
     before the first note, so it is enough that this one waits. With ``can_prefetch_kv`` (``paged_attention_op``) the
@@ -56,15 +56,15 @@ def schedule(lengths, work, queue, handed_out, OPTIONS: gl.constexpr):
         _hand_out(found, turn, queue)
         if MODE == "split":
             gdc_wait()
-        tile = gl.num_programs(0) + _count_up(handed_out, "relaxed")
+        tile = gl.num_programs(0) + _count_up(tile_counter, "relaxed")
         if MODE == "split":
             item = load_item(lengths[3], gl.minimum(tile, num_tiles - 1) // work[5])
         turn += 1
     if MODE == "split":
         gdc_wait()
-        if _count_up(handed_out + 1, "acq_rel") == gl.num_programs(0) - 1:
-            gl.atomic_xchg(handed_out + 1, 0)
-            gl.atomic_xchg(handed_out, 0)
+        if _count_up(tile_counter + 1, "acq_rel") == gl.num_programs(0) - 1:
+            gl.atomic_xchg(tile_counter + 1, 0)
+            gl.atomic_xchg(tile_counter, 0)
         gdc_launch_dependents()  # The merge gets ready meanwhile.
     nothing = tile * 0
     _hand_out(
@@ -159,12 +159,12 @@ def _find_block(
     most keys, come first.
     """
     cu_seqlens_q, cu_seqlens_k, seq_lens, _items, _num_items = lengths
-    _num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, section, window_left, window_right, _ = work
+    _num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, l2_section, window_left, window_right, _ = work
     none = tile * 0
     num_columns = num_heads * num_seqs if MODE == "dense" else num_heads
-    start_column = tile // (section * num_blocks) * section
-    rest = tile % (section * num_blocks)
-    width = gl.minimum(section, num_columns - start_column)
+    start_column = tile // (l2_section * num_blocks) * l2_section
+    rest = tile % (l2_section * num_blocks)
+    width = gl.minimum(l2_section, num_columns - start_column)
     block = num_blocks - 1 - rest // width
     column = start_column + rest % width
     head = column % num_heads

@@ -369,7 +369,7 @@ class SplitPlan:
 
     Attributes:
         num_items: int32 ``[1]``.
-        handed_out: int32 ``[3]``, zeros: counters for the kernel that walks through the items, which leaves zeros
+        tile_counter: int32 ``[3]``, zeros: counters for the kernel that walks through the items, which leaves zeros
             again. So one launch at a time can use a plan.
         items: int32 ``[ITEM_NUMBERS * max_items]``, see above.
         sequences: int32 ``[2 * num_seqs]``: where a sequence's first part lies, and their number.
@@ -377,7 +377,7 @@ class SplitPlan:
     """
 
     num_items: torch.Tensor
-    handed_out: torch.Tensor
+    tile_counter: torch.Tensor
     items: torch.Tensor
     sequences: torch.Tensor
     max_items: int
