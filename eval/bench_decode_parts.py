@@ -24,13 +24,13 @@ import torch.nn.functional as F
 import triton
 from hf_paged_kernels.layers.ops import gated_activation_op, rms_norm_op, rms_norm_parts_op
 from hf_paged_kernels.linear.decode import (
-    batch_gated_linear_op,
-    batch_linear_op,
-    batch_linear_settings,
+    decode_gated_linear_op,
+    decode_linear_op,
+    decode_linear_settings,
     linear_parts_op,
     num_linear_parts,
 )
-from hf_paged_kernels.linear.skinny import small_gated_linear_op, small_linear_op
+from hf_paged_kernels.linear.skinny import skinny_gated_linear_op, skinny_linear_op
 from hf_paged_kernels.linear.skinny_settings import MAX_TOKENS
 from hf_paged_kernels.sampling.ops import sample_tokens_op
 from hf_paged_kernels.sampling.reference import MARKS, sample_tokens_reference
@@ -95,23 +95,23 @@ class Step:
             return self.batched(h)
         for i in range(self.shape.layers):
             layer = self.layers[i % len(self.layers)]
-            q = small_linear_op(h, layer["qkv"], None, None, self.norm, EPS)[:, : self.shape.attention]
-            h = small_linear_op(q, layer["o"], None, h, None, 0.0)
-            gated = small_gated_linear_op(h, layer["gate_up"], None, self.norm, EPS)
-            h = small_linear_op(gated, layer["down"], None, h, None, 0.0)
-        return small_linear_op(h, self.head, None, None, self.norm, EPS)
+            q = skinny_linear_op(h, layer["qkv"], None, None, self.norm, EPS)[:, : self.shape.attention]
+            h = skinny_linear_op(q, layer["o"], None, h, None, 0.0)
+            gated = skinny_gated_linear_op(h, layer["gate_up"], None, self.norm, EPS)
+            h = skinny_linear_op(gated, layer["down"], None, h, None, 0.0)
+        return skinny_linear_op(h, self.head, None, None, self.norm, EPS)
 
     def batched(self, h: torch.Tensor, cublas_only: bool = False) -> torch.Tensor:
         """As a fused model runs them for more than a few tokens; with every matmul from cuBLAS if asked."""
         normed, total = rms_norm_op(h, self.norm, EPS, 0.0, True, None)[0], h
         for i in range(self.shape.layers):
             layer = self.layers[i % len(self.layers)]
-            q = F.linear(normed, layer["qkv"]) if cublas_only else batch_linear_op(normed, layer["qkv"], None)
+            q = F.linear(normed, layer["qkv"]) if cublas_only else decode_linear_op(normed, layer["qkv"], None)
             normed, total = self._add(q[:, : self.shape.attention], layer["o"], total, cublas_only)
-            if cublas_only or batch_linear_settings(normed, layer["gate_up"], gated=True) is None:
+            if cublas_only or decode_linear_settings(normed, layer["gate_up"], gated=True) is None:
                 gated = gated_activation_op(F.linear(normed, layer["gate_up"]), "silu", "gate_up")
             else:
-                gated = batch_gated_linear_op(normed, layer["gate_up"], None)
+                gated = decode_gated_linear_op(normed, layer["gate_up"], None)
             normed, total = self._add(gated, layer["down"], total, cublas_only)
         return F.linear(normed, self.head)
 

@@ -12,8 +12,8 @@ import torch
 from hf_paged_kernels.attention import ops as attention_ops
 from hf_paged_kernels.backend import has_gluon
 from hf_paged_kernels.layers import ops as layer_ops
-from hf_paged_kernels.linear.decode import batch_linear_op
-from hf_paged_kernels.linear.skinny import small_gated_linear_op, small_linear_op
+from hf_paged_kernels.linear.decode import decode_linear_op
+from hf_paged_kernels.linear.skinny import skinny_gated_linear_op, skinny_linear_op
 from hf_paged_kernels.sampling import ops as sampling_ops
 from hf_paged_kernels.sampling.reference import slot_rules
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -181,12 +181,12 @@ def _layer_checks(new: Callable[..., torch.Tensor]) -> list[Check]:
 
     def skinny(t: Tensors) -> list[torch.Tensor]:
         return [
-            small_linear_op(t["x"], t["w"], None, None, t["norm"], 1e-6),
-            small_gated_linear_op(t["x"], t["w"], None, t["norm"], 1e-6),
+            skinny_linear_op(t["x"], t["w"], None, None, t["norm"], 1e-6),
+            skinny_gated_linear_op(t["x"], t["w"], None, t["norm"], 1e-6),
         ]
 
     def decode(t: Tensors) -> list[torch.Tensor]:
-        return [batch_linear_op(t["x"], t["w"], None)]
+        return [decode_linear_op(t["x"], t["w"], None)]
 
     hidden = {"x": new(5, 512), "residual": new(5, 512), "weight": new(512)}
     angles = torch.rand(5, 32) * 6

@@ -22,14 +22,14 @@ import torch.nn.functional as F
 from hf_paged_kernels.backend import has_gluon
 from hf_paged_kernels.layers.ops import gated_activation_op, rms_norm_op, rms_norm_parts_op
 from hf_paged_kernels.linear.decode import (
-    batch_gated_linear_op,
-    batch_linear_op,
-    batch_linear_settings,
+    decode_gated_linear_op,
+    decode_linear_op,
+    decode_linear_settings,
     linear_parts_op,
     num_linear_parts,
 )
-from hf_paged_kernels.linear.skinny import small_gated_linear_op, small_linear_op
-from hf_paged_kernels.linear.skinny_settings import choose_small_linear
+from hf_paged_kernels.linear.skinny import skinny_gated_linear_op, skinny_linear_op
+from hf_paged_kernels.linear.skinny_settings import choose_skinny_linear
 from torch import nn
 
 from ..transformers_internals import given_cache
@@ -158,7 +158,7 @@ def is_small(num_tokens: int, weight: torch.Tensor, is_gated: bool = False) -> b
     if not has_gluon(weight.device) or weight.dtype == torch.float64:
         return False
     out_features, in_features = weight.shape
-    return choose_small_linear(num_tokens, out_features, in_features, is_gated, weight.element_size()) is not None
+    return choose_skinny_linear(num_tokens, out_features, in_features, is_gated, weight.element_size()) is not None
 
 
 def linear(
@@ -169,11 +169,11 @@ def linear(
         if norm is not None and not norm.is_plain:
             x, norm = norm.normalize(x), None
         weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-        return small_linear_op(x, packed.weight, packed.bias, residual, weight, eps)
+        return skinny_linear_op(x, packed.weight, packed.bias, residual, weight, eps)
     assert residual is None
     x = x if norm is None else norm.normalize(x)
-    if batch_linear_settings(x, packed.weight) is not None:
-        return batch_linear_op(x, packed.weight, packed.bias)
+    if decode_linear_settings(x, packed.weight) is not None:
+        return decode_linear_op(x, packed.weight, packed.bias)
     return F.linear(x, packed.weight, packed.bias)
 
 
@@ -283,10 +283,10 @@ class FusedMlp(Unit):
             if norm is not None and not norm.is_plain:
                 x, norm = norm.normalize(x), None
             weight, eps = (None, 0.0) if norm is None else (norm.weight, norm.eps)
-            return small_gated_linear_op(x, self.gate_up.weight, self.gate_up.bias, weight, eps)
-        if is_usual and batch_linear_settings(x, self.gate_up.weight, gated=True) is not None:
+            return skinny_gated_linear_op(x, self.gate_up.weight, self.gate_up.bias, weight, eps)
+        if is_usual and decode_linear_settings(x, self.gate_up.weight, gated=True) is not None:
             x = x if norm is None else norm.normalize(x)
-            return batch_gated_linear_op(x, self.gate_up.weight, self.gate_up.bias)
+            return decode_gated_linear_op(x, self.gate_up.weight, self.gate_up.bias)
         return gated_activation_op(linear(x, self.gate_up, norm), self.activation, self.order)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

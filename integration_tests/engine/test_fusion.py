@@ -55,7 +55,7 @@ def few_tokens(monkeypatch):
 def in_parts(monkeypatch):
     """The path of up to 256 tokens on a GPU: matmuls that leave parts; gate, up and activation in one."""
     monkeypatch.setattr(forwards, "num_linear_parts", lambda num_tokens, weight: 3 if num_tokens > 2 else 0)
-    monkeypatch.setattr(forwards, "batch_linear_settings", lambda x, weight, gated=False: len(x) > 1 or None)
+    monkeypatch.setattr(forwards, "decode_linear_settings", lambda x, weight, gated=False: len(x) > 1 or None)
 
 
 # The same results

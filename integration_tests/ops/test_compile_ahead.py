@@ -23,17 +23,17 @@ SCRIPT = """
     from hf_paged_kernels import backend
     from hf_paged_kernels.launch_triton import compile_only
     from hf_paged_kernels.layers.rms_norm_triton import rms_norm_launch
-    from hf_paged_kernels.linear.decode_gluon import batch_linear_launch
-    from hf_paged_kernels.linear.decode_settings import choose_batch_linear
-    from hf_paged_kernels.linear.skinny_gluon import small_linear_launch
-    from hf_paged_kernels.linear.skinny_settings import choose_small_linear
+    from hf_paged_kernels.linear.decode_gluon import decode_linear_launch
+    from hf_paged_kernels.linear.decode_settings import choose_decode_linear
+    from hf_paged_kernels.linear.skinny_gluon import skinny_linear_launch
+    from hf_paged_kernels.linear.skinny_settings import choose_skinny_linear
 
     def launch_some():
         x, weight = hopper.new(64, 1024), hopper.new(4096, 1024)
         rms_norm_launch(x, hopper.new(1024), 1e-5, 0.0, True, None)
-        batch_linear_launch(x, weight, None, choose_batch_linear(64, 4096, 1024, False, False), gated=False)
-        settings = choose_small_linear(4, 4096, 1024, False, 2)
-        small_linear_launch(x[:4], weight, None, None, None, 1e-5, settings, gated=False)
+        decode_linear_launch(x, weight, None, choose_decode_linear(64, 4096, 1024, False, False), gated=False)
+        settings = choose_skinny_linear(4, 4096, 1024, False, 2)
+        skinny_linear_launch(x[:4], weight, None, None, None, 1e-5, settings, gated=False)
 
     launches = []
     with backend.recording(lambda *launch: launches.append(launch)):

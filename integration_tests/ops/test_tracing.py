@@ -190,10 +190,10 @@ def op_calls():
             (torch.randn(3, 50), ids, int64(5, 6, 7), doubles * 0.7, ids.clone(), doubles, doubles * 0, ids.clone(),
              ids.clone(), torch.zeros(3, MARKS + 2, dtype=torch.int64), int64(1, 1, 1)),
         ),
-        "small_linear": (skinny.small_linear_op, (x, weight, torch.randn(24), torch.randn(3, 24), norm[0], 1e-6)),
-        "small_gated_linear": (skinny.small_gated_linear_op, (x, weight, torch.randn(24), norm[0], 1e-6)),
-        "batch_linear": (decode.batch_linear_op, (x, weight, torch.randn(24))),
-        "batch_gated_linear": (decode.batch_gated_linear_op, (x, weight, torch.randn(24))),
+        "skinny_linear": (skinny.skinny_linear_op, (x, weight, torch.randn(24), torch.randn(3, 24), norm[0], 1e-6)),
+        "skinny_gated_linear": (skinny.skinny_gated_linear_op, (x, weight, torch.randn(24), norm[0], 1e-6)),
+        "decode_linear": (decode.decode_linear_op, (x, weight, torch.randn(24))),
+        "decode_gated_linear": (decode.decode_gated_linear_op, (x, weight, torch.randn(24))),
         "linear_parts": (decode.linear_parts_op, (x, weight, torch.randn(24), 2)),
     }  # fmt: skip
 

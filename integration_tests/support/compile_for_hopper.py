@@ -113,30 +113,30 @@ def quantised() -> None:
 
 def linear() -> None:
     """Linear layers of few and of more tokens, plain, gated and in parts."""
-    from hf_paged_kernels.linear.decode_gluon import batch_linear_launch, linear_parts_launch
-    from hf_paged_kernels.linear.decode_settings import choose_batch_linear
-    from hf_paged_kernels.linear.skinny_gluon import small_linear_launch
-    from hf_paged_kernels.linear.skinny_settings import choose_small_linear
+    from hf_paged_kernels.linear.decode_gluon import decode_linear_launch, linear_parts_launch
+    from hf_paged_kernels.linear.decode_settings import choose_decode_linear
+    from hf_paged_kernels.linear.skinny_gluon import skinny_linear_launch
+    from hf_paged_kernels.linear.skinny_settings import choose_skinny_linear
 
     for rows, columns in ((4096, 1024), (6144, 4096)):
         weight = new(rows, columns)
         for tokens, gated in itertools.product((1, 2, 4, 16), (False, True)):
-            settings = choose_small_linear(tokens, rows, columns, gated, 2)
+            settings = choose_skinny_linear(tokens, rows, columns, gated, 2)
             if settings is None:
                 continue
             x, bias, norm = new(tokens, columns), new(rows), new(columns)
             residual = None if gated else new(tokens, rows)
-            small_linear_launch(x, weight, None, None, norm if gated else None, 1e-5, settings, gated)
-            small_linear_launch(x, weight, bias, residual, norm, 1e-5, replace(settings, norm_first=False), gated)
+            skinny_linear_launch(x, weight, None, None, norm if gated else None, 1e-5, settings, gated)
+            skinny_linear_launch(x, weight, bias, residual, norm, 1e-5, replace(settings, norm_first=False), gated)
         for tokens in (24, 64, 256):
             x = new(tokens, columns)
             for gated, in_parts in ((False, False), (True, False), (False, True)):
-                chosen = choose_batch_linear(tokens, rows, columns, gated, in_parts)
+                chosen = choose_decode_linear(tokens, rows, columns, gated, in_parts)
                 for bias in (None, new(rows)) if chosen is not None else ():
                     if in_parts:
                         linear_parts_launch(x, weight, bias, chosen)
                     else:
-                        batch_linear_launch(x, weight, bias, chosen, gated)
+                        decode_linear_launch(x, weight, bias, chosen, gated)
 
 
 def small() -> None:

@@ -1,10 +1,10 @@
 """Linear layers of some tens of tokens, as ``torch.library`` ops: a decode step of many sequences.
 
-    batch_linear_op(x, weight, bias)                 x W^T + bias
-    batch_gated_linear_op(x, weight, bias)           silu(x Wg^T + bg) * (x Wu^T + bu)
+    decode_linear_op(x, weight, bias)                 x W^T + bias
+    decode_gated_linear_op(x, weight, bias)           silu(x Wg^T + bg) * (x Wu^T + bu)
     linear_parts_op(x, weight, bias, num_parts)      parts of x W^T + bias, for ``rms_norm_parts_op`` to add
 
-On a Hopper GPU a kernel of ``decode_gluon`` does it where :func:`choose_batch_linear` has settings; elsewhere
+On a Hopper GPU a kernel of ``decode_gluon`` does it where :func:`choose_decode_linear` has settings; elsewhere
 PyTorch's operators do. For up to 16 tokens there is :mod:`.skinny`.
 """
 
@@ -15,13 +15,13 @@ import torch.nn.functional as F
 
 from ..backend import has_gluon
 from ..eager import eager_op
-from .decode_settings import BatchLinearSettings, choose_batch_linear
+from .decode_settings import DecodeLinearSettings, choose_decode_linear
 
 
-def batch_linear_settings(
+def decode_linear_settings(
     x: torch.Tensor, weight: torch.Tensor, gated: bool = False, in_parts: bool = False
-) -> BatchLinearSettings | None:
-    """Settings for these tensors, or None where PyTorch's operators run (see :func:`choose_batch_linear`)."""
+) -> DecodeLinearSettings | None:
+    """Settings for these tensors, or None where PyTorch's operators run (see :func:`choose_decode_linear`)."""
     settings = _settings_of(x.shape[0], weight, gated, in_parts)
     # What TMA can read: rows that begin at multiples of 16 bytes.
     if settings is None or x.dtype != weight.dtype or x.stride(-1) != 1 or x.stride(0) % 8 or x.data_ptr() % 16:
@@ -35,18 +35,18 @@ def num_linear_parts(num_tokens: int, weight: torch.Tensor) -> int:
     return 0 if settings is None else settings.num_parts
 
 
-def _settings_of(num_tokens: int, weight: torch.Tensor, gated: bool, in_parts: bool) -> BatchLinearSettings | None:
+def _settings_of(num_tokens: int, weight: torch.Tensor, gated: bool, in_parts: bool) -> DecodeLinearSettings | None:
     if not has_gluon(weight.device) or weight.dtype not in (torch.float16, torch.bfloat16):
         return None
     out_features, in_features = weight.shape
-    settings = choose_batch_linear(num_tokens, out_features, in_features, gated, in_parts)
+    settings = choose_decode_linear(num_tokens, out_features, in_features, gated, in_parts)
     if settings is None or not weight.is_contiguous() or weight.data_ptr() % 16:
         return None
     return settings
 
 
-@eager_op("hf_paged::batch_linear")
-def batch_linear_op(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+@eager_op("hf_paged::decode_linear")
+def decode_linear_op(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``x W^T + bias``, [T, N], summed in float32 and rounded once.
 
     The kernel may start before the kernels launched just before it have ended (programmatic dependent launch) and read
@@ -57,21 +57,21 @@ def batch_linear_op(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         weight: [N, K], contiguous.
         bias: [N] or None.
     """
-    settings = batch_linear_settings(x, weight)
+    settings = decode_linear_settings(x, weight)
     if settings is None:
         return F.linear(x, weight, bias)
-    from .decode_gluon import batch_linear_launch
+    from .decode_gluon import decode_linear_launch
 
-    return batch_linear_launch(x, weight, bias, settings, gated=False)
+    return decode_linear_launch(x, weight, bias, settings, gated=False)
 
 
-@batch_linear_op.register_fake
+@decode_linear_op.register_fake
 def _(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@eager_op("hf_paged::batch_gated_linear")
-def batch_gated_linear_op(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+@eager_op("hf_paged::decode_gated_linear")
+def decode_gated_linear_op(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """``silu(x Wg^T + bg) * (x Wu^T + bu)``, [T, I], rounded where eager PyTorch does; starts early likewise.
 
     Args:
@@ -79,16 +79,16 @@ def batch_gated_linear_op(x: torch.Tensor, weight: torch.Tensor, bias: torch.Ten
         weight: [2 I, K], contiguous: the rows of the gate Wg, then those of Wu.
         bias: [2 I] or None.
     """
-    settings = batch_linear_settings(x, weight, gated=True)
+    settings = decode_linear_settings(x, weight, gated=True)
     if settings is None:
         gate, up = F.linear(x, weight, bias).chunk(2, dim=-1)
         return F.silu(gate).mul_(up)
-    from .decode_gluon import batch_linear_launch
+    from .decode_gluon import decode_linear_launch
 
-    return batch_linear_launch(x, weight, bias, settings, gated=True)
+    return decode_linear_launch(x, weight, bias, settings, gated=True)
 
 
-@batch_gated_linear_op.register_fake
+@decode_gated_linear_op.register_fake
 def _(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[0] // 2)
 
@@ -103,7 +103,7 @@ def linear_parts_op(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | 
         bias: [N] or None; in the first part.
         num_parts: P, as :func:`num_linear_parts` gives it.
     """
-    settings = batch_linear_settings(x, weight, in_parts=True)
+    settings = decode_linear_settings(x, weight, in_parts=True)
     if settings is None or settings.num_parts != num_parts:
         return linear_parts_reference(x, weight, bias, num_parts)
     from .decode_gluon import linear_parts_launch
@@ -135,5 +135,5 @@ def _no_backward(ctx: object, *grads: torch.Tensor) -> None:
 
 
 # Without this, autograd would silently treat the outputs as constants in some dispatch modes.
-for _op in (batch_linear_op, batch_gated_linear_op, linear_parts_op):
+for _op in (decode_linear_op, decode_gated_linear_op, linear_parts_op):
     _op.register_autograd(_no_backward)

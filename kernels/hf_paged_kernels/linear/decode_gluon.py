@@ -32,7 +32,7 @@ from ..compat_gluon import barrier, load_async
 from ..dependent_launch_triton import has_dependent_launch
 from ..launch_triton import Tile, launch
 from ..settings import cdiv
-from .decode_settings import BatchLinearSettings
+from .decode_settings import DecodeLinearSettings
 
 
 @gluon.jit
@@ -86,7 +86,7 @@ def _store(out, bias, total, up, part, token, feature, num_tokens, num_features,
 
 
 @gluon.jit(do_not_specialize=["num_tokens", "num_features", "num_steps", "num_parts"])
-def _batch_linear(
+def _decode_linear(
     x_desc,
     more_desc,
     w_desc,
@@ -167,17 +167,17 @@ def _batch_linear(
         _store(out, bias, second, second, part, token + TOKENS, feature, num_tokens, num_features, False)
 
 
-def batch_linear_launch(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, settings: BatchLinearSettings, gated: bool
+def decode_linear_launch(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, settings: DecodeLinearSettings, gated: bool
 ) -> torch.Tensor:
-    """Launch on checked arguments; see ``batch_linear_op``, and ``batch_gated_linear_op`` where ``gated``."""
+    """Launch on checked arguments; see ``decode_linear_op``, and ``decode_gated_linear_op`` where ``gated``."""
     out = x.new_empty(x.shape[0], weight.shape[0] // 2 if gated else weight.shape[0])
     _launch(x, weight, bias, out, settings, gated)
     return out
 
 
 def linear_parts_launch(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, settings: BatchLinearSettings
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, settings: DecodeLinearSettings
 ) -> torch.Tensor:
     """Launch on checked arguments; see ``linear_parts_op``."""
     out = x.new_empty(settings.num_parts, x.shape[0], weight.shape[0], dtype=torch.float32)
@@ -190,7 +190,7 @@ def _launch(
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     out: torch.Tensor,
-    settings: BatchLinearSettings,
+    settings: DecodeLinearSettings,
     gated: bool,
 ) -> None:
     s = settings
@@ -200,7 +200,7 @@ def _launch(
     more_desc = _descriptor(x, s.more_tokens, s.block_k) if s.more_tokens else x_desc
     with device_guard(x):
         launch(
-            _batch_linear, grid,
+            _decode_linear, grid,
             x_desc, more_desc, _descriptor(weight, s.features, s.block_k), contiguous(bias), out,
             num_tokens, num_features, cdiv(x.shape[1], s.block_k), s.num_parts,
             TOKENS=s.tokens, MORE=s.more_tokens, BLOCK_K=s.block_k, STAGES=s.stages, GATED=gated,

@@ -18,7 +18,7 @@ MIN_STEPS = 4
 
 
 @dataclass(frozen=True, slots=True)
-class BatchLinearSettings:
+class DecodeLinearSettings:
     """Settings of one launch.
 
     Attributes:
@@ -38,9 +38,9 @@ class BatchLinearSettings:
     features: int = FEATURES
 
 
-def choose_batch_linear(
+def choose_decode_linear(
     num_tokens: int, out_features: int, in_features: int, gated: bool = False, in_parts: bool = False
-) -> BatchLinearSettings | None:
+) -> DecodeLinearSettings | None:
     """Settings for ``[num_tokens, in_features] x [out_features, in_features]`` in half precision; None: use cuBLAS.
 
     A pure function of its arguments, from measurements on an H200 (``eval/results/decode_step_h200.md``).
@@ -59,28 +59,28 @@ def choose_batch_linear(
         if tiles < 48 or (num_tokens > 64 and not is_short):
             return None
         if num_tokens > 128:
-            return BatchLinearSettings(64, 0, 64, 4) if num_tokens > 152 else None
+            return DecodeLinearSettings(64, 0, 64, 4) if num_tokens > 152 else None
         # Two programs on a multiprocessor where there are more than one for each.
-        return BatchLinearSettings(few, 0, 128, 2 if tiles > PROGRAMS else 4)
+        return DecodeLinearSettings(few, 0, 128, 2 if tiles > PROGRAMS else 4)
     if not in_parts:
         if num_tokens <= 64:
-            return BatchLinearSettings(few, 0, 128, 6) if BUSY <= tiles <= PROGRAMS else None
+            return DecodeLinearSettings(few, 0, 128, 6) if BUSY <= tiles <= PROGRAMS else None
         if not is_short or 2 * tiles < BUSY:
             return None
         if num_tokens <= 128:
-            return BatchLinearSettings(64, 0, 128, 6)
-        return BatchLinearSettings(64, 32, 128, 5) if num_tokens <= 192 else BatchLinearSettings(128, 0, 128, 4)
+            return DecodeLinearSettings(64, 0, 128, 6)
+        return DecodeLinearSettings(64, 32, 128, 5) if num_tokens <= 192 else DecodeLinearSettings(128, 0, 128, 4)
     max_parts = min(MAX_PARTS, in_features // (128 * MIN_STEPS))
     if num_tokens <= 64 or (tiles <= 32 and num_tokens <= 192):
-        best = BatchLinearSettings(few, 0, 128, 6)
+        best = DecodeLinearSettings(few, 0, 128, 6)
     elif tiles <= 32 or 104 < num_tokens <= 128:
-        best = BatchLinearSettings(128, 0, 128, 4)
+        best = DecodeLinearSettings(128, 0, 128, 4)
     elif num_tokens <= 104 or (num_tokens <= 192 and in_features > 8192):
         return None
     elif num_tokens <= 192:
-        best = BatchLinearSettings(128, 64, 64, 7)
+        best = DecodeLinearSettings(128, 64, 64, 7)
     else:
-        best = BatchLinearSettings(128, 0, 64, 7, features=128)
+        best = DecodeLinearSettings(128, 0, 64, 7, features=128)
     programs = -(-out_features // best.features) * -(-num_tokens // (best.tokens + best.more_tokens))
     num_parts = min(max_parts, PROGRAMS // programs)
     if num_parts * programs < BUSY or (num_tokens > 64 and num_parts < 2):

@@ -1,11 +1,11 @@
 """Linear layers of a few tokens, as ``torch.library`` ops: a decode step of few sequences reads weights, little else.
 
-    small_linear_op(x, weight, bias, residual, norm_weight, norm_eps)   norm(x) W^T + bias + residual
-    small_gated_linear_op(x, weight, bias, norm_weight, norm_eps)       silu(norm(x) Wg^T + bg) * (norm(x) Wu^T + bu)
+    skinny_linear_op(x, weight, bias, residual, norm_weight, norm_eps)   norm(x) W^T + bias + residual
+    skinny_gated_linear_op(x, weight, bias, norm_weight, norm_eps)       silu(norm(x) Wg^T + bg) * (norm(x) Wu^T + bu)
 
 ``norm(x) = x / sqrt(mean(x^2) + norm_eps) * norm_weight``, or x itself where ``norm_weight`` is None.
 
-On a Hopper GPU a kernel of ``skinny_gluon`` does all of it where :func:`choose_small_linear` has settings: sums
+On a Hopper GPU a kernel of ``skinny_gluon`` does all of it where :func:`choose_skinny_linear` has settings: sums
 in float32, one rounding at the end. Elsewhere PyTorch's operators run one after the other, each rounding to x's dtype.
 """
 
@@ -16,19 +16,19 @@ import torch.nn.functional as F
 
 from ..backend import has_gluon
 from ..eager import eager_op
-from .skinny_settings import SmallLinearSettings, choose_small_linear
+from .skinny_settings import SkinnyLinearSettings, choose_skinny_linear
 
 
-def small_linear_settings(x: torch.Tensor, weight: torch.Tensor, gated: bool) -> SmallLinearSettings | None:
-    """Settings for these tensors, or None where PyTorch's operators run (see :func:`choose_small_linear`)."""
+def skinny_linear_settings(x: torch.Tensor, weight: torch.Tensor, gated: bool) -> SkinnyLinearSettings | None:
+    """Settings for these tensors, or None where PyTorch's operators run (see :func:`choose_skinny_linear`)."""
     if not has_gluon(x.device) or x.dtype != weight.dtype or x.stride(-1) != 1 or not weight.is_contiguous():
         return None
     out_features, in_features = weight.shape
-    return choose_small_linear(x.shape[0], out_features, in_features, gated, x.element_size())
+    return choose_skinny_linear(x.shape[0], out_features, in_features, gated, x.element_size())
 
 
-@eager_op("hf_paged::small_linear")
-def small_linear_op(
+@eager_op("hf_paged::skinny_linear")
+def skinny_linear_op(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
@@ -49,29 +49,29 @@ def small_linear_op(
         norm_weight: [K], the weight of an RMS norm of x, or None.
         norm_eps: of that norm; any number without it.
     """
-    settings = small_linear_settings(x, weight, gated=False)
+    settings = skinny_linear_settings(x, weight, gated=False)
     if settings is not None:
-        from .skinny_gluon import small_linear_launch
+        from .skinny_gluon import skinny_linear_launch
 
-        return small_linear_launch(x, weight, bias, residual, norm_weight, norm_eps, settings, gated=False)
+        return skinny_linear_launch(x, weight, bias, residual, norm_weight, norm_eps, settings, gated=False)
     out = F.linear(_norm(x, norm_weight, norm_eps), weight, bias)
     return out if residual is None else out.add_(residual)
 
 
-@small_linear_op.register_fake
+@skinny_linear_op.register_fake
 def _(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[0])
 
 
-@eager_op("hf_paged::small_gated_linear")
-def small_gated_linear_op(
+@eager_op("hf_paged::skinny_gated_linear")
+def skinny_gated_linear_op(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     norm_weight: torch.Tensor | None,
     norm_eps: float,
 ) -> torch.Tensor:
-    """``silu(norm(x) Wg^T + bg) * (norm(x) Wu^T + bu)``, [T, I]; starts early like :func:`small_linear_op`.
+    """``silu(norm(x) Wg^T + bg) * (norm(x) Wu^T + bu)``, [T, I]; starts early like :func:`skinny_linear_op`.
 
     Args:
         x: [T, K]; every tensor has its dtype: float16, bfloat16 or float32.
@@ -80,16 +80,16 @@ def small_gated_linear_op(
         norm_weight: [K], the weight of an RMS norm of x, or None.
         norm_eps: of that norm; any number without it.
     """
-    settings = small_linear_settings(x, weight, gated=True)
+    settings = skinny_linear_settings(x, weight, gated=True)
     if settings is not None:
-        from .skinny_gluon import small_linear_launch
+        from .skinny_gluon import skinny_linear_launch
 
-        return small_linear_launch(x, weight, bias, None, norm_weight, norm_eps, settings, gated=True)
+        return skinny_linear_launch(x, weight, bias, None, norm_weight, norm_eps, settings, gated=True)
     gate, up = F.linear(_norm(x, norm_weight, norm_eps), weight, bias).chunk(2, dim=-1)
     return F.silu(gate).mul_(up)
 
 
-@small_gated_linear_op.register_fake
+@skinny_gated_linear_op.register_fake
 def _(x: torch.Tensor, weight: torch.Tensor, *_: Any) -> torch.Tensor:
     return x.new_empty(x.shape[0], weight.shape[0] // 2)
 
@@ -104,5 +104,5 @@ def _no_backward(ctx: object, *grads: torch.Tensor) -> None:
 
 
 # Without this, autograd would silently treat the outputs as constants in some dispatch modes.
-for _op in (small_linear_op, small_gated_linear_op):
+for _op in (skinny_linear_op, skinny_gated_linear_op):
     _op.register_autograd(_no_backward)

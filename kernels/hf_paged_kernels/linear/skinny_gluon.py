@@ -27,7 +27,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from ..backend import contiguous, device_guard
 from ..launch_triton import launch
 from ..settings import cdiv, next_power_of_2
-from .skinny_settings import MAX_TOKENS, SmallLinearSettings
+from .skinny_settings import MAX_TOKENS, SkinnyLinearSettings
 
 FARTHEST = 2**31 // MAX_TOKENS - 1
 """Elements between two tokens up to which their offsets fit into int32: in the last tokens of long sequences
@@ -121,7 +121,7 @@ def _normed(total, rms, bias, row, COLUMN: gl.constexpr):
 
 
 @gluon.jit
-def _small_linear(
+def _skinny_linear(
     x,
     w,
     bias,
@@ -266,7 +266,7 @@ def _operands_x(
 
 
 @gluon.jit(do_not_specialize=["num_tokens"])
-def _small_linear_mma(
+def _skinny_linear_mma(
     x,
     w,
     bias,
@@ -373,17 +373,17 @@ def _rms_norm(x, norm_weight, out, eps, stride_xt, K: gl.constexpr, BLOCK_K: gl.
     gl.store(out + token * K + column, (values * rms * weight).to(out.dtype.element_ty), mask=column < K)
 
 
-def small_linear_launch(
+def skinny_linear_launch(
     x: torch.Tensor,
     weight: torch.Tensor,
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     norm_weight: torch.Tensor | None,
     norm_eps: float,
-    settings: SmallLinearSettings,
+    settings: SkinnyLinearSettings,
     gated: bool,
 ) -> torch.Tensor:
-    """Launch on checked arguments; shapes as in ``small_linear_op``, or ``small_gated_linear_op`` where ``gated``."""
+    """Launch on checked arguments; shapes as in ``skinny_linear_op``, or ``skinny_gated_linear_op`` where ``gated``."""
     num_tokens, width = x.shape
     bias, residual, norm_weight = contiguous(bias), contiguous(residual), contiguous(norm_weight)
     if x.stride(0) > FARTHEST:
@@ -398,7 +398,7 @@ def small_linear_launch(
         if settings.max_registers is not None:
             options["maxnreg"] = settings.max_registers
         multiply_adds = settings.rows <= 2
-        kernel = _small_linear if multiply_adds else _small_linear_mma
+        kernel = _skinny_linear if multiply_adds else _skinny_linear_mma
         launch(
             kernel, (cdiv(num_features, settings.block_n),),
             x, weight, bias, residual, norm_weight, out, *(() if multiply_adds else (num_tokens,)), num_features,

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 MAX_TOKENS = 16
-"""Tokens up to which the kernels are as fast as cuBLAS or faster (H200; see ``choose_small_linear``)."""
+"""Tokens up to which the kernels are as fast as cuBLAS or faster (H200; see ``choose_skinny_linear``)."""
 HEAD = 65536
 """Output features from which a layer counts as an LM head: large enough for cuBLAS to lose nothing on three tokens."""
 
 
 @dataclass(frozen=True, slots=True)
-class SmallLinearSettings:
+class SkinnyLinearSettings:
     """Settings of one launch.
 
     Attributes:
@@ -35,9 +35,9 @@ class SmallLinearSettings:
     early: bool = True
 
 
-def choose_small_linear(
+def choose_skinny_linear(
     num_tokens: int, out_features: int, in_features: int, gated: bool, element_size: int
-) -> SmallLinearSettings | None:
+) -> SkinnyLinearSettings | None:
     """Settings for ``[num_tokens, in_features] x [out_features, in_features]``, or None: leave it to PyTorch.
 
     A pure function of its arguments, from measurements on an H200. ``out_features`` counts both halves of a gated
@@ -52,16 +52,16 @@ def choose_small_linear(
     head = out_features >= HEAD and not gated
     if num_tokens == 1 or (num_tokens == 2 and (wide or head or element_size == 4)):
         if in_features <= 1536:
-            return SmallLinearSettings(num_tokens, 16, 8, 1, 4, 4)
+            return SkinnyLinearSettings(num_tokens, 16, 8, 1, 4, 4)
         if gated:
-            return SmallLinearSettings(num_tokens, 2, 1, 4, 4, 4 // num_tokens, norm_first=norm_first)
-        return SmallLinearSettings(num_tokens, 4, 1, 4, 4, 4, norm_first=norm_first and head)
+            return SkinnyLinearSettings(num_tokens, 2, 1, 4, 4, 4 // num_tokens, norm_first=norm_first)
+        return SkinnyLinearSettings(num_tokens, 4, 1, 4, 4, 4, norm_first=norm_first and head)
     if element_size != 2 or head:
         return None
     rows = 8 if num_tokens <= 8 else 16
     if gated:
         warps_k = 4 if in_features <= 1536 else 2
-        return SmallLinearSettings(rows, 16, 1, warps_k, 4, 8, norm_first=norm_first, early=wide)
+        return SkinnyLinearSettings(rows, 16, 1, warps_k, 4, 8, norm_first=norm_first, early=wide)
     warps_k = 8 if out_features <= 2048 and in_features > 1536 else 4
     limit = 128 if in_features > 1536 and (rows == 8 or warps_k == 8) else None
-    return SmallLinearSettings(rows, 16, 1, warps_k, 4, 8, limit, norm_first, early=wide)
+    return SkinnyLinearSettings(rows, 16, 1, warps_k, 4, 8, limit, norm_first, early=wide)

@@ -5,11 +5,11 @@ import pytest
 import torch
 from helpers import DEVICE, TOLERANCE, error
 from hf_paged_kernels.linear.skinny import (
-    small_gated_linear_op,
-    small_linear_op,
-    small_linear_settings,
+    skinny_gated_linear_op,
+    skinny_linear_op,
+    skinny_linear_settings,
 )
-from hf_paged_kernels.linear.skinny_settings import MAX_TOKENS, choose_small_linear
+from hf_paged_kernels.linear.skinny_settings import MAX_TOKENS, choose_skinny_linear
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 EPS = 1e-5
@@ -46,12 +46,12 @@ def gated_linear(x, weight, bias, norm_weight):
 def check_both(tokens, features, width, dtype, *, bias, residual, norm, padded=False):
     x, weight, b, r, g = inputs(tokens, features, width, dtype, padded=padded)
     b, r, g = (tensor if used else None for tensor, used in ((b, bias), (r, residual), (g, norm)))
-    out = small_linear_op(x, weight, b, r, g, EPS)
+    out = skinny_linear_op(x, weight, b, r, g, EPS)
     assert out.dtype == dtype
     assert error(out, linear(x, weight, b, r, g)) < TOLERANCE[dtype]
     x, weight, b, _, _ = inputs(tokens, features, width, dtype, gated=True, padded=padded)
     b = b if bias else None
-    out = small_gated_linear_op(x, weight, b, g, EPS)
+    out = skinny_gated_linear_op(x, weight, b, g, EPS)
     assert out.dtype == dtype
     assert error(out, gated_linear(x, weight, b, g)) < TOLERANCE[dtype]
 
@@ -71,13 +71,13 @@ def test_ops_meet_the_contract_of_custom_ops(all_terms):
     tests = ("test_schema", "test_faketensor")
     if not all_terms:
         bias = residual = norm_weight = None
-    torch.library.opcheck(small_linear_op.op, (x, weight, bias, residual, norm_weight, EPS), test_utils=tests)
-    torch.library.opcheck(small_gated_linear_op.op, (x, weight, bias, norm_weight, EPS), test_utils=tests)
+    torch.library.opcheck(skinny_linear_op.op, (x, weight, bias, residual, norm_weight, EPS), test_utils=tests)
+    torch.library.opcheck(skinny_gated_linear_op.op, (x, weight, bias, norm_weight, EPS), test_utils=tests)
 
 
 def test_no_backward():
     x, weight, *_ = inputs(3, 24, 64, torch.float32)
-    out = small_linear_op(x.requires_grad_(), weight, None, None, None, 0.0)
+    out = skinny_linear_op(x.requires_grad_(), weight, None, None, None, 0.0)
     with pytest.raises(RuntimeError, match="no backward"):
         out.sum().backward()
 
@@ -85,8 +85,8 @@ def test_no_backward():
 def test_inputs_are_left_alone():
     x, weight, bias, residual, norm_weight = inputs(3, 24, 64, torch.float32)
     before = [tensor.clone() for tensor in (x, weight, bias, residual, norm_weight)]
-    small_linear_op(x, weight, bias, residual, norm_weight, EPS)
-    small_gated_linear_op(x, weight, bias, norm_weight, EPS)
+    skinny_linear_op(x, weight, bias, residual, norm_weight, EPS)
+    skinny_gated_linear_op(x, weight, bias, norm_weight, EPS)
     for tensor, copy in zip((x, weight, bias, residual, norm_weight), before):
         assert torch.equal(tensor, copy)
 
@@ -96,7 +96,7 @@ def test_inputs_are_left_alone():
     ("out_features", "in_features"), [(6144, 4096), (4096, 14336), (1024, 2048), (4096, 1024), (151936, 1024), (1, 64)]
 )
 def test_settings(out_features, in_features, gated):
-    chosen = [choose_small_linear(tokens, out_features, in_features, gated, 2) for tokens in range(1, 20)]
+    chosen = [choose_skinny_linear(tokens, out_features, in_features, gated, 2) for tokens in range(1, 20)]
     assert all(settings is None for settings in chosen[MAX_TOKENS:])
     assert chosen[0] is not None
     # Few compilations: one for every bucket of token counts.
@@ -113,15 +113,15 @@ def test_settings(out_features, in_features, gated):
 
 
 def test_settings_refuse():
-    assert choose_small_linear(0, 64, 64, False, 2) is None
-    assert choose_small_linear(1, 64, 32, False, 2) is None
-    assert choose_small_linear(3, 64, 64, False, 4) is None  # the matrix units would round float32
-    assert choose_small_linear(1, 64, 64, False, 8) is None  # no kernel computes in float64
-    assert choose_small_linear(3, 128256, 4096, False, 2) is None  # a head
+    assert choose_skinny_linear(0, 64, 64, False, 2) is None
+    assert choose_skinny_linear(1, 64, 32, False, 2) is None
+    assert choose_skinny_linear(3, 64, 64, False, 4) is None  # the matrix units would round float32
+    assert choose_skinny_linear(1, 64, 64, False, 8) is None  # no kernel computes in float64
+    assert choose_skinny_linear(3, 128256, 4096, False, 2) is None  # a head
 
 
 def test_pytorch_runs_without_a_hopper_gpu():
-    assert small_linear_settings(torch.empty(1, 64), torch.empty(64, 64), gated=False) is None
+    assert skinny_linear_settings(torch.empty(1, 64), torch.empty(64, 64), gated=False) is None
 
 
 @pytest.fixture
@@ -139,7 +139,7 @@ def test_kernels(dtype, tokens):
         pytest.skip("float32 takes the kernels of multiply-adds only")
     every = SHAPES if dtype == torch.bfloat16 else SHAPES[1::3]
     for index, (features, width) in enumerate(every):
-        assert small_linear_settings(*inputs(tokens, features, width, dtype)[:2], gated=False) is not None
+        assert skinny_linear_settings(*inputs(tokens, features, width, dtype)[:2], gated=False) is not None
         some = index % 2 == tokens % 2
         check_both(tokens, features, width, dtype, bias=some, residual=some, norm=some, padded=not some)
 
@@ -152,8 +152,8 @@ def test_a_row_does_not_depend_on_the_others(shape):
     gated_weight = torch.cat([weight, weight.flip(0)])
 
     def run(rows):
-        plain = small_linear_op(rows, weight, bias, residual[: len(rows)], norm_weight, EPS)
-        return plain, small_gated_linear_op(rows, gated_weight, None, norm_weight, EPS)
+        plain = skinny_linear_op(rows, weight, bias, residual[: len(rows)], norm_weight, EPS)
+        return plain, skinny_gated_linear_op(rows, gated_weight, None, norm_weight, EPS)
 
     for first, counts in ((2, [2]), (16, [3, 7, 8, 9, 15, 16])):
         whole = run(x[:first])
@@ -180,11 +180,11 @@ def test_a_captured_chain_waits_for_its_inputs(tokens):
     def chain(between):
         state = x
         for (weight, bias, _, norm), (both, *_, norm_too), last in zip(attention, gate_up, down):
-            state = small_linear_op(state, weight, bias, state, norm, EPS)
+            state = skinny_linear_op(state, weight, bias, state, norm, EPS)
             between()
-            inner = small_gated_linear_op(state, both, None, norm_too, EPS)
+            inner = skinny_gated_linear_op(state, both, None, norm_too, EPS)
             between()
-            state = small_linear_op(inner, last, None, state, None, 0.0)
+            state = skinny_linear_op(inner, last, None, state, None, 0.0)
             between()
         return state
 

@@ -7,14 +7,14 @@ import torch
 from helpers import DEVICE, TOLERANCE, error
 from hf_paged_kernels.layers.ops import rms_norm_parts_op
 from hf_paged_kernels.linear.decode import (
-    batch_gated_linear_op,
-    batch_linear_op,
-    batch_linear_settings,
+    decode_gated_linear_op,
+    decode_linear_op,
+    decode_linear_settings,
     linear_parts_op,
     linear_parts_reference,
     num_linear_parts,
 )
-from hf_paged_kernels.linear.decode_settings import BatchLinearSettings, choose_batch_linear
+from hf_paged_kernels.linear.decode_settings import DecodeLinearSettings, choose_decode_linear
 
 HALVES = [torch.float16, torch.bfloat16]
 
@@ -45,10 +45,10 @@ def gated_linear(x, weight, bias):
 def test_ops(dtype, with_bias):
     x, weight, bias = inputs(21, 66, 96, dtype)
     bias = bias if with_bias else None
-    out = batch_linear_op(x, weight, bias)
+    out = decode_linear_op(x, weight, bias)
     assert out.dtype == dtype
     assert error(out, linear(x, weight, bias)) < TOLERANCE[dtype]
-    out = batch_gated_linear_op(x, weight, bias)
+    out = decode_gated_linear_op(x, weight, bias)
     assert out.dtype == dtype
     assert error(out, gated_linear(x, weight, bias)) < TOLERANCE[dtype]
     for num_parts in (1, 2, 5):
@@ -68,14 +68,14 @@ def test_ops_meet_the_contract_of_custom_ops():
     tests = ("test_schema", "test_faketensor")
     x, weight, bias = inputs(19, 24, 64, torch.float32)
     for given in (bias, None):
-        torch.library.opcheck(batch_linear_op.op, (x, weight, given), test_utils=tests)
-        torch.library.opcheck(batch_gated_linear_op.op, (x, weight, given), test_utils=tests)
+        torch.library.opcheck(decode_linear_op.op, (x, weight, given), test_utils=tests)
+        torch.library.opcheck(decode_gated_linear_op.op, (x, weight, given), test_utils=tests)
         torch.library.opcheck(linear_parts_op.op, (x, weight, given, 3), test_utils=tests)
 
 
 def test_no_backward():
     x, weight, _ = inputs(3, 24, 64, torch.float32)
-    out = batch_linear_op(x.requires_grad_(), weight, None)
+    out = decode_linear_op(x.requires_grad_(), weight, None)
     with pytest.raises(RuntimeError, match="no backward"):
         out.sum().backward()
 
@@ -89,7 +89,7 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", [{}, {"gated": True}, {"in_parts": True}], ids=["plain", "gated", "parts"])
 def test_settings(shape, kind):
-    chosen = [choose_batch_linear(tokens, *shape, **kind) for tokens in range(300)]
+    chosen = [choose_decode_linear(tokens, *shape, **kind) for tokens in range(300)]
     assert not any(chosen[:17])
     assert not any(chosen[257:])
     # Few compilations: the number of parts is none.
@@ -103,30 +103,30 @@ def test_settings(shape, kind):
 
 def test_settings_by_measurement():
     """What was fastest on an H200 (``eval/results/decode_step_h200.md``)."""
-    assert choose_batch_linear(24, 6144, 4096) == BatchLinearSettings(32, 0, 128, 6)
-    assert choose_batch_linear(104, 6144, 4096) is None
-    assert choose_batch_linear(64, 4096, 14336, in_parts=True) == BatchLinearSettings(64, 0, 128, 6, 2)
-    assert choose_batch_linear(188, 4096, 4096, in_parts=True) == BatchLinearSettings(128, 64, 64, 7, 2)
-    assert choose_batch_linear(104, 4096, 4096, in_parts=True) is None
-    assert choose_batch_linear(188, 4096, 14336, in_parts=True) is None
-    assert choose_batch_linear(256, 4096, 4096, in_parts=True) == BatchLinearSettings(128, 0, 64, 7, 2, 128)
-    assert choose_batch_linear(24, 1024, 2048, in_parts=True) == BatchLinearSettings(32, 0, 128, 6, 4)
-    assert choose_batch_linear(188, 1024, 3072, in_parts=True) == BatchLinearSettings(64, 0, 128, 6, 2)
-    assert choose_batch_linear(64, 28672, 4096, gated=True) == BatchLinearSettings(64, 0, 128, 2)
-    assert choose_batch_linear(104, 28672, 4096, gated=True) is None
-    assert choose_batch_linear(104, 4096, 1024) == BatchLinearSettings(64, 0, 128, 6)
-    assert choose_batch_linear(188, 4096, 1024) == BatchLinearSettings(64, 32, 128, 5)
-    assert choose_batch_linear(256, 4096, 1024) == BatchLinearSettings(128, 0, 128, 4)
-    assert choose_batch_linear(104, 4096, 4096) is None
-    assert choose_batch_linear(104, 6144, 1024, gated=True) == BatchLinearSettings(64, 0, 128, 4)
-    assert choose_batch_linear(144, 6144, 1024, gated=True) is None
-    assert choose_batch_linear(188, 6144, 1024, gated=True) == BatchLinearSettings(64, 0, 64, 4)
-    assert choose_batch_linear(64, 4096, 4100, in_parts=True) is None  # rows that TMA cannot read
+    assert choose_decode_linear(24, 6144, 4096) == DecodeLinearSettings(32, 0, 128, 6)
+    assert choose_decode_linear(104, 6144, 4096) is None
+    assert choose_decode_linear(64, 4096, 14336, in_parts=True) == DecodeLinearSettings(64, 0, 128, 6, 2)
+    assert choose_decode_linear(188, 4096, 4096, in_parts=True) == DecodeLinearSettings(128, 64, 64, 7, 2)
+    assert choose_decode_linear(104, 4096, 4096, in_parts=True) is None
+    assert choose_decode_linear(188, 4096, 14336, in_parts=True) is None
+    assert choose_decode_linear(256, 4096, 4096, in_parts=True) == DecodeLinearSettings(128, 0, 64, 7, 2, 128)
+    assert choose_decode_linear(24, 1024, 2048, in_parts=True) == DecodeLinearSettings(32, 0, 128, 6, 4)
+    assert choose_decode_linear(188, 1024, 3072, in_parts=True) == DecodeLinearSettings(64, 0, 128, 6, 2)
+    assert choose_decode_linear(64, 28672, 4096, gated=True) == DecodeLinearSettings(64, 0, 128, 2)
+    assert choose_decode_linear(104, 28672, 4096, gated=True) is None
+    assert choose_decode_linear(104, 4096, 1024) == DecodeLinearSettings(64, 0, 128, 6)
+    assert choose_decode_linear(188, 4096, 1024) == DecodeLinearSettings(64, 32, 128, 5)
+    assert choose_decode_linear(256, 4096, 1024) == DecodeLinearSettings(128, 0, 128, 4)
+    assert choose_decode_linear(104, 4096, 4096) is None
+    assert choose_decode_linear(104, 6144, 1024, gated=True) == DecodeLinearSettings(64, 0, 128, 4)
+    assert choose_decode_linear(144, 6144, 1024, gated=True) is None
+    assert choose_decode_linear(188, 6144, 1024, gated=True) == DecodeLinearSettings(64, 0, 64, 4)
+    assert choose_decode_linear(64, 4096, 4100, in_parts=True) is None  # rows that TMA cannot read
 
 
 def test_pytorch_runs_without_a_hopper_gpu():
     x, weight = torch.empty(24, 4096, dtype=torch.bfloat16), torch.empty(4096, 4096, dtype=torch.bfloat16)
-    assert batch_linear_settings(x, weight) is None
+    assert decode_linear_settings(x, weight) is None
     assert num_linear_parts(24, weight) == 0
 
 
@@ -137,17 +137,17 @@ def hopper():
 
 
 KERNELS = [
-    BatchLinearSettings(32, 0, 128, 6),
-    BatchLinearSettings(64, 0, 128, 6),
-    BatchLinearSettings(128, 0, 128, 4),
-    BatchLinearSettings(64, 32, 128, 5),
-    BatchLinearSettings(128, 64, 64, 7),
-    BatchLinearSettings(128, 0, 64, 7, features=128),
+    DecodeLinearSettings(32, 0, 128, 6),
+    DecodeLinearSettings(64, 0, 128, 6),
+    DecodeLinearSettings(128, 0, 128, 4),
+    DecodeLinearSettings(64, 32, 128, 5),
+    DecodeLinearSettings(128, 64, 64, 7),
+    DecodeLinearSettings(128, 0, 64, 7, features=128),
 ]
 """All that are chosen somewhere, and with two tiles of weights :data:`GATED`."""
 GATED = [
-    *(BatchLinearSettings(tokens, 0, 128, stages) for tokens in (32, 64) for stages in (2, 4)),
-    BatchLinearSettings(64, 0, 64, 4),
+    *(DecodeLinearSettings(tokens, 0, 128, stages) for tokens in (32, 64) for stages in (2, 4)),
+    DecodeLinearSettings(64, 0, 64, 4),
 ]
 
 
@@ -158,14 +158,14 @@ GATED = [
 @pytest.mark.usefixtures("hopper", "poison")
 def test_kernels(dtype, settings, with_bias):
     """Odd numbers of tokens, features and columns, and more tiles than one of each."""
-    from hf_paged_kernels.linear.decode_gluon import batch_linear_launch, linear_parts_launch
+    from hf_paged_kernels.linear.decode_gluon import decode_linear_launch, linear_parts_launch
 
     tile = settings.tokens + settings.more_tokens
     for tokens, features, width in ((1, 64, 64), (tile, 130, 1000), (tile - 5, 200, 4104), (tile + 9, 67, 640)):
         x, weight, bias = inputs(tokens, features, width, dtype, padded=features % 2 == 0)
         bias = bias if with_bias else None
         expected = linear(x, weight, bias)
-        assert error(batch_linear_launch(x, weight, bias, settings, gated=False), expected) < TOLERANCE[dtype]
+        assert error(decode_linear_launch(x, weight, bias, settings, gated=False), expected) < TOLERANCE[dtype]
         for num_parts in (1, 2, 3, 5):
             parts = linear_parts_launch(x, weight, bias, replace(settings, num_parts=num_parts))
             assert parts.shape == (num_parts, tokens, features)
@@ -178,12 +178,12 @@ def test_kernels(dtype, settings, with_bias):
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.usefixtures("hopper", "poison")
 def test_gated_kernels(dtype, settings, with_bias):
-    from hf_paged_kernels.linear.decode_gluon import batch_linear_launch
+    from hf_paged_kernels.linear.decode_gluon import decode_linear_launch
 
     for tokens, features, width in ((1, 64, 64), (settings.tokens, 130, 1000), (settings.tokens + 3, 67, 4104)):
         x, weight, bias = inputs(tokens, features, width, dtype, gated=True)
         bias = bias if with_bias else None
-        out = batch_linear_launch(x, weight, bias, settings, gated=True)
+        out = decode_linear_launch(x, weight, bias, settings, gated=True)
         assert error(out, gated_linear(x, weight, bias)) < TOLERANCE[dtype]
 
 
@@ -194,12 +194,12 @@ def test_the_settings_of_models(shape):
     for tokens in (17, 33, 100, 150, 256):
         x, weight, _ = inputs(tokens, *shape, torch.bfloat16)
         expected = linear(x, weight, None)
-        assert error(batch_linear_op(x, weight, None), expected) < TOLERANCE[torch.bfloat16]
+        assert error(decode_linear_op(x, weight, None), expected) < TOLERANCE[torch.bfloat16]
         num_parts = num_linear_parts(tokens, weight)
         if num_parts:
             assert error(linear_parts_op(x, weight, None, num_parts).sum(0), expected) < 1e-4
         gate, up = expected.chunk(2, -1)
-        out = batch_gated_linear_op(x, weight, None)
+        out = decode_gated_linear_op(x, weight, None)
         assert error(out, gate * torch.sigmoid(gate) * up) < TOLERANCE[torch.bfloat16]
 
 
@@ -212,7 +212,7 @@ def test_a_row_does_not_depend_on_the_others(tokens):
     def run(rows):
         num_parts = num_linear_parts(tokens, weight)
         parts = [linear_parts_op(rows, weight, bias, num_parts).sum(0)] if num_parts else []
-        return [batch_linear_op(rows, weight, bias), batch_gated_linear_op(rows, weight, bias), *parts]
+        return [decode_linear_op(rows, weight, bias), decode_gated_linear_op(rows, weight, bias), *parts]
 
     alone = torch.full_like(x, float("nan"))
     alone[tokens - 2] = x[tokens - 2]
@@ -236,7 +236,7 @@ def test_a_captured_chain_waits_for_its_inputs(tokens):
     def chain(between):
         normed, total = x, x
         for first, second, third, last in zip(qkv, o, gate_up, down):
-            for op, before, after in ((batch_linear_op, first, second), (batch_gated_linear_op, third, last)):
+            for op, before, after in ((decode_linear_op, first, second), (decode_gated_linear_op, third, last)):
                 inner = op(normed, before, None)
                 between()
                 parts = linear_parts_op(inner, after, None, num_linear_parts(tokens, after))
