@@ -704,8 +704,7 @@ _CHOSEN = _Chosen()
 class AttentionChoice:
     """Lets one thread's forwards of a model run another attention implementation than its configs say.
 
-    Nothing is written: other threads, copies of the model and whoever sets an implementation see the configs as they
-    are.
+    Nothing is written: other threads, copies of the model and ``set_attn_implementation`` see the configs as they are.
 
     Args:
         model: a transformers model; those of its configs count that ``set_attn_implementation`` would write to.

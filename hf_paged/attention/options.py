@@ -146,9 +146,9 @@ def refuse_two_packings(
     module: torch.nn.Module,
     kwargs: dict[str, Any],
 ) -> None:
-    """Refuse a padding mask beside packed lengths, and packed positions of which no mask or length tells.
+    """Refuse a padding mask beside packed lengths, and packed positions that neither a mask nor lengths describe.
 
-    transformers tells packed sequences from ``position_ids`` only for models that hand them to their mask (gpt_oss and
+    transformers finds packed sequences in ``position_ids`` only for models that hand them to their mask (gpt_oss and
     encoders do not), and never beside a cache. Looked at in the first layer: the others get the same.
     """
     if kwargs.get("cu_seq_lens_q") is not None:

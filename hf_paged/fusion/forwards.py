@@ -69,7 +69,7 @@ class FusionContext:
 
 
 def fingerprint(module: nn.Module) -> tuple[Any, ...]:
-    """What tells that a module still computes what it did: its class, a forward of its own, plain attributes."""
+    """Equal as long as a module computes the same: its class, a forward of its own, plain attributes."""
     # Another thread's engine may add a stand-in meanwhile.
     attributes = list(module.__dict__.items())
     plain = tuple((name, x) for name, x in attributes if isinstance(x, SCALARS) and name not in UNWATCHED)

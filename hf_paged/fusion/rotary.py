@@ -71,7 +71,7 @@ def arguments_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[torch.T
 
 
 def state_of(module: nn.Module) -> list[tuple[int, int]]:
-    """What tells that buffers are the same: addresses and versions."""
+    """Equal as long as buffers are the same: addresses and versions."""
     return [(id(buffer), tensor_version(buffer)) for buffer in module.buffers()]
 
 

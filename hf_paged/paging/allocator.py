@@ -26,7 +26,7 @@ class PageAllocator:
 
     @property
     def num_free(self) -> int:
-        """Pages that nobody owns, and that can be handed out."""
+        """Pages without an owner, which can be allocated."""
         return len(self._free) - (self.num_pages - self.num_backed)
 
     @property

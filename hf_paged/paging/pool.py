@@ -65,8 +65,8 @@ class LayerPages:
 
         Args:
             num_pages: that have memory.
-            shown: pages of the tensors, where the arena grows in place: they stay as they are when it does, and nobody
-                may touch what has no memory yet. None: as many as have.
+            shown: pages of the tensors, where the arena grows in place: they stay as they are when it does, and what
+                has no memory yet must not be touched. None: as many as have.
 
         Raises:
             torch.OutOfMemoryError: the device has no memory left; the pages are as before.
@@ -144,7 +144,7 @@ class GroupMemory:
         held: pages that sequences hold; each counts once.
         shared: of these, pages with several owners.
         cached: pages that only the prefix cache holds.
-        free: pages that nobody holds.
+        free: pages without an owner.
         committed_bytes: memory taken from the device, in steps larger than pages.
     """
 
@@ -203,7 +203,7 @@ class PageGroup:
         pages = LayerPages(*self.kinds[index], pool.page_size, KV_DTYPES[pool.kv_dtype])
         is_whole = allocator.num_backed == allocator.num_pages or not pages.arena.grows_in_place
         pages.grow(allocator.num_pages) if is_whole else pages.grow(allocator.num_backed, shown=allocator.num_pages)
-        self.layers[index] = pages  # Last: nobody shall find pages without memory.
+        self.layers[index] = pages  # Last: no thread may find pages without memory.
 
     def back(self, count: int) -> None:
         """Have memory behind ``count`` more of the ids that the allocator knows, or as many as there is memory for.
@@ -234,7 +234,7 @@ class PageGroup:
         allocator.back(target if growing or not self.layers else allocator.num_pages)
 
     def commit_as_used(self) -> None:
-        """From now on the ids that the allocator knows get memory as they are needed; nobody has one yet."""
+        """From now on the ids that the allocator knows get memory as they are needed; none has an owner yet."""
         self.is_lazy = True
         self.allocator.back(min(FIRST_PAGES, self.allocator.num_pages))
 

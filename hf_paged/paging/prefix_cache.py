@@ -7,8 +7,8 @@ sliding window), or None where a group gave its page back:
     full attention        7               2               5         needed by a match of 12 tokens: 7, 2, 5; of 8: 7, 2
     window of 3         None              4               1         needed by a match of 12 tokens: 1; of 8: 4
 
-Every list of nodes in here that is ordered by use has children before their parents: the least recently used node that
-nobody uses has nothing behind it, so eviction takes chains from their tails and never has to search.
+Every list of nodes in here that is ordered by use has children before their parents: the least recently used node
+without a user has nothing behind it, so eviction takes chains from their tails and never has to search.
 """
 
 from collections import OrderedDict
@@ -381,7 +381,7 @@ class PrefixCache:
         self._order.clear()
 
     def _would_free(self, node: _Node, group: int) -> bool:
-        """Whether the node holds a page of ``group`` that nobody else owns."""
+        """Whether the node holds a page of ``group`` that has no other owner."""
         page = node.pages[group]
         return page is not None and not self.allocators[group].is_shared(page)
 

@@ -195,7 +195,7 @@ class QuantizedSettings:
     Attributes:
         block_m: query rows of a tile.
         block_n: keys of a tile, a power of two up to 256. Not less than half of the threads: see ``_load_scales``.
-        num_warps: of a program. One warp shares its work with nobody, and needs no barriers.
+        num_warps: of a program. One warp shares its work with no other, and needs no barriers.
         num_stages: of software pipelining; a tile of keys waits for its page numbers, so half of them hold keys.
         pairs: read values as pairs of columns, for tensor cores that take them from registers.
         programs_per_sm: programs launched for each multiprocessor, where they walk through splits.

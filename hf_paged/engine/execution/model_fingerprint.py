@@ -1,4 +1,4 @@
-"""What tells that a model still computes what it did: keys, values and captured steps of another one are of no use.
+"""Whether a model still computes the same: keys, values and captured steps of another one are of no use.
 
 Every step asks whether weights are the same objects, in the same places, with the same count of changes, and whether an
 optimiser has made a step. What leaves no trace (a custom kernel, ``parameter.data.add_()``) is seen by sums
@@ -161,7 +161,7 @@ def written_buffers(model: torch.nn.Module, before: dict[str, tuple[int, int]]) 
 
 
 def read_buffers(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
-    """What tells that buffers are the same, by their names with a module's prefix, which may be empty."""
+    """Addresses and versions of buffers, by their names with a module's prefix, which may be empty."""
     return {
         f"{prefix}.{name}": (id(buffer), tensor_version(buffer))
         for prefix, module in model.named_modules()

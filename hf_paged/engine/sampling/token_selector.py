@@ -198,7 +198,7 @@ class TokenSelector:
 
         Returns:
             1 to k + 1 tokens, none after eos, beyond the maximum length, or after one that a criterion stops at; the
-            next :meth:`stopped` of the slot tells of the criteria without asking them again.
+            next :meth:`stopped` of the slot gives what the criteria said, without asking them again.
 
         Raises:
             Exception: what a processor raised.

@@ -25,8 +25,8 @@ numbers of tokens that kernels of few tokens treat in their own ways, and one th
 WITH_STATES = ((3, 0, 0), (0, 17, 0), (1, 0, 0), (1, 0, 0))
 """The same for models that keep states: prompts alone, then decode steps."""
 FEW_ROWS = 2
-"""The step of decode rows alone, of all those there are: with the last one, whose positions are far from the start, it
-tells of a layer whether its weights make a difference to what another one like it has proven with every step."""
+"""The step of decode rows alone. With the last one, whose positions are far from the start, it shows whether a layer's
+weights make a difference to what another one like it was verified for with every step."""
 
 
 def fuse(model: Any, config: EngineConfig, needs_lengths: bool, max_model_len: int) -> FusedModel:

@@ -102,7 +102,7 @@ def _step(
 def _clear_rows(pieces, first_piece, first_row, HALVES: gl.constexpr, CHUNKS: gl.constexpr, CHUNK: gl.constexpr):
     """Zero the rows from ``first_row`` on in one chunk of a tile of values.
 
-    They belong to nobody or to another sequence; a weight of 0 would not silence a NaN there.
+    They belong to no sequence or to another; a weight of 0 would not silence a NaN there.
     """
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
     rows = gl.arange(0, CHUNK, layout=gl.SliceLayout(1, layout))

@@ -28,8 +28,8 @@ def schedule(lengths, work, queue, tile_counter, OPTIONS: gl.constexpr):
     first note goes out before: producers then copy keys and values of earlier steps, and wait before they copy more.
     Consumers write nothing before either, since they wait for the queries; of a split without keys, this warp waits.
 
-    The counter of splits is the plan's, and all layers take it in turn: it is touched after the wait only, and whoever
-    is last leaves zeros to the next launch.
+    The counter of splits is the plan's, and all layers take it in turn: it is touched after the wait only, and the
+    last program leaves zeros to the next launch.
     """
     MODE: gl.constexpr = OPTIONS[0]
     PACK: gl.constexpr = OPTIONS[2]
@@ -78,7 +78,7 @@ def _count_up(counter, SEM: gl.constexpr):
     """Add one to a counter; returns what it was.
 
     A tensor, not a number, whose value the threads would read from shared memory: at a place that Triton had also given
-    to a barrier nobody waited for (H200: with two programs on a multiprocessor some read the barrier's bits).
+    to a barrier that no warp waited for (H200: with two programs on a multiprocessor some read the barrier's bits).
     """
     lane = gl.arange(0, 32, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
     before = gl.atomic_add(counter + lane * 0, lane * 0 + 1, mask=lane == 0, sem=SEM)

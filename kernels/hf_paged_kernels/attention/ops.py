@@ -1,6 +1,6 @@
 """The kernels as ``torch.library`` custom ops (namespace ``hf_paged``), with fake implementations.
 
-Arguments are taken as checked: the public functions of the package check them, and so does whoever builds a step plan.
+Arguments are taken as checked, by the package's public functions or by the code that builds a step plan.
 Each op picks its implementation by device: Triton on an accelerator, the PyTorch reference on CPU. No op that
 mutates has a default: torch 2.11 does not fill them in there.
 """

@@ -3,7 +3,7 @@
 It computes what ``paged_attention_quantized_triton`` computes, with the same arithmetic in float16, and is chosen where
 it is faster. What bounds such a step is instructions, not bytes, so it spends fewer of them:
 
-- Pages are brought by TMA: one thread asks for a whole page, and nobody computes addresses.
+- Pages are brought by TMA: one thread asks for a whole page, and no thread computes addresses.
 - Scores are held transposed, ``[keys, rows]``: 8 rows are the least that the tensor cores take on that side, 16 on the
   other, and a step of decode has as many rows as query heads share a key/value head.
 

@@ -8,8 +8,8 @@ Each sequence's keys are cut into splits whose length depends on the sequence al
 
 Long splits come first and tails last, so that programs that walk through the list end together. The splits of long
 queries, runs of one prompt that see the same keys, are spread among the first whole splits of the others: while some
-programs read the L2 cache, the rest keeps the memory busy. Splits behind a sliding window are left out. An item says
-all that there is to know of a split, so that nobody has to look it up::
+programs read the L2 cache, the rest keeps the memory busy. Splits behind a sliding window are left out. An item has
+all numbers of a split, so that kernels look nothing up::
 
     sequence, split, place, parts of the sequence, its first query, its queries, its keys, 0
 

@@ -6,13 +6,13 @@ A program owns 64 or 128 output features, whose weights are the rows of wgmma, a
 gated layer has two such sums, of the gate and of the up projection; without a gate the second may be of more tokens::
 
                      k ->  | step 0 | step 1 | step 2 |  ...      STAGES steps are in flight
-    w  FEATURES x BLOCK_K  |========|========|========|           asked for at once, nobody writes them
+    w  FEATURES x BLOCK_K  |========|========|========|           asked for at once, no kernel writes them
     x  TOKENS x BLOCK_K             wait | ====== | ====== |      asked for when the kernel before has ended
 
 What that gains: in the chain of short kernels of a decode step the memory would be idle while one ends and the next one
 starts. So long as this kernel fits beside the one before, it is not.
 
-Programs may share the in_features of a tile, each leaving its sum as a part in float32. Whoever reads the parts adds
+Programs may share the in_features of a tile, each leaving its sum as a part in float32. The reader of the parts adds
 them in their order: no atomics, no second pass here, and a row's result depends on no other row.
 """
 

@@ -15,7 +15,7 @@ and their sums are added at the end, in a fixed order. Nothing is shared between
 
 What counts is how many bytes of weights are in flight, at all times. A step is a chain of some hundred kernels that
 last 2 to 50 microseconds, each of which needs the one before: a program asks for its first AHEAD chunks of weights,
-which nobody writes, and only then waits for that kernel (programmatic dependent launch). All loops are unrolled.
+which no kernel writes, and only then waits for that kernel (programmatic dependent launch). All loops are unrolled.
 """
 
 import torch
