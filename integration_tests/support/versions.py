@@ -48,7 +48,7 @@ HOST_TESTS = (
     *(f"{PARITY}[{family}]" for family in FAMILIES),
     "integration_tests/models/test_generate_batch.py",
     "integration_tests/cache/test_paged_cache.py",
-    "integration_tests/engine/test_patch_generate.py",
+    "integration_tests/generation",
     "integration_tests/engine/test_clients.py",
     "integration_tests/engine/test_fusion.py",
 )
