@@ -11,7 +11,7 @@ from .slots import Slots
 
 
 @dataclass(frozen=True, slots=True)
-class SwappedSequence:
+class SwappedPages:
     """A sequence's pages in host memory.
 
     Attributes:
@@ -41,7 +41,7 @@ class Swapping:
     def __init__(self, slots: Slots, pages: SlotPages, space: int) -> None:
         self.slots, self.pages, self.space_left = slots, pages, space
 
-    def swap_out(self, sequence: Sequence) -> SwappedSequence | None:
+    def swap_out(self, sequence: Sequence) -> SwappedPages | None:
         """Copy a sequence's pages to host memory; None where there is no room for them."""
         slot = sequence.slot
         if not self.space_left:
@@ -63,11 +63,11 @@ class Swapping:
         self.space_left -= num_bytes
         # The token of a step on its way is lost: its sequence computes the last one that is known again.
         computed = min(int(self.slots.computed[slot]), int(self.slots.length[slot]) - 1)
-        return SwappedSequence(computed, held, layers, num_bytes)
+        return SwappedPages(computed, held, layers, num_bytes)
 
     def swap_in(self, sequence: Sequence) -> bool:
         """Bring back the pages of a sequence whose slot has none; False: there are too few, compute it again."""
-        swapped: SwappedSequence = sequence.swapped
+        swapped: SwappedPages = sequence.swapped
         self.space_left += swapped.num_bytes
         if not self.pages.ensure_free([sum(held) for held in swapped.held]):
             return False

@@ -108,11 +108,16 @@ def _vectors(
 
 
 @gluon.jit
-def _normed(total, rms, bias, row, COLUMN: gl.constexpr):
-    """``total * rms + bias[row]``, both where there are such; the bias runs along axis 0 of [N, ROWS] where COLUMN."""
+def _normed(total, rms, bias, first, row, COLUMN: gl.constexpr):
+    """``total * rms + bias[first + row]``, both where there are such; ``first`` None: 0.
+
+    The bias runs along axis 0 of [N, ROWS] where COLUMN.
+    """
     if rms is not None:
         total = total * rms
     if bias is not None:
+        if first is not None:
+            bias += first
         added = gl.load(bias + row).to(gl.float32)
         if COLUMN:
             added = gl.expand_dims(added, 1)
@@ -201,9 +206,9 @@ def _skinny_linear(
         rms = None
         if norm_weight is not None:
             rms = gl.rsqrt(gl.sum(gl.sum(squares[t], 1), 0) / K + eps)
-        y = _normed(y, rms, bias, row, False)
+        y = _normed(y, rms, bias, None, row, False)
         if GATED:
-            up = _normed(gl.sum(sums[t * PER_TILE + 1], 1), rms, bias, num_features + row, False)
+            up = _normed(gl.sum(sums[t * PER_TILE + 1], 1), rms, bias, num_features, row, False)
             y = y / (1.0 + gl.exp(-y)) * up
         if residual is not None:
             y += gl.load(residual + t * num_features + row).to(gl.float32)
@@ -350,9 +355,9 @@ def _skinny_linear_mma(
     if norm_weight is not None:
         rms = gl.rsqrt(gl.sum(squares, 0) / K + eps)
         rms = gl.expand_dims(gl.convert_layout(rms, gl.SliceLayout(0, OUT)), 0)
-    y = _normed(y, rms, bias, row, True)
+    y = _normed(y, rms, bias, None, row, True)
     if GATED:
-        up = _normed(gl.sum(total_up, 0), rms, bias, num_features + row, True)
+        up = _normed(gl.sum(total_up, 0), rms, bias, num_features, row, True)
         y = y / (1.0 + gl.exp(-y)) * up
     if residual is not None:
         y += gl.load(residual + offs, mask=mask, other=0.0).to(gl.float32)
