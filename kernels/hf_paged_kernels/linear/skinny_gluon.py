@@ -328,8 +328,9 @@ def _skinny_linear_mma(
         chunk = chunks[:PER_CHUNK]
         chunks = chunks[PER_CHUNK:]
         if c + FIRST_X < CHUNKS:
-            later: gl.constexpr = c + FIRST_X
-            chunks = chunks + _operands_x(x, norm_weight, num_tokens, stride_xt, later, K, ROWS, WARPS_K, X_LAYOUT)
+            chunks = chunks + _operands_x(
+                x, norm_weight, num_tokens, stride_xt, c + FIRST_X, K, ROWS, WARPS_K, X_LAYOUT
+            )
         values = chunk[0]
         if norm_weight is not None:
             exact = values.to(gl.float32)
