@@ -74,7 +74,8 @@ class Collector:
 
     def _take_tokens(self, slots: np.ndarray, ids: np.ndarray, selection: Selection) -> None:
         """One token for each of ``slots``."""
-        errors: dict[int, BaseException] = dict(selection.errors)
+        # A row that is no longer there has ended; its slot may be another's.
+        errors = {slot: error for slot, error in selection.errors.items() if slot in slots} if selection.errors else {}
         for slot in slots[ids < 0].tolist():
             errors.setdefault(slot, invalid_scores_error(slot))
         if errors:

@@ -11,6 +11,7 @@ host. Sequences that end with a token that was on its way compute one token too 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -225,8 +226,16 @@ class EngineCore:
             num_logits[decode:][asked] = work.counts[decode:][asked]
         return self.runner.run(work, num_logits)
 
-    def launch(self, work: ScheduledStep, result: StepLogits) -> InFlightStep:
-        """Choose the tokens of a step whose forward has been queued."""
+    def launch(
+        self, work: ScheduledStep, result: StepLogits, pending: InFlightStep | None = None
+    ) -> InFlightStep:
+        """Choose the tokens of a step whose forward has been queued.
+
+        Args:
+            work: its rows.
+            result: of the forward.
+            pending: the step before, if its tokens have not been collected.
+        """
         slots = self.slots
         starts = slots.computed[work.slots]
         prompts = work.slots[work.num_decode :][work.samples[work.num_decode :]]
@@ -266,10 +275,12 @@ class EngineCore:
         launched.slots = chosen
         if len(chosen):
             launched.generation = slots.generation[chosen]
-            self._select(launched, result, rows)
+            self._select(launched, result, rows, pending)
         return launched
 
-    def _select(self, launched: InFlightStep, result: StepLogits, rows: np.ndarray) -> None:
+    def _select(
+        self, launched: InFlightStep, result: StepLogits, rows: np.ndarray, pending: InFlightStep | None
+    ) -> None:
         """Choose the tokens of ``launched.slots`` from the logits of the step's ``rows``, and let them go on.
 
         What the step has chosen by itself stays; the logits of those rows are not touched unless they are reported.
@@ -292,7 +303,8 @@ class EngineCore:
         if len(others):
             # A sequence's tokens may be on their way, but how many it has is known: all of them have been computed.
             slots = chosen[others]
-            selection = self.selector.select(result.take(index[others]), slots, host.history, host.computed)
+            coming = dict if pending is None else partial(pending.tokens_by_slot, host.generation)
+            selection = self.selector.select(result.take(index[others]), slots, host.history, host.computed, coming)
             self.tables.put_tokens(slots, selection.token_ids)
             selections.append(selection)
         launched.selection = selections[0]

@@ -12,7 +12,7 @@ written, and then reaches the caller. A second one does not wait.
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ from .loop import StepLoop
 from .loop_thread import loop_thread
 from .offline import generate
 from .process import held_interrupts, register, wait_if_exiting
+from .sampling.grammar import Grammar
 from .sampling.request_params import RequestParams
 from .scheduling.page_budget import model_length
 from .scheduling.request import Request, RequestOutput
@@ -111,6 +112,10 @@ class Engine(EngineViews):
         tokenizer: Any = None,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        grammar: Grammar | None = None,
         cache_salt: Any = None,
         rules: RequestParams | None = None,
         _batch: OfflineBatch | None = None,
@@ -129,8 +134,13 @@ class Engine(EngineViews):
             seed: of the sampled tokens.
             tokenizer: needed for ``stop_strings``.
             logprobs, prompt_logprobs: report log-probabilities, and this many of the best tokens'.
+            presence_penalty, frequency_penalty: lower the logits of generated tokens, once and for each time they came:
+                as in the OpenAI API and vLLM.
+            logit_bias: added to the logits of tokens, by id.
+            grammar: makes a matcher for each sequence, see ``GrammarMatcher``; tokens that it does not accept are not
+                chosen.
             cache_salt: cached prefixes are shared only among requests with an equal salt.
-            rules: made beforehand, in the place of the arguments from ``generation_config`` to ``prompt_logprobs``.
+            rules: made beforehand, in the place of the arguments from ``generation_config`` to ``grammar``.
 
         Raises:
             RequestError: it can never be served (too long for the model or the pool, too many rows), its id is taken,
@@ -145,7 +155,8 @@ class Engine(EngineViews):
             batch=_batch, rules=rules, seed=seed, generation_config=generation_config,
             logits_processor=logits_processor, stopping_criteria=stopping_criteria,
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn, tokenizer=tokenizer, logprobs=logprobs,
-            prompt_logprobs=prompt_logprobs,
+            prompt_logprobs=prompt_logprobs, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
+            logit_bias=logit_bias, grammar=grammar,
         )  # fmt: skip
         if _batch is None:
             self.hand_over([request], is_limited=True)

@@ -57,8 +57,8 @@ class TokenEvents:
 
     def __iter__(self) -> Iterator[TokenEvent]:
         while True:
-            wait_for(self._engine, self._has_more, None, self._request.request_id)
-            events = self._take()
+            wait_for(self._engine, self.has_news, None, self._request.request_id)
+            events = self.take()
             yield from events
             if not events and self._request.is_public:
                 break
@@ -66,19 +66,20 @@ class TokenEvents:
 
     async def __aiter__(self) -> AsyncIterator[TokenEvent]:
         while True:
-            await wait_async(self._engine, self._has_more)
-            events = self._take()
+            await wait_async(self._engine, self.has_news)
+            events = self.take()
             for event in events:
                 yield event
             if not events and self._request.is_public:
                 break
         self._raise_error()
 
-    def _has_more(self) -> bool:
+    def has_news(self) -> bool:
+        """Whether :meth:`take` has something, or the request has ended; the engine's ``mail.changed`` is held."""
         return self._request.is_public or self._engine.mail.num_new_tokens(self._request) > sum(self._given)
 
-    def _take(self) -> list[TokenEvent]:
-        """Tokens that no event was made of yet, those of one step together."""
+    def take(self) -> list[TokenEvent]:
+        """Tokens that have come and no event was made of yet, without waiting; those of one step together."""
         coming = []
         for index, sequence in enumerate(self._request.sequences):
             given = self._given[index]

@@ -32,6 +32,11 @@ class RequestHandle:
         """Whether the result is there."""
         return self._request.is_public
 
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens of the prompt that were found in the prefix cache, once the request has run."""
+        return self._request.cached_tokens
+
     def result(self, timeout_s: float | None = None) -> RequestOutput:
         """Wait for the end of the request; an error is in ``output.error``, not raised.
 

@@ -42,6 +42,17 @@ class InFlightStep:
         """Whether its tokens are on the host."""
         return self.tokens is None or self.tokens.is_here
 
+    def tokens_by_slot(self, generation: np.ndarray) -> dict[int, int]:
+        """Its tokens on the host, of the rows that still have their slots; waits for them.
+
+        Args:
+            generation: int64 ``[num_slots]``, see :class:`Slots`.
+        """
+        if self.tokens is None:
+            return {}
+        is_there = generation[self.slots] == self.generation
+        return dict(zip(self.slots[is_there].tolist(), self.tokens.wait()[is_there].tolist()))
+
     @property
     def num_tokens(self) -> int:
         """Tokens that the step chooses, those of verified candidates counted as one."""

@@ -128,7 +128,7 @@ class StepLoop:
         try:
             result = core.run(work)
             forward_s = clock() - start
-            launched = core.launch(work, result)
+            launched = core.launch(work, result, self.pending)
             self.counters.new_tokens += launched.num_tokens
             self.collect_pending()
             self.pending = launched

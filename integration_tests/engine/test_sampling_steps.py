@@ -138,8 +138,8 @@ def test_prompts_beside_decode_rows(model, monkeypatch, chunks):
     def watch(core):
         launch, select = core.launch, core.selector.select
 
-        def launch_counted(work, result):
-            launched = launch(work, result)
+        def launch_counted(work, result, pending):
+            launched = launch(work, result, pending)
             counts["rows"] += len(launched.slots)
             counts["mixed"] += 0 < work.num_decode < len(work.slots)
             return launched

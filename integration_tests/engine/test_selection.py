@@ -250,7 +250,7 @@ def test_tokens_of_generate(model, name):
 PLAIN = ["greedy", "eos", "max_length", "sample", "top_k", "top_p", "min_p"]
 CHANGED = [
     "repetition_penalty", "token_bias", "bad_tokens", "suppress", "min_length", "min_new_tokens", "changes",
-    "penalty and top_p",
+    "penalty and top_p", "many biases",
 ]  # fmt: skip
 
 

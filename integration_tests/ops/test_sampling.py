@@ -346,9 +346,101 @@ def test_rules_of_slots(poison, dtype, vocab):
         marked = before.clone()
         for row in range(num):
             token, words = int(got[row]), marked[slots[row].cpu()]
-            if words[0] == reference.WITH_MARKS and token >= 0:
+            if words[0] & reference.WITH_MARKS and token >= 0:
                 words[reference.MARKS + token // 32] |= 1 << token % 32 * 2
         assert torch.equal(table.cpu(), marked)
+
+
+@pytest.mark.parametrize("temperature", [0.6, 1.3])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rules_with_few_tokens_and_a_temperature(dtype, temperature):
+    """Narrow logits are ranked by themselves, but not those that rules have changed."""
+    num, vocab = 12, 67
+    parameters = [dict(top_k=1 + row % 5, temperature=temperature) for row in range(num)]
+    slots, positions, *columns, wants_lse, _ = tables(parameters)
+    words = torch.from_numpy(reference.slot_rules(vocab, biases=[(3, 0.5, 0, 2**62)]))
+    rules = torch.zeros(num + 3, len(words), dtype=torch.int64) + words
+    arguments = ((torch.randn(num, vocab) * 3).to(dtype).to(DEVICE), slots, positions, *columns, wants_lse)
+    want, _ = sample_tokens_reference(*arguments, rules.to(DEVICE, copy=True))
+    got, _ = sample_tokens_launch(*arguments, rules.to(DEVICE, copy=True))
+    assert int(want.min()) >= 0
+    assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "vocab"), [(dtype, 67) for dtype in DTYPES] + [(torch.float32, 2500)], ids=lambda value: str(value)
+)
+def test_counts_and_masks_of_slots(poison, dtype, vocab):
+    """Rows with counts, with masks, with both and with a spent mask choose what a row without any does whose logits
+    were changed; counts grow, and masks are spent."""
+    parameters = [KINDS[name] for name in KINDS] * 5
+    num = len(parameters)
+    slots, positions, *columns, wants_lse, _ = tables(parameters)
+    logits = (torch.randn(num, vocab) * 3).to(dtype)
+    mask_at, counts_at, width = reference.rules_places(vocab)
+    rules = torch.full((num + 3, width), -1, dtype=torch.int64)
+    expected, picks = logits.float().clone(), torch.Generator().manual_seed(5)
+    counts, kinds = torch.zeros(num, vocab, dtype=torch.int64), []
+    for row in range(num):
+        kind, slot, likely = row // len(KINDS), int(slots[row]), logits[row].float().topk(8).indices
+        given = dict(presence=0.75 * (row % 3), frequency=0.25 - 0.5 * (row % 2)) if kind in (1, 3, 4) else {}
+        given |= dict(has_mask=True) if kind >= 2 else {}
+        given |= dict(penalty=1.5, seen=likely[:3].tolist()) if kind == 3 else {}
+        words = torch.from_numpy(reference.slot_rules(vocab, **given))
+        rules[slot, : len(words)] = words
+        x = changed(logits[row], 0, (), given.get("penalty"), given.get("seen", ()), ())
+        if kind in (1, 3, 4):
+            counts[row, torch.randint(0, vocab, (20,), generator=picks)] = 3
+            counts[row, likely[torch.randperm(8, generator=picks)[:5]]] = torch.tensor([1, 2, 7, 200, 32767])
+            rules[slot].view(torch.int16)[4 * counts_at :][:vocab] = counts[row].short()
+            hit = counts[row] > 0
+            x = torch.where(hit, x - given["frequency"] * counts[row].float() - given["presence"], x)
+        if kind in (2, 3):
+            allowed = torch.rand(vocab, generator=picks) < 0.5
+            allowed[0] = True
+            bits = torch.zeros(-(-vocab // 32), dtype=torch.int64)
+            for token in allowed.nonzero().flatten().tolist():
+                bits[token // 32] |= 1 << token % 32
+            signed = torch.where(bits >= 2**31, bits - 2**32, bits).int()
+            rules[slot].view(torch.int32)[2 * mask_at :][: len(signed)] = signed
+            rules[slot, 0] ^= reference.WITH_MASK | reference.MASK_IS_SPENT
+            x = x.masked_fill(~allowed, -math.inf)
+        expected[row] = x
+        kinds.append(kind)
+    none = torch.zeros(num + 3, reference.MARKS, dtype=torch.int64, device=DEVICE)
+    want, _ = sample_tokens_reference(expected.to(DEVICE), slots, positions, *columns, wants_lse, none)
+    assert int((want >= 0).sum()) > num // 2
+    for choose in (sample_tokens_reference, sample_tokens_launch):
+        table = rules.to(DEVICE, copy=True)
+        got, _ = choose(logits.to(DEVICE), slots, positions, *columns, wants_lse, table)
+        assert torch.equal(got, want)
+        for row, kind in enumerate(kinds):
+            words, after = rules[slots[row].cpu()], table[slots[row].cpu()].cpu()
+            mine, token = counts[row].clone(), int(got[row])
+            if kind in (1, 3) and token >= 0:
+                mine[token] = min(int(mine[token]) + 1, reference.MOST_COUNTED)
+            if kind in (1, 3, 4):
+                assert torch.equal(after.view(torch.int16)[4 * counts_at :][:vocab].long(), mine)
+            spent = reference.WITH_MASK | reference.MASK_IS_SPENT if kind in (2, 3) else 0
+            assert int(after[0]) == int(words[0]) ^ spent
+
+
+def test_a_nan_under_a_mask():
+    """Among the tokens that may be chosen it ends the row, as without a mask; others are not looked at."""
+    vocab, num = 67, 2
+    slots, positions, *columns, wants_lse, _ = tables([KINDS["greedy"]] * num)
+    mask_at, _, width = reference.rules_places(vocab)
+    rules = torch.zeros(num + 3, width, dtype=torch.int64)
+    logits = torch.randn(num, vocab)
+    logits[:, 40] = torch.nan
+    for row in range(num):
+        slot, words = int(slots[row]), torch.from_numpy(reference.slot_rules(vocab, has_mask=True))
+        rules[slot, : len(words)] = words
+        rules[slot, 0] = reference.WITH_MASK
+        rules[slot].view(torch.int32)[2 * mask_at + 1] = [1 << 8 | 1 << 9, 1 << 9][row]
+    for choose in (sample_tokens_reference, sample_tokens_launch):
+        got, _ = choose(logits.to(DEVICE), slots, positions, *columns, wants_lse, rules.to(DEVICE, copy=True))
+        assert got.tolist() == [reference.INVALID_TOKEN, 41]
 
 
 @pytest.mark.parametrize("vocab", [5, 1000, 5000])

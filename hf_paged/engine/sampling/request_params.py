@@ -2,8 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
-from numbers import Integral
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from numbers import Integral, Real
 from typing import Any, Literal
 
 import numpy as np
@@ -30,6 +30,8 @@ from transformers import (
 from transformers.generation import GenerationMode
 
 from ...transformers_internals import PreparedGeneration, prepare_generation, processor_of_row, special_tokens
+from .count_penalties import CountPenalties
+from .grammar import Grammar, GrammarProcessor, GuidedSequence, checked_grammar
 from .stop_strings import StopStrings
 
 Mode = Literal["rows", "beams", "assisted"]
@@ -63,12 +65,18 @@ class LogitAdjustments:
         penalty: of tokens in the history, None for none.
         num_ignored: tokens at its start, padding included, that are not penalised.
         banned: tokens that are never chosen.
+        presence, frequency: penalties of generated tokens; ``num_prompt`` tokens of the history are not generated.
+        grammar: follows the row and gives a mask before each choice, None for none.
     """
 
     biases: tuple[tuple[int, float, int, int], ...] = ()
     penalty: float | None = None
     num_ignored: int = 0
     banned: tuple[int, ...] = ()
+    presence: float = 0.0
+    frequency: float = 0.0
+    num_prompt: int = 0
+    grammar: GrammarProcessor | None = None
 
     def is_within(self, vocab_size: int) -> bool:
         """Whether the device can do it: with a vocabulary that is known, and biases for tokens of it."""
@@ -118,7 +126,7 @@ class RequestParams:
     _row_processors: dict[int, LogitsProcessorList] = dataclasses.field(default_factory=dict, repr=False)
 
     @classmethod
-    def make(
+    def make(  # noqa: PLR0913
         cls,
         model: Any,
         generation_config: GenerationConfig | None,
@@ -131,6 +139,10 @@ class RequestParams:
         tokenizer: Any = None,
         logprobs: int | None = None,
         prompt_logprobs: int | None = None,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        logit_bias: Mapping[int, float] | None = None,
+        grammar: Grammar | None = None,
     ) -> "RequestParams":
         """Resolve a config against the model's own exactly as ``model.generate(prompt)`` does.
 
@@ -145,6 +157,9 @@ class RequestParams:
             tokenizer: needed for ``stop_strings``.
             logprobs: report log-probabilities of new tokens and of this many best ones.
             prompt_logprobs: the same for the prompt.
+            presence_penalty, frequency_penalty: of generated tokens, see :class:`CountPenalties`.
+            logit_bias: added to the logits of tokens, before everything else.
+            grammar: makes a matcher for each sequence, see :class:`GrammarMatcher`.
 
         Raises:
             ValueError, TypeError: an argument is not valid, or is not served; the message names it.
@@ -159,17 +174,31 @@ class RequestParams:
                 f"prefix_allowed_tokens_fn is {prefix_allowed_tokens_fn!r}: a callable or None is accepted."
             )
 
+        biases = _checked_biases(logit_bias, num_logits_of(model))
+        own: list[Any] = []
+        penalties = (
+            _checked_penalty("presence_penalty", presence_penalty),
+            _checked_penalty("frequency_penalty", frequency_penalty),
+        )
+        if any(penalties):
+            own.append(CountPenalties(*penalties, prompt.shape[1]))
+        if grammar is not None:
+            own.append(GrammarProcessor(checked_grammar(grammar), prompt.shape[1]))
+
         def prepared(prompt: torch.Tensor) -> PreparedGeneration:
-            return prepare_generation(
+            made = prepare_generation(
                 model,
                 generation_config,
                 prompt,
-                logits_processor=processors,
+                logits_processor=own + processors,
                 stopping_criteria=criteria,
                 prefix_allowed_tokens_fn=prefix_allowed_tokens_fn,
                 tokenizer=tokenizer,
                 stop_criterion=StopStrings,
             )
+            if biases:
+                made.processors.insert(0, SequenceBiasLogitsProcessor(biases))
+            return made
 
         if not (processors or criteria or prefix_allowed_tokens_fn):
             # Copies to the device would wait for the steps that are queued there; most requests need none.
@@ -222,6 +251,8 @@ class RequestParams:
         do_sample = bool(config.do_sample)
         eos_token_ids, pad_token_id = special_tokens(config)
         max_length = prepared.criteria.max_length
+        if mode != "rows" and any(type(processor) is GrammarProcessor for processor in prepared.processors):
+            raise ValueError(f"grammar: greedy and sampled requests are served with one, not {mode}: leave it out.")
         changes, warpers = _logit_changes(prepared.processors, len(padding_ids))
         if mode != "rows" or (changes is not None and _plain_sampling(warpers, do_sample) is None):
             changes, warpers = None, prepared.processors
@@ -290,10 +321,16 @@ class RequestParams:
         if row not in self._row_processors:
             repeated_row = self.batch_row * self.num_sequences + row
             self._row_processors[row] = LogitsProcessorList(
-                processor_of_row(p, self.batch_row, self.batch_rows, len(self.padding_ids), repeated_row)
+                p.of_row()
+                if isinstance(p, GrammarProcessor)
+                else processor_of_row(p, self.batch_row, self.batch_rows, len(self.padding_ids), repeated_row)
                 for p in self.processors
             )
         return self._row_processors[row]
+
+    def guided(self, row: int) -> GuidedSequence:
+        """What follows a row of a request with a grammar; the same object at every call."""
+        return next(p.sequence for p in self.processors_of_row(row) if isinstance(p, GrammarProcessor))
 
     def processed(self, row: int, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         """``scores`` ``[n, vocab]`` as the processors of a row (see :meth:`processors_of_row`) change them.
@@ -419,10 +456,13 @@ def _logit_changes(processors: Sequence[Any], padding: int) -> tuple[LogitAdjust
     """
     biases: list[tuple[int, float, int, int]] = []
     penalty, num_ignored, banned = None, 0, []
+    counted, grammar = None, None
     count = 0
     for processor in processors:
         kind = type(processor)
-        if kind is SequenceBiasLogitsProcessor and not count:
+        if counted is not None and kind not in (CountPenalties, GrammarProcessor):
+            break  # What is lowered by counts is lowered last.
+        if kind is SequenceBiasLogitsProcessor and penalty is None:
             if any(len(ids) > 1 for ids in processor.sequence_bias):
                 break
             biases += [(ids[0], bias, 0, ALWAYS) for ids, bias in processor.sequence_bias.items()]
@@ -442,12 +482,20 @@ def _logit_changes(processors: Sequence[Any], padding: int) -> tuple[LogitAdjust
             is_total = kind is MinLengthLogitsProcessor
             end = processor.min_length if is_total else processor.prompt_length_to_skip + processor.min_new_tokens
             biases += [(token, -math.inf, 0, end - padding) for token in processor.eos_token_id.tolist()]
+        elif kind is CountPenalties and counted is None:
+            counted = processor
+        elif kind is GrammarProcessor and grammar is None:
+            grammar = processor
         else:
             break
         count += 1
     if not count or len(biases) > MAX_BIASES:
         return None, processors
-    changes = LogitAdjustments(tuple(biases), penalty, num_ignored, tuple(banned))
+    changes = LogitAdjustments(tuple(biases), penalty, num_ignored, tuple(banned), grammar=grammar)
+    if counted is not None:
+        changes = dataclasses.replace(
+            changes, presence=counted.presence, frequency=counted.frequency, num_prompt=counted.prompt_length
+        )
     return changes, processors[count:]
 
 
@@ -508,6 +556,30 @@ def _checked_callables(name: str, objects: Sequence[Any] | None) -> list[Any]:
         if not callable(item):
             raise TypeError(f"{name} has {item!r}: callables are accepted.")
     return list(objects)
+
+
+def _checked_penalty(name: str, penalty: Any) -> float:
+    """Raises ValueError: not a finite number."""
+    if isinstance(penalty, bool) or not isinstance(penalty, Real) or not math.isfinite(penalty):
+        raise ValueError(f"{name} is {penalty!r}: a finite number is accepted, 0 for none.")
+    return float(penalty)
+
+
+def _checked_biases(logit_bias: Any, num_logits: int) -> dict[tuple[int, ...], float]:
+    """Raises ValueError: not numbers by tokens of the model."""
+    if logit_bias is None:
+        return {}
+    if not isinstance(logit_bias, Mapping):
+        raise ValueError(f"logit_bias is {logit_bias!r}: a dict of token ids and numbers is accepted.")
+    biases: dict[tuple[int, ...], float] = {}
+    for token, bias in logit_bias.items():
+        is_token = isinstance(token, Integral) and not isinstance(token, bool)
+        if not is_token or not 0 <= int(token) < (num_logits or SEED_LIMIT):
+            raise ValueError(f"logit_bias has token {token!r}: ids from 0 to {num_logits - 1} are accepted.")
+        if isinstance(bias, bool) or not isinstance(bias, Real) or not math.isfinite(bias):
+            raise ValueError(f"logit_bias has {bias!r} for token {token}: a finite number is accepted.")
+        biases[(int(token),)] = float(bias)
+    return biases
 
 
 def _seed_of(seed: int | None, do_sample: bool) -> int:

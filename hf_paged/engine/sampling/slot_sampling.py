@@ -3,7 +3,18 @@
 import numpy as np
 import torch
 from hf_paged_kernels.sampling.ops import sample_tokens_op
-from hf_paged_kernels.sampling.reference import MARKS, TOKENS_OF_WORD, choose_tokens, gumbel_noise, slot_rules
+from hf_paged_kernels.sampling.reference import (
+    COUNTS_AT,
+    MASK_AT,
+    MASK_IS_SPENT,
+    MOST_COUNTED,
+    WITH_COUNTS,
+    WITH_MASK,
+    choose_tokens,
+    gumbel_noise,
+    rules_places,
+    slot_rules,
+)
 
 from ..async_copy import send
 from .request_params import RequestParams, WarperParams
@@ -24,8 +35,10 @@ class SlotSampling:
 
     Attributes:
         on_device: bool ``[num_slots]`` on the host: slots whose next token is chosen by what is here alone.
-        has_rules: bool ``[num_slots]`` on the host: slots with penalties, biases or suppressed tokens.
-        rules: int64 ``[num_slots + 1, words]`` on the device, rows of :func:`slot_rules`.
+        is_guided: bool ``[num_slots]`` on the host: slots that need a mask before each choice, see :meth:`put_masks`,
+            and nothing else.
+        has_rules: bool ``[num_slots]`` on the host: slots with penalties, biases, masks or suppressed tokens.
+        rules: int64 ``[num_slots + 1, words]`` on the device, rows of :func:`slot_rules` with masks and counts.
 
     Args:
         num_slots: slots; one more, that of no row, is greedy.
@@ -38,6 +51,9 @@ class SlotSampling:
         self.has_rules = np.zeros(num_slots, dtype=bool)
         self.rules = self._empty_rules(num_slots)
         self._new_rules: dict[int, np.ndarray] = {}
+        self._new_counts: dict[int, np.ndarray] = {}
+        self._kinds = np.zeros(num_slots, dtype=np.int64)
+        self.is_guided = np.zeros(num_slots, dtype=bool)
         self.on_device = np.zeros(num_slots, dtype=bool)
         self._make_tables(num_slots)
         self._token_ids = torch.empty(0, dtype=torch.int32, device=device)
@@ -79,6 +95,13 @@ class SlotSampling:
         for slot, words in self._new_rules.items():
             self.rules[slot, : len(words)] = send(words, self.device)
         self._new_rules.clear()
+        for slot, generated in self._new_counts.items():
+            counts = self.rules[slot, rules_places(self.vocab_size)[1] :].zero_().view(torch.int16)
+            ids, times = np.unique(generated, return_counts=True)
+            if len(ids):
+                times = np.minimum(times, MOST_COUNTED).astype(np.int16)
+                counts[send(ids, self.device)] = send(times, self.device)
+        self._new_counts.clear()
         if self._is_stale:
             self._device_words.copy_(send(self._words, self.device))
             self._is_stale = False
@@ -121,6 +144,19 @@ class SlotSampling:
         )
         return sample_tokens_op(logits, slots, positions, *tables, self.rules, last_token)
 
+    def put_masks(self, slots: np.ndarray, masks: np.ndarray) -> None:
+        """Give guided slots the mask of their next choice, in the order of the stream.
+
+        Args:
+            slots: int64 ``[n]``.
+            masks: int32 ``[n, ceil(vocab / 32)]``, see :meth:`GrammarMatcher.fill_bitmask`.
+        """
+        self.sync()
+        start = 2 * rules_places(self.vocab_size)[0]
+        index = send(slots, self.device)
+        self.rules.view(torch.int32)[index, start : start + masks.shape[1]] = send(masks, self.device)
+        self.rules[index, 0] = send(self._kinds[slots] ^ (WITH_MASK | MASK_IS_SPENT), self.device)
+
     def noise(self, slots: np.ndarray, positions: np.ndarray, vocab_size: int) -> torch.Tensor:
         """Gumbel noise ``[num_rows, vocab]`` of rows at their positions."""
         seeds = send(self._column("seed")[slots], self.device)
@@ -141,6 +177,9 @@ class SlotSampling:
         if changes is not None and not changes.is_within(self.vocab_size):
             # Its processors say what is wrong.
             changes, self.on_device[slot] = None, False
+        self.is_guided[slot] = changes is not None and changes.grammar is not None
+        if self.is_guided[slot]:
+            self.on_device[slot] = False
         if changes is not None:
             self._new_rules[slot] = slot_rules(
                 self.vocab_size,
@@ -148,22 +187,31 @@ class SlotSampling:
                 penalty=changes.penalty,
                 seen=np.concatenate([rules.padding_ids, tokens])[changes.num_ignored :].astype(np.int64),
                 banned=changes.banned,
+                presence=changes.presence,
+                frequency=changes.frequency,
+                has_mask=changes.grammar is not None,
             )
+            self._kinds[slot] = self._new_rules[slot][0]
+            if self._kinds[slot] & WITH_COUNTS:
+                self._new_counts[slot] = tokens[changes.num_prompt :].astype(np.int64)
         elif self.has_rules[slot]:
             self._new_rules[slot] = slot_rules(0)[:1]
         self.has_rules[slot] = changes is not None
 
     def _empty_rules(self, num_slots: int) -> torch.Tensor:
-        width = MARKS + -(-self.vocab_size // TOKENS_OF_WORD)
+        width = rules_places(self.vocab_size)[2]
         return torch.zeros(num_slots + 1, width, dtype=torch.int64, device=self.device)
 
     def _grow(self, vocab_size: int) -> None:
         """Have marks for so many tokens: a model's graphs are all captured with the same number."""
         if vocab_size > self.vocab_size:
+            before, old = rules_places(self.vocab_size), self.rules
             self.vocab_size = vocab_size
-            rules = self._empty_rules(len(self.rules) - 1)
-            rules[:, : self.rules.shape[1]] = self.rules
-            self.rules = rules
+            self.rules, now = self._empty_rules(len(old) - 1), rules_places(vocab_size)
+            # Marks, masks and counts of the tokens that were known.
+            for start, end, place in zip((0, *before), before, (0, *now)):
+                self.rules[:, place : place + end - start] = old[:, start:end]
+            self.rules[:, MASK_AT], self.rules[:, COUNTS_AT] = now[0], now[1]
 
     def _column(self, name: str) -> np.ndarray:
         """A parameter of every slot, on the host."""

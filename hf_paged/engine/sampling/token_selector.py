@@ -96,9 +96,16 @@ class TokenSelector:
         """Take a slot back; its parameters stay until the next admission."""
         self._rows.pop(slot, None)
         self._verified.pop(slot, None)
-        self.sampling.on_device[slot] = self.has_logprobs[slot] = False
+        self.sampling.on_device[slot] = self.sampling.is_guided[slot] = self.has_logprobs[slot] = False
 
-    def select(self, logits: torch.Tensor, slots: np.ndarray, history: np.ndarray, lengths: np.ndarray) -> Selection:
+    def select(
+        self,
+        logits: torch.Tensor,
+        slots: np.ndarray,
+        history: np.ndarray,
+        lengths: np.ndarray,
+        coming: Callable[[], dict[int, int]] = dict,
+    ) -> Selection:
         """Choose a token for each row.
 
         Args:
@@ -106,12 +113,16 @@ class TokenSelector:
             slots: ``[num_rows]`` int, admitted.
             history: ``[num_slots, capacity]`` int64.
             lengths: ``[num_slots]`` int: index of the new token. That is the number of tokens in the history, or more
-                for plain rows whose last tokens are on their way.
+                for plain and guided rows whose last tokens are on their way.
+            coming: waits for these, and gives them by slot; called for guided rows only.
         """
         slots = np.asarray(slots)
         positions = lengths[slots].astype(np.int64, copy=False)
-        is_plain = self.sampling.on_device[slots]
+        is_guided = self.sampling.is_guided[slots]
+        is_plain = self.sampling.on_device[slots] | is_guided
         errors: dict[int, BaseException] = {}
+        if is_guided.any():
+            errors = self._put_masks(slots[is_guided], history, positions[is_guided], coming())
         if is_plain.all():
             token_ids = self.sampling.choose(logits, slots, positions)
         else:
@@ -127,6 +138,29 @@ class TokenSelector:
                 except BaseException as error:  # whatever a request's own code raises ends that request alone
                     errors[slot] = error
         return Selection(token_ids, self._logprobs(slots, token_ids, None, lambda rows: _taken(logits, rows)), errors)
+
+    def _put_masks(
+        self, slots: np.ndarray, history: np.ndarray, positions: np.ndarray, coming: dict[int, int]
+    ) -> dict[int, BaseException]:
+        """Give guided rows the masks of their next choice; returns what their grammars raised, by slot."""
+        masks = np.zeros((len(slots), -(-self.sampling.vocab_size // 32)), dtype=np.int32)
+        errors: dict[int, BaseException] = {}
+        for slot, position, mask in zip(slots.tolist(), positions.tolist(), masks):
+            entry = self._rows[slot]
+            changes = entry.rules.changes
+            assert changes is not None
+            assert changes.grammar is not None
+            start = changes.grammar.prompt_length
+            generated = history[slot, start:position].tolist()
+            if slot in coming and position > start:
+                generated[-1] = coming[slot]
+            try:
+                entry.rules.guided(entry.row).fill(generated, mask)
+            except BaseException as error:  # as of a processor
+                errors[slot] = error
+                mask[:] = -1
+        self.sampling.put_masks(slots, masks)
+        return errors
 
     def chosen(
         self,
@@ -146,8 +180,8 @@ class TokenSelector:
         return Selection(token_ids, self._logprobs(slots, token_ids, lse, logits_of))
 
     def needs_host(self, slots: np.ndarray) -> bool:
-        """Whether the next token of one of these rows is chosen with the host's help."""
-        return not bool(self.sampling.on_device[slots].all())
+        """Whether the next token of one of these rows is chosen with the host's help, in more than masks."""
+        return not bool((self.sampling.on_device[slots] | self.sampling.is_guided[slots]).all())
 
     def stopped(
         self, slots: np.ndarray, history: np.ndarray, lengths: np.ndarray

@@ -20,7 +20,7 @@ the ranks above it to draw from: that is rejection sampling, and what comes out 
 * The k largest logits of a row lie in the groups of 64 tokens with the k largest maxima; rows with top-k look at no
   others, and draw from them without tiles.
 * Sums are taken in an order that depends on the row alone.
-* Rows with penalties, biases or suppressed tokens have them applied wherever logits are read.
+* Rows with penalties, biases, masks or suppressed tokens have them applied wherever logits are read.
 
 Rows without sampling, and rows with other parameters, may stand next to each other: parameters are read by slot.
 """
@@ -39,11 +39,8 @@ from .scores_triton import (
     HIGHEST,
     LOG2E,
     LOWEST,
-    MARKS,
     NO_RULES,
     NO_TOKEN,
-    SEEN,
-    WITH_MARKS,
     apply_rules,
     approximate_noise,
     can_have,
@@ -56,6 +53,7 @@ from .scores_triton import (
     noise_bits,
     noise_bound,
     noise_key,
+    note_choice,
     rank_of,
     ranks_above,
     ranks_up_to,
@@ -81,7 +79,6 @@ PROGRAMS = 1024
 INVALID = tl.constexpr(-1)
 KEY_OF_LOWEST = tl.constexpr(-0x7F800001)
 TILE_NOISE, TILES_OF_TURN = tl.constexpr(reference.TILE_NOISE), tl.constexpr(reference.TILES_OF_TURN)
-TOKENS_OF_WORD = tl.constexpr(reference.TOKENS_OF_WORD)
 DONE, TOP_K, TOP_P, MIN_P = (tl.constexpr(i) for i in range(4))
 """What is left to do for a row."""
 
@@ -169,7 +166,7 @@ def _best_of_chunk(
 ):  # fmt: skip
     """The best token of a chunk by score plus noise, exactly, of those that may be chosen: value and id."""
     scores = tl.div_rn(x, temperature)
-    rank = x if NARROW else scores
+    rank = tl.where(ruled != 0, scores, x) if NARROW else scores  # As rank_of has it.
     may = (rank >= floor) & ~ranks_up_to(rank, ids, low_rank, low_id) & (scores > LOWEST)
     may &= weights_of(x, largest, inverse_temperature(temperature), FAST) >= min_p
     value = scores + approximate_noise(noise_bits(ids, key_low, key_high), FAST)
@@ -638,9 +635,8 @@ def _finish_rows(
         tl.store(chosen + row, token.to(tl.int64))
     if by_slot > 0:
         tl.store(last_token + slot, tl.maximum(token, 0).to(tl.int64))
-    if (ruled == WITH_MARKS) & (token >= 0):
-        word = row_rules + MARKS + token // TOKENS_OF_WORD
-        tl.store(word, tl.load(word) | (SEEN << (token % TOKENS_OF_WORD * 2).to(tl.int64)))
+    if ruled != 0:
+        note_choice(row_rules, ruled, token)
 
 
 def sample_tokens_launch(

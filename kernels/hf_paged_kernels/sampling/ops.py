@@ -43,8 +43,8 @@ def sample_tokens_op(
         min_p: ``[num_slots]`` float64; 0: all. Temperature and min_p are rounded to float32, as scores are.
         seeds: ``[num_slots]`` int64.
         wants_lse: ``[num_slots]`` int64, not 0 where the second result is asked for.
-        rules: ``[num_slots, ...]`` int64, rows of :func:`~.sampling_reference.slot_rules` with room for the vocabulary:
-            biases, penalties and suppressed tokens. Tokens that are chosen are marked there.
+        rules: ``[num_slots, ...]`` int64, rows of :func:`~.reference.slot_rules` with room for the vocabulary: biases,
+            penalties, masks and suppressed tokens. Tokens that are chosen are marked and counted there.
         last_token: ``[num_slots]`` int64: where the token of each slot is noted, 0 for :data:`INVALID_TOKEN`; or None.
 
     Returns:

@@ -32,12 +32,13 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-COUNT, PENALTY, ENTRIES = 1, 2, 3
-MAX_BIASES = 32
+COUNT, PENALTY, PRESENCE, FREQUENCY, MASK_AT, COUNTS_AT, ENTRIES = range(1, 8)
+MAX_BIASES = 512
 MARKS = ENTRIES + 3 * MAX_BIASES
 TOKENS_OF_WORD = 32
-NO_RULES, WITH_BIASES, WITH_MARKS = 0, 1, 2
+NO_RULES, WITH_BIASES, WITH_MARKS, WITH_COUNTS, WITH_MASK, MASK_IS_SPENT = 0, 1, 2, 4, 8, 16
 SEEN, BANNED = 1, 2
+MOST_COUNTED = 32767
 """The layout of a slot's rules: see :func:`slot_rules`."""
 
 GOLDEN = -7046029254386353131  # 0x9E3779B97F4A7C15
@@ -174,6 +175,13 @@ def warp_logits(
     return logits
 
 
+def rules_places(vocab_size: int) -> tuple[int, int, int]:
+    """Where the mask of a row of rules begins, and its counts; and the words of the whole row."""
+    mask_at = MARKS + -(-vocab_size // TOKENS_OF_WORD)
+    counts_at = mask_at + -(-vocab_size // 64)
+    return mask_at, counts_at, counts_at + -(-vocab_size // 4)
+
+
 def slot_rules(
     vocab_size: int,
     *,
@@ -181,30 +189,46 @@ def slot_rules(
     penalty: float | None = None,
     seen: Sequence[int] | np.ndarray = (),
     banned: Sequence[int] = (),
+    presence: float = 0.0,
+    frequency: float = 0.0,
+    has_mask: bool = False,
 ) -> np.ndarray:
-    """A row of the table of rules, int64: what happens to logits, in float32, before temperature and warpers.
+    """A row of the table of rules, int64, without its mask and counts: what happens to logits, in float32, before
+    temperature and warpers.
 
     ::
 
-        kind, number of biases, penalty as float64                          NO_RULES: the rest is not read
+        kind, a sum of flags; number of biases                              NO_RULES: the rest is not read
+        penalty, presence and frequency penalty as float64; place of the mask, of the counts
         [token << 32 | bias as float32, first position, last position + 1]  MAX_BIASES of them
-        marks, two bits a token: SEEN, BANNED                               read if the kind is WITH_MARKS
+        marks, two bits a token: SEEN, BANNED                               read WITH_MARKS
+        mask, one bit a token, as int32                                     read WITH_MASK
+        counts of generated tokens, int16 each                              read WITH_COUNTS
 
-    In this order, that of transformers' processors: biases are added, -inf whatever the logit is; of tokens that were
-    seen, positive logits are divided by the penalty and negative ones multiplied (Keskar et al. 2019); banned tokens
-    get -inf. A token that is chosen is marked as seen.
+    In this order: biases are added, -inf whatever the logit is; of tokens that were seen, positive logits are divided
+    by the penalty and negative ones multiplied (Keskar et al. 2019); of tokens that were generated, the frequency
+    penalty times their count and the presence penalty are subtracted (OpenAI's and vLLM's definition); banned tokens,
+    and those whose bit in the mask is 0, get -inf. A token that is chosen is marked as seen, and counted up to
+    :data:`MOST_COUNTED`.
+
+    A mask is for one choice, after which the kind has MASK_IS_SPENT in the place of WITH_MASK. What is chosen then,
+    without a mask, counts for nothing: a step chooses for all of its rows, and rows with masks choose once more.
 
     Args:
         vocab_size: of the logits, at most.
         biases: token, bias, and between which positions of the new token, at most :data:`MAX_BIASES`.
         penalty: for tokens that were seen, None for none.
         seen, banned: tokens.
+        presence, frequency: penalties of tokens that were generated.
+        has_mask: a mask is written before each choice.
     """
-    words = np.zeros(MARKS + -(-vocab_size // TOKENS_OF_WORD), dtype=np.int64)
+    mask_at, counts_at, _ = rules_places(vocab_size)
+    words = np.zeros(mask_at, dtype=np.int64)
     with_marks = penalty is not None or len(banned) > 0
-    words[0] = WITH_MARKS if with_marks else WITH_BIASES if biases else NO_RULES
-    words[COUNT] = len(biases)
-    words[PENALTY : PENALTY + 1].view(np.float64)[0] = 1.0 if penalty is None else penalty
+    words[0] = WITH_MARKS * with_marks + WITH_BIASES * bool(biases) + MASK_IS_SPENT * has_mask
+    words[0] += WITH_COUNTS * (presence != 0 or frequency != 0)
+    words[COUNT], words[MASK_AT], words[COUNTS_AT] = len(biases), mask_at, counts_at
+    words[PENALTY : FREQUENCY + 1].view(np.float64)[:] = 1.0 if penalty is None else penalty, presence, frequency
     for i, (token, bias, first, end) in enumerate(biases):
         bits = int(np.array(bias, dtype=np.float32).view(np.uint32))
         words[ENTRIES + 3 * i : ENTRIES + 3 * i + 3] = token << 32 | bits, first, end
@@ -225,12 +249,32 @@ def ruled_logits(logits: torch.Tensor, position: int, rules: torch.Tensor) -> to
         bias, token = entry[:1].view(torch.float32)[0], packed >> 32
         if first <= position < end and token < len(x):
             x[token] = x[token] + bias if bias > -torch.inf else bias
-    if rules[0] == WITH_MARKS:
+    kind = int(rules[0])
+    penalty, presence, frequency = rules[PENALTY : FREQUENCY + 1].view(torch.float64).float()
+    if kind & WITH_MARKS:
         marks = rules[MARKS:][ids // TOKENS_OF_WORD] >> (ids % TOKENS_OF_WORD * 2)
-        penalty = rules[PENALTY : PENALTY + 1].view(torch.float64).float()
         x = torch.where(marks & SEEN > 0, torch.where(x < 0, x * penalty, x / penalty), x)
         x = x.masked_fill(marks & BANNED > 0, -torch.inf)
+    if kind & WITH_COUNTS:
+        counts = rules[int(rules[COUNTS_AT]) :].view(torch.int16)[: len(x)]
+        x = torch.where(counts > 0, x - frequency * counts.float() - presence, x)
+    if kind & WITH_MASK:
+        mask = rules[int(rules[MASK_AT]) :].view(torch.int32)[ids // 32] >> (ids % 32).int()
+        x = x.masked_fill(mask & 1 == 0, -torch.inf)
     return x
+
+
+def _note_choice(rules: torch.Tensor, token: int) -> None:
+    """What a row's rules, int64 of :func:`slot_rules`, keep of the token that was chosen; a spent mask: nothing."""
+    kind = int(rules[0])
+    if token != INVALID_TOKEN and not kind & MASK_IS_SPENT:
+        if kind & WITH_MARKS:
+            rules[MARKS + token // TOKENS_OF_WORD] |= SEEN << token % TOKENS_OF_WORD * 2
+        if kind & WITH_COUNTS:
+            counts = rules[int(rules[COUNTS_AT]) :].view(torch.int16)
+            counts[token] = min(int(counts[token]) + 1, MOST_COUNTED)
+    if kind & WITH_MASK:
+        rules[0] = kind ^ (WITH_MASK | MASK_IS_SPENT)
 
 
 def log_sum_exp(logits: torch.Tensor) -> torch.Tensor:
@@ -360,9 +404,7 @@ def sample_tokens_reference(
             logits[row] = ruled_logits(logits[row], int(positions[row]), rules[slots[row]])
     tokens = _choose(logits, slots, positions, temperature, top_k, top_p, min_p, seeds)
     for row in ruled:
-        token, marks = int(tokens[row]), rules[slots[row]]
-        if token != INVALID_TOKEN and marks[0] == WITH_MARKS:
-            marks[MARKS + token // TOKENS_OF_WORD] |= SEEN << token % TOKENS_OF_WORD * 2
+        _note_choice(rules[slots[row]], int(tokens[row]))
     if last_token is not None:
         last_token[slots] = tokens.clamp(min=0)
     return tokens, lse

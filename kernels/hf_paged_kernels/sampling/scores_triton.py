@@ -10,10 +10,18 @@ LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 LOWEST = tl.constexpr(float("-inf"))
 HIGHEST = tl.constexpr(float("inf"))
-COUNT, PENALTY, ENTRIES, MARKS, NO_RULES, WITH_MARKS, SEEN, BANNED = (
+COUNT, PENALTY, PRESENCE, FREQUENCY, MASK_AT, COUNTS_AT, ENTRIES, MARKS, SEEN, BANNED, MOST_COUNTED = (
     tl.constexpr(getattr(reference, name))
-    for name in ("COUNT", "PENALTY", "ENTRIES", "MARKS", "NO_RULES", "WITH_MARKS", "SEEN", "BANNED")
+    for name in (
+        "COUNT", "PENALTY", "PRESENCE", "FREQUENCY", "MASK_AT", "COUNTS_AT", "ENTRIES", "MARKS", "SEEN", "BANNED",
+        "MOST_COUNTED",
+    )
+)  # fmt: skip
+NO_RULES, WITH_MARKS, WITH_COUNTS, WITH_MASK, MASK_IS_SPENT = (
+    tl.constexpr(getattr(reference, name))
+    for name in ("NO_RULES", "WITH_MARKS", "WITH_COUNTS", "WITH_MASK", "MASK_IS_SPENT")
 )
+TOKENS_OF_WORD = tl.constexpr(reference.TOKENS_OF_WORD)
 """The layout of a slot's rules."""
 
 
@@ -99,6 +107,12 @@ def noise_bound(value):
 
 
 @triton.jit
+def _number(place):
+    """A float64 among the words of a slot's rules, as float32."""
+    return tl.load(place).to(tl.float64, bitcast=True).to(tl.float32)
+
+
+@triton.jit
 def apply_rules(x, ids, position, row_rules, ruled):
     """Float32 logits ``x`` of tokens ``ids`` as the rules of the row's slot change them: see ``slot_rules``.
 
@@ -113,14 +127,38 @@ def apply_rules(x, ids, position, row_rules, ruled):
             if (position >= tl.load(entry + 1)) & (position < tl.load(entry + 2)):
                 is_it = ids == (packed >> 32).to(tl.int32)
                 y = tl.where(is_it, tl.where(bias > LOWEST, y + bias, LOWEST), y)
-        if ruled == WITH_MARKS:
-            penalty = tl.load(row_rules + PENALTY).to(tl.float64, bitcast=True).to(tl.float32)
+        if (ruled & WITH_MARKS) != 0:
+            penalty = _number(row_rules + PENALTY)
             # As int32: sixteen tokens each, in the same order.
             row_marks = (row_rules + MARKS).to(tl.pointer_type(tl.int32))
             marks = tl.load(row_marks + (ids >> 4), mask=x > LOWEST, other=0) >> ((ids & 15) * 2)
             y = tl.where((marks & SEEN) != 0, tl.where(y < 0, y * penalty, tl.div_rn(y, penalty)), y)
             y = tl.where((marks & BANNED) != 0, LOWEST, y)
+        if (ruled & WITH_COUNTS) != 0:
+            row_counts = (row_rules + tl.load(row_rules + COUNTS_AT)).to(tl.pointer_type(tl.int16))
+            counts = tl.load(row_counts + ids, mask=x > LOWEST, other=0)
+            lowered = y - _number(row_rules + FREQUENCY) * counts.to(tl.float32) - _number(row_rules + PRESENCE)
+            y = tl.where(counts > 0, lowered, y)
+        if (ruled & WITH_MASK) != 0:
+            row_mask = (row_rules + tl.load(row_rules + MASK_AT)).to(tl.pointer_type(tl.int32))
+            # A NaN that may be chosen stays one.
+            bits = tl.load(row_mask + (ids >> 5), mask=(x > LOWEST) | (x != x), other=0) >> (ids & 31)
+            y = tl.where((bits & 1) != 0, y, LOWEST)
     return y
+
+
+@triton.jit
+def note_choice(row_rules, ruled, token):
+    """What the rules of a row keep of the token that was chosen, -1 for none: see ``slot_rules``."""
+    if ((ruled & MASK_IS_SPENT) == 0) & (token >= 0):
+        if (ruled & WITH_MARKS) != 0:
+            word = row_rules + MARKS + token // TOKENS_OF_WORD
+            tl.store(word, tl.load(word) | (SEEN << (token % TOKENS_OF_WORD * 2).to(tl.int64)))
+        if (ruled & WITH_COUNTS) != 0:
+            count = (row_rules + tl.load(row_rules + COUNTS_AT)).to(tl.pointer_type(tl.int16)) + token
+            tl.store(count, tl.minimum(tl.load(count).to(tl.int32) + 1, MOST_COUNTED).to(tl.int16))
+    if (ruled & WITH_MASK) != 0:
+        tl.store(row_rules, ruled ^ (WITH_MASK | MASK_IS_SPENT))
 
 
 @triton.jit
