@@ -17,12 +17,19 @@ Parts, for each model:
 * arrivals: requests that arrive at random, at fractions of saturation: time to first token, time between tokens.
 * long_context: prompts of 32k tokens, 1 and 8 at a time.
 * shared_prefix: 64 prompts with 16 samples each, with and without sharing.
+* cold: a patched ``generate()`` in new processes, with an empty cache of kernels and with the one filled then.
+* calls: seconds of each of six equal calls of a patched ``generate()``, by default and with ``keep_awake``.
+* plain: milliseconds a token of ``generate()`` without a patch, "paged_flash" and "sdpa".
+* training: milliseconds of a forward and backward pass, "paged_flash" and "sdpa".
+* prompts: 8 prompts of 32k tokens and 64 of 4k, one new token each.
+* jobs: the run of `throughput` four times on a new engine.
 * equality: the same tokens as with everything off (float32), log-probabilities (bfloat16), on a small model of the
   family.
 
-Every part has a limit of seconds; a part that is cut says so. Variants of the engine: everything on ("graphs"), and
-with switches off or on: "unfused", "eager" (no graphs), "plain" (neither), "compiled". One that this version of the
-engine lacks is left out, and the report says why. `--tiny` runs all of it on tiny models, without a GPU too.
+Every part has a limit of seconds; a part that is cut says so. Engines have their default options. Variants of the
+engine: everything on ("graphs"), and with switches off or on: "unfused", "eager" (no graphs), "plain" (neither),
+"compiled". One that this version of the engine lacks is left out, and the report says why. `--tiny` runs all of it on
+tiny models, without a GPU too.
 
 The report (JSON and Markdown beside it) is written after each part, a PNG at the end where matplotlib is installed;
 `--add` puts several runs into one report.
@@ -50,6 +57,7 @@ from eval import bench_engine_peers
 from eval.engine_bench import plots as bench_engine_plots
 from eval.engine_bench.arrivals import arrivals
 from eval.engine_bench.busy import busy
+from eval.engine_bench.doors import DOORS
 from eval.engine_bench.equality import equality
 from eval.engine_bench.models import MODELS, NUM_REQUESTS, Costs, build, draw_requests
 from eval.engine_bench.models import TINY as TINY_SHAPE
@@ -96,12 +104,14 @@ ON_ENGINE: dict[str, Callable[[hf_paged.Engine, Sizes, float], dict[str, Any]]] 
 ON_MODEL: dict[str, Callable[[Any, Sizes, float, dict[str, Any]], dict[str, Any]]] = {
     "long_context": long_context,
     "shared_prefix": shared_prefix,
+    **DOORS,
 }
 """Parts that make engines of their own."""
 
 PARTS = (*ON_ENGINE, *ON_MODEL, "equality")
 LIMITS_S = {
     "arrivals": 220.0, "throughput": 60.0, "throughput_in_order": 60.0, "long_context": 60.0, "shared_prefix": 90.0,
+    "cold": 120.0, "jobs": 90.0, "training": 60.0, "prompts": 60.0,
 }  # fmt: skip
 PEER_LIMIT_S = 100.0
 
@@ -221,6 +231,7 @@ class _Bench:
         changes, dtype = (TINY_SHAPE, torch.float32) if plan.is_tiny else (None, torch.bfloat16)
         started = time.perf_counter()
         model = build(name, changes, dtype, self.device)
+        model.bench_name = name
         synchronize()
         prompts, outputs = draw_requests(plan.sizes.num_requests, plan.sizes.lengths, plan.sizes.tokens)
         costs, lengths = Costs.of(model), [len(prompt) for prompt in prompts]
@@ -288,6 +299,7 @@ class _Bench:
         plan = self.plan
         with self.started(said, model, variant, results) as engine:
             for part in parts:
+                engine.drop_prefixes()  # Parts have prompts in common.
                 limit_s = plan.limit_s(part, variant)
                 function = partial(ON_ENGINE[part], engine, plan.sizes, limit_s)
                 self.measure(results, part, f"{said} {part}", function)
@@ -328,7 +340,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     gpu.add_argument(
         "--variants", nargs="+", choices=list(SWITCHES), default=list(SWITCHES), help="of the engine's options"
     )
-    switch_parts = [part for part in PARTS if part != "equality"]
+    switch_parts = [part for part in PARTS if part != "equality" and part not in DOORS]
     gpu.add_argument(
         "--switch-parts", nargs="*", choices=switch_parts, default=["latency", "throughput"],
         help="with the other variants",

@@ -32,20 +32,24 @@ class Sizes:
         num_requests: at once in `throughput`, and running in `steady` and `busy`.
         lengths: least and most tokens of prompts and outputs.
         tokens: the largest token id of a prompt.
-        page_size, max_batch_tokens: of the engines.
+        page_size, max_batch_tokens: of the engines; None: the default.
         short_prompt: tokens of a prompt in `latency` and `steady`.
         latency_steps, steady_steps, profile_steps: decode steps measured.
         long_prompt, long_running, long_steps: of `long_context`.
         shared_prompts, samples, shared_new: of `shared_prefix`: prompts, samples of each, new tokens of each sample.
         fractions: of saturation, in `arrivals`.
         load_s: longest load of one rate; saturation_s: of the measurement of saturation.
+        call_rows, call_lengths, call_new: of `calls` and `cold`: prompts, their least and most tokens, new tokens.
+        plain_long_prompt, plain_new: of `plain`.
+        training: of `training`: sequences and their length, for each step.
+        prompt_batches: of `prompts`: prompts and their length.
     """
 
     num_requests: int = NUM_REQUESTS
     lengths: tuple[int, int] = LENGTHS
     tokens: int = TOKENS
-    page_size: int = 16
-    max_batch_tokens: int = 8192
+    page_size: int | None = None
+    max_batch_tokens: int | None = None
     short_prompt: int = 128
     latency_steps: int = 256
     steady_steps: int = 100
@@ -59,13 +63,21 @@ class Sizes:
     fractions: tuple[float, ...] = (0.2, 0.4, 0.6, 0.8, 0.9, 1.0)
     load_s: float = 30.0
     saturation_s: float = 10.0
+    call_rows: int = 32
+    call_lengths: tuple[int, int] = (20, 200)
+    call_new: int = 128
+    plain_long_prompt: int = 8192
+    plain_new: int = 64
+    training: tuple[tuple[int, int], ...] = ((4, 1024), (1, 8192))
+    prompt_batches: tuple[tuple[int, int], ...] = ((8, 32_766), (64, 4096))
 
 
 FULL = Sizes()
 TINY = Sizes(
     num_requests=6, lengths=(5, 20), tokens=500, page_size=8, max_batch_tokens=64, short_prompt=8, latency_steps=6,
     steady_steps=5, profile_steps=4, long_prompt=100, long_running=(1, 2), long_steps=4, shared_prompts=3, samples=2,
-    shared_new=4, fractions=(0.4, 0.8), load_s=1.0, saturation_s=0.5,
+    shared_new=4, fractions=(0.4, 0.8), load_s=1.0, saturation_s=0.5, call_rows=3, call_lengths=(2, 6), call_new=4,
+    plain_long_prompt=20, plain_new=2, training=((2, 8),), prompt_batches=((2, 20),),
 )  # fmt: skip
 """For a model that is tiny, on a CPU."""
 
@@ -92,12 +104,12 @@ def make_engine(
     max_len: int | None = None, **options: Any,
 ) -> hf_paged.Engine:  # fmt: skip
     """An engine that whoever calls ``step`` drives, for the requests of ``sizes`` unless said otherwise."""
-    most = max(sizes.latency_steps, sizes.steady_steps, 3 * sizes.profile_steps)
     settings = dict(
-        page_size=sizes.page_size, max_num_seqs=num_seqs or sizes.num_requests, prefix_caching=False,
-        max_batch_tokens=max(sizes.max_batch_tokens, num_seqs or 0), cuda_graphs=graphs,
-        max_model_len=max_len or max(2 * sizes.lengths[1], sizes.short_prompt + most + SPARE_STEPS),
+        page_size=sizes.page_size, max_num_seqs=num_seqs or sizes.num_requests, cuda_graphs=graphs,
+        max_model_len=max_len, max_batch_tokens=sizes.max_batch_tokens,
     )  # fmt: skip
+    # What is not said is the default: what a user gets is measured.
+    settings = {name: value for name, value in settings.items() if value is not None}
     return hf_paged.Engine(model, hf_paged.EngineConfig(**settings | options), background=False)
 
 
@@ -143,7 +155,7 @@ def first_requests(engine: hf_paged.Engine, sizes: Sizes) -> float:
     """Seconds of a few requests, greedy and sampled, with which kernels are compiled and libraries start."""
     started = time.perf_counter()
     middle, most = sum(sizes.lengths) // 2, sizes.lengths[1]
-    count = min(sizes.num_requests, max(4, 3 * sizes.max_batch_tokens // most))
+    count = min(sizes.num_requests, max(4, 3 * engine.config.max_batch_tokens // most))
     lengths = [most if i % 2 else middle for i in range(count)]
     configs = [config(6 + i % 6, **(SAMPLED if i % 4 == 0 else {})) for i in range(count)]
     handles = [
@@ -341,7 +353,7 @@ def shared_prefix(model: Any, sizes: Sizes, limit_s: float, options: dict[str, A
         "requests that share nothing": (repeated, each, True),
     }
     rows: list[dict[str, Any]] = []
-    with make_engine(model, sizes=sizes, **{"prefix_caching": True} | options) as engine:
+    with make_engine(model, sizes=sizes, **options) as engine:
         engine.warm_up()
         first_requests(engine, sizes)
         total = Deadline(limit_s)

@@ -26,7 +26,8 @@ def markdown(report: dict[str, Any]) -> str:
         f"(cut): stopped at the part's limit. Throughput and arrivals: prompts and outputs of {low} to {high:,} "
         f"tokens; all running: {count} requests of {sizes['short_prompt']} prompt tokens.",
     ]
-    for section in (_speed, _switches, _sampling, _busy, _arrivals, _long, _shared, _equality):
+    for section in (_speed, _switches, _sampling, _busy, _arrivals, _long, _shared, _first, _plain, _training, _prompts,
+                    _jobs, _equality):
         lines += section(report["models"])
     if report.get("command"):
         lines.append(f"\nCommand: `{report['command']}`.")
@@ -232,6 +233,78 @@ def _shared(models: dict[str, Any]) -> list[str]:
             rows.append([name, label, f"{part['prompts']} x {part['samples']}, {one['way']}", *figures(one, *keys)])
     columns = ("model", "engine", "prompts x samples", "new tokens/s", "seconds", "prompt tokens computed")
     return _table("Shared prefixes", columns, rows)
+
+
+def _first(models: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, _, part in _parts(models, "cold"):
+        if "error" in part:
+            rows.append([name, "new process", *figures(part, ("", ""), ("", ""), ("", ""))])
+        for one in part.get("ways", []):
+            said = f"new process, {one['cache']} cache of kernels"
+            rows.append([name, said, f"{one['first_s']:.2f}", _listed(one["then_s"]), ""])
+    for name, _, part in _parts(models, "calls"):
+        if "error" in part:
+            rows.append([name, "patched", *figures(part, ("", ""), ("", ""), ("", ""))])
+        for one in part.get("ways", []):
+            said = "keep_awake=True" if one["keep_awake"] else "default"
+            first, *then = one["seconds"]
+            rows.append([name, said, f"{first:.2f}", _listed(then), f"{one['between_gib']:.2f}"])
+    columns = ("model", "patched generate()", "first call, s", "equal calls after it, s", "between calls, GiB")
+    return _table("Calls of a patched generate()", columns, rows, "Greedy; memory over the weights.")
+
+
+def _listed(seconds: list[float]) -> str:
+    return ", ".join(f"{value:.2f}" for value in seconds)
+
+
+def _plain(models: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, _, part in _parts(models, "plain"):
+        if "error" in part:
+            rows.append([name, *figures(part, *[("", "")] * 4)])
+        for one in part.get("ways", []):
+            ratio = one["paged_flash"] / one["sdpa"]
+            said = f"{one['rows']} x {one['prompt']:,}"
+            rows.append([name, said, f"{one['paged_flash']:.1f}", f"{one['sdpa']:.1f}", f"{ratio:.2f}"])
+    columns = ("model", "rows x prompt", "paged_flash, ms a token", "sdpa", "ratio")
+    return _table("Plain generate()", columns, rows, "Greedy, transformers' own loop; without the prompt.")
+
+
+def _training(models: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, _, part in _parts(models, "training"):
+        if "error" in part:
+            rows.append([name, *figures(part, *[("", "")] * 4)])
+        for one in part.get("ways", []):
+            ratio = one["paged_flash"] / one["sdpa"]
+            said = f"{one['rows']} x {one['length']:,}{', autocast' if one['autocast'] else ''}"
+            rows.append([name, said, f"{one['paged_flash']:.1f}", f"{one['sdpa']:.1f}", f"{ratio:.2f}"])
+    columns = ("model", "step", "paged_flash, ms", "sdpa, ms", "ratio")
+    return _table("Training", columns, rows, "Forward and backward with a loss, no optimiser; better of two medians.")
+
+
+def _prompts(models: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, _, part in _parts(models, "prompts"):
+        if "error" in part:
+            rows.append([name, *figures(part, ("", ""), ("", ""))])
+        rows += [
+            [name, f"{one['prompts']} x {one['length']:,}", f"{one['seconds']:.2f}"] for one in part.get("ways", [])
+        ]
+    return _table("Prompts with one new token each", ("model", "prompts", "seconds"), rows)
+
+
+def _jobs(models: dict[str, Any]) -> list[str]:
+    rows = []
+    for name, _, part in _parts(models, "jobs"):
+        if "error" in part:
+            rows.append([name, *figures(part, ("", ""), ("", ""))])
+        else:
+            speeds = ", ".join(f"{part['new_tokens'] / seconds:,.0f}" for seconds in part["seconds"])
+            rows.append([name, _listed(part["seconds"]), speeds])
+    columns = ("model", "seconds of each job", "new tokens/s")
+    return _table("Equal jobs of a new engine", columns, rows, "The requests of the throughput run, other prompts.")
 
 
 def _equality(models: dict[str, Any]) -> list[str]:
