@@ -4,6 +4,7 @@ import io
 import json
 import runpy
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,8 +69,12 @@ def test_chat_finds_earlier_turns(run, monkeypatch, capsys):
     assert 16 <= counts[1] < counts[2]
 
 
-def test_evaluate(run, tmp_path, capsys):
+def test_evaluate(run, tmp_path, capsys, monkeypatch):
     pytest.importorskip("lm_eval")
+    from lm_eval import tasks
+
+    # Reading the files of its own tasks takes lm_eval 20 seconds.
+    monkeypatch.setattr(tasks, "TaskManager", partial(tasks.TaskManager, include_defaults=False))
     data = tmp_path / "documents.jsonl"
     data.write_text(json.dumps({"question": "def __init__(", "good": "self", "bad": "zzqx"}) + "\n", encoding="utf-8")
     (tmp_path / "next_word.yaml").write_text(TASK.format(data=data), encoding="utf-8")

@@ -37,7 +37,7 @@ FAMILIES = (*CAUSAL, *ENCODER_DECODERS)
 GATHERED = ("t5",)
 """paged_flash is refused because of a position bias: eager attention, on keys gathered from the pages."""
 
-PROMPT, NEW_TOKENS, MORE = 21, 24, 5
+PROMPT, NEW_TOKENS, MORE = 21, 12, 20
 SEED = 6
 """Of the weights: one under which the tokens of every family and mode vary."""
 PADDING = (4, 0, 17)
