@@ -21,7 +21,7 @@ FAMILIES = ("llama", "mistral", "gemma3_text", "gpt_oss", "gpt2", "deepseek_v3",
 """Full attention, windows, both mixed, sinks, learned positions, latent attention, recurrent states."""
 STATELESS = FAMILIES[:-1]
 """Those that can be rolled back: transformers drafts for no others."""
-PAGE, PROMPT, NEW_TOKENS = 8, 19, 12
+PAGE, PROMPT, NEW_TOKENS = 8, 19, 8
 ALL = dict(return_dict_in_generate=True, output_scores=True, output_logits=True, output_hidden_states=True)
 
 
