@@ -1,4 +1,4 @@
-"""The scripts of ``examples/`` run on the small model, each where its packages are installed."""
+"""The scripts and the notebook of ``examples/`` run on the small model, each where its packages are installed."""
 
 import io
 import json
@@ -7,7 +7,9 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import notebook
 import pytest
+from host import CACHE
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import hf_paged
@@ -36,6 +38,19 @@ def run(monkeypatch):
         runpy.run_path(str(ROOT / "examples" / name), run_name="__main__")
 
     return run
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda path: path.stem)
+def test_the_cells_of_a_notebook_print_what_it_shows(path):
+    pytest.importorskip("matplotlib")
+    kept = json.loads(path.read_text("utf-8"))
+    run = notebook.run(path, CACHE)
+    cells = [(a, b) for a, b in zip(kept["cells"], run["cells"], strict=True) if a["cell_type"] == "code"]
+    assert any(notebook.printed(cell) for cell, _ in cells)
+    for shown, now in cells:
+        assert notebook.printed(now) == notebook.printed(shown)
+        kinds = [[output["output_type"] for output in cell["outputs"]] for cell in (shown, now)]
+        assert kinds[0] == kinds[1]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)

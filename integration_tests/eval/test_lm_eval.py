@@ -258,8 +258,8 @@ def run(folder: Path, code: str, model: str, model_args: str = "") -> dict[str, 
     ]  # fmt: skip
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", OWN_TASKS_ONLY + code, *arguments], cwd=folder, env=environment, capture_output=True, text=True,
-        timeout=240, check=False,
+        [sys.executable, "-c", OWN_TASKS_ONLY + code, *arguments], cwd=folder, env=environment, capture_output=True,
+        text=True, timeout=240, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     (written,) = output.rglob("results_*.json")
