@@ -187,6 +187,24 @@ def test_files_that_a_page_names_are_there(page):
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def defined_names(path: Path) -> set[str]:
+    """Classes and functions of a file; methods behind their class and a dot."""
+    found = set()
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{part.name}" for part in node.body if isinstance(part, ast.FunctionDef)}
+    return found
+
+
+def test_names_that_a_page_puts_beside_a_file_are_in_it():
+    text = (ROOT / "docs" / "how_it_works.md").read_text("utf-8")
+    named = re.findall(r"`((?:hf_paged|kernels)/[\w/]+\.py)` `([\w.]+)`", text)
+    assert len(named) > 12
+    assert [(path, name) for path, name in named if name not in defined_names(ROOT / path)] == []
+
+
 def test_every_committed_result_is_in_the_documentation():
     text = (ROOT / "docs" / "performance.md").read_text("utf-8")
     results = [path.relative_to(ROOT).as_posix() for path in (ROOT / "eval" / "results").rglob("*.md")]
