@@ -14,6 +14,7 @@ All private names of Triton are in this file.
 """
 
 import ast
+import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -404,11 +405,17 @@ def compile_into_cache(what: Compilation) -> None:
     source: Any = ASTSource
     if kernel.is_gluon():
         from triton.experimental.gluon._runtime import GluonASTSource as source
-    compile(
+    compiled = compile(
         source(kernel, what.signature, what.constants, what.attributes),
         target=GPUTarget(*what.target),
         options=what.options,
     )
+    # Before 3.7 Triton has a C compiler build a launcher for each signature; it is in the cache then. Where that cannot
+    # be done here, the first launch does it.
+    with contextlib.suppress(Exception):
+        from triton.backends.nvidia.driver import CudaLauncher
+
+        CudaLauncher(compiled.src, compiled.metadata)
 
 
 def cache_folder() -> Path:
