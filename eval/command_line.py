@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -56,7 +57,11 @@ def output_file(text: str) -> Path:
     path = Path(text)
     if path.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} is a folder: pass the path of a file")
+    if path.exists() and not path.is_file():
+        raise argparse.ArgumentTypeError(f"{text!r} is a device or a pipe: pass the path of a file")
     _check_folder(path.parent, text)
+    if path.exists() and not os.access(path, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: it is read-only here")
     return path
 
 
@@ -70,6 +75,16 @@ def _check_folder(folder: Path, text: str) -> None:
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir():
         raise argparse.ArgumentTypeError(f"{text!r} cannot be made: {str(nearest)!r} is not a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be made: the folder {str(nearest)!r} is read-only here")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a text file in one piece: an error or a stop midway leaves the file that was there."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = path.with_name(path.name + ".new")
+    work.write_text(text, encoding="utf-8")
+    os.replace(work, path.resolve())
 
 
 def read_report(path: Path, key: str, made_by: str) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Models and devices by their names, with errors that name the argument; what a report says of where it was made."""
 
+import hashlib
 import importlib.metadata
 import inspect
 import json
@@ -132,6 +133,30 @@ def set_attention(model: PreTrainedModel, name: str) -> None:
             f"attn (--attn) {name!r}: transformers gave {type(model).__name__} "
             f"{attention_implementation(model)!r} in its place; pass that, or another implementation"
         )
+
+
+def weights_fingerprint(model: PreTrainedModel) -> str:
+    """A hash of every parameter and buffer, as hexadecimal digits: another if any weight is, on any device.
+
+    Each tensor counts by its name, shape, dtype and two sums of its bits, one weighed by place. A part that accelerate
+    has offloaded to a disk counts by name, shape and dtype only.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        if tensor.device.type == "meta":
+            continue
+        bits = tensor.detach().reshape(-1).view(BITS[tensor.element_size()])
+        for index, part in enumerate(bits.split(2**24)):
+            part = part.to(torch.int64)
+            places = torch.arange(1, len(part) + 1, device=part.device)
+            # int64 wraps around: the sums are exact whatever their order.
+            digest.update(f"{index} {part.sum().item()} {(part * places).sum().item()}".encode())
+    return digest.hexdigest()
+
+
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""An integer dtype of as many bytes."""
 
 
 def device_name(device: torch.device) -> str:

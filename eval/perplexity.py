@@ -9,9 +9,10 @@ conventions differ by several percent, so the convention is printed and stored w
 Conventions: `eval/quality/windows.py`. Paths, which lead to the same figure; whether they do is what is measured:
 `eval/quality/scoring.py`. Texts and datasets by name: `eval/quality/text_data.py`, `eval/quality/named_data.py`.
 
-Several processes: `accelerate launch --num_processes 2 -m eval.perplexity ...` gives the same figures, bit for bit. On
-CPUs add `--multi_gpu` before `-m` and `--device cpu` at the end: with `--cpu`, accelerate starts one process.
-A run that was stopped goes on with `--resume`. `--device-map auto` spreads a big model over devices.
+Several processes: `accelerate launch --num_processes 2 -m eval.perplexity ...` gives the same figures, bit for bit but
+for `--path engine`, where other windows share a step: there they agree up to rounding. On CPUs add `--multi_gpu` before
+`-m` and `--device cpu` at the end: with `--cpu`, accelerate starts one process. A run that was stopped goes on with
+`--resume`, to figures that are the same in the same sense. `--device-map auto` spreads a big model over devices.
 
 Every run is compared with the first one token by token. On a small model that paired difference says more than the
 figure. Exit status 0, or 2 and an error that names the argument.
@@ -24,7 +25,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -57,12 +57,22 @@ from eval.loading import (
     parsed_device_map,
     set_attention,
     versions,
+    weights_fingerprint,
 )
 from eval.quality.partial_results import PartialResults
 from eval.quality.perplexity_result import PairedDifference, PerplexityResult
 from eval.quality.perplexity_table import format_report, report_row
 from eval.quality.processes import Processes
-from eval.quality.scoring import KV_DTYPES, PATHS, engine_scores, reason_against, scored_logits, token_nll
+from eval.quality.scoring import (
+    KV_DTYPES,
+    PATHS,
+    default_chunk,
+    engine_scores,
+    reads_pages,
+    reason_against,
+    scored_logits,
+    token_nll,
+)
 from eval.quality.text_data import ACCEPTED_SPECS, Documents, load_documents, load_text
 from eval.quality.windows import BY_DOCUMENT, CONVENTIONS, DISJOINT, Window, plan_windows
 
@@ -188,6 +198,11 @@ def perplexity(
     ids = _checked_token_ids(token_ids, model)
     windows = plan_windows(ids.numel(), window, stride, convention, bounds.starts, bounds.word_tokens)
     attn = attention_implementation(model)
+    if options.kv_dtype != "auto" and not _num_from_pages(windows, path, options):
+        raise ValueError(
+            f"kv_dtype={options.kv_dtype!r} with path={path!r}, chunk={options.chunk} and window={window}: no scored "
+            "token would read a quantised page; pass a smaller chunk (--chunk) or a longer window (--window)"
+        )
 
     was_training = model.training
     model.eval()
@@ -208,7 +223,15 @@ def perplexity(
             f"{model.dtype}), {int((~nll.isfinite()).sum())} of {nll.numel()} are not finite; "
             "try dtype float32 (--dtype)"
         )
-    return PerplexityResult(nll, positions, windows, attn, path, convention, seconds, options.kv_dtype, top1)
+    from_pages = _num_from_pages(windows, path, options)
+    return PerplexityResult(
+        nll, positions, windows, attn, path, convention, seconds, options.kv_dtype, top1, from_pages
+    )
+
+
+def _num_from_pages(windows: Iterable[Window], path: str, options: PathOptions) -> int:
+    """Scored tokens of all windows that read keys out of pages."""
+    return sum(reads_pages(item.end - item.begin, item.num_scored, path, options.chunk) for item in windows)
 
 
 def _check_options(model: PreTrainedModel, path: str, options: PathOptions, control: RunControl) -> None:
@@ -392,11 +415,19 @@ def encode_last_words(
     """(token ids, document starts, tokens of each document's last word): a word is what stands behind the last space.
 
     Context and word are tokenised together, as lm-eval does: the word's tokens are those that it adds.
+
+    Raises:
+        ValueError: a row has fewer than two words.
     """
     ids: list[int] = []
     starts: list[int] = []
     words: list[int] = []
-    for row in documents.rows:
+    for index, row in enumerate(documents.rows):
+        if len(row.split()) < 2:
+            raise ValueError(
+                f"row {index} of the data (--data) is {row[:40]!r}, and convention 'last-word' scores the last word "
+                "behind at least one other; leave such rows out"
+            )
         starts.append(len(ids))
         whole = tokenizer(row, verbose=False)["input_ids"]
         words.append(len(whole) - len(tokenizer(row.rpartition(" ")[0].rstrip(), verbose=False)["input_ids"]))
@@ -445,8 +476,6 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"max_tokens={args.max_tokens} (--max-tokens) would cut a document, and convention {args.convention!r} "
             "counts its words; pass fewer documents (--data)"
         )
-    if args.output is not None and args.output.is_dir():
-        raise ValueError(f"output (--output) {str(args.output)!r} is a folder; pass the path of a JSON file")
     if args.resume and args.output is None:
         raise ValueError("resume (--resume) goes on from the files beside --output; pass --output")
     runs, left_out = plan_runs(args.attn, args.path, args.kv_dtype)
@@ -472,6 +501,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         plan_windows(len(token_ids), window, stride, args.convention, starts, words)
     except ValueError as error:
         raise ValueError(f"spec (--data) {args.data!r}: {error}") from error
+    chunk = default_chunk(window) if args.chunk is None else args.chunk
     model = _load_model(args, device, processes)
 
     settings = {
@@ -479,13 +509,15 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
         "data": args.data,
         "text_column": args.text_column,
         "text_sha256": hashlib.sha256(documents.text.encode()).hexdigest(),
+        "token_ids_sha256": hashlib.sha256(json.dumps([token_ids, starts, words]).encode()).hexdigest(),
+        "weights_sha256": weights_fingerprint(model),
         "num_tokens": len(token_ids),
         "convention": args.convention,
         "window": window,
         "stride": stride,
         "batch_size": args.batch_size,
         "page_size": args.page_size,
-        "chunk": args.chunk,
+        "chunk": chunk,
         "dtype": str(model.dtype).removeprefix("torch."),
         "device": device_name(model.device),
         "versions": versions(),
@@ -496,6 +528,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     control = RunControl(processes=processes, partial=partial, progress=True)
     results: list[PerplexityResult] = []
     finished = False
+    report: dict[str, Any] = {}
     try:
         for attn, path, kv_dtype in runs:
             set_attention(model, attn)
@@ -503,26 +536,25 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
                 perplexity(
                     model, token_ids, window=window, stride=stride, convention=args.convention, path=path,
                     bounds=DocumentBounds(starts, words), control=control,
-                    options=PathOptions(args.page_size, kv_dtype, args.chunk, args.batch_size),
+                    options=PathOptions(args.page_size, kv_dtype, chunk, args.batch_size),
                 )
             )  # fmt: skip
+        first = results[0]
+        report = {
+            **settings,
+            "processes": processes.count,
+            "left_out": left_out,
+            "reference": {"attn": first.attn, "path": first.path},
+            "results": [report_row(result, first, documents, token_ids) for result in results],
+        }
+        if processes.is_main:
+            print(format_report(report))
+            if args.output is not None:
+                command_line.write_whole(args.output, json.dumps(report, indent=2, allow_nan=False) + "\n")
         finished = True
     finally:
         if partial is not None:
             partial.close(finished=finished)
-
-    first = results[0]
-    report = {
-        **settings,
-        "processes": processes.count,
-        "left_out": left_out,
-        "reference": {"attn": first.attn, "path": first.path},
-        "results": [report_row(result, first, documents, token_ids) for result in results],
-    }
-    if processes.is_main:
-        print(format_report(report))
-        if args.output is not None:
-            args.output.write_text(json.dumps(report, indent=2, allow_nan=False) + "\n", encoding="utf-8")
     processes.end()
     return report
 
@@ -574,9 +606,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     parser.add_argument("--batch-size", type=int, default=1, help="windows in a forward")
     parser.add_argument("--page-size", type=int, default=16, help="tokens in a page of the PagedCache")
-    parser.add_argument("--chunk", type=int, default=64, help="tokens in a forward of chunked_prefill")
+    parser.add_argument(
+        "--chunk", type=int, help="tokens in a forward of chunked_prefill (default: 64, or a quarter of the window)"
+    )
     parser.add_argument("--device-map", help=f"spread a big model over devices: {ACCEPTED_DEVICE_MAPS}")
-    parser.add_argument("--output", type=Path, help="JSON file to write")
+    parser.add_argument("--output", type=command_line.output_file, help="JSON file to write")
     parser.add_argument("--resume", action="store_true", help="go on with a stopped run of the same --output")
     return parser
 

@@ -55,14 +55,13 @@ from eval.quality.retrieval import (
     INDUCTION_PATHS,
     MAX_ANSWER,
     NUM_KEYS,
-    QUANTISED_PATHS,
     STRING_LEN,
     Grid,
     induction_grid,
     passkey_grid,
     passkey_prompt,
 )
-from eval.quality.scoring import KV_DTYPES, PATHS
+from eval.quality.scoring import KV_DTYPES, PATHS, QUANTISED_PATHS, default_chunk
 from eval.quality.text_data import ACCEPTED_SPECS, load_text
 from eval.quality.verdict import Verdict, judge, limits_of
 from eval.quality.windows import BY_DOCUMENT, CONVENTIONS, plan_windows
@@ -295,7 +294,8 @@ def _settings(args: argparse.Namespace, model: PreTrainedModel) -> Settings:
     stride = args.stride
     if stride is None:
         stride = min(512, window // 2) if args.convention == "hf" else window
-    return Settings(window, stride, args.convention, args.page_size, args.chunk, args.batch_size)
+    chunk = default_chunk(window) if args.chunk is None else args.chunk
+    return Settings(window, stride, args.convention, args.page_size, chunk, args.batch_size)
 
 
 def _induction_parts(args: argparse.Namespace, device: torch.device) -> list[Part]:
@@ -463,7 +463,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     parser.add_argument("--batch-size", type=int, default=1, help="windows in a forward")
     parser.add_argument("--page-size", type=int, default=16, help="tokens in a page")
-    parser.add_argument("--chunk", type=int, default=64, help="tokens in a forward of chunked_prefill")
+    parser.add_argument(
+        "--chunk", type=int, help="tokens in a forward of chunked_prefill (default: 64, or a quarter of the window)"
+    )
     parser.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 to 1")
     parser.add_argument(
         "--induction-lengths", type=int, nargs="*",

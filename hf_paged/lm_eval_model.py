@@ -105,7 +105,13 @@ class PagedLM(HFLM):
                 is cut off, as in `--model hf`.
             disable_tqdm: no progress bar.
             override_bs, options: no effect: the engine makes its own batches.
+
+        Raises:
+            ValueError: a continuation without tokens.
         """
+        for texts, _, scored in requests:
+            if not scored:
+                raise ValueError(f"the request {texts!r} has an empty continuation: there is no token to score")
         if self._engine is None:
             self._engine = Engine(base_model(self.model), self._options, background=False)
         else:

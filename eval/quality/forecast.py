@@ -16,6 +16,7 @@ import hf_paged
 from eval.loading import set_attention
 from eval.perplexity import PathOptions, default_cache_factory
 from eval.quality.distances import Settings
+from eval.quality.retrieval import chunk_of
 from eval.quality.scoring import scored_logits
 from eval.quality.windows import plan_windows
 
@@ -102,7 +103,7 @@ def prompts_seconds(
     path = path if path == "decode" else "chunked_prefill"
     for _ in range(2 if rows.is_cuda else 1):
         cache = hf_paged.PagedCache(model.config, page_size=page_size, kv_dtype=kv_dtype)
-        first, further = forward_seconds(model, rows, num_scored, path, cache, max(512, rows.shape[1] // 32))
+        first, further = forward_seconds(model, rows, num_scored, path, cache, chunk_of(rows.shape[1]))
     steps = further * (num_scored - 1) if path == "decode" else 0.0
     return first * sum(lengths) / rows.shape[1] + steps * len(lengths)
 

@@ -1,13 +1,18 @@
 """Results of a run that is not finished, on disk, so that `--resume` goes on where it was stopped.
 
 One file for each process, `OUTPUT.partial-RANK.jsonl`: its first line says what is being measured, each further one
-holds the figures of one batch. Floats are written with all their digits: a resumed run has the same bits.
+holds the figures of one batch. Floats are written with all their digits: a resumed run has the same bits, but on the
+path "engine", where the windows that are left share steps with fewer others and agree up to rounding.
+
+`OUTPUT.lock` is held while a run is under way, so that no other writes to the same files.
 """
 
+import fcntl
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from eval.quality.processes import Processes
 
@@ -22,11 +27,13 @@ class PartialResults:
         processes: the processes of this run; each writes its own file, and all read all files.
 
     Raises:
-        ValueError: `resume`, and the files there are of other settings.
+        ValueError: `resume`, and the files there are of other settings; or another run of this output is under way.
     """
 
     def __init__(self, output: Path, settings: Mapping[str, Any], *, resume: bool, processes: Processes) -> None:
         self._output, self._processes = output, processes
+        output.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = _locked(output.with_name(f"{output.name}.lock")) if processes.is_main else None
         self._settings = json.loads(json.dumps(dict(settings)))
         self._known: dict[tuple[str, int], Any] = {}
         files = self._files()
@@ -37,7 +44,6 @@ class PartialResults:
         if not resume and processes.is_main:
             self._remove(files)
         self._barrier()
-        output.parent.mkdir(parents=True, exist_ok=True)
         self._file = self._path(processes.rank).open("w", encoding="utf-8")
         self._write(self._settings)
         # What was read is written again: files of more processes than there are now need not be kept.
@@ -64,6 +70,9 @@ class PartialResults:
             self._barrier()
             if self._processes.is_main:
                 self._remove(self._files())
+        if self._lock is not None:
+            self._remove([self._output.with_name(f"{self._output.name}.lock")])
+            self._lock.close()
 
     def _path(self, rank: int) -> Path:
         return self._output.with_name(f"{self._output.name}.partial-{rank}.jsonl")
@@ -111,3 +120,25 @@ class PartialResults:
 
     def _barrier(self) -> None:
         self._processes.gather([None])
+
+
+def _locked(path: Path) -> TextIO:
+    """The lock file, held until it is closed; the system lets go of it when the process ends, however it does.
+
+    Raises:
+        ValueError: another process holds it.
+    """
+    while True:
+        file = path.open("w", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            file.close()
+            raise ValueError(
+                f"output (--output) {str(path).removesuffix('.lock')!r}: another run writes it at the moment; wait for "
+                "it, or pass another --output"
+            ) from error
+        # A run that ended meanwhile has removed the file that is held now: take the one that stands there.
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            return file
+        file.close()

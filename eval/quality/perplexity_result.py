@@ -40,6 +40,8 @@ class PerplexityResult:
             earlier run are not in it.
         kv_dtype: of the pages: "auto", "fp8", "int8"; or the name of a cache of the caller.
         top1: [num_scored] int64, the most likely token at each place.
+        num_from_pages: scored tokens whose query read keys of earlier tokens out of pages, see
+            `eval.quality.scoring.reads_pages`.
     """
 
     nll: torch.Tensor
@@ -51,6 +53,7 @@ class PerplexityResult:
     seconds: float
     kv_dtype: str = "auto"
     top1: torch.Tensor | None = None
+    num_from_pages: int = 0
 
     @property
     def num_scored(self) -> int:

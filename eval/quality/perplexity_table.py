@@ -14,13 +14,21 @@ FEW_SCORED = 100
 """Tokens below which a report says that its figure says little."""
 
 
-def document_figures(nll_sum: float, documents: Documents) -> dict[str, float]:
-    """Word and byte level figures of the convention "lm-eval", from the sum of the nll over all documents in nats."""
+def document_figures(nll_sum: float, documents: Documents) -> dict[str, float | None]:
+    """Word and byte level figures of the convention "lm-eval", from the sum of the nll over all documents in nats.
+
+    The perplexity of words is None where it overflows: a script without spaces has whole texts for words.
+    """
+    per_word = nll_sum / documents.num_words
     return {
-        "word_perplexity": math.exp(nll_sum / documents.num_words),
+        "word_perplexity": math.exp(per_word) if per_word < MAX_EXPONENT else None,
         "byte_perplexity": math.exp(nll_sum / documents.num_bytes),
         "bits_per_byte": nll_sum / documents.num_bytes / math.log(2),
     }
+
+
+MAX_EXPONENT = 709.0
+"""exp of more overflows a float64."""
 
 
 def last_word_figures(result: PerplexityResult, token_ids: Sequence[int]) -> dict[str, float]:
@@ -37,7 +45,7 @@ def report_row(
     result: PerplexityResult, reference: PerplexityResult, documents: Documents, token_ids: Sequence[int]
 ) -> dict[str, Any]:
     """One run as JSON: its figures, and its difference from the first run."""
-    levels = {}
+    levels: dict[str, float | None] = {}
     if result.convention == "last-word":
         levels = last_word_figures(result, token_ids)
     if result.convention == "lm-eval":
@@ -49,6 +57,7 @@ def report_row(
         "kv_dtype": result.kv_dtype,
         "num_windows": len(result.windows),
         "num_scored": result.num_scored,
+        "num_from_pages": result.num_from_pages,
         "mean_nll": result.mean_nll,
         # JSON has no infinity.
         "ppl": result.perplexity if math.isfinite(result.perplexity) else None,
@@ -109,14 +118,22 @@ def format_report(report: dict[str, Any]) -> str:
     ]
     for row in report["results"]:
         if "word_perplexity" in row:
+            word = row["word_perplexity"]
+            said = "left out (hardly any white space in the text)" if word is None else f"{word:.4f}"
             lines.append(
-                f"{row['attn']} {row['path']} {row['kv_dtype']}: word perplexity {row['word_perplexity']:.4f}, byte "
+                f"{row['attn']} {row['path']} {row['kv_dtype']}: word perplexity {said}, byte "
                 f"perplexity {row['byte_perplexity']:.4f}, bits per byte {row['bits_per_byte']:.4f}"
             )
         if "last_word_perplexity" in row:
             lines.append(
                 f"{row['attn']} {row['path']} {row['kv_dtype']}: last word perplexity "
                 f"{row['last_word_perplexity']:.4f}, accuracy {row['last_word_accuracy']:.4f}"
+            )
+    for row in report["results"]:
+        if row["kv_dtype"] != "auto" and row["num_from_pages"] < row["num_scored"]:
+            lines.append(
+                f"{row['attn']} {row['path']} {row['kv_dtype']}: {row['num_from_pages']} of {row['num_scored']} scored "
+                "tokens read quantised pages, the others stand in a window's first forward"
             )
     fewest = min(row["num_scored"] for row in report["results"])
     if fewest < FEW_SCORED:

@@ -1,7 +1,8 @@
 """Several processes on one evaluation: `accelerate launch --num_processes 2 -m eval.perplexity ...`.
 
 Batches of windows are dealt to the processes in turn and put together again in order. A batch holds the same windows
-whatever the number of processes, so its figures have the same bits.
+whatever the number of processes, so its figures have the same bits. Not so on the path "engine": there windows that are
+under way at the same time share a step, and agree with those of another number of processes up to rounding.
 """
 
 import os

@@ -27,8 +27,6 @@ NUM_KEYS = 3
 """Passkeys asked for in each cell."""
 
 INDUCTION_PATHS = ("prefill", "paged_prefill", "chunked_prefill", "decode", "engine")
-QUANTISED_PATHS = ("chunked_prefill", "decode", "engine")
-"""Paths that read what a quantised cache holds."""
 STRING_LEN = 32
 """Tokens that the induction model copies; all but the first are scored."""
 SEED = 0
@@ -112,8 +110,7 @@ def _forward_grid(
             if path != "prefill":
                 cache = hf_paged.PagedCache(model.config, page_size=page_size, kv_dtype=kv_dtype)
             begin = time.perf_counter()
-            # At most 32 chunks.
-            logits = scored_logits(model, prompt, STRING_LEN - 1, path, cache, chunk=max(512, length // 32))
+            logits = scored_logits(model, prompt, STRING_LEN - 1, path, cache, chunk=chunk_of(length))
             predicted = torch.cat([part.argmax(dim=-1) for part in logits], dim=1)[0].tolist()
             seconds[depth, length] = time.perf_counter() - begin
             scores[depth, length] = _hits(predicted, prompt)
@@ -140,6 +137,11 @@ def _engine_grid(
                 seconds[depth, length] = time.perf_counter() - begin
                 scores[depth, length] = _hits(predicted, prompt)
     return scores, seconds, {}
+
+
+def chunk_of(length: int) -> int:
+    """At most 32 chunks, and at least 4, so that the string is read out of pages."""
+    return max(min(512, length // 4), length // 32)
 
 
 def _induction_prompt(model: LlamaForCausalLM, length: int, depth: float) -> torch.Tensor:

@@ -8,8 +8,8 @@
                    `hf_paged.PagedCache` under "paged_flash", transformers' `DynamicCache` under any other one;
 `engine`           prompt log-probabilities of `hf_paged.Engine`, all windows submitted as requests.
 
-The prefill of a first forward attends to the new keys as they are; so a quantised cache (`kv_dtype`) shows in
-`chunked_prefill`, `decode` and `engine` only.
+The prefill of a first forward attends to the new keys as they are; so a quantised cache (`kv_dtype`) is measured on
+`chunked_prefill`, `decode` and `engine` only. `reads_pages` says which tokens are predicted with keys out of pages.
 """
 
 import inspect
@@ -25,8 +25,8 @@ from eval.loading import with_cache
 
 PATHS = ("prefill", "decode", "paged_prefill", "padded_prefill", "chunked_prefill", "engine")
 KV_DTYPES = ("auto", "fp8", "int8")
-PAGED_PATHS = ("paged_prefill", "padded_prefill", "chunked_prefill", "engine")
-"""Paths whose default cache has pages under every attention implementation."""
+QUANTISED_PATHS = ("chunked_prefill", "decode", "engine")
+"""Paths that read what a quantised cache holds."""
 
 PADDING = 21
 """Tokens of padding of "padded_prefill": no multiple of a page."""
@@ -40,9 +40,31 @@ def reason_against(attn: str, path: str, kv_dtype: str) -> str | None:
     is_paged = attn.startswith("paged_flash")
     if path == "engine" and not is_paged:
         return "the engine runs paged_flash, whatever the model has"
-    if kv_dtype != "auto" and path not in PAGED_PATHS and not (path == "decode" and is_paged):
+    if kv_dtype != "auto" and path not in QUANTISED_PATHS:
+        return f"{path} is one forward, which reads no page that kv_dtype={kv_dtype!r} could quantise"
+    if kv_dtype != "auto" and path == "decode" and not is_paged:
         return f"{path} with {attn} goes through no pages that kv_dtype={kv_dtype!r} could quantise"
     return None
+
+
+def default_chunk(window: int) -> int:
+    """Tokens in a forward of "chunked_prefill" where none are given: 64, or a quarter of the window if that is less."""
+    return max(1, min(64, window // 4))
+
+
+def reads_pages(num_tokens: int, num_scored: int, path: str, chunk: int) -> int:
+    """How many scored tokens of a window are predicted by a query that reads keys of earlier tokens out of pages.
+
+    Args:
+        num_tokens, num_scored: of the window, see `eval.quality.windows.Window`.
+        path: one of `PATHS`.
+        chunk: tokens in a forward of "chunked_prefill".
+    """
+    if path == "engine":  # writes keys before it reads them, all of them out of pages
+        return num_scored
+    num_in_first = {"chunked_prefill": chunk, "decode": num_tokens - num_scored}.get(path, num_tokens)
+    # Token i is predicted by the query of token i - 1, which is in the first forward if it stands before its end.
+    return max(0, min(num_scored, num_tokens - 1 - num_in_first))
 
 
 def scored_logits(

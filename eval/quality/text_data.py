@@ -22,6 +22,7 @@ from eval.quality.named_data import NAMED_DATA, NamedData
 if TYPE_CHECKING:
     from datasets import Dataset
 
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 ROW_SEPARATOR = "\n\n"
 ACCEPTED_SPECS = (
     "a .txt file (any other ending is read as text too), a .jsonl, .parquet or .arrow file, a dataset folder, "
@@ -257,6 +258,11 @@ def _checked_rows(rows: Iterable[object], source: str, text_column: str) -> list
             raise ValueError(
                 f"text_column (--text-column) {text_column!r} of {source!r}: row {index} is {type(row).__name__}, not "
                 "a string; name a column that has text in every row"
+            )
+        if not row.isascii() and (bad := LONE_SURROGATE.search(row)):
+            raise ValueError(
+                f"text_column (--text-column) {text_column!r} of {source!r} (--data): row {index} holds the lone "
+                f"surrogate {bad[0]!a} at character {bad.start()}, half of a character and no text; mend the row"
             )
         texts.append(row)
     return texts

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from eval.generation import beam_check, sampling_check
 from eval.loading import device_name, load_pretrained, set_attention, versions
 from eval.quality.distances import Reference, Settings
-from eval.quality.scoring import KV_DTYPES
+from eval.quality.scoring import KV_DTYPES, default_chunk
 from eval.quality.windows import plan_windows
 from eval.real.greedy import EAGER, EAGER32, LEAST_P, MAX_GAP, WAYS, Agreement, Texts, compare, sign_test, write_texts
 from eval.real.passages import passage_grid, passage_prompt
@@ -27,7 +27,9 @@ PARTS = ("text", "greedy", "samples", "beams", "passages")
 PASSAGE_WAYS = ("sdpa", "paged_flash", "engine")
 
 MAX_COST = {"float32": 1e-4, "other": 2e-3, "quantised": 5e-3}
-"""Nats a token that a run may lose on its baseline: 0.01%, 0.2% and 0.5% of perplexity."""
+"""Nats a token that a run may differ by from its baseline: 0.01%, 0.2% and 0.5% of perplexity."""
+NOISE = 1.5
+"""In other dtypes than float32 a run may differ by so many times what sdpa differs by, where that is more."""
 MAX_TOKEN_DIFF = 2e-3
 """Nats that a token's log-probability may differ by from eager attention, in float32 on unquantised pages."""
 MAX_LOST_CELLS = {"float32": 0.0, "other": 0.02}
@@ -73,15 +75,14 @@ class Plan:
 
     def fit(self, positions: int | None) -> "Plan":
         """The same for a model of `positions`: nothing is longer."""
-        if positions is None:
-            return self
+        positions = 2**62 if positions is None else positions
         window = min(self.window, positions)
         low, high = (min(length, positions - self.new_tokens - 8) for length in self.long_lengths)
         lengths = tuple(sorted({min(length, positions) for length in self.lengths}))
         longest = min(self.longest, positions - self.new_tokens - 64)
         return replace(
-            self, window=window, stride=min(self.stride, window - 1), long_lengths=(low, high), lengths=lengths,
-            longest=longest,
+            self, window=window, stride=min(self.stride, window - 1), chunk=min(self.chunk, default_chunk(window)),
+            long_lengths=(low, high), lengths=lengths, longest=longest,
         )  # fmt: skip
 
 
@@ -286,11 +287,13 @@ def verdict(report: dict[str, Any]) -> dict[str, Any]:
         plain = [r for r in runs if r["attn"].startswith("paged_flash") and r["kv_dtype"] == "auto"]
         worst = max(plain, key=lambda r: abs(r["cost"]))
         token = max(r["max_abs_diff"] for r in plain)
-        passed = all(_is_within(r, MAX_COST[kind]) for r in plain) and (not is_float32 or token <= MAX_TOKEN_DIFF)
+        # In bfloat16 another order of additions is another figure: what sdpa differs by is the dtype's own.
+        sdpa = next((abs(r["cost"]) for r in runs if r["attn"] == "sdpa"), 0.0)
+        limit = MAX_COST[kind] if is_float32 else max(MAX_COST[kind], NOISE * sdpa)
         say(
-            passed,
+            all(_is_within(r, limit) for r in plain) and (not is_float32 or token <= MAX_TOKEN_DIFF),
             f"Perplexity of {runs[0]['num_scored']:,} tokens: paged attention differs from eager attention in the same "
-            f"dtype by {worst['cost']:+.2%} at most ({worst['name']}), limit {MAX_COST[kind]:.2%}.",
+            f"dtype by {worst['cost']:+.3%} at most ({worst['name']}), sdpa by {sdpa:.3%}; limit {limit:.2%}.",
         )
         quantised = [r for r in runs if r["kv_dtype"] != "auto"]
         if quantised:

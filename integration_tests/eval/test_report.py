@@ -16,7 +16,8 @@ from eval.quality import forecast
 from eval.quality.distances import QualityRow, Reference, Settings, measure
 from eval.quality.induction_model import induction_model
 from eval.quality.kv_quantisation import kv_table
-from eval.quality.retrieval import INDUCTION_PATHS, QUANTISED_PATHS, Grid, induction_grid, passkey_grid, passkey_prompt
+from eval.quality.retrieval import INDUCTION_PATHS, Grid, induction_grid, passkey_grid, passkey_prompt
+from eval.quality.scoring import QUANTISED_PATHS
 from eval.quality.verdict import judge, limits_of
 from hf_paged.attention import interface
 

@@ -41,11 +41,11 @@ class PendingLogprobs:
         if lse is None:
             lse = log_sum_exp(logits)
         chosen = (logits.gather(1, token_ids.clamp(min=0)[:, None])[:, 0].double() - lse).float()
-        top = logits.topk(min(max(counts, default=0), logits.shape[-1]), dim=-1)
+        top_values, top_ids = _best(logits, min(max(counts, default=0), logits.shape[-1]))
         self._counts = counts
         self._chosen = HostCopy(chosen.masked_fill(token_ids < 0, torch.nan))
-        self._tokens, self._top_ids = HostCopy(token_ids), HostCopy(top.indices)
-        self._top = HostCopy((top.values.double() - lse[:, None]).float())
+        self._tokens, self._top_ids = HostCopy(token_ids), HostCopy(top_ids)
+        self._top = HostCopy((top_values.double() - lse[:, None]).float())
 
     def wait(self) -> list[TokenLogprobs]:
         """Those of each row; blocks until they have been computed, and no longer."""
@@ -54,6 +54,23 @@ class PendingLogprobs:
             TokenLogprobs(token, logprob, tuple(ids[:count]), tuple(values[:count]))
             for count, token, logprob, ids, values in zip(self._counts, *(column.tolist() for column in columns))
         ]
+
+
+def _best(logits: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(values, ids)``, both ``[num_rows, count]``: the largest logits, best first, equal ones by id.
+
+    So the first is what greedy decoding takes. ``topk`` alone gives equal logits in any order, and of those that are
+    equal to the last any.
+    """
+    if count == 0:
+        return logits.topk(0, dim=-1)
+    values, ids = logits.topk(count, dim=-1)
+    by_id = ids.argsort(dim=-1)
+    values, ids = values.gather(1, by_id), ids.gather(1, by_id)
+    order = values.argsort(dim=-1, descending=True, stable=True)
+    values, ids = values.gather(1, order), ids.gather(1, order)
+    ids[:, 0] = logits.argmax(dim=-1)  # all of the best may be equal, and the first not among them
+    return values, ids
 
 
 def token_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_top: int) -> list[TokenLogprobs]:
