@@ -54,29 +54,39 @@ def output_file(text: str) -> Path:
 
     Told before the work begins, not after it.
     """
-    path = Path(text)
-    if path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} is a folder: pass the path of a file")
-    if path.exists() and not path.is_file():
-        raise argparse.ArgumentTypeError(f"{text!r} is a device or a pipe: pass the path of a file")
-    _check_folder(path.parent, text)
-    if path.exists() and not os.access(path, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be written: it is read-only here")
-    return path
+    try:
+        check_output(Path(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return Path(text)
 
 
 def output_folder(text: str) -> Path:
     """An argparse type: a folder that is there or can be made."""
-    _check_folder(Path(text), text)
+    try:
+        _check_folder(Path(text), text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
     return Path(text)
+
+
+def check_output(path: Path) -> None:
+    """Raise ValueError unless a file can be written to `path`; its folder may have to be made."""
+    if path.is_dir():
+        raise ValueError(f"{str(path)!r} is a folder: pass the path of a file")
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{str(path)!r} is a device or a pipe: pass the path of a file")
+    _check_folder(path.parent, str(path))
+    if path.exists() and not os.access(path, os.W_OK):
+        raise ValueError(f"{str(path)!r} cannot be written: it is read-only here")
 
 
 def _check_folder(folder: Path, text: str) -> None:
     nearest = next(path for path in (folder, *folder.parents) if path.exists())
     if not nearest.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be made: {str(nearest)!r} is not a folder")
+        raise ValueError(f"{text!r} cannot be made: {str(nearest)!r} is not a folder")
     if not os.access(nearest, os.W_OK | os.X_OK):
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be made: the folder {str(nearest)!r} is read-only here")
+        raise ValueError(f"{text!r} cannot be made: the folder {str(nearest)!r} is read-only here")
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby, islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -476,6 +477,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             f"max_tokens={args.max_tokens} (--max-tokens) would cut a document, and convention {args.convention!r} "
             "counts its words; pass fewer documents (--data)"
         )
+    if args.output is not None:
+        try:
+            command_line.check_output(args.output)
+        except ValueError as error:
+            raise ValueError(f"output (--output) {error}") from error
     if args.resume and args.output is None:
         raise ValueError("resume (--resume) goes on from the files beside --output; pass --output")
     runs, left_out = plan_runs(args.attn, args.path, args.kv_dtype)
@@ -610,7 +616,7 @@ def _parser() -> argparse.ArgumentParser:
         "--chunk", type=int, help="tokens in a forward of chunked_prefill (default: 64, or a quarter of the window)"
     )
     parser.add_argument("--device-map", help=f"spread a big model over devices: {ACCEPTED_DEVICE_MAPS}")
-    parser.add_argument("--output", type=command_line.output_file, help="JSON file to write")
+    parser.add_argument("--output", type=Path, help="JSON file to write")
     parser.add_argument("--resume", action="store_true", help="go on with a stopped run of the same --output")
     return parser
 

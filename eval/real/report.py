@@ -88,9 +88,9 @@ class Plan:
 
 SIZES = {
     "small": Plan(
-        tokens=1537, window=512, stride=256, chunk=128, batch_size=1, paths=("prefill", "chunked_prefill", "engine"),
-        prompts=20, longest=96, num_long=0, long_lengths=(0, 0), new_tokens=24, batch_tokens=768, draws=2000, beams=3,
-        beam_prompts=2, beam_tokens=12, lengths=(256, 512), depths=(0.0, 0.5, 1.0), passages=1,
+        tokens=769, window=256, stride=128, chunk=64, batch_size=1, paths=("prefill", "chunked_prefill", "engine"),
+        prompts=12, longest=64, num_long=0, long_lengths=(0, 0), new_tokens=16, batch_tokens=1024, draws=600, beams=3,
+        beam_prompts=2, beam_tokens=8, lengths=(192, 384), depths=(0.0, 0.5, 1.0), passages=1,
     ),
     "large": Plan(
         tokens=32_769, window=1024, stride=512, chunk=128, batch_size=16,
