@@ -25,6 +25,7 @@ from .generation.patch import generate, patch_generate, unpatch_generate
 from .hooks import row_wise
 from .paging import PagePool
 from .registration import register
+from .serve import serve
 
 __version__ = "0.1.0"
 __all__ = [
@@ -51,6 +52,7 @@ __all__ = [
     "is_supported",
     "patch_generate",
     "row_wise",
+    "serve",
     "unpatch_generate",
 ]
 

@@ -1,4 +1,5 @@
-"""The command ``hf-paged``: reports for issues, a check of this machine, compiled kernels, lm-evaluation-harness."""
+"""The command ``hf-paged``: reports for issues, a check of this machine, compiled kernels, a server,
+lm-evaluation-harness."""
 
 import argparse
 import importlib.metadata
@@ -18,6 +19,7 @@ from . import __version__
 from .doctor import check_kernels, check_model
 from .engine import Engine
 from .errors import UnsupportedModelError
+from .serve.command import add_serve_parser, serve_command
 from .transformers_internals import TESTED
 
 TESTED_VERSIONS = {"transformers": TESTED, "torch": ("2.11", "2.14"), "triton": ("3.6", "3.9")}
@@ -39,6 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if options.command == "warm-up":
         return _warm_up(parser, options.model)
+    if options.command == "serve":
+        return serve_command(parser, options)
     try:
         device = torch.empty(0, device=options.device or ("cuda" if torch.cuda.is_available() else "cpu")).device
     except (RuntimeError, AssertionError) as error:  # AssertionError: a torch without CUDA
@@ -83,6 +87,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "same versions can share, or an image can contain.",
     )  # fmt: skip
     warm.add_argument("--model", metavar="PATH", required=True, help="folder or hub id of a model")
+    add_serve_parser(commands)
     commands.add_parser(
         "lm-eval", add_help=False, help='the command of lm-evaluation-harness, with "hf-paged" among its models'
     )

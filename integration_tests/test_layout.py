@@ -89,7 +89,7 @@ ROOMS = {
     "packages": [
         ["eval"],
         ["hf_paged"],
-        ["hf_paged.lm_eval_model"],
+        ["hf_paged.lm_eval_model", "hf_paged.serve"],
         ["hf_paged.generation", "hf_paged.registration"],
         ["hf_paged.engine", "hf_paged.attention"],
         ["hf_paged.cache", "hf_paged.fusion"],

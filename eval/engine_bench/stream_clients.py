@@ -1,0 +1,67 @@
+"""Clients of :mod:`eval.bench_serve`: a process that reads many streams. Run by its path, it imports little.
+
+Says "ready"; reads a line of JSON, [host, port, requests]; writes [seconds to the first token, tokens] of each.
+"""
+
+import asyncio
+import json
+import sys
+import time
+from typing import Any
+
+
+async def http_stream(host: str, port: int, body: str, start: float) -> tuple[float, int]:
+    """One completion: when its first token came, and how many came."""
+    reader, writer = await asyncio.open_connection(host, port, limit=1 << 20)
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+    writer.write(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}".encode())
+    await writer.drain()
+    first, count = 0.0, 0
+    while line := await reader.readline():
+        if line.startswith(b"data: {"):
+            first = first or time.perf_counter() - start
+            usage = json.loads(line[6:]).get("usage") if b'"usage"' in line else None
+            count = usage["completion_tokens"] if usage else count
+    writer.close()
+    return first, count
+
+
+async def http(host: str, port: int, bodies: list[str]) -> list[tuple[float, int]]:
+    """Completions, at once."""
+    start = time.perf_counter()
+    return await asyncio.gather(*(http_stream(host, port, body, start) for body in bodies))
+
+
+async def grpc(host: str, port: int, requests: list[tuple[list[int], int]]) -> list[tuple[float, int]]:
+    """The same, without a gateway."""
+    from grpc import aio
+    from smg_grpc_proto import vllm_engine_pb2 as pb
+    from smg_grpc_proto import vllm_engine_pb2_grpc
+
+    async with aio.insecure_channel(f"{host}:{port}") as channel:
+        stub = vllm_engine_pb2_grpc.VllmEngineStub(channel)
+        start = time.perf_counter()
+
+        async def one(ids: list[int], new: int) -> tuple[float, int]:
+            params = pb.SamplingParams(temperature=0.8, top_k=50, max_tokens=new)
+            tokens = pb.TokenizedInput(input_ids=ids)
+            first, count = 0.0, 0
+            async for message in stub.Generate(
+                pb.GenerateRequest(tokenized=tokens, sampling_params=params, stream=True)
+            ):
+                first = first or time.perf_counter() - start
+                count += len(message.chunk.token_ids)
+            return first, count
+
+        return await asyncio.gather(*(one(ids, new) for ids, new in requests))
+
+
+def main() -> None:
+    """Run the client."""
+    client: Any = {"http": http, "grpc": grpc}[sys.argv[1]]
+    print("ready", flush=True)
+    print(json.dumps(asyncio.run(client(*json.loads(sys.stdin.readline())))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The command ``hf-paged serve``."""
+
+import argparse
+import os
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from ..engine import Engine, EngineConfig
+from ..errors import UnsupportedModelError
+from . import GATEWAYS, Limits, require_extra, serve
+
+KEY = "HF_PAGED_API_KEY"
+"""The environment variable that has a key which is on no command line."""
+
+
+def add_serve_parser(commands: Any) -> None:
+    """Add the command to those of ``hf-paged``."""
+    parser = commands.add_parser(
+        "serve", help="an OpenAI-compatible server",
+        description="Loads a model, and serves it through the gateway SMG until SIGTERM or Ctrl-C, which let running "
+        'requests end first. Needs pip install "hf-paged[serve]".',
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("model", metavar="MODEL", help="folder or hub id of a model")
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback need a key")
+    parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0: any free one")
+    parser.add_argument("--gateway", choices=GATEWAYS, default="smg", help='"none": the gRPC service alone')
+    parser.add_argument("--api-key", help=f"that clients must send (better: the variable {KEY})")
+    parser.add_argument("--served-model-name", help="what clients call the model (default: MODEL)")
+    parser.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
+    parser.add_argument("--dtype", default="auto", help="of the weights, as for from_pretrained")
+    parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+    parser.add_argument("--max-num-seqs", type=int, default=256, help="sequences that run at a time")
+    parser.add_argument("--max-waiting", type=int, default=1024, help="requests that wait; more get status 429")
+    parser.add_argument("--max-model-len", type=int, help="tokens of a request (default: what the model's config says)")
+    parser.add_argument("--memory-fraction", type=float, default=0.9, help="of the free memory, for pages")
+    parser.add_argument("--kv-dtype", default="auto", help='"auto", "fp8" or "int8"')
+    parser.add_argument("--metrics-port", type=int, help="of the engine's Prometheus metrics, on loopback")
+    parser.add_argument("--request-seconds", type=float, default=3600.0, help="after which a request ends")
+    parser.add_argument("--no-warm-up", action="store_true", help="capture steps when they are first needed")
+
+
+def serve_command(parser: argparse.ArgumentParser, options: argparse.Namespace) -> int:
+    """Run it; returns the exit status."""
+    try:
+        require_extra()
+    except ImportError as error:
+        parser.error(str(error))
+    from .server import Server, run_until_signal
+
+    logging.set_verbosity_warning()
+    try:
+        limits = Limits(request_seconds=options.request_seconds)
+        config = EngineConfig(
+            max_num_seqs=options.max_num_seqs, max_waiting=options.max_waiting, max_model_len=options.max_model_len,
+            max_batch_tokens=max(EngineConfig().max_batch_tokens, options.max_num_seqs),
+            memory_fraction=options.memory_fraction, kv_dtype=options.kv_dtype,
+        )  # fmt: skip
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        trust = options.trust_remote_code
+        tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=trust)
+        model = AutoModelForCausalLM.from_pretrained(
+            options.model, dtype=options.dtype, attn_implementation="paged_flash", trust_remote_code=trust
+        ).to(device)
+        engine = Engine(model.eval(), config)
+    except (ValueError, TypeError, OSError, ImportError, UnsupportedModelError) as error:
+        parser.error(f"{options.model!r}: {' '.join(str(error).split())}")
+    with engine:
+        if not options.no_warm_up:
+            engine.warm_up()
+
+        def make() -> Server:
+            return serve(
+                engine, tokenizer, host=options.host, port=options.port, gateway=options.gateway,
+                model_name=options.served_model_name or options.model,
+                api_key=options.api_key or os.environ.get(KEY), metrics_port=options.metrics_port, limits=limits,
+            )  # fmt: skip
+
+        try:
+            run_until_signal(make, _announce)
+        except (ValueError, OSError, RuntimeError) as error:
+            parser.exit(1, f"hf-paged serve: error: {error}\n")
+    return 0
+
+
+def _announce(server: Any) -> None:
+    suffix = "/v1" if server.address.startswith("http") else " (gRPC)"
+    print(f"{server.model_name} is served at {server.address}{suffix}", flush=True)
+    if server.metrics_address is not None:
+        print(f"metrics: {server.metrics_address}", flush=True)

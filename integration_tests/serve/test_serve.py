@@ -1,0 +1,384 @@
+"""The server with the real gateway and the openai client, on loopback, offline."""
+
+import concurrent.futures
+import importlib.metadata
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+import hf_paged
+from hf_paged.serve import EXTRA, serve
+
+ROOT = Path(__file__).parent.parent.parent
+SMALL_MODEL = ROOT / "integration_tests" / "assets" / "small_model"
+
+
+def missing() -> list[str]:
+    """Distributions that these tests need and that are not installed."""
+    found = {d.metadata["Name"].lower().replace("_", "-") for d in importlib.metadata.distributions()}
+    return [name for name in (*EXTRA, "openai") if name not in found]
+
+
+pytestmark = pytest.mark.skipif(bool(missing()), reason=f"the extra serve or openai is not installed: {missing()}")
+if not missing():
+    import openai
+
+TEMPLATE = "{% for message in messages %}{{ message.content }}\n{% endfor %}"
+PROMPT = "def main():"
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    made = AutoTokenizer.from_pretrained(SMALL_MODEL)
+    made.chat_template = TEMPLATE
+    return made
+
+
+@pytest.fixture(scope="module")
+def model():
+    return AutoModelForCausalLM.from_pretrained(SMALL_MODEL, dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def engine(model):
+    config = hf_paged.EngineConfig(num_pages=2000, max_num_seqs=8)
+    with hf_paged.Engine(model, config) as made:
+        yield made
+        made.check()
+
+
+@pytest.fixture(scope="module")
+def server(engine, tokenizer):
+    with serve(engine, tokenizer, port=0, model_name="small", metrics_port=0, api_key="secret") as made:
+        yield made
+
+
+def client_of(server, key="secret"):
+    return openai.OpenAI(base_url=f"{server.address}/v1", api_key=key, max_retries=0, timeout=240)
+
+
+@pytest.fixture
+def client(server):
+    with client_of(server) as made:
+        yield made
+
+
+@pytest.fixture
+def ask(client):
+    def ask(prompt=PROMPT, *, max_tokens=8, temperature=0.0, extra=None, **options):
+        return client.completions.create(
+            model="small", prompt=prompt, max_tokens=max_tokens, temperature=temperature, extra_body=extra, **options
+        )
+
+    return ask
+
+
+@pytest.fixture
+def chat(client):
+    def chat(*, max_tokens=8, temperature=0.0, extra=None, **options):
+        messages = [{"role": "user", "content": PROMPT}]
+        return client.chat.completions.create(
+            model="small", messages=messages, max_tokens=max_tokens, temperature=temperature, extra_body=extra,
+            **options,
+        )  # fmt: skip
+
+    return chat
+
+
+@pytest.fixture
+def generated(model, tokenizer):
+    """Text of ``model.generate``."""
+
+    def generated(prompt=PROMPT, count=8, **options):
+        ids = tokenizer(prompt, return_tensors="pt").input_ids
+        config = GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=1, **options)
+        return tokenizer.decode(model.generate(ids, generation_config=config)[0, ids.shape[1] :])
+
+    return generated
+
+
+def test_completions_are_those_of_generate(ask, generated):
+    answer = ask()
+    assert answer.choices[0].text == generated()
+    assert answer.choices[0].finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens, answer.usage.total_tokens) == (4, 8, 12)
+    several = ask([PROMPT, "import os"])
+    assert [choice.text for choice in several.choices] == [generated(), generated("import os")]
+
+
+def test_chat_and_models(chat, client, generated):
+    answer = chat()
+    assert answer.choices[0].message.content == generated(f"{PROMPT}\n")
+    assert [model.id for model in client.models.list()] == ["small"]
+
+
+def test_streams_are_the_whole_in_pieces(ask, generated):
+    parts = list(ask(max_tokens=12, stream=True, stream_options={"include_usage": True}))
+    texts = [choice.text for part in parts for choice in part.choices]
+    assert "".join(texts) == generated(count=12)
+    assert len([text for text in texts if text]) > 3
+    assert [choice.finish_reason for part in parts for choice in part.choices if choice.finish_reason] == ["length"]
+    assert parts[-1].usage.completion_tokens == 12
+
+
+def test_async_streams_beside_one_another(server, generated):
+    import asyncio
+
+    async def one(client, prompt):
+        stream = await client.completions.create(
+            model="small", prompt=prompt, max_tokens=10, temperature=0, stream=True
+        )
+        return "".join([choice.text async for part in stream for choice in part.choices])
+
+    async def every(prompts):
+        async with openai.AsyncOpenAI(base_url=f"{server.address}/v1", api_key="secret", timeout=240) as client:
+            return await asyncio.gather(*(one(client, prompt) for prompt in prompts))
+
+    prompts = [f"x{i} = " for i in range(12)]
+    assert asyncio.run(every(prompts)) == [generated(prompt, 10) for prompt in prompts]
+
+
+def test_samples(ask):
+    first, again = (ask(n=3, temperature=1.0, seed=7) for _ in range(2))
+    texts = [choice.text for choice in first.choices]
+    assert texts == [choice.text for choice in again.choices]
+    assert len(set(texts)) > 1
+    parts = [choice for part in ask(n=3, temperature=1.0, seed=7, stream=True) for choice in part.choices]
+    assert ["".join(part.text for part in parts if part.index == i) for i in range(3)] == texts
+
+
+def test_stops(ask, generated):
+    whole = generated(count=20)
+    stop = whole.split()[2]
+    answer = ask(max_tokens=20, stop=[stop])
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.choices[0].text == whole[: whole.index(stop)]
+    assert answer.usage.completion_tokens < 20
+
+
+def test_logprobs_of_chat(chat, engine, tokenizer):
+    entries = chat(logprobs=True, top_logprobs=3, max_tokens=4).choices[0].logprobs.content
+    ids = tokenizer(f"{PROMPT}\n").input_ids
+    config = GenerationConfig(max_new_tokens=4, do_sample=False)
+    output = engine.submit(ids, generation_config=config, logprobs=3).result()
+    for entry, expected in zip(entries, output.logprobs, strict=True):
+        assert entry.token == tokenizer.decode([expected.token_id])
+        assert entry.logprob == pytest.approx(expected.logprob, abs=1e-4)
+        top = [(item.token, item.logprob) for item in entry.top_logprobs]
+        wanted = [(tokenizer.decode([t]), v) for t, v in zip(expected.top_ids, expected.top_logprobs)]
+        assert [token for token, _ in top] == [token for token, _ in wanted]
+        assert [value for _, value in top] == pytest.approx([value for _, value in wanted], abs=1e-4)
+
+
+def test_penalties_are_the_engines(chat, engine, tokenizer):
+    text = chat(frequency_penalty=1.5, presence_penalty=0.5, max_tokens=20).choices[0].message.content
+    config = GenerationConfig(max_new_tokens=20, do_sample=False)
+    ids = tokenizer(f"{PROMPT}\n").input_ids
+    with_both = engine.submit(ids, generation_config=config, frequency_penalty=1.5, presence_penalty=0.5).result()
+    without = engine.submit(ids, generation_config=config).result()
+    assert text == tokenizer.decode(with_both.token_ids) != tokenizer.decode(without.token_ids)
+
+
+def test_other_parameters(ask, generated):
+    assert ask(extra={"repetition_penalty": 1.3}, max_tokens=16).choices[0].text == generated(
+        count=16, repetition_penalty=1.3
+    )
+    assert ask(extra={"top_k": 1}, temperature=1.0).choices[0].text == generated()
+    ended = ask(extra={"stop_token_ids": [198, 199]}, max_tokens=30)
+    assert ended.usage.completion_tokens <= 30
+
+
+SCHEMA = {
+    "type": "object", "properties": {"a": {"type": "integer"}, "b": {"enum": ["x", "y"]}}, "required": ["a", "b"],
+    "additionalProperties": False,
+}  # fmt: skip
+
+
+def test_structured_output(ask, chat):
+    schema = {"type": "json_schema", "json_schema": {"name": "it", "strict": True, "schema": SCHEMA}}
+    value = json.loads(chat(response_format=schema, max_tokens=200).choices[0].message.content)
+    assert isinstance(value["a"], int)
+    assert value["b"] in ("x", "y")
+    assert re.fullmatch("[ab]{3}c", ask(extra={"regex": "[ab]{3}c"}, max_tokens=20).choices[0].text)
+    with pytest.raises(openai.BadRequestError, match="regex is not accepted"):
+        ask(extra={"regex": "a("})
+
+
+def test_cached_tokens_are_reported(ask):
+    prompt = "import sys  # once more\n" * 12
+    ask(prompt, max_tokens=1)
+    assert ask(prompt, max_tokens=1).usage.prompt_tokens_details.cached_tokens > 50
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"logit_bias": {"5": 3}}, "logit_bias is not served here"),
+        ({"logprobs": 1}, "logprobs is not served here"),
+        ({"logprobs": 0}, "logprobs is not served here"),
+        ({"suffix": "x"}, "suffix is not served here"),
+        ({"best_of": 2}, "best_of=2 is not served"),
+        ({"prompt": [5, 6]}, "the gateway does not take token ids"),
+        ({"prompt": [[5, 6]]}, "the gateway does not take token ids"),
+        ({"extra": {"prompt_logprobs": 0}}, "prompt_logprobs is not served here"),
+        ({"extra": {"cache_salt": "a"}}, "cache_salt is not served here"),
+        ({"extra": {"include_stop_str_in_output": True}}, "include_stop_str_in_output is not served here"),
+        ({"frequency_penalty": 3}, "frequency_penalty"),
+        ({"max_tokens": 0}, "max_tokens must be at least 1"),
+        ({"max_tokens": 10**6}, "ask for fewer new tokens"),
+        ({"n": 2}, "n must be 1 with temperature 0"),
+        ({"n": 100, "temperature": 1.0}, "n must be at most 16"),
+        ({"stop": ["a"], "extra": {"min_tokens": 3}}, "min_tokens with stop strings is not served"),
+    ],
+    ids=str,
+)
+def test_what_is_not_served_says_why(ask, options, message):
+    with pytest.raises(openai.BadRequestError, match=re.escape(message)):
+        ask(**options)
+
+
+def test_what_chat_does_not_serve(chat):
+    for name, value in {"logit_bias": {"5": 3}, "prompt_logprobs": 1, "priority": 2}.items():
+        with pytest.raises(openai.BadRequestError, match=f"{name} is not served here"):
+            chat(extra={name: value})
+
+
+def test_keys(server):
+    with client_of(server, "wrong") as client, pytest.raises(openai.AuthenticationError):
+        client.completions.create(model="small", prompt="a", max_tokens=1)
+
+
+def test_control_routes_are_not_there(server):
+    for path in ("/workers", "/flush_cache", "/get_loads", "/v1/tokenizers", "/v1/models/../../workers"):
+        request = urllib.request.Request(f"{server.address}{path}", headers={"Authorization": "Bearer secret"})
+        with pytest.raises(urllib.error.HTTPError) as raised:
+            urllib.request.urlopen(request, timeout=60)
+        assert raised.value.code == 404
+
+
+def test_other_models(client):
+    with pytest.raises(openai.NotFoundError):
+        client.completions.create(model="other", prompt="a")
+
+
+def test_clients_that_leave_are_cancelled(ask, engine):
+    stream = ask(max_tokens=1500, temperature=1.0, stream=True, extra={"ignore_eos": True})
+    next(iter(stream))
+    before = engine.stats().finished.get("cancelled", 0)
+    stream.close()
+    end = time.monotonic() + 60
+    while engine.stats().running and time.monotonic() < end:
+        time.sleep(0.05)
+    assert engine.stats().finished.get("cancelled", 0) == before + 1
+
+
+def post(server, data: bytes, **headers: str):
+    head = {"Authorization": "Bearer secret", "Content-Type": "application/json"} | headers
+    return urllib.request.urlopen(urllib.request.Request(f"{server.address}/v1/completions", data, head), timeout=60)
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b"[]", b"null", b'"a"', b"\xff\xfe", b'{"model": 5}', b"{" * 5000])
+def test_malformed_bodies(server, data, ask, generated):
+    with pytest.raises(urllib.error.HTTPError) as raised:
+        post(server, data)
+    assert 400 <= raised.value.code < 500
+    assert ask().choices[0].text == generated()
+
+
+def test_metrics(server, ask):
+    ask()
+    text = urllib.request.urlopen(server.metrics_address, timeout=60).read().decode()
+    seen = dict(re.findall(r"^(\S+) (\S+)$", text, re.M))
+    assert float(seen['hf_paged_requests_total{finish_reason="length"}']) >= 1
+    assert float(seen["hf_paged_generated_tokens_total"]) >= 8
+    assert float(seen["hf_paged_time_to_first_token_seconds_count"]) >= 1
+    assert float(seen["hf_paged_serving"]) == 1
+    assert float(seen['hf_paged_requests_refused_total{reason="invalid"}']) >= 0
+
+
+def test_a_full_queue_is_429(model, tokenizer):
+    config = hf_paged.EngineConfig(num_pages=500, max_num_seqs=1, max_waiting=1)
+    with hf_paged.Engine(model, config) as engine, serve(engine, tokenizer, port=0, model_name="small") as server:
+        client = client_of(server)
+
+        def one(i):
+            try:
+                answer = client.completions.create(model="small", prompt=f"x{i}", max_tokens=100, temperature=0)
+                return answer.choices[0].finish_reason
+            except openai.RateLimitError as error:
+                return 429 if "try again later" in str(error) else str(error)
+
+        with concurrent.futures.ThreadPoolExecutor(6) as pool:
+            got = list(pool.map(one, range(6)))
+        assert 429 in got
+        assert set(got) <= {429, "length", "stop"}
+        # It drains: what runs ends.
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            last = pool.submit(one, 0)
+            end = time.monotonic() + 60
+            while not engine.stats().running and time.monotonic() < end:
+                time.sleep(0.01)
+            server.close()
+            assert last.result() in ("length", "stop")
+        engine.check()
+
+
+def test_without_a_gateway(engine, tokenizer):
+    import grpc
+    from smg_grpc_proto import vllm_engine_pb2 as pb
+    from smg_grpc_proto import vllm_engine_pb2_grpc
+
+    ids = tokenizer(PROMPT).input_ids
+    params = pb.SamplingParams(temperature=0.0, max_tokens=6, logprobs=1, logit_bias={68: 100.0})
+    with (
+        serve(engine, tokenizer, port=0, gateway="none") as server,
+        grpc.insecure_channel(server.address) as channel,
+    ):
+        stub = vllm_engine_pb2_grpc.VllmEngineStub(channel)
+        request = pb.GenerateRequest(tokenized=pb.TokenizedInput(input_ids=ids), sampling_params=params)
+        [answer] = list(stub.Generate(request, timeout=120))
+        assert list(answer.complete.output_ids) == [68] * 6
+        assert list(answer.complete.output_logprobs.token_ids) == [68] * 6
+        request.stream = True
+        *chunks, last = list(stub.Generate(request, timeout=120))
+        assert [token for chunk in chunks for token in chunk.chunk.token_ids] == [68] * 6
+        assert (last.complete.finish_reason, last.complete.completion_tokens) == ("length", 6)
+        assert stub.HealthCheck(pb.HealthCheckRequest()).healthy
+        with pytest.raises(grpc.RpcError) as raised:
+            list(stub.Generate(pb.GenerateRequest(tokenized=pb.TokenizedInput(input_ids=[10**6]))))
+        assert raised.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        params.structural_tag = "x"
+        request.sampling_params.CopyFrom(params)
+        with pytest.raises(grpc.RpcError, match="structural_tag is not served"):
+            list(stub.Generate(request))
+
+
+def test_the_command_serves_until_sigterm():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    command = [sys.executable, "-m", "hf_paged.cli", "serve", str(SMALL_MODEL), "--port", "0", "--no-warm-up"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
+        try:
+            found = None
+            for line in child.stdout:
+                found = re.search(r"is served at (\S+)", line)
+                if found:
+                    break
+            assert found, "the command ended"
+            with openai.OpenAI(base_url=found[1], api_key="none", timeout=240) as client:
+                [model] = client.models.list().data
+                assert client.completions.create(model=model.id, prompt=PROMPT, max_tokens=3).choices[0].text
+            child.send_signal(signal.SIGTERM)
+            assert child.wait(120) == 0
+        finally:
+            child.kill()

@@ -1,0 +1,117 @@
+"""Parts of the server that need nothing that is not installed with the package."""
+
+import asyncio
+import importlib.metadata
+import json
+
+import pytest
+
+from hf_paged import cli
+from hf_paged.serve import Limits, guard, require_extra, serve
+
+
+def test_a_missing_extra_is_named(monkeypatch, capsys):
+    def version(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", version)
+    with pytest.raises(ImportError, match=r'smg-grpc-proto, .*: pip install "hf-paged\[serve\]"'):
+        require_extra()
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["serve", "some/model"])
+    assert raised.value.code == 2
+    assert 'pip install "hf-paged[serve]"' in capsys.readouterr().err
+
+
+def test_gateways_are_named():
+    with pytest.raises(ValueError, match=r"gateway must be one of .*smg.*none.*, got 'dynamo'"):
+        serve(None, None, gateway="dynamo")
+    with pytest.raises(ValueError, match="Limits: n must be a number above 0, got 0"):
+        Limits(n=0)
+
+
+def request(head: str, body: bytes = b"") -> bytes:
+    return head.replace("\n", "\r\n").encode() + body
+
+
+async def reader_of(data: bytes) -> asyncio.StreamReader:
+    reader = asyncio.StreamReader(limit=guard.HEAD_BYTES)
+    reader.feed_data(data)
+    reader.feed_eof()
+    return reader
+
+
+def read(data: bytes, most: int = 1000):
+    async def run():
+        return await guard.read_request(await reader_of(data), most, 5.0)
+
+    return asyncio.run(run())
+
+
+def test_requests_are_read():
+    head = "POST /v1/completions?x=1 HTTP/1.1\nHost: a\nContent-Length: 4\n\n"
+    assert read(request(head, b"{}ab more")) == (request(head), "/v1/completions", b"{}ab")
+    assert read(b"") is None
+    assert read(request("GET /health HTTP/1.1\nHost: a\n\n"))[1:] == ("/health", b"")
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        ("POST /health HTTP/1.1\nContent-Length: 1001\n\n", 413),
+        ("POST /health HTTP/1.1\nContent-Length: 4\nContent-Length: 5\n\n", 400),
+        ("POST /health HTTP/1.1\nContent-Length: -1\n\n", 400),
+        ("POST /health HTTP/1.1\nContent-Length: 9\n\n", 400),
+        ("POST /health HTTP/1.1\nTransfer-Encoding: chunked\n\n", 411),
+        ("POST /health HTTP/1.1\nContent-Length : 4\n\n", 400),
+        ("POST /health HTTP/1.1\nA: b\n c: d\n\n", 400),
+        ("POST /health HTTP/1.1\nExpect: 100-continue\nContent-Length: 4\n\n", 417),
+        ("PRI * HTTP/2.0\n\n", 400),
+        ("nonsense\n\n", 400),
+        ("POST /workers HTTP/1.1\nContent-Length: 4\n\n", 404),
+        ("POST //workers HTTP/1.1\nContent-Length: 4\n\n", 404),
+        ("POST /v1/../workers HTTP/1.1\nContent-Length: 4\n\n", 404),
+        ("POST /flush_cache?a=/v1/models HTTP/1.1\nContent-Length: 4\n\n", 404),
+        ("GET http://a/v1/models HTTP/1.1\n\n", 404),
+        ("GET /health HTTP/1.1\nA: " + "b" * 70_000 + "\n\n", 431),
+        ("GET /health HTTP/1.1\nA: b", 400),
+    ],
+)
+def test_requests_that_are_not_read(head, status):
+    with pytest.raises(guard.Refused) as raised:
+        read(request(head, b"abcd"))
+    assert raised.value.status == status
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "reason"),
+    [
+        (guard.CHAT, {"logit_bias": {"5": 1}}, "logit_bias is not served here"),
+        (guard.CHAT, {"logit_bias": {}, "priority": 0, "cache_salt": None}, None),
+        (guard.CHAT, {"logprobs": True, "top_logprobs": 2}, None),
+        (guard.CHAT, {"prompt_logprobs": 0}, "prompt_logprobs is not served here"),
+        (guard.COMPLETIONS, {"prompt": "a", "logprobs": None}, None),
+        (guard.COMPLETIONS, {"prompt": "a", "logprobs": 0}, "logprobs is not served here"),
+        (guard.COMPLETIONS, {"prompt": "a", "n": 2, "best_of": 2}, None),
+        (guard.COMPLETIONS, {"prompt": "a", "n": 2, "best_of": 3}, "best_of=3 is not served: only that of n, 2"),
+        (guard.COMPLETIONS, {"prompt": ["a", 5]}, "prompt must be a text or a list of texts"),
+        (guard.COMPLETIONS, {"prompt": ["a", "b"], "suffix": ""}, None),
+        ("/v1/messages", {"logit_bias": {"5": 1}}, None),
+    ],
+    ids=str,
+)
+def test_what_the_gateway_would_drop(path, fields, reason):
+    found = guard.objection(path, json.dumps(fields).encode())
+    assert found is None if reason is None else found.startswith(reason)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000])
+def test_what_is_no_object_goes_to_the_gateway(body):
+    assert guard.objection(guard.CHAT, body) is None
+
+
+def test_a_refusal_is_an_answer():
+    head, body = guard.refusal(413, "too much").split(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 413 ")
+    assert f"Content-Length: {len(body)}".encode() in head
+    assert json.loads(body)["error"]["message"] == "too much"
