@@ -31,8 +31,8 @@ def paged_flash_mask(
         padding between tokens.
     """
     is_plain, segments = is_plain_mask(mask_function), packed_segments(mask_function)
-    told = segments if attention_mask is None else attention_mask
-    if isinstance(told, FakeTensor) and not torch.compiler.is_compiling() and (is_plain or segments is not None):
+    given = segments if attention_mask is None else attention_mask
+    if isinstance(given, FakeTensor) and not torch.compiler.is_compiling() and (is_plain or segments is not None):
         return None  # Shapes alone are asked for, and no mask changes them.
     # An exported program has no number of tokens that depends on values: it gets masks as sdpa does.
     is_exporting = _is_exporting()

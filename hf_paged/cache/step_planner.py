@@ -237,11 +237,11 @@ class StepPlanner:
             UnsupportedModelError: two layers of one step disagree.
         """
         start, num_new = update.start, update.key.shape[2]
-        told = None if mask is None else self._told(update, mask)
+        masked = None if mask is None else self._new_columns(update, mask)
         if self.columns == start:
-            return told
+            return masked
         known = None if self.is_token is None else self.is_token[:, start : start + num_new]
-        if mask is not None and told is not None and (known is None or not torch.equal(told, known)):
+        if mask is not None and masked is not None and (known is None or not torch.equal(masked, known)):
             raise UnsupportedModelError(
                 f"layer {update.index} of {self.model_type} masks padding and an earlier layer of the "
                 f'same step took it for tokens: load the model with attn_implementation="eager" or "sdpa", or pass '
@@ -249,7 +249,7 @@ class StepPlanner:
             )
         return None if known is None or bool(known.all()) else known
 
-    def _told(self, update: LayerUpdate, mask: torch.Tensor) -> torch.Tensor | None:
+    def _new_columns(self, update: LayerUpdate, mask: torch.Tensor) -> torch.Tensor | None:
         """The part of a 2D mask that speaks of the step's columns, on CPU; None where all are tokens."""
         start = update.start
         num_seqs, _, num_new, _ = update.key.shape

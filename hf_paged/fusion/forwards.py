@@ -100,7 +100,7 @@ class Unit:
     """A module with a fused forward.
 
     Args:
-        scope: shared by all units of a model.
+        context: shared by all units of a model.
         module: whose forward this is.
         inside: modules that the fused forward does not call, though their own forwards count.
 

@@ -55,7 +55,7 @@ class FusedModel:
 
     Args:
         model: whose modules these are.
-        scope: that all units share.
+        context: that all units share.
         units: by their modules, each proven.
         refusals: why modules that look like one are not fused, by their names.
     """
@@ -63,7 +63,7 @@ class FusedModel:
     def __init__(
         self, model: nn.Module, context: FusionContext, units: dict[nn.Module, Unit], refusals: dict[str, str]
     ) -> None:
-        self._model, self._scope, self._units = model, context, units
+        self._model, self._context, self._units = model, context, units
         self.refusals = refusals
         self._hooks = hooks_of(model)
         self._in_use: set[Unit] = set()
@@ -103,12 +103,12 @@ class FusedModel:
             yield
             return
         self.refresh()
-        self._scope.enter(cache)
+        self._context.enter(cache)
         try:
             with standing_in({module: unit for module, unit in self._units.items() if unit in self._in_use}):
                 yield
         finally:
-            self._scope.leave()
+            self._context.leave()
 
     def refresh(self) -> None:
         """See which units can be used now; weights that were moved are packed again."""

@@ -27,7 +27,7 @@ class FusedRotary(Unit):
     """A module that gives ``(cos, sin)``, each ``[B, T, dim]``, for hidden states and positions ``[B, T]``.
 
     Args:
-        scope, module: as of :class:`Unit`.
+        context, module: as of :class:`Unit`.
         cos, sin: ``[positions, dim]``.
     """
 

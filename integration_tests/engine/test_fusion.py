@@ -406,7 +406,7 @@ def test_hooks_that_transformers_leaves_behind_do_not_count(monkeypatch):
         monkeypatch.setattr(forwards, "gated_activation_op", lambda *args: calls.append(1) or original(*args))
         assert tokens_of(engine) == expected
         assert calls
-        assert engine._core.runner._live.replay_blocker() is None
+        assert engine._core.runner._fingerprint.replay_blocker() is None
 
 
 def test_a_hook_that_changes_values_counts():

@@ -36,7 +36,7 @@ class StepLogits:
         parts: one or two ``[num, vocab]``, which are not put together: they may be large.
         first, last: int ``[num_rows]`` on the host: row i has the logits from ``first[i]`` to ``last[i]``, counted
             through the parts, of its last tokens.
-        places: int64 ``[num_rows]`` on the host: where a row's token is in ``tokens``, -1: it is not chosen yet.
+        token_index: int64 ``[num_rows]`` on the host: where a row's token is in ``tokens``, -1: it is not chosen yet.
         tokens: int64 ``[num_chosen]``, chosen by the parameters of each row's slot, -1 where none can be; they are
             noted as the rows' last tokens already. None: there are none.
         lse: float64 ``[num_chosen]`` with ``tokens``: the log-sum-exp of rows that report log-probabilities.
@@ -103,7 +103,7 @@ class Runner:
         self.attention = AttentionChoice(model, "paged_flash")
         # Where each index is needed is the model's business: those on the host are good everywhere.
         self.is_spread = num_devices(model) > 1
-        self._live = ModelFingerprint(model, tables.device)
+        self._fingerprint = ModelFingerprint(model, tables.device)
         self._as_written = as_written(model)
 
     def run(self, work: ScheduledStep, num_logits: np.ndarray) -> StepLogits:
@@ -116,14 +116,14 @@ class Runner:
         Raises:
             UnsupportedModelError: a module has a hook that may not see packed rows.
         """
-        reason = reason_in_hooks(self._live.hooks)
+        reason = reason_in_hooks(self._fingerprint.hooks)
         if reason is not None:
             raise UnsupportedModelError(f"the engine cannot run a step: {reason}, or remove it.")
         self.tables.sync()
         self.sampling.sync()
         ends = num_logits.cumsum()
         if self.cache.has_states:
-            return StepLogits([self._run_with_states(work, num_logits)], ends - num_logits, ends, _no_places(work))
+            return StepLogits([self._run_with_states(work, num_logits)], ends - num_logits, ends, _no_token_index(work))
         if 0 < work.num_decode < len(work.slots):
             mixed = self._run_chunk_graph(work, num_logits)
             if mixed is not None:
@@ -153,7 +153,7 @@ class Runner:
             return chunks
         ends = num_logits.cumsum()
         logits = self.forward(self.tables.inputs(work), self._index(work.counts, num_logits))[0]
-        return StepLogits([logits], ends - num_logits, ends, _no_places(work))
+        return StepLogits([logits], ends - num_logits, ends, _no_token_index(work))
 
     def _sampled_on_device(self, work: ScheduledStep) -> np.ndarray:
         """bool ``[num_rows]``: rows whose next token follows from this step's logits and the device's tables alone."""
@@ -239,40 +239,40 @@ class Runner:
         for graphs in (self.graphs, self.chunk_graphs):
             if graphs is not None:
                 graphs.drop()
-        if self.compiled is not None and self._live.has_other_modules():
+        if self.compiled is not None and self._fingerprint.has_other_modules():
             self.compiled.forget()
-        before, is_same = self._live, self._live.change() is None
+        before, is_same = self._fingerprint, self._fingerprint.change() is None
         if self.fused is not None:
             # Moved weights are packed again: that is not a change of its own.
             self.fused.compare_tables()
             self.fused.refresh()
         self._look_again()
         if is_same:
-            self._live.remember(before)
+            self._fingerprint.remember(before)
 
     def _look_again(self) -> None:
-        self._live = ModelFingerprint(self.model, self.tables.device, self._live.written)
+        self._fingerprint = ModelFingerprint(self.model, self.tables.device, self._fingerprint.written)
         self._as_written = as_written(self.model)
 
     # Changes of the model
 
     def ignore_buffers(self, names: frozenset[str]) -> None:
         """Buffers that the model's own forward writes are no change."""
-        self._live = ModelFingerprint(self.model, self.tables.device, names)
+        self._fingerprint = ModelFingerprint(self.model, self.tables.device, names)
 
     def change(self, *, look_closely: bool = False) -> str | None:
-        """What is different from when captured steps were dropped last, None: nothing; see :mod:`live_model`."""
+        """What is different from when captured steps were dropped last, None: nothing; see :mod:`model_fingerprint`."""
         if self.fused is not None and self.fused.has_stale_tables():
             return "frequencies of rotary embeddings are others"
-        return self._live.change(look_closely=look_closely)
+        return self._fingerprint.change(look_closely=look_closely)
 
     def remember_values(self) -> None:
         """Take sums over the weights' bytes, unless they are known."""
-        self._live.remember()
+        self._fingerprint.remember()
 
     def change_of_values(self) -> str | None:
         """What is different from :meth:`remember_values`, as far as bytes tell; takes a pass over the weights."""
-        return "weights have other values" if self._live.has_other_values() else None
+        return "weights have other values" if self._fingerprint.has_other_values() else None
 
     def _run_graph(self, work: ScheduledStep) -> tuple[torch.Tensor, ...] | None:
         """The decode rows of a step; None: nothing was run."""
@@ -304,7 +304,7 @@ class Runner:
 
     def _may_replay(self) -> bool:
         """Whether a replay does what the model's forward would do now."""
-        replay_blocker = self._live.replay_blocker()
+        replay_blocker = self._fingerprint.replay_blocker()
         if replay_blocker is not None:
             logger.warning_once(f"steps run without CUDA graphs for now: {replay_blocker}.")
         return replay_blocker is None and not self.needs_lengths
@@ -379,6 +379,6 @@ def num_devices(model: Any) -> int:
     return len({parameter.device for parameter in model.parameters()})
 
 
-def _no_places(work: ScheduledStep) -> np.ndarray:
-    """The places of tokens of a step that has chosen none."""
+def _no_token_index(work: ScheduledStep) -> np.ndarray:
+    """Of a step that has chosen no token."""
     return np.full(len(work.slots), -1)

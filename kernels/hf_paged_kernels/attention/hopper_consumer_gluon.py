@@ -1,6 +1,6 @@
 """Arithmetic of the Hopper kernel: the consumer warp groups, with products by wgmma and the online softmax.
 
-See :mod:`.attention_hopper_gluon`.
+See :mod:`.hopper_gluon`.
 """
 
 from triton.experimental import gluon

@@ -21,8 +21,8 @@ is both what wgmma reads as ``[BLOCK_N, HEAD_DIM]`` and what TMA writes page by 
 
     column half 0: | page a | page b | ... |    column half 1: | page a | page b | ... |
 
-What a program does next is in ``hopper_tiles_gluon``, the copies are in ``hopper_copies_gluon``, the consumers in
-``hopper_arithmetic_gluon``; the kernel that puts them together and its launches are here.
+What a program does next is in ``hopper_scheduler_gluon``, the copies are in ``hopper_producer_gluon``, the consumers in
+``hopper_consumer_gluon``; the kernel that puts them together and its launches are here.
 """
 
 from dataclasses import dataclass

@@ -1,6 +1,6 @@
 """Copies of the Hopper kernel: the producer warps, which bring queries, keys and values into shared memory by TMA.
 
-See :mod:`.attention_hopper_gluon`.
+See :mod:`.hopper_gluon`.
 """
 
 from triton.experimental import gluon

@@ -1,6 +1,6 @@
 """What a program of the Hopper kernel does next: its scheduler warp finds tiles of work and hands them to the others.
 
-See :mod:`.attention_hopper_gluon`.
+See :mod:`.hopper_gluon`.
 """
 
 from triton.experimental import gluon

@@ -1,6 +1,6 @@
 """Decode and short queries over FP8 and INT8 pages on Hopper GPUs, in Gluon.
 
-It computes what ``paged_attention_quantized_triton`` computes, with the same arithmetic in float16, and is chosen where
+It computes what ``paged_quantized_triton`` computes, with the same arithmetic in float16, and is chosen where
 it is faster. What bounds such a step is instructions, not bytes, so it spends fewer of them:
 
 - Pages are brought by TMA: one thread asks for a whole page, and no thread computes addresses.

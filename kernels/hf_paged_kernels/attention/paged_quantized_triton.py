@@ -1,6 +1,6 @@
 """Attention of float16 and bfloat16 queries over FP8 (e4m3) and INT8 pages, in portable Triton.
 
-It computes what ``paged_attention_triton`` computes, with the same rows of a program. Both page formats are exact in
+It computes what ``paged_triton`` computes, with the same rows of a program. Both page formats are exact in
 float16, one instruction away from it on NVIDIA GPUs; bfloat16 takes three. So both matrix products are of float16
 numbers, summed in float32, and what would not fit into float16 is taken out first:
 

@@ -313,17 +313,7 @@ def _merge_splits(
     """One program: one query token of one head. Parts are folded in order, so the sum never depends on the batch."""
     token = tl.program_id(0)
     head = tl.cast(tl.program_id(1), tl.int64)
-    # Binary search for the last sequence that starts at or before the token; it is the one that holds it, since
-    # empty sequences share their start with the next.
-    low = token * 0
-    high = num_seqs + low
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(cu_seqlens_q + middle) <= token:
-            low = middle
-        else:
-            high = middle
-    num_splits = tl.cdiv(tl.load(seq_lens + low), SPLIT_LEN)
+    num_splits = tl.cdiv(tl.load(seq_lens + find_sequence(cu_seqlens_q, token, num_seqs, 0)), SPLIT_LEN)
 
     row = tl.cast(token, tl.int64)
     offs_dv = tl.arange(0, BLOCK_DV)

@@ -36,14 +36,13 @@ def scale_of_bits(bits, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def _quantize(row, LARGEST: tl.constexpr, ROUND: tl.constexpr):
-    """``(row / scale, scale)`` in float32 with a scale that maps the row's largest magnitude to LARGEST."""
-    scale = scale_of_bits(highest_bits(row, 0), LARGEST)
-    row = tl.minimum(tl.maximum(row.to(tl.float32) / scale, -LARGEST), LARGEST)
+def quantized(x, scale, LARGEST: tl.constexpr, ROUND: tl.constexpr):
+    """``x / scale`` in float32, within the range of the pages' dtype, and whole if ROUND."""
+    x = tl.minimum(tl.maximum(x.to(tl.float32) / scale, -LARGEST), LARGEST)
     if ROUND:
         # The cast to int8 truncates: round half away from zero first.
-        row = tl.where(row >= 0.0, tl.floor(row + 0.5), tl.ceil(row - 0.5))
-    return row, scale
+        x = tl.where(x >= 0.0, tl.floor(x + 0.5), tl.ceil(x - 0.5))
+    return x
 
 
 @triton.jit
@@ -88,7 +87,8 @@ def _write_pages(
     key = tl.load(k + token * stride_kt + head * stride_kh + offs_d, mask=offs_d < HEAD_DIM, other=0.0)
     if LARGEST > 0:
         scales = page * stride_sp + head * stride_sh + slot * stride_ss
-        key, scale = _quantize(key, LARGEST, k_pages.dtype.element_ty == tl.int8)
+        scale = scale_of_bits(highest_bits(key, 0), LARGEST)
+        key = quantized(key, scale, LARGEST, k_pages.dtype.element_ty == tl.int8)
         tl.store(k_scale + scales, scale)
     tl.store(
         k_pages + page * stride_kp + head * stride_kph + slot * stride_ks + offs_d,
@@ -97,7 +97,8 @@ def _write_pages(
     )
     value = tl.load(v + token * stride_vt + head * stride_vh + offs_dv, mask=offs_dv < V_DIM, other=0.0)
     if LARGEST > 0:
-        value, scale = _quantize(value, LARGEST, v_pages.dtype.element_ty == tl.int8)
+        scale = scale_of_bits(highest_bits(value, 0), LARGEST)
+        value = quantized(value, scale, LARGEST, v_pages.dtype.element_ty == tl.int8)
         tl.store(v_scale + scales, scale)
     tl.store(
         v_pages + page * stride_vp + head * stride_vph + slot * stride_vs + offs_dv,

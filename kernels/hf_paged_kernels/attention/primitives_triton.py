@@ -127,7 +127,8 @@ def add_sink(accumulator, running_max, running_sum, sink_log2):
 
 @triton.jit
 def find_sequence(cu_seqlens_q, block, num_seqs, BLOCK_Q: tl.constexpr):
-    """The sequence that query block ``block`` belongs to, for blocks that never cross sequences.
+    """The sequence that query block ``block`` belongs to, for blocks that never cross sequences. BLOCK_Q 0: that of a
+    token, the last one that starts at or before it; empty sequences share their start with the next.
 
     Sequence ``s`` owns the blocks from ``first(s) = cu_seqlens_q[s] // BLOCK_Q + s`` up to ``first(s + 1)``. That is
     at least ``ceil(length / BLOCK_Q)`` blocks, since floor(a + n) - floor(a) + 1 >= ceil(n); the last may be empty. So
@@ -137,7 +138,9 @@ def find_sequence(cu_seqlens_q, block, num_seqs, BLOCK_Q: tl.constexpr):
     high = num_seqs + low
     while high - low > 1:
         middle = (low + high) // 2
-        first = tl.load(cu_seqlens_q + middle) // BLOCK_Q + middle
+        first = tl.load(cu_seqlens_q + middle)
+        if BLOCK_Q > 0:
+            first = first // BLOCK_Q + middle
         if first <= block:
             low = middle
         else:

@@ -93,7 +93,7 @@ def gated_activation_op(gate_up: torch.Tensor, activation: str, order: str) -> t
 
     Args:
         gate_up: ``[..., 2 * I]``, the packed output of one matmul; rows at one distance, the last dimension contiguous.
-        activation: one of ``fused_reference.ACTIVATIONS``: "silu", "gelu" (erf), "gelu_tanh", "relu".
+        activation: one of ``reference.ACTIVATIONS``: "silu", "gelu" (erf), "gelu_tanh", "relu".
         order: "gate_up", or "up_gate" where the gate is the second half.
 
     Returns:

@@ -16,7 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..attention.pages_triton import highest_bits, scale_of_bits
+from ..attention.pages_triton import highest_bits, quantized, scale_of_bits
 from ..backend import contiguous, device_guard, scale_strides
 from ..dependent_launch_triton import dependent_launch, start_next, wait_for_previous
 from ..launch_triton import launch
@@ -139,16 +139,6 @@ def _rotated_heads(
 
 
 @triton.jit
-def _quantized(rows, scale, LARGEST: tl.constexpr, ROUND: tl.constexpr):
-    """``rows / scale`` in float32, within the range of the pages' dtype, and whole if ROUND."""
-    rows = tl.minimum(tl.maximum(rows.to(tl.float32) / scale[:, None], -LARGEST), LARGEST)
-    if ROUND:
-        # The cast to int8 truncates: round half away from zero first.
-        rows = tl.where(rows >= 0.0, tl.floor(rows + 0.5), tl.ceil(rows - 0.5))
-    return rows
-
-
-@triton.jit
 def _rotary_write(
     q,
     k,
@@ -242,9 +232,9 @@ def _rotary_write(
                     highest = tl.maximum(highest, highest_bits(key_rest, 1))
                 key_scale = scale_of_bits(highest, LARGEST)
                 tl.store(k_scale + scales, key_scale, mask=written)
-                key_a = _quantized(key_a, key_scale, LARGEST, k_pages.dtype.element_ty == tl.int8)
-                key_b = _quantized(key_b, key_scale, LARGEST, k_pages.dtype.element_ty == tl.int8)
-                key_rest = _quantized(key_rest, key_scale, LARGEST, k_pages.dtype.element_ty == tl.int8)
+                key_a = quantized(key_a, key_scale[:, None], LARGEST, k_pages.dtype.element_ty == tl.int8)
+                key_b = quantized(key_b, key_scale[:, None], LARGEST, k_pages.dtype.element_ty == tl.int8)
+                key_rest = quantized(key_rest, key_scale[:, None], LARGEST, k_pages.dtype.element_ty == tl.int8)
             keys = k_pages + page * stride_kp + kv_head * stride_kph + slot * stride_ks
             _store_heads(
                 keys, key_a, key_b, key_rest, written[:, None], HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED
@@ -256,7 +246,7 @@ def _rotary_write(
             if LARGEST > 0:
                 value_scale = scale_of_bits(highest_bits(value, 1), LARGEST)
                 tl.store(v_scale + scales, value_scale, mask=written)
-                value = _quantized(value, value_scale, LARGEST, v_pages.dtype.element_ty == tl.int8)
+                value = quantized(value, value_scale[:, None], LARGEST, v_pages.dtype.element_ty == tl.int8)
             values = v_pages + page * stride_vp + kv_head * stride_vph + slot * stride_vs
             tl.store(values + offs, value.to(v_pages.dtype.element_ty), mask=inside)
 

@@ -1,6 +1,6 @@
-"""Choosing tokens from logits without sorting them: what ``sampling_reference`` defines, in six launches.
+"""Choosing tokens from logits without sorting them: what ``reference`` defines, in six launches.
 
-Noise, scores and ranks of single tokens are in ``sampling_scores_triton``.
+Noise, scores and ranks of single tokens are in ``scores_triton``.
 
 ::
 

@@ -26,7 +26,7 @@ def sample_tokens_op(
     """The next token of each row, greedy or drawn, by parameters in tables by slot.
 
     On an accelerator nothing is read back to the host: it can be captured in a graph that serves rows of any
-    parameters. Tokens are those of :func:`~.sampling_reference.sample_tokens_reference`, the path of CPU tensors, but
+    parameters. Tokens are those of :func:`~.reference.sample_tokens_reference`, the path of CPU tensors, but
     for borders: tokens and tiles are judged by sums of probabilities, of which both round a little. So where the noise
     favours a token whose cumulated probability (from the least likely token, itself included) is within 1e-5 of
     ``1 - top_p``, or whose probability is within 1e-5, relatively, of ``min_p`` times the largest, it may be kept by

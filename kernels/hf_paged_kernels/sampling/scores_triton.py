@@ -1,4 +1,4 @@
-"""What the kernels of ``sampling_triton`` compute of single tokens: their noise, scores, ranks and weights."""
+"""What the kernels of ``choose_triton`` compute of single tokens: their noise, scores, ranks and weights."""
 
 import triton
 import triton.language as tl
