@@ -163,6 +163,17 @@ def test_classes_are_of_a_size_that_can_be_read():
     assert large == KNOWN_LARGE_CLASSES
 
 
+def test_names_in_docstrings_exist():
+    """A role such as :func:`name` outlives what it names, where a rename forgets it."""
+    known, asked = set(), {}
+    for module, path in MODULES.items():
+        text = path.read_text("utf-8")
+        known |= {*module.split("."), *re.findall(r"\w+", re.sub(r":\w+:`[^`]*`", "", text))}
+        asked |= dict.fromkeys(re.findall(r":(?:func|class|meth|mod|data|attr):`[\w.~]*?(\w+)`", text), module)
+    assert len(asked) > 100
+    assert {name: module for name, module in asked.items() if name not in known} == {}
+
+
 PRIVATE_NAMES_OF_OTHERS = {"_from_config", "_attn_implementation", "_get_help_string"}
 
 
