@@ -167,7 +167,7 @@ def describe(sizes: Sizes) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def objection(options: dict[str, Any]) -> str | None:
+def unavailable_reason(options: dict[str, Any]) -> str | None:
     """Why this version of the engine has no such variant; None: it has."""
     missing = [name for name in options if name not in {f.name for f in dataclasses.fields(hf_paged.EngineConfig)}]
     if missing:
@@ -246,9 +246,9 @@ class _Bench:
         for variant in plan.variants:
             self.run_variant(name, model, variant, entry)
         if "equality" in plan.parts:
-            off = {key: value for key, value in SWITCHES["plain"].items() if objection({key: value}) is None}
+            off = {key: value for key, value in SWITCHES["plain"].items() if unavailable_reason({key: value}) is None}
             kinds = {kind: SWITCHES[kind] for kind in ("graphs", "compiled") if kind in plan.variants}
-            kinds = {kind: options for kind, options in kinds.items() if objection(options) is None}
+            kinds = {kind: options for kind, options in kinds.items() if unavailable_reason(options) is None}
             limit_s = plan.limit_s("equality")
             self.measure(
                 entry, "equality", f"{name} equality",
@@ -264,7 +264,7 @@ class _Bench:
         """All parts of a model with one variant of the engine."""
         plan, options = self.plan, SWITCHES[variant]
         parts = plan.parts if variant == "graphs" else plan.switch_parts
-        reason = objection(options)
+        reason = unavailable_reason(options)
         if reason is not None:
             entry[variant] = {"failure": reason}
             return

@@ -137,7 +137,7 @@ class FusedModel:
             return True
         if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
             return False
-        reason = packed.objection()
+        reason = packed.pack_blocker()
         if reason is not None:
             logger.warning_once(f"modules run unfused since their weights were exchanged: {reason}.")
             return False
@@ -321,7 +321,7 @@ class _Builder:
             return
         if self.recording.steps_of(head) is None:
             return
-        if has_gluon(head.weight.device) and PackedLinears([head]).objection() is None:
+        if has_gluon(head.weight.device) and PackedLinears([head]).pack_blocker() is None:
             unit = FusedHead(self.context, head)
             unit.packed.pack()
             reason = verify_unit(unit, self.verification)
@@ -342,7 +342,7 @@ class _Builder:
         if parameters & self.taken:
             raise PatternMismatch("its weights belong to another fused module too")
         for packed in packs:
-            reason = packed.objection()
+            reason = packed.pack_blocker()
             if reason == HELD:
                 logger.warning_once(f"modules run unfused: {reason}.")
             _refuse_if(reason)

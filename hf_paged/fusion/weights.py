@@ -19,7 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.dlpack import from_dlpack, to_dlpack
 
 HELD = "somebody else holds a weight's memory: a state dict, another model, or a graph that waits for backward()"
-"""The objection that the owner of the engine may want to do something about."""
+"""The reason that the owner of the engine may want to do something about."""
 
 
 class Matrix:
@@ -67,12 +67,12 @@ class PackedLinears:
         self._addresses: list[int] = []
         self._matrices: list[Matrix] = []
 
-    def objection(self) -> str | None:
+    def pack_blocker(self) -> str | None:
         """Why they cannot be packed now; None: they can."""
         first = self.linears[0]
         for linear in self.linears:
             for parameter in [linear.weight] if linear.bias is None else [linear.weight, linear.bias]:
-                reason = _objection_to(parameter, first.weight)
+                reason = _pack_blocker_of(parameter, first.weight)
                 if reason is not None:
                     return reason
             if linear.in_features != first.in_features or (linear.bias is None) != (first.bias is None):
@@ -88,7 +88,7 @@ class PackedLinears:
         return None
 
     def pack(self) -> None:
-        """Let the weights lie one behind the other, unless they do; only where there is no :meth:`objection`."""
+        """Let the weights lie one behind the other, unless they do; only where there is no :meth:`pack_blocker`."""
         before, self._matrices = self._matrices, []
         values = []
         # A tensor born in inference mode could not be trained later.
@@ -160,7 +160,7 @@ def _as_one(parameters: Sequence[nn.Parameter]) -> torch.Tensor | Matrix | None:
     return matrix if is_there and matrix.values.dtype == first.dtype else None  # type: ignore[union-attr]
 
 
-def _objection_to(parameter: nn.Parameter, like: nn.Parameter) -> str | None:
+def _pack_blocker_of(parameter: nn.Parameter, like: nn.Parameter) -> str | None:
     """Why a parameter cannot become a view of a matrix together with ``like``."""
     data = parameter.data
     if type(parameter) is not nn.Parameter or type(data) is not torch.Tensor:

@@ -16,7 +16,7 @@ from eval.engine_bench import arrivals as sweep
 from eval.engine_bench import busy as bench_engine_busy
 from eval.engine_bench import gpu as bench_engine_gpu
 from eval.engine_bench import plots as bench_engine_plots
-from eval.engine_bench.gpu import PARTS, SWITCHES, Plan, objection
+from eval.engine_bench.gpu import PARTS, SWITCHES, Plan, unavailable_reason
 from eval.engine_bench.models import TINY as TINY_SHAPE
 from eval.engine_bench.models import build
 from eval.engine_bench.parts import TINY, config, make_engine
@@ -55,14 +55,14 @@ def test_the_switches_that_the_engine_has_are_measured(report):
     entry = report["models"]["mistral-7b"]
     assert [name for name in SWITCHES if name in entry] == VARIANTS
     for name in VARIANTS:
-        reason = objection(SWITCHES[name])
+        reason = unavailable_reason(SWITCHES[name])
         if reason is None:
             assert entry[name]["throughput"]["tokens_per_s"] > 0
         else:
             assert entry[name] == {"failure": reason}
     assert entry[VARIANTS[0]]["again"]["ready_s"] > 0, "a second engine is started"
     assert all("again" not in entry[name] for name in VARIANTS[1:])
-    assert "no option nonsense" in str(objection({"nonsense": 1}))
+    assert "no option nonsense" in str(unavailable_reason({"nonsense": 1}))
 
 
 def test_peers_serve_the_same_requests(report):
