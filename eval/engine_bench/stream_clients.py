@@ -4,6 +4,7 @@ Says "ready"; reads a line of JSON, [host, port, requests]; writes [seconds to t
 """
 
 import asyncio
+import importlib
 import json
 import sys
 import time
@@ -59,6 +60,8 @@ async def grpc(host: str, port: int, requests: list[tuple[list[int], int]]) -> l
 def main() -> None:
     """Run the client."""
     client: Any = {"http": http, "grpc": grpc}[sys.argv[1]]
+    if client is grpc:
+        importlib.import_module("smg_grpc_proto.vllm_engine_pb2_grpc")  # Takes a while.
     print("ready", flush=True)
     print(json.dumps(asyncio.run(client(*json.loads(sys.stdin.readline())))))
 

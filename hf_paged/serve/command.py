@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import sys
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from ..engine import Engine, EngineConfig
 from ..errors import UnsupportedModelError
 from . import GATEWAYS, Limits, require_extra, serve
 
+SWITCH_S = 5e-4
 KEY = "HF_PAGED_API_KEY"
 """The environment variable that has a key which is on no command line."""
 
@@ -52,6 +54,8 @@ def serve_command(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     from .server import Server, run_until_signal
 
     logging.set_verbosity_warning()
+    # The thread of the steps must not wait for that of the messages for as long as Python lets it by itself.
+    sys.setswitchinterval(SWITCH_S)
     try:
         limits = Limits(request_seconds=options.request_seconds)
         config = EngineConfig(

@@ -20,12 +20,10 @@ BUFFER = 1 << 18
 """Bytes that wait for a slow client before the gateway is not read any more."""
 
 SERVED = (
-    "/v1/models", "/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/tokenize",
-    "/v1/detokenize", "/health", "/liveness", "/readiness",
+    "/v1/models", "/v1/chat/completions", "/v1/completions", "/health", "/liveness", "/readiness",
 )  # fmt: skip
-"""What clients may ask for. The gateway has more: routes that add engines, drop caches and start profilers."""
-WITH_PARTS = ("/v1/models/", "/v1/responses/")
-"""Beginnings of others: what follows is a name."""
+"""What clients may ask for. The gateway has more: routes that add engines, drop caches and start profilers, and others
+whose requests may name addresses that it would connect to."""
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 DROPPED: dict[str, dict[str, str]] = {
     CHAT: {
@@ -76,12 +74,36 @@ def objection(path: str, body: bytes) -> str | None:
         is_asked = name.endswith("logprobs") and type(value) is int
         if is_asked or value not in NEUTRAL:
             return f"{name} is not served here: {reason}. Leave it out."
+    if path == CHAT and not _is_text(fields.get("messages")):
+        return "messages may have text alone: images, audio and files are not served."
     best_of = fields.get("best_of")
     if path == COMPLETIONS and best_of not in (None, 1, fields.get("n") or 1):
         return f"best_of={best_of!r} is not served: only that of n, {fields.get('n') or 1}."
     prompt = fields.get("prompt")
     if path == COMPLETIONS and isinstance(prompt, list) and any(not isinstance(item, str) for item in prompt):
         return "prompt must be a text or a list of texts: the gateway does not take token ids."
+    return None
+
+
+def _is_text(messages: object) -> bool:
+    """Whether all parts of messages are text; what is no list of messages is left to the gateway to refuse."""
+    if not isinstance(messages, list):
+        return True
+    contents = [message.get("content") for message in messages if isinstance(message, dict)]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return all(not isinstance(part, dict) or part.get("type") in ("text", "refusal") for part in parts)
+
+
+def host_objection(head: bytes, hosts: frozenset[str]) -> str | None:
+    """Why a request's Host is not accepted, None: it is. A page of a browser that was made to find this machine under
+    a name of its own sends that name."""
+    for line in head.decode("latin-1").split("\r\n")[1:]:
+        name, _, value = line.partition(":")
+        if name.lower() == "host":
+            host = value.strip().lower()
+            without_port = host[: host.rfind(":")] if host.rfind(":") > host.rfind("]") else host
+            if without_port not in hosts:
+                return f"the Host {host[:80]!r} is not served without a key: {', '.join(sorted(hosts))} are."
     return None
 
 
@@ -126,8 +148,7 @@ async def read_request(
     if int(length) > most_bytes:
         raise Refused(413, f"a body must have at most {most_bytes} bytes, got {length}.")
     path = parts[1].split("?")[0]
-    is_served = path in SERVED or (path.startswith(WITH_PARTS) and ".." not in path and "%" not in path)
-    if not is_served:
+    if path not in SERVED:
         raise Refused(404, f"{path[:200]} is not served: {', '.join(SERVED)} are.")
     if headers.get("expect", "").lower() == "100-continue":
         raise Refused(417, "send the body without asking first.")
@@ -152,10 +173,11 @@ class Relay:
     Args:
         host, port: of the gateway.
         most_bytes: of a body.
+        hosts: names of this server that are accepted; none: any.
     """
 
-    def __init__(self, host: str, port: int, most_bytes: int) -> None:
-        self._host, self._port, self._most_bytes = host, port, most_bytes
+    def __init__(self, host: str, port: int, most_bytes: int, hosts: frozenset[str] = frozenset()) -> None:
+        self._host, self._port, self._most_bytes, self._hosts = host, port, most_bytes, hosts
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one client."""
@@ -167,6 +189,9 @@ class Relay:
                 if got is None:
                     break
                 head, path, body = got
+                misnamed = host_objection(head, self._hosts) if self._hosts else None
+                if misnamed is not None:
+                    raise Refused(421, misnamed)
                 reason = objection(path, body)
                 if reason is not None:
                     raise Refused(400, reason)
@@ -200,7 +225,8 @@ class Relay:
 
 async def run(options: argparse.Namespace) -> None:
     """Serve until SIGTERM; connections that are open then go on until they end."""
-    relay, stop = Relay(options.to_host, options.to_port, options.most_bytes), asyncio.Event()
+    relay = Relay(options.to_host, options.to_port, options.most_bytes, frozenset(options.accept_host or ()))
+    stop = asyncio.Event()
     open_ones: set[asyncio.Task[None]] = set()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -231,6 +257,7 @@ def main() -> None:
     parser.add_argument("--to-host", required=True)
     parser.add_argument("--to-port", type=int, required=True)
     parser.add_argument("--most-bytes", type=int, required=True)
+    parser.add_argument("--accept-host", action="append")
     parser.add_argument("--drain-seconds", type=float, required=True)
     asyncio.run(run(parser.parse_args()))
 

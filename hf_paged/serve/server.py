@@ -125,6 +125,9 @@ class Server:
             "--to-host", LOOPBACK, "--to-port", str(gateway_port), "--most-bytes", str(self.limits.body_bytes),
             "--drain-seconds", str(DRAIN_S + FLUSH_S),
         ]  # fmt: skip
+        if not api_key:
+            for name in sorted({"localhost", LOOPBACK, "[::1]", bracketed(host)}):
+                guard += ["--accept-host", name]
         output = self._start_child(guard, stdout=subprocess.PIPE).stdout
         assert output is not None
         bound = output.readline()

@@ -21,6 +21,8 @@ from .metrics import Metrics
 from .requests import ModelFacts, constraint_of, submit_arguments
 
 SERVICE = "vllm.grpc.engine.VllmEngine"
+MESSAGE_S = 1e-4
+"""Seconds between two messages of a stream, for each stream there is: about what a message costs, and as much again."""
 STUCK_S = 600.0
 """A step that has run for so long, in seconds, is taken for one that does not end; the first steps compile kernels."""
 
@@ -33,12 +35,18 @@ class _Stream:
         num_prompt_tokens: of its prompt.
         events: its tokens, None: the client waits for the end.
         news: set once there is something to take.
+        has_begun: something was taken.
     """
 
     def __init__(self, handle: RequestHandle, num_prompt_tokens: int, is_streamed: bool) -> None:
         self.handle, self.num_prompt_tokens = handle, num_prompt_tokens
         self.events: TokenEvents | None = handle.events() if is_streamed else None
-        self.news = asyncio.Event()
+        self.news, self.has_begun = asyncio.Event(), False
+
+    @property
+    def is_urgent(self) -> bool:
+        """Whether its news are its first token, or its end."""
+        return not self.has_begun or self.handle.is_done
 
     def has_news(self) -> bool:
         """Whether there is something to take; ``mail.changed`` is held."""
@@ -72,6 +80,7 @@ class Servicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         self.engine, self.tokenizer, self.model_name, self.facts = engine, tokenizer, model_name, facts
         self.limits, self.metrics, self.is_draining = limits, metrics, False
         self._grammars: Grammars | None = None
+        self._next_messages = 0.0
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="hf-paged-grammar")
         self._streams: dict[str, _Stream] = {}
         self._started = time.time()
@@ -82,17 +91,29 @@ class Servicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         return len(self._streams)
 
     async def pump(self) -> None:
-        """Wake the requests that a step has given something; one wait for all, so that a step wakes the loop once."""
+        """Wake the requests that a step has given something; one wait for all, so that a step wakes the loop once.
+
+        Messages cost this process time that steps need too. So with many streams a message has the tokens of several
+        steps, but for first tokens and ends.
+        """
         while True:
             await wait_async(self.engine, lambda: any(self._with_news()))
+            now = time.monotonic()
             with self.engine.mail.changed:
                 found = list(self._with_news())
+            if now >= self._next_messages:
+                self._next_messages = now + MESSAGE_S * len(self._streams)
             for stream in found:
                 stream.news.set()
 
     def _with_news(self) -> Iterator[_Stream]:
-        """Requests to wake; ``mail.changed`` is held."""
-        return (s for s in self._streams.values() if not s.news.is_set() and s.has_news())
+        """Requests to wake now; ``mail.changed`` is held."""
+        is_due = time.monotonic() >= self._next_messages
+        return (
+            stream
+            for stream in self._streams.values()
+            if (is_due or stream.is_urgent) and not stream.news.is_set() and stream.has_news()
+        )
 
     # Generation
 
@@ -180,6 +201,7 @@ class Servicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         while True:
             await stream.news.wait()
             stream.news.clear()
+            stream.has_begun = True
             is_done = handle.is_done
             for index, part in _by_sequence(events.take() if events is not None else []):
                 chunk = pb.GenerateStreamChunk(

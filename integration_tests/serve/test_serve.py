@@ -1,11 +1,13 @@
 """The server with the real gateway and the openai client, on loopback, offline."""
 
 import concurrent.futures
+import contextlib
 import importlib.metadata
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -296,6 +298,46 @@ def test_malformed_bodies(server, data, ask, generated):
     assert ask().choices[0].text == generated()
 
 
+def test_good_clients_beside_bad_ones(server, engine, generated):
+    """Those that leave, ask for too much, send nonsense or read nothing harm no other."""
+    body = {"model": "small", "temperature": 0, "stream": True}
+
+    def good(i):
+        with client_of(server) as client:
+            prompt = f"x{i % 4} = "
+            return client.completions.create(model="small", prompt=prompt, max_tokens=10, temperature=0).choices[0].text
+
+    def leaves(i):
+        host, port = server.address.removeprefix("http://").split(":")
+        data = json.dumps(body | {"prompt": f"y{i}", "max_tokens": 1000}).encode()
+        head = "POST /v1/completions HTTP/1.1\r\nHost: a\r\nAuthorization: Bearer secret\r\n"
+        head += f"Content-Length: {len(data)}\r\nContent-Type: application/json\r\n\r\n"
+        with socket.create_connection((host, int(port)), timeout=60) as connection:
+            connection.sendall(head.encode() + data[: None if i % 3 else 20])
+            if i % 3 == 1:
+                connection.recv(100)
+        return None
+
+    def wrong(i):
+        with contextlib.suppress(urllib.error.HTTPError):
+            post(server, json.dumps(body | {"prompt": "z", "max_tokens": [10**7, "a", -1, {}][i % 4]}).encode())
+        return None
+
+    kinds = [good, leaves, wrong, good]
+    with concurrent.futures.ThreadPoolExecutor(12) as pool:
+        got = list(pool.map(lambda i: kinds[i % 4](i // 4), range(48)))
+    expected = {i: generated(f"x{i} = ", 10) for i in range(4)}
+    assert [got[i] for i in range(48) if kinds[i % 4] is good] == [
+        expected[i // 4 % 4] for i in range(48) if kinds[i % 4] is good
+    ]
+    end = time.monotonic() + 60
+    while engine.health().unfinished and time.monotonic() < end:
+        time.sleep(0.05)
+    assert engine.health().unfinished == 0
+    engine.check()
+    assert engine.stats().pages_used == engine.stats().pages_cached
+
+
 def test_metrics(server, ask):
     ask()
     text = urllib.request.urlopen(server.metrics_address, timeout=60).read().decode()
@@ -311,6 +353,10 @@ def test_a_full_queue_is_429(model, tokenizer):
     config = hf_paged.EngineConfig(num_pages=500, max_num_seqs=1, max_waiting=1)
     with hf_paged.Engine(model, config) as engine, serve(engine, tokenizer, port=0, model_name="small") as server:
         client = client_of(server)
+        elsewhere = urllib.request.Request(f"{server.address}/v1/models", headers={"Host": "evil.example"})
+        with pytest.raises(urllib.error.HTTPError) as raised:
+            urllib.request.urlopen(elsewhere, timeout=60)
+        assert raised.value.code == 421
 
         def one(i):
             try:

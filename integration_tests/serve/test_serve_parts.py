@@ -73,6 +73,7 @@ def test_requests_are_read():
         ("POST /v1/../workers HTTP/1.1\nContent-Length: 4\n\n", 404),
         ("POST /flush_cache?a=/v1/models HTTP/1.1\nContent-Length: 4\n\n", 404),
         ("GET http://a/v1/models HTTP/1.1\n\n", 404),
+        ("POST /v1/responses HTTP/1.1\nContent-Length: 4\n\n", 404),
         ("GET /health HTTP/1.1\nA: " + "b" * 70_000 + "\n\n", 431),
         ("GET /health HTTP/1.1\nA: b", 400),
     ],
@@ -90,6 +91,9 @@ def test_requests_that_are_not_read(head, status):
         (guard.CHAT, {"logit_bias": {}, "priority": 0, "cache_salt": None}, None),
         (guard.CHAT, {"logprobs": True, "top_logprobs": 2}, None),
         (guard.CHAT, {"prompt_logprobs": 0}, "prompt_logprobs is not served here"),
+        (guard.CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, None),
+        (guard.CHAT, {"messages": [{"content": [{"type": "image_url", "image_url": {}}]}]}, "messages may have text"),
+        (guard.CHAT, {"messages": "a"}, None),
         (guard.COMPLETIONS, {"prompt": "a", "logprobs": None}, None),
         (guard.COMPLETIONS, {"prompt": "a", "logprobs": 0}, "logprobs is not served here"),
         (guard.COMPLETIONS, {"prompt": "a", "n": 2, "best_of": 2}, None),
@@ -108,6 +112,17 @@ def test_what_the_gateway_would_drop(path, fields, reason):
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b"\xff", b"[" * 100_000])
 def test_what_is_no_object_goes_to_the_gateway(body):
     assert guard.objection(guard.CHAT, body) is None
+
+
+@pytest.mark.parametrize(
+    ("host", "is_accepted"),
+    [("localhost:8000", True), ("127.0.0.1", True), ("[::1]:80", True), ("[::1]", True), ("LOCALHOST", True),
+     ("evil.example:8000", False), ("localhost.evil.example", False), ("127.0.0.1.evil:1", False), ("", False)],
+)  # fmt: skip
+def test_hosts(host, is_accepted):
+    hosts = frozenset({"localhost", "127.0.0.1", "[::1]"})
+    found = guard.host_objection(request(f"GET /health HTTP/1.1\nhOst: {host}\n\n"), hosts)
+    assert (found is None) == is_accepted
 
 
 def test_a_refusal_is_an_answer():
