@@ -145,9 +145,8 @@ class EngineCore:
             graphs = DecodeGraphs(runner.static_decode, self.slots.num_slots, device, captures[0])
             sizes = chunk_sizes(self.config.max_batch_tokens, self.num_parameters)
             chunk_graphs = ChunkGraphs(
-                runner.static_chunk, self.slots, sizes, device, captures[1], self.limits.mixed_prompt_tokens,
-                self._row_tokens(), self.limits.offline_step_tokens,
-            )  # fmt: skip
+                runner.static_chunk, self.slots, sizes, device, captures[1], self._row_tokens()
+            )
             runner.use_graphs(graphs, chunk_graphs)
             self.limits.tokens_to_fill_graph = chunk_graphs.tokens_to_fill_graph
         return reason

@@ -561,6 +561,8 @@ def test_cuda_memory_dropped_during_a_capture_is_released_later():
     kept, dropped = make_cuda_arena(GIB), make_cuda_arena(GIB)
     kept.commit(4 * MIB)
     dropped.commit(512 * MIB)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        kept.buffer[:10].fill_(3)  # What the first capture of a process loads stays.
     before = free_bytes()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

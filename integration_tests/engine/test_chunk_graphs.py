@@ -173,25 +173,19 @@ def test_prompt_tokens_that_fill_a_step():
     assert graphs.tokens_to_fill_graph(3, 1) is None
 
 
-@pytest.mark.parametrize(
-    ("usual", "batch", "buckets"),
-    [
-        (
-            192,
-            256,
-            {(total, outputs) for total in (256, 384) for outputs in (32, 96, 176, 256)} | {(512, 256)},
-        ),
-        (500, 8192, {(384, 32), (512, 32), (512, 96), (512, 176), (768, 176), (768, 256)}),
-        (500, None, {(384, 32), (512, 32), (512, 96), (512, 176), (768, 176), (768, 256)}),
-    ],
-)
-def test_what_is_captured_at_warm_up_is_what_most_steps_take(usual, batch, buckets):
-    graphs, _ = replayed(Slots(256, 64), [512, 3072], mixed_tokens=usual, offline_step_tokens=batch)
+@pytest.mark.parametrize("num_slots", [16, 256, 300])
+def test_no_step_asks_for_more_than_was_captured_at_warm_up(num_slots):
+    graphs, _ = replayed(Slots(num_slots, 64), [512, 3072])
     graphs.warm_up()
-    assert graphs._replays.keys() == {(512, 0), (3072, 0)} | buckets
-    for rows in range(1, 257):
-        tokens = graphs.tokens_to_fill_graph(rows, 3 * usual // 4)
-        assert graphs._bucket(rows, rows + tokens, rows + 1 if rows < 256 else rows) in buckets
+    captured = set(graphs._replays)
+    assert {(512, 0), (3072, 0), (128, 32)} <= captured == set(graphs.buckets())
+    for outputs in range(1, num_slots + 1):
+        for num_decode in {0, outputs // 2, outputs - 1}:
+            for count in (outputs, outputs + 1, 127, 128, 129, 300, 513, 1024):
+                if count >= outputs:
+                    for _ in range(4):
+                        graphs._bucket(num_decode, count, outputs)
+    assert set(graphs._replays) == captured
 
 
 def test_quantised_pages_and_decode_rows_have_launches_of_their_own():

@@ -49,13 +49,13 @@ def test_a_model_without_a_list_of_layers_is_taken_whole():
 
 
 COUNTING = """
-    import json, sys, threading
+    import json, sys
     import torch, triton
     from triton import knobs
-    main, compiled = threading.get_ident(), []
+    compiled = []
     def listener(*, metadata, cache_hit, **rest):
         if not cache_hit:
-            compiled.append((threading.get_ident() == main, metadata["name"]))
+            compiled.append(metadata["name"])
     knobs.compilation.listener = listener
     import hf_paged
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
@@ -69,13 +69,13 @@ COUNTING = """
     with hf_paged.Engine(model, hf_paged.EngineConfig(max_num_seqs=32, compile_ahead=True)) as engine:
         for count in (1, 7, 32):
             engine.generate([[5, 6, 7] * (n + 1) for n in range(count)], generation_config=options)
-    print(json.dumps([len(compiled), [name for is_main, name in compiled if is_main]]))
+    print(json.dumps(compiled))
 """
 
 
 @pytest.mark.gpu
 def test_nothing_is_compiled_in_the_foreground(tmp_path):
-    """An empty cache: what steps launch has been compiled by other threads; a second process compiles nothing."""
+    """An empty cache: what steps launch has been compiled by other processes. A second one finds all of it."""
     env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     runs = [
         subprocess.run(
@@ -86,7 +86,5 @@ def test_nothing_is_compiled_in_the_foreground(tmp_path):
     ]  # fmt: skip
     for run in runs:
         assert run.returncode == 0, run.stderr[-3000:]
-    (first, in_foreground), (second, _) = (json.loads(run.stdout.splitlines()[-1]) for run in runs)
-    assert first > 0
-    assert in_foreground == []
-    assert second == 0
+        assert json.loads(run.stdout.splitlines()[-1]) == []
+    assert any(tmp_path.iterdir())

@@ -24,7 +24,7 @@ Chunks that keep the device busy for longer than it takes to launch them gain no
 these are follows from the size of the model, see :func:`chunk_sizes`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -35,7 +35,6 @@ from transformers.utils import logging
 from transformers.utils.logging import tqdm
 
 from ..async_copy import send
-from ..scheduling.pacing import min_graph_fill
 from ..scheduling.slots import Slots
 from ..scheduling.step import ScheduledStep
 from .decode_graphs import Capture, is_short_of_memory
@@ -62,9 +61,6 @@ MIXED_TOTALS = (128, 256, 384, 512, 768, 1024)
 
 OUTPUTS = (32, 96, 176, 256)
 """Decode rows and chunks of such steps, then 128 more each: each has a row in the matmul of the logits."""
-
-USUALLY_MIXED = 256
-"""Prompt tokens of most steps with decode rows, where that is not known."""
 
 IN_RUNS = 256
 """Chunks of so many tokens attend in runs without decode rows too: the prefill kernel has few tiles of them, each of
@@ -155,9 +151,7 @@ class ChunkGraphs:
         sizes: token counts with a graph of their own, ascending.
         device: of the model.
         capture: makes the function that replays a step.
-        mixed_tokens: prompt tokens of most steps with decode rows; None: not known.
         row_tokens: tokens of the runs that chunks attend in; None: there are none, and no decode rows go along.
-        offline_step_tokens: tokens of an offline batch's steps at least, see :mod:`.pacing`; None: not known.
 
     Attributes:
         failure: why there are no graphs, None while there may be.
@@ -170,12 +164,9 @@ class ChunkGraphs:
         sizes: Sequence[int],
         device: torch.device,
         capture: Capture,
-        mixed_tokens: int | None = None,
         row_tokens: int | None = 16,
-        offline_step_tokens: int | None = None,
     ) -> None:
         self.step, self.slots, self.sizes, self.device = step, slots, sizes, device
-        self.mixed_tokens, self.offline_step_tokens = mixed_tokens or USUALLY_MIXED, offline_step_tokens
         self.row_tokens = row_tokens
         self.mixed_totals = mixed_totals(sizes[-1]) if row_tokens is not None else []
         self.output_sizes = output_sizes(slots.num_slots)
@@ -212,26 +203,20 @@ class ChunkGraphs:
         totals = self._totals(max(num_decode + max(count, 1), least))
         return totals[0] - num_decode if totals and self.failure is None else None
 
-    def warm_up(self, progress: bool = False) -> None:
-        """Capture every bucket without decode rows, and those of most steps with some; the largest first: the others
-        use its memory."""
-        wanted = {(size, 0) for size in self.sizes} | self._usual_buckets()
-        missing = sorted(wanted - self._replays.keys(), reverse=True)
+    def warm_up(self, progress: bool = False, wanted: Iterable[tuple[int, int]] | None = None) -> None:
+        """Capture the buckets ``wanted`` (None: all), the largest first: the others use its memory."""
+        missing = sorted(set(self.buckets() if wanted is None else wanted) - self._replays.keys(), reverse=True)
         for bucket in tqdm(missing, desc="capturing chunks of prompts", disable=not progress):
             if self.failure is None and bucket not in self._failed:
                 self._make(bucket)
 
-    def _usual_buckets(self) -> set[tuple[int, int]]:
-        """Buckets of most steps with decode rows: with the usual number of prompt tokens, and of offline batches."""
-        usual, most_rows, found = min_graph_fill(self.mixed_tokens), 0, set()
-        for outputs in self.output_sizes if self.mixed_totals else ():
-            least_rows, most_rows = most_rows + 1, min(outputs, self.slots.num_slots)
-            largest = self.mixed_totals[-1:]
-            first, last = ((self._totals(rows + usual) or largest)[0] for rows in (least_rows, most_rows))
-            found |= {(total, outputs) for total in self.mixed_totals if first <= total <= last}
-            if self.offline_step_tokens is not None:
-                # A batch's steps are of the first size that will do, and of the next one while they are late.
-                found |= {(total, outputs) for total in self._totals(max(self.offline_step_tokens, least_rows + 1))}
+    def buckets(self) -> list[tuple[int, int]]:
+        """All that a step may ask for: tokens, and outputs of steps with decode rows, 0: of steps without."""
+        found, fewer = [(size, 0) for size in self.sizes], 0
+        for outputs in self.output_sizes:
+            # Each output has a token, and fewer of them have a bucket of their own.
+            found += [(total, outputs) for total in self.mixed_totals if total > fewer]
+            fewer = outputs
         return found
 
     def _totals(self, count: int) -> list[int]:

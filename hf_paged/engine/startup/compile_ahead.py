@@ -91,7 +91,10 @@ def _run_graphs(core: EngineCore, config: EngineConfig, sizes: Sequence[int], wi
     assert chunk_graphs is not None
     graphs.warm_up(size for size in sizes if size <= config.max_num_seqs)
     if with_chunks:
-        chunk_graphs.warm_up()
+        # Kernels depend on the tokens of a step or on its outputs, not on both.
+        of_tokens, of_outputs = ({bucket[i]: bucket for bucket in chunk_graphs.buckets()} for i in (0, 1))
+        alone = {bucket for bucket in chunk_graphs.buckets() if not bucket[1]}
+        chunk_graphs.warm_up(wanted=alone | {*of_tokens.values(), *of_outputs.values()})
 
 
 def _run_once(step: Callable[[torch.Tensor], Out], static: torch.Tensor, /) -> Callable[[], Out]:
