@@ -81,6 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_path(path)
     for name in args.attn:
         check_attention(name)
+    for depth in args.depths:
+        if not 0 <= depth <= 1:
+            raise ValueError(f"depth={depth} (--depths) must be from 0, the beginning of a prompt, to 1, its end")
     runs = _runs(args)
     logging.set_verbosity_error()
     device = checked_device(args.device)
@@ -461,11 +464,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-tokens", type=int, help="use the first so many tokens of the text (default: all)")
     parser.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; the reference is in float32")
     parser.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
-    parser.add_argument("--batch-size", type=int, default=1, help="windows in a forward")
-    parser.add_argument("--page-size", type=int, default=16, help="tokens in a page")
+    parser.add_argument("--batch-size", type=command_line.positive_int, default=1, help="windows in a forward")
+    parser.add_argument("--page-size", type=command_line.positive_int, default=16, help="tokens in a page")
     parser.add_argument(
-        "--chunk", type=int, help="tokens in a forward of chunked_prefill (default: 64, or a quarter of the window)"
-    )
+        "--chunk", type=command_line.positive_int,
+        help="tokens in a forward of chunked_prefill (default: 64, or a quarter of the window)",
+    )  # fmt: skip
     parser.add_argument("--depths", type=float, nargs="+", default=[0.0, 0.25, 0.5, 0.75, 1.0], help="0 to 1")
     parser.add_argument(
         "--induction-lengths", type=int, nargs="*",

@@ -187,6 +187,19 @@ def test_files_that_a_page_names_are_there(page):
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
+def test_pages_count_the_families_as_the_list_does():
+    support = (ROOT / "eval" / "results" / "model_support.md").read_text("utf-8")
+    works, refused = (re.search(rf"^## {title} \((\d+)\)", support, re.M)[1] for title in ("Works", "Refused"))
+    said = {
+        "README.md": (rf"\[{refused} families that are refused\]", rf"\({works} run\)"),
+        "CHANGELOG.md": (rf"\b{works} of transformers' causal LM families run, {refused} are refused",),
+        "docs/support.md": (rf"\b{works} families give eager's", rf"\b{refused}\b"),
+    }
+    for page, patterns in said.items():
+        text = (ROOT / page).read_text("utf-8")
+        assert [pattern for pattern in patterns if not re.search(pattern, text)] == [], page
+
+
 def defined_names(path: Path) -> set[str]:
     """Classes and functions of a file; methods behind their class and a dot."""
     found = set()

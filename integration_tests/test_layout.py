@@ -68,6 +68,7 @@ def parents(module: str) -> set[str]:
     return {".".join(parts[:i]) for i in range(1, len(parts))}
 
 
+@pytest.mark.quick
 def test_imports_make_no_circles():
     graph = imported_modules()
 
@@ -132,6 +133,7 @@ KNOWN_CLIMBS = {
 """An import that no longer climbs goes from here; none may be added."""
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("part", ROOMS)
 def test_rooms_are_entered_from_above(part):
     level = {room: i for i, rooms in enumerate(ROOMS[part]) for room in rooms}
@@ -153,6 +155,7 @@ KNOWN_LARGE_CLASSES: set[str] = set()
 """A class that has shrunk goes from here; none may be added. Ruff counts parameters and branches, see pyproject."""
 
 
+@pytest.mark.quick
 def test_classes_are_of_a_size_that_can_be_read():
     large = {
         node.name
@@ -177,6 +180,7 @@ def test_names_in_docstrings_exist():
 PRIVATE_NAMES_OF_OTHERS = {"_from_config", "_attn_implementation", "_get_help_string"}
 
 
+@pytest.mark.quick
 def test_eval_touches_no_private_attribute():
     touched = {
         node.attr
@@ -191,6 +195,7 @@ def test_eval_touches_no_private_attribute():
     assert touched - PRIVATE_NAMES_OF_OTHERS == set()
 
 
+@pytest.mark.quick
 def test_no_test_imports_another():
     """What tests share is in ``support/``, which conftest.py puts on the path."""
     tests = {path.stem: path for path in (ROOT / "integration_tests").rglob("test_*.py")}
@@ -207,6 +212,7 @@ def test_the_kernels_folder_is_not_a_package():
     assert [path.name for path in (ROOT / "kernels").glob("*.py")] == []
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("folder", "forbidden"),
     [
@@ -244,6 +250,7 @@ LAUNCHERS = {
 }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("package", ["hf_paged", "hf_paged_kernels"])
 def test_eval_uses_public_names_only(package):
     public = {"hf_paged": hf_paged, "hf_paged_kernels": hf_paged_kernels}[package].__all__
@@ -312,6 +319,7 @@ def test_hub_kernels_are_still_absent_or_whole():
     assert out.strip() == "False"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("package", [hf_paged, hf_paged_kernels], ids=lambda package: package.__name__)
 def test_all_lists_the_public_names(package):
     assert sorted(package.__all__) == sorted(set(package.__all__)), "a name is listed twice"
@@ -325,6 +333,14 @@ def test_all_lists_the_public_names(package):
     assert set(imported) - set(package.__all__) <= {"register"}
 
 
+@pytest.mark.quick
+def test_every_folder_of_tests_has_quick_ones():
+    for folder in ("cache", "engine", "eval", "generation", "models", "ops"):
+        files = (ROOT / "integration_tests" / folder).glob("test_*.py")
+        assert any("pytest.mark.quick" in path.read_text("utf-8") for path in files), folder
+
+
+@pytest.mark.quick
 def test_one_version():
     assert pyproject_values("version") == [f'"{hf_paged.__version__}"']
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 from shared_card import Card, equal_share
 
+pytestmark = pytest.mark.quick
+
 
 def test_a_test_that_wants_the_card_alone_waits_and_goes_before_those_that_come_later(tmp_path):
     card = Card(tmp_path, "card")

@@ -5,6 +5,8 @@ import torch
 
 from hf_paged.paging import DeviceTable
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize("device", ["meta-like", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_mirror_follows(device, monkeypatch):

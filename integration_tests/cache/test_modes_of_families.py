@@ -213,10 +213,13 @@ MODES: dict[str, Mode] = {
 }
 PAGE_SIZES = (8, 16, 64)
 PAIRS = [
-    pytest.param(family, mode, PAGE_SIZES[(i + j) % 3], id=f"{family}-{mode}-{PAGE_SIZES[(i + j) % 3]}")
+    pytest.param(
+        family, mode, PAGE_SIZES[(i + j) % 3], id=f"{family}-{mode}-{PAGE_SIZES[(i + j) % 3]}",
+        marks=[pytest.mark.quick] if mode == "greedy" else [],
+    )
     for i, family in enumerate(FAMILIES)
     for j, mode in enumerate(MODES)
-]
+]  # fmt: skip
 
 
 def is_refused(family: str, mode: str) -> bool:

@@ -14,6 +14,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from hf_paged import OutOfPagesError
 from hf_paged.paging import GONE, PageAllocator, PagePool, SequenceTable
 
+pytestmark = pytest.mark.quick
+
 
 class SequenceMachine(RuleBasedStateMachine):
     """Random appends, forks, reorders and cuts. The model holds each sequence's tokens; memory is a dict of slots."""

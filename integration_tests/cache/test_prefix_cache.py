@@ -9,6 +9,8 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from hf_paged.paging import PageAllocator, PrefixCache, PrefixMatch, prefix_cache
 
+pytestmark = pytest.mark.quick
+
 PAGE = 4
 
 

@@ -6,6 +6,8 @@ import torch
 import hf_paged
 from hf_paged.cache.step_plan import send_together
 
+pytestmark = pytest.mark.quick
+
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 

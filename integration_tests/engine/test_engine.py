@@ -270,6 +270,7 @@ def test_the_default_number_of_pages_is_bounded(model):
         ({"cuda_graphs": "yes"}, TypeError, "cuda_graphs must be None, True or False"),
     ],
 )
+@pytest.mark.quick
 def test_options_are_checked(options, error, message):
     with pytest.raises(error, match=message):
         hf_paged.EngineConfig(**options)

@@ -99,6 +99,7 @@ def test_tokens_are_the_same_where_matmuls_leave_parts(family, in_parts, monkeyp
     assert bool(added) == (family not in ("gemma3_text", "olmo2"))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text", "olmo2"])
 def test_logprobs_are_close_to_the_models_own(family):
     model = tiny_model(family)
@@ -159,12 +160,14 @@ def test_nothing_to_fuse_is_an_error_if_it_was_asked_for():
     assert model.config._attn_implementation == "sdpa"
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("value", [1, "yes"])
 def test_the_option_is_checked(value):
     with pytest.raises(TypeError, match="fuse must be None, True or False"):
         hf_paged.EngineConfig(fuse=value)
 
 
+@pytest.mark.quick
 def test_the_summary_says_what_and_why():
     with engine_of(tiny_model("mixtral")) as engine:
         assert "3 attention" in repr(engine.fused)

@@ -12,6 +12,8 @@ from hf_paged.engine.scheduling.pacing import (
     wanted_prompt_tokens,
 )
 
+pytestmark = pytest.mark.quick
+
 
 @pytest.mark.parametrize(
     ("option", "num_parameters", "expected"),

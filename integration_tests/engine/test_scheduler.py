@@ -10,6 +10,8 @@ from transformers import GenerationConfig
 import hf_paged
 from hf_paged.engine.scheduling.pacing import mixed_prompt_tokens
 
+pytestmark = pytest.mark.quick
+
 BUDGET = 64
 
 

@@ -13,6 +13,8 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 import hf_paged
 from hf_paged.engine.sampling.stop_strings import StopStrings
 
+pytestmark = pytest.mark.quick
+
 SMALL_MODEL = Path(__file__).parent.parent / "assets" / "small_model"
 
 

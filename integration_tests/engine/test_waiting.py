@@ -11,6 +11,8 @@ from transformers import GenerationConfig
 import hf_paged
 from hf_paged.engine.turn_lock import TurnLock
 
+pytestmark = pytest.mark.quick
+
 CONFIG = GenerationConfig(max_new_tokens=100, do_sample=False, pad_token_id=0)
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from eval import command_line
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = sorted(
     path.stem for path in (ROOT / "eval").glob("*.py") if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
@@ -42,6 +44,8 @@ BAD_PATHS = [
     ("reference", ["--output", "{folder}"], "is a folder"),
     ("report", ["--model", MODEL, "--data", "nowhere.txt"], "--data"),
     ("report", ["--model", MODEL, "--data", TEXT, "--output", "{file}"], "is not a folder"),
+    ("report", ["--model", MODEL, "--data", TEXT, "--batch-size", "0"], "at least 1"),
+    ("report", ["--model", MODEL, "--data", TEXT, "--depths", "0.5", "2"], "--depths"),
     ("report_figure", ["{folder}"], "has no report.json"),
     ("report_figure", ["nowhere"], "has no report.json"),
     ("small_model", ["--output", "{file}"], "is not a folder"),

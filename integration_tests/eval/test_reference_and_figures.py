@@ -8,6 +8,8 @@ import pytest
 from eval import figures, reference
 from eval.quality.windows import plan_windows
 
+pytestmark = pytest.mark.quick
+
 ROOT = Path(__file__).resolve().parents[2]
 ASSETS = ROOT / "integration_tests" / "assets"
 

@@ -45,6 +45,7 @@ def test_same_result(model, reasons, name, lengths):
     assert reasons == []
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["greedy", "eos", "repetition_penalty", "beams eos"])
 def test_right_padding_gives_the_tokens_of_each_prompt_alone(model, reasons, name):
     """transformers' own loop continues from the padding there, and warns; the layout is its."""
@@ -59,6 +60,7 @@ def test_right_padding_gives_the_tokens_of_each_prompt_alone(model, reasons, nam
     assert reasons == []
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_padding_between_tokens(reasons, family):
     """Sliding windows count its columns in transformers, and the engine's rows have none."""

@@ -13,6 +13,8 @@ from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
 import hf_paged  # noqa: F401  registers paged_flash
 from hf_paged.attention import interface, options
 
+pytestmark = pytest.mark.quick
+
 MODELS = Path(transformers.__file__).parent / "models"
 PARAMETERS = frozenset(
     {
@@ -23,6 +25,13 @@ PARAMETERS = frozenset(
 """Those that the function takes by name, ``output_attentions`` to refuse it."""
 
 
+def last_name(function: ast.expr) -> str:
+    """``interface`` of ``self.a.interface``; to write out every expression as text would take many seconds."""
+    if isinstance(function, ast.Attribute):
+        return function.attr
+    return function.id if isinstance(function, ast.Name) else ast.unparse(function).rsplit(".", 1)[-1]
+
+
 def written_keywords():
     """``{keyword: models}`` of every call of an attention function in the sources of transformers."""
     found = {}
@@ -31,7 +40,7 @@ def written_keywords():
         if "ALL_ATTENTION_FUNCTIONS" not in source:
             continue
         for node in ast.walk(ast.parse(source)):
-            if isinstance(node, ast.Call) and "attention_interface" in ast.unparse(node.func).rsplit(".", 1)[-1]:
+            if isinstance(node, ast.Call) and "attention_interface" in last_name(node.func):
                 for keyword in node.keywords:
                     if keyword.arg is not None:
                         found.setdefault(keyword.arg, set()).add(path.parent.name)

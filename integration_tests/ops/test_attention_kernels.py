@@ -158,6 +158,7 @@ def test_every_head_dim_with_the_settings_of_production(poison, dim, phase):
         at += n
 
 
+@pytest.mark.quick
 def test_pages_left_of_the_window_are_not_read(poison):
     """A windowed layer gives pages back: their table entries may hold anything."""
     keys = [torch.randn(100, 1, 16, device=DEVICE)]

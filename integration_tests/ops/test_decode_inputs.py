@@ -7,6 +7,8 @@ from hf_paged_kernels.layers.decode_inputs_triton import decode_inputs_launch, d
 from hf_paged_kernels.layers.ops import decode_inputs_op, decode_rows_op
 from hf_paged_kernels.layers.reference import decode_inputs_reference, decode_rows_reference
 
+pytestmark = pytest.mark.quick
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 both = pytest.mark.parametrize("triton", [True, False], ids=["triton", "reference"])
 NUM_SLOTS = 300

@@ -9,6 +9,8 @@ from hf_paged_kernels.layers.ops import gated_activation_op
 from hf_paged_kernels.layers.reference import ACTIVATIONS, gated_activation_reference
 from transformers.activations import ACT2FN
 
+pytestmark = pytest.mark.quick
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 both = pytest.mark.parametrize("triton", [True, False], ids=["triton", "reference"])
 NAMES = {"silu": "silu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu"}

@@ -8,6 +8,8 @@ from hf_paged_kernels.attention import reference
 from hf_paged_kernels.attention.merge_states_triton import merge_attention_states_launch
 from hf_paged_kernels.attention.pages_triton import copy_pages_launch, write_pages_launch
 
+pytestmark = pytest.mark.quick
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 both = pytest.mark.parametrize("triton", [True, False], ids=["triton", "reference"])
 

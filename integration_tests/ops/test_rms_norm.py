@@ -12,6 +12,8 @@ from transformers.models.gemma2.modeling_gemma2 import Gemma2RMSNorm
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+pytestmark = pytest.mark.quick
+
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 both = pytest.mark.parametrize("triton", [True, False], ids=["triton", "reference"])
 

@@ -123,9 +123,9 @@ def test_parts_add_up(poison, group, pack, sinks):
 
 
 def test_parts_of_many_sequences_find_their_own(poison):
-    """One query, none, or several of each of 600 sequences, two parts each: every token gets its sequence's values."""
+    """One query, none, or several of each of 100 sequences, two parts each: every token gets its sequence's values."""
     source = torch.Generator().manual_seed(0)
-    q_lens = [1] * 40 + torch.randint(0, 6, (560,), generator=source).tolist()
+    q_lens = [1] * 40 + torch.randint(0, 6, (560 if DEVICE == "cuda" else 60,), generator=source).tolist()
     cu, num_seqs, tokens = prefix_sums(q_lens, DEVICE), len(q_lens), sum(q_lens)
     lens = torch.full((num_seqs,), 300, dtype=torch.int32, device=DEVICE)
     plan = SplitPlan.of(make_split_plan_launch(lens, cu, 512, None), num_seqs, 512)
