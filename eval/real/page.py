@@ -4,7 +4,7 @@ from html import escape
 from typing import Any
 
 from eval.real import charts
-from eval.real.report import MAX_COST, Z95, about_lines, headline, tables, title
+from eval.real.report import MAX_COST, about_lines, headline, tables, title
 
 STYLE = """
 :root{color-scheme:light}*{box-sizing:border-box}
@@ -62,7 +62,7 @@ def pictures(report: dict[str, Any]) -> list[tuple[str, str]]:
         limit = MAX_COST["quantised"]
         colours = {"auto": 0, "fp8": 1, "int8": 2}
         rows = [
-            (r["name"], 100 * r["cost"], 100 * Z95 * (r["cost_error"] or 0.0), colours.get(r["kv_dtype"], 3))
+            (r["name"], 100 * r["cost"], 100 * r["cost_half"], colours.get(r["kv_dtype"], 3))
             for r in report["text"]["runs"]
             if r["baseline"]
         ]

@@ -21,7 +21,7 @@ from eval.quality.windows import plan_windows
 from eval.real.greedy import EAGER, EAGER32, LEAST_P, MAX_GAP, WAYS, Agreement, Texts, compare, sign_test, write_texts
 from eval.real.passages import passage_grid, passage_prompt
 from eval.real.prompts import Prompt, make_prompts
-from eval.real.text_quality import Z95, measure_text
+from eval.real.text_quality import measure_text
 
 PARTS = ("text", "greedy", "samples", "beams", "passages")
 PASSAGE_WAYS = ("sdpa", "paged_flash", "engine")
@@ -300,7 +300,7 @@ def verdict(report: dict[str, Any]) -> dict[str, Any]:
             by_kind = {}
             for r in quantised:
                 by_kind[r["kv_dtype"]] = max(by_kind.get(r["kv_dtype"], r), r, key=lambda row: row["cost"])
-            found = ", ".join(f"{kv} {r['cost']:+.2%} ± {_half(r):.2%}" for kv, r in by_kind.items())
+            found = ", ".join(f"{kv} {r['cost']:+.2%} ± {r['cost_half']:.2%}" for kv, r in by_kind.items())
             say(
                 all(_is_within(r, MAX_COST["quantised"]) for r in quantised),
                 f"Quantised pages cost, in perplexity: {found}; limit {MAX_COST['quantised']:.1%}.",
@@ -360,13 +360,9 @@ def verdict(report: dict[str, Any]) -> dict[str, Any]:
     return {"passed": all(line["passed"] for line in lines) and not missing, "lines": lines, "missing": missing}
 
 
-def _half(run: dict[str, Any]) -> float:
-    return Z95 * (run["cost_error"] or 0.0)
-
-
 def _is_within(run: dict[str, Any], limit: float) -> bool:
     """Whether a cost is at most the limit, or not surely above it."""
-    return abs(run["cost"]) - _half(run) <= limit
+    return abs(run["cost"]) - run["cost_half"] <= limit
 
 
 def _mean(scores: Sequence[Sequence[float]]) -> float:
@@ -434,7 +430,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
                  "top-1", "KL mean", "KL max"],
                 [
                     [r["attn"], r["path"], r["kv_dtype"], f"{r['ppl']:.4f}", f"{r['cost']:+.5f}",
-                     "-" if r["cost_error"] is None else f"± {_half(r):.5f}", r["baseline"] or "-",
+                     "-" if r["cost_error"] is None else f"± {r['cost_half']:.5f}", r["baseline"] or "-",
                      f"{r['max_abs_diff']:.1e}", f"{r['top1_agreement']:.4f}", _number(r["kl_mean"]),
                      _number(r["kl_max"])]
                     for r in report["text"]["runs"]

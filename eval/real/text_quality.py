@@ -10,8 +10,18 @@ from eval.perplexity import PathOptions, RunControl, perplexity
 from eval.quality.distances import Reference, Settings
 from eval.quality.perplexity_result import PerplexityResult
 
-Z95 = 1.96
-"""Standard errors of a 95% interval."""
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+"""Standard errors of a 95% interval by Student's t, for 1, 2, 3, ... degrees of freedom."""
+
+
+def half_interval(standard_error: float | None, num_windows: int) -> float:
+    """Half of the 95% interval of a mean over windows; 0 where there is no standard error."""
+    if standard_error is None:
+        return 0.0
+    freedom = num_windows - 1
+    # Beyond the table: the expansion of Student's quantile around the normal one.
+    factor = T95[freedom - 1] if freedom <= len(T95) else 1.96 + 2.37 / freedom
+    return factor * standard_error
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +38,7 @@ class TextRow:
         baseline: what `cost` is against: for quantised pages the same run on unquantised ones, for others eager
             attention in the same dtype; "" where the run is that one itself.
         cost, cost_error: mean difference of the nll from the baseline, nats a token, and its standard error.
+        cost_half: half of its 95% interval.
         num_scored, kl_tokens: tokens behind the figures.
         seconds: of the forwards, and of the start of an engine.
     """
@@ -45,6 +56,7 @@ class TextRow:
     baseline: str
     cost: float
     cost_error: float | None
+    cost_half: float
     num_scored: int
     kl_tokens: int
     seconds: float
@@ -122,6 +134,7 @@ def _row(
         baseline=baseline_name,
         cost=cost.mean,
         cost_error=cost.standard_error,
+        cost_half=half_interval(cost.standard_error, len(result.windows)),
         num_scored=result.num_scored,
         kl_tokens=len(divergences),
         seconds=result.seconds,
