@@ -1,5 +1,6 @@
 """Beam search without the engine: sequences, scores and beam indices of generate() on the same model."""
 
+import dataclasses
 
 import pytest
 import torch
@@ -110,8 +111,9 @@ def test_beam_sampling_draws_what_noise_and_generate_draw(model, monkeypatch, op
 def test_candidates_are_drawn_without_replacement_from_the_scores(model):
     config = GenerationConfig(num_beams=2, do_sample=True, top_k=0, max_new_tokens=4)
     logits, counts, num = torch.randn(1, 6, generator=torch.Generator().manual_seed(0)), torch.zeros(6, 6), 4000
+    params = RequestParams.make(model, config, prompt_ids=[5], seed=0)
     for seed in range(num):
-        search = BeamSearch(RequestParams.make(model, config, prompt_ids=[5], seed=seed), [5])
+        search = BeamSearch(dataclasses.replace(params, seed=seed), [5])
         step = search.step(logits)
         # Rows of the next step are ordered by score.
         counts[step.tokens[0], step.tokens[1]] += 1
