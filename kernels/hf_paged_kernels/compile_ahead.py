@@ -18,6 +18,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
 import torch
@@ -41,27 +42,40 @@ def compiling(device: torch.device, bar: Any) -> Iterator[None]:
     Args:
         device: a CUDA device.
         bar: a progress bar as of tqdm, whose ``total`` grows.
+
+    Raises:
+        RuntimeError: the compiling process has ended before its work.
     """
     from .launch_triton import compilation_of
 
     launches: list[tuple[Any, tuple, dict[str, Any]]] = []
     seen: set[tuple | None] = set()
+    jobs: SimpleQueue[tuple | None] = SimpleQueue()
     with _worker() as worker:
-        loader = threading.Thread(target=_load, args=(worker, device, launches, bar), name="compile-ahead", daemon=True)
-        loader.start()
+        # A pipe takes little as long as the worker starts: this thread does not wait for it.
+        threads = [
+            threading.Thread(target=_write, args=(worker, jobs), name="compile-ahead jobs", daemon=True),
+            threading.Thread(target=_load, args=(worker, device, launches, bar), name="compile-ahead", daemon=True),
+        ]
+        for thread in threads:
+            thread.start()
 
         def record(key: tuple | None, kernel: Any, arguments: tuple, constants: dict[str, Any]) -> None:
             if key is None or key not in seen:
                 seen.add(key)
                 bar.total += 1
                 launches.append((kernel, arguments, constants))
-                _send(worker, (len(launches) - 1, tuple(compilation_of(kernel, arguments, constants))))
+                jobs.put((len(launches) - 1, tuple(compilation_of(kernel, arguments, constants))))
 
-        with recording(record):
-            yield
-        with contextlib.suppress(BrokenPipeError):
-            worker.stdin.close()  # type: ignore[union-attr]
-        loader.join()
+        try:
+            with recording(record):
+                yield
+        finally:
+            jobs.put(None)
+        for thread in threads:
+            thread.join()
+    if worker.returncode:
+        raise RuntimeError(f"the process that compiles kernels has ended with status {worker.returncode}.")
 
 
 @contextlib.contextmanager
@@ -81,17 +95,18 @@ def _worker() -> Iterator[subprocess.Popen]:
             os.killpg(worker.pid, signal.SIGKILL)
         raise
     finally:
-        with contextlib.suppress(BrokenPipeError):
-            worker.stdin.close()  # type: ignore[union-attr]
         worker.wait()
-        worker.stdout.close()  # type: ignore[union-attr]
 
 
-def _send(worker: subprocess.Popen, job: tuple) -> None:
+def _write(worker: subprocess.Popen, jobs: "SimpleQueue[tuple | None]") -> None:
+    """Hand jobs over until None comes. If the worker has ended, the calls that need a kernel compile it."""
     stdin: Any = worker.stdin
-    with contextlib.suppress(BrokenPipeError):  # The worker has ended: the calls that need a kernel compile it.
-        stdin.write(pickle.dumps(job))
-        stdin.flush()
+    with contextlib.suppress(BrokenPipeError):
+        while (job := jobs.get()) is not None:
+            stdin.write(pickle.dumps(job))
+            stdin.flush()
+    with contextlib.suppress(BrokenPipeError):
+        stdin.close()
 
 
 def _load(worker: subprocess.Popen, device: torch.device, launches: list, bar: Any) -> None:

@@ -402,11 +402,13 @@ def compile_into_cache(what: Compilation) -> None:
 
     kernel = getattr(importlib.import_module(what.module), what.name)
     hash_callees_first(kernel)
-    source: Any = ASTSource
+    kind: Any = ASTSource
     if kernel.is_gluon():
-        from triton.experimental.gluon._runtime import GluonASTSource as source
+        from triton.experimental.gluon._runtime import GluonASTSource
+
+        kind = GluonASTSource
     compiled = compile(
-        source(kernel, what.signature, what.constants, what.attributes),
+        kind(kernel, what.signature, what.constants, what.attributes),
         target=GPUTarget(*what.target),
         options=what.options,
     )
