@@ -24,7 +24,7 @@ def _line(x1: float, y1: float, x2: float, y2: float, colour: str = GRID, width:
 def _svg(width: float, height: float, title: str, parts: Sequence[str]) -> str:
     return (
         f"<svg viewBox='0 0 {width:.0f} {height:.0f}' role='img' aria-label='{escape(title, quote=True)}' "
-        f"xmlns='http://www.w3.org/2000/svg'>{''.join(parts)}</svg>"
+        f"style='max-width:{1.2 * width:.0f}px' xmlns='http://www.w3.org/2000/svg'>{''.join(parts)}</svg>"
     )
 
 
@@ -115,42 +115,34 @@ def curve_chart(curves: Sequence[tuple[str, Sequence[float]]], x_axis: str, y_ax
     return _svg(width, y + 2, y_axis, parts)
 
 
-def heat_maps(
-    maps: Sequence[tuple[str, Sequence[Sequence[float]]]],
+def heat_map(
+    name: str,
+    values: Sequence[Sequence[float]],
     columns: Sequence[str],
     rows: Sequence[str],
-    x_axis: str,
-    y_axis: str,
+    axes: tuple[str, str],
 ) -> str:
-    """Tables of shares from 0 to 1 as colours, side by side in rows of two; each cell holds its number."""
+    """A table of shares from 0 to 1 as colours; each cell holds its number. `axes`: names of columns and of rows."""
     cell_width, cell_height, left, top = 58.0, 30.0, 74.0, 34.0
-    one_width = left + cell_width * len(columns) + 16
-    one_height = top + cell_height * len(rows) + 58
-    per_row = 2 if 2 * one_width <= 800 else 1
-    parts = []
-    for number, (name, values) in enumerate(maps):
-        x0, y0 = number % per_row * one_width, number // per_row * one_height
-        parts.append(_text(x0 + left, y0 + 20, name, more="font-weight='600'"))
-        for i, row in enumerate(values):
-            y = y0 + top + cell_height * i
-            parts.append(_text(x0 + left - 8, y + 20, rows[i], "end", FAINT))
-            for j, value in enumerate(row):
-                shade = int(245 - 165 * value), int(247 - 110 * value), int(250 - 95 * value)
-                parts.append(
-                    f"<rect x='{x0 + left + cell_width * j:.1f}' y='{y:.1f}' width='{cell_width - 2}' "
-                    f"height='{cell_height - 2}' fill='rgb{shade}'/>"
-                )
-                ink = "#fff" if value > 0.6 else INK
-                parts.append(_text(x0 + left + cell_width * (j + 0.5) - 1, y + 19, f"{value:.2f}", "middle", ink))
-        y = y0 + top + cell_height * len(rows)
-        parts += [
-            _text(x0 + left + cell_width * (j + 0.5) - 1, y + 16, column, "middle", FAINT)
-            for j, column in enumerate(columns)
-        ]
-        parts.append(_text(x0 + left + cell_width * len(columns) / 2, y + 38, x_axis, "middle"))
-        middle = y0 + top + cell_height * len(rows) / 2
-        parts.append(
-            _text(x0 + 14, middle, y_axis, "middle", more=f"transform='rotate(-90 {x0 + 14:.0f} {middle:.0f})'")
-        )
-    num_rows = -(-len(maps) // per_row)
-    return _svg(one_width * min(per_row, len(maps)), one_height * num_rows, x_axis, parts)
+    width = max(left + cell_width * len(columns) + 16, left + 9 * len(name))
+    bottom = top + cell_height * len(rows)
+    parts = [_text(left, 20, name, more="font-weight='600'")]
+    for i, row in enumerate(values):
+        y = top + cell_height * i
+        parts.append(_text(left - 8, y + 20, rows[i], "end", FAINT))
+        for j, value in enumerate(row):
+            x = left + cell_width * j
+            shade = int(245 - 165 * value), int(247 - 110 * value), int(250 - 95 * value)
+            parts += [
+                f"<rect x='{x:.1f}' y='{y:.1f}' width='{cell_width - 2}' height='{cell_height - 2}' "
+                f"fill='rgb{shade}'/>",
+                _text(x + cell_width / 2 - 1, y + 19, f"{value:.2f}", "middle", "#fff" if value > 0.6 else INK),
+            ]
+    for j, column in enumerate(columns):
+        parts.append(_text(left + cell_width * (j + 0.5) - 1, bottom + 16, column, "middle", FAINT))
+    middle = (top + bottom) / 2
+    parts += [
+        _text(left + cell_width * len(columns) / 2, bottom + 38, axes[0], "middle"),
+        _text(14, middle, axes[1], "middle", more=f"transform='rotate(-90 14 {middle:.0f})'"),
+    ]
+    return _svg(width, bottom + 52, name, parts)

@@ -8,17 +8,19 @@ from eval.real.report import MAX_COST, about_lines, headline, tables, title
 
 STYLE = """
 :root{color-scheme:light}*{box-sizing:border-box}
-body{margin:0 auto;max-width:60rem;padding:1.5rem 1rem 4rem;font:16px/1.5 system-ui,sans-serif;color:#1d2733;
+body{margin:0 auto;max-width:66rem;padding:1.5rem 1rem 4rem;font:16px/1.5 system-ui,sans-serif;color:#1d2733;
 background:#fff}
 h1{font-size:1.5rem;line-height:1.25;margin:0 0 .8rem}h2{font-size:1.15rem;margin:2.2rem 0 .4rem}
 .verdict{border-left:6px solid var(--c);background:#f5f8fa;padding:.7rem 1rem;margin:0 0 1rem}
 .verdict strong{color:var(--c);font-size:1.15rem}ul{margin:.6rem 0 0;padding:0;list-style:none}
 li{padding:.15rem 0 .15rem 1.6rem;text-indent:-1.6rem}li b{display:inline-block;width:1.6rem;text-indent:0}
 .ok{color:#2d7a43}.no{color:#b3361f}.small{color:#5c6b7a;font-size:.88rem;overflow-wrap:anywhere}
-figure{margin:1.4rem 0}figure .plot{overflow-x:auto}figcaption{font-size:.92rem;color:#3c4956;margin-bottom:.5rem}
-svg{width:100%;height:auto;min-width:34rem;display:block}
-.table{overflow-x:auto}table{border-collapse:collapse;font-size:.84rem;font-variant-numeric:tabular-nums}
-th,td{padding:.25rem .6rem;border-bottom:1px solid #dfe5ea;text-align:right;white-space:nowrap}
+figure{margin:1.4rem 0}figure .plot{overflow-x:auto}.plot svg{width:100%;height:auto;min-width:26rem;display:block}
+figcaption{font-size:.92rem;color:#3c4956;margin-bottom:.5rem}
+.maps{display:flex;flex-wrap:wrap;gap:1rem}.maps svg{min-width:0;flex:0 1 auto;width:min(100%,27rem)}
+
+.table{overflow-x:auto}table{border-collapse:collapse;font-size:.8rem;font-variant-numeric:tabular-nums}
+th,td{padding:.25rem .45rem;border-bottom:1px solid #dfe5ea;text-align:right;white-space:nowrap}
 th{vertical-align:bottom;white-space:normal}td:first-child,th:first-child{text-align:left}
 """
 
@@ -37,8 +39,9 @@ def html(report: dict[str, Any]) -> str:
         f"<div class='verdict' style='--c:{colour}'><strong>{escape(headline(report))}</strong><ul>{items}</ul></div>",
         "<p class='small'>" + "<br>".join(escape(line.replace("`", "")) for line in about_lines(report)) + "</p>",
         *(
-            f"<figure><figcaption>{escape(caption)}</figcaption><div class='plot'>{picture}</div></figure>"
+            f"<figure><figcaption>{escape(caption)}</figcaption><div class='{kind}'>{picture}</div></figure>"
             for caption, picture in pictures(report)
+            for kind in ["maps" if picture.count("<svg") > 1 else "plot"]
         ),
     ]
     for heading, note, columns, rows in tables(report):
@@ -90,7 +93,7 @@ def pictures(report: dict[str, Any]) -> list[tuple[str, str]]:
                 charts.curve_chart(
                     [(row["way"], row["still_equal"]) for row in rows],
                     "new tokens",
-                    f"texts equal to {reference}'s",
+                    "equal texts",
                 ),
             )
         )
@@ -100,12 +103,15 @@ def pictures(report: dict[str, Any]) -> list[tuple[str, str]]:
             (
                 "3. A passage far back is found again: share of its tokens that are predicted, by where it stands and "
                 "how long the prompt is. What counts is that the maps are alike.",
-                charts.heat_maps(
-                    [(grid["name"], grid["scores"]) for grid in grids],
-                    [_short(length) for length in grids[0]["lengths"]],
-                    [f"{depth:g}" for depth in grids[0]["depths"]],
-                    "tokens of the prompt",
-                    "depth",
+                "".join(
+                    charts.heat_map(
+                        grid["name"],
+                        grid["scores"],
+                        [_short(length) for length in grid["lengths"]],
+                        [f"{depth:g}" for depth in grid["depths"]],
+                        ("tokens of the prompt", "depth"),
+                    )
+                    for grid in grids
                 ),
             )
         )

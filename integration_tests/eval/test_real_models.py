@@ -395,8 +395,9 @@ def test_the_report_on_a_sound_model_passes_and_is_one_page(report):
     parsed = Page(html)
     assert parsed.references == []
     assert "url(" not in html
-    assert parsed.tags.count("svg") == 3
-    for axis in ("difference of perplexity from the baseline, %", "new tokens", "tokens of the prompt", "depth"):
+    assert parsed.tags.count("svg") == 2 + len(found["passages"])
+    axes = ("difference of perplexity from the baseline, %", "new tokens", "equal texts", "tokens of the prompt", "depth")
+    for axis in axes:
         assert f"\n{axis}\n" in parsed.words
     assert parsed.words.index("PASS: 6 of 6 questions") < parsed.words.index("1. What each attention")
     assert (folder / "report.md").read_text() == markdown(found)
