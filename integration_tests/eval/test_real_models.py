@@ -396,8 +396,8 @@ def test_the_report_on_a_sound_model_passes_and_is_one_page(report):
     assert parsed.references == []
     assert "url(" not in html
     assert parsed.tags.count("svg") == 2 + len(found["passages"])
-    axes = ("difference of perplexity from the baseline, %", "new tokens", "equal texts", "tokens of the prompt", "depth")
-    for axis in axes:
+    axes = ("difference of perplexity from the baseline, %", "new tokens", "equal texts", "tokens of the prompt")
+    for axis in (*axes, "depth"):
         assert f"\n{axis}\n" in parsed.words
     assert parsed.words.index("PASS: 6 of 6 questions") < parsed.words.index("1. What each attention")
     assert (folder / "report.md").read_text() == markdown(found)
