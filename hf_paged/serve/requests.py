@@ -89,7 +89,7 @@ def submit_arguments(
         # What was not given is none of the model's defaults: the gateway has filled these in.
         "temperature": temperature if do_sample else 1.0,
         "top_p": (params.top_p or 1.0) if do_sample else 1.0,
-        "top_k": params.top_k if do_sample else 0,
+        "top_k": params.top_k if do_sample else 50,  # transformers warns of another number where it does nothing
         "min_p": params.min_p if do_sample else None,
     }
     if params.stop:

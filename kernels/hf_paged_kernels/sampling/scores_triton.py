@@ -131,18 +131,18 @@ def apply_rules(x, ids, position, row_rules, ruled):
             penalty = _number(row_rules + PENALTY)
             # As int32: sixteen tokens each, in the same order.
             row_marks = (row_rules + MARKS).to(tl.pointer_type(tl.int32))
-            marks = tl.load(row_marks + (ids >> 4), mask=x > LOWEST, other=0) >> ((ids & 15) * 2)
+            marks = tl.load(row_marks + (ids >> 4), mask=y > LOWEST, other=0) >> ((ids & 15) * 2)
             y = tl.where((marks & SEEN) != 0, tl.where(y < 0, y * penalty, tl.div_rn(y, penalty)), y)
             y = tl.where((marks & BANNED) != 0, LOWEST, y)
         if (ruled & WITH_COUNTS) != 0:
             row_counts = (row_rules + tl.load(row_rules + COUNTS_AT)).to(tl.pointer_type(tl.int16))
-            counts = tl.load(row_counts + ids, mask=x > LOWEST, other=0)
+            counts = tl.load(row_counts + ids, mask=y > LOWEST, other=0)
             lowered = y - _number(row_rules + FREQUENCY) * counts.to(tl.float32) - _number(row_rules + PRESENCE)
             y = tl.where(counts > 0, lowered, y)
         if (ruled & WITH_MASK) != 0:
             row_mask = (row_rules + tl.load(row_rules + MASK_AT)).to(tl.pointer_type(tl.int32))
             # A NaN that may be chosen stays one.
-            bits = tl.load(row_mask + (ids >> 5), mask=(x > LOWEST) | (x != x), other=0) >> (ids & 31)
+            bits = tl.load(row_mask + (ids >> 5), mask=(y > LOWEST) | (y != y), other=0) >> (ids & 31)
             y = tl.where((bits & 1) != 0, y, LOWEST)
     return y
 
