@@ -264,7 +264,6 @@ def test_a_dead_end_is_an_error(model):
         (dict(grammar=Automaton()), "a callable that makes a matcher for each sequence is accepted"),
         (dict(grammar="a*"), "a callable that makes a matcher for each sequence is accepted"),
     ],
-    ids=str,
 )  # fmt: skip
 def test_what_is_not_accepted(model, arguments, message):
     with make_engine(model) as engine, pytest.raises((ValueError, TypeError), match=message):
