@@ -428,3 +428,31 @@ def test_the_command_serves_until_sigterm():
             assert child.wait(120) == 0
         finally:
             child.kill()
+
+
+def test_a_gateway_that_ends_is_told(engine, tokenizer):
+    with serve(engine, tokenizer, port=0, model_name="small") as server:
+        assert server.is_running
+        server._children[0].kill()
+        with pytest.raises(RuntimeError, match="the gateway has ended, the guard runs"):
+            server.wait()
+        assert not server.is_running
+    assert engine.health().is_serving
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end children with their parent")
+def test_children_end_with_a_process_that_is_killed():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
+    command = [sys.executable, "-m", "hf_paged.cli", "serve", str(SMALL_MODEL), "--port", "0", "--no-warm-up"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
+        address = next(filter(None, (re.search(r"is served at (\S+)", line) for line in child.stdout)))[1]
+        assert urllib.request.urlopen(f"{address}/models", timeout=60).status == 200
+        child.kill()
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        try:
+            urllib.request.urlopen(f"{address}/models", timeout=5)
+        except (urllib.error.URLError, OSError):
+            return
+        time.sleep(0.1)
+    pytest.fail("the guard or the gateway still answers")
