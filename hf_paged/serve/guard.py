@@ -202,7 +202,7 @@ class Relay:
                 await upstream.drain()
         except Refused as refused:
             if answers is not None:
-                answers.cancel()
+                answers.cancel()  # Nothing of an earlier answer comes behind the refusal.
             with contextlib.suppress(ConnectionError):
                 writer.write(refusal(refused.status, str(refused)))
                 await writer.drain()
@@ -210,6 +210,8 @@ class Relay:
             pass
         finally:
             # A client that is gone is gone for the gateway too, which then cancels its request.
+            if answers is not None:
+                answers.cancel()
             for one in (upstream, writer):
                 if one is not None:
                     with contextlib.suppress(ConnectionError):
