@@ -18,6 +18,7 @@ from .engine import (
     SequenceOutput,
     TokenEvent,
     TokenEvents,
+    generate_distributed,
     is_supported,
 )
 from .errors import OutOfPagesError, QueueFullError, RequestError, UnsupportedModelError
@@ -49,6 +50,7 @@ __all__ = [
     "UnsupportedModelError",
     "__version__",
     "generate",
+    "generate_distributed",
     "is_supported",
     "patch_generate",
     "row_wise",

@@ -21,6 +21,9 @@ class OutOfPagesError(RuntimeError):
             f"free sequences, or leave num_pages=None for a pool that grows."
         )
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.needed, self.free, self.total)
+
 
 class RequestError(ValueError):
     """A request that the engine cannot take, or had to end; the message names what was asked and what is possible."""
@@ -40,6 +43,9 @@ class QueueFullError(RequestError):
             f"{waiting} requests wait for a slot, the engine lets {max_waiting} wait: try again later, or set "
             f"EngineConfig(max_waiting=)."
         )
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.waiting, self.max_waiting)
 
 
 class InvalidScoresError(ValueError):

@@ -1,6 +1,7 @@
 """The continuous-batching engine: requests, scheduler, steps, tokens."""
 
 from .config import EngineConfig
+from .distributed import generate_distributed
 from .engine import Engine
 from .events import TokenEvent, TokenEvents
 from .handle import RequestHandle
@@ -22,5 +23,6 @@ __all__ = [
     "SequenceOutput",
     "TokenEvent",
     "TokenEvents",
+    "generate_distributed",
     "is_supported",
 ]

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any
@@ -24,10 +24,13 @@ class OfflineBatch:
 
     Attributes:
         started: on the engine's clock.
+        numbers: of its requests, and seed of an engine without one, where other processes have the rest of the call.
         coming: those that were made and not handed over yet; ``num_tokens``: of their prompts.
     """
 
     started: float
+    numbers: Iterator[int] | None = None
+    seed: int | None = None
     coming: list[Request] = field(default_factory=list)
     num_tokens: int = 0
 
@@ -73,7 +76,7 @@ class Admission:
         Raises:
             RequestError, ValueError, TypeError: it cannot, or an argument is not valid.
         """
-        prompt = self._checked_prompt(prompt_ids)
+        prompt = self.checked_prompt(prompt_ids)
         if not isinstance(priority, Real):
             raise TypeError(f"priority must be a number, got {priority!r}.")
         if not math.isfinite(priority):
@@ -82,10 +85,13 @@ class Admission:
         if deadline_s is not None and not (isinstance(deadline_s, Real) and deadline_s >= 0):
             raise ValueError(f"deadline_s must be None or a number of seconds of at least 0, got {deadline_s!r}.")
         hash(cache_salt)
-        number = next(self.numbers)
+        number = next(self.numbers if batch is None or batch.numbers is None else batch.numbers)
         if rules is None:
-            if seed is None and self.core.config.seed is not None:
-                seed = (self.core.config.seed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03) % SEEDS
+            own_seed = self.core.config.seed
+            if own_seed is None and batch is not None:
+                own_seed = batch.seed
+            if seed is None and own_seed is not None:
+                seed = (own_seed * 0x9E3779B97F4A7C15 + number * 0xD1B54A32D192ED03) % SEEDS
             rules = RequestParams.make(self.core.model, prompt_ids=prompt, seed=seed, **rules_options)
         check_token_ids(rules.config, self.core.num_logits)
         most_pages = self._checked_pages(prompt, rules)
@@ -116,8 +122,22 @@ class Admission:
         request.request_id = f"request-{next(self.numbers)}"
         return request.request_id
 
-    def _checked_prompt(self, prompt_ids: Any) -> np.ndarray:
-        """int64 ``[L]``."""
+    def next_number(self) -> int:
+        """Of a request to come."""
+        number = next(self.numbers)
+        self.skip_to(number)
+        return number
+
+    def skip_to(self, number: int) -> None:
+        """Give the next request this number."""
+        self.numbers = itertools.count(number)
+
+    def checked_prompt(self, prompt_ids: Any) -> np.ndarray:
+        """int64 ``[L]``.
+
+        Raises:
+            ValueError, TypeError: it is no prompt for this model.
+        """
         if isinstance(prompt_ids, (str, bytes)) or (
             isinstance(prompt_ids, (list, tuple)) and any(isinstance(item, str) for item in prompt_ids)
         ):

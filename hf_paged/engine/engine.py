@@ -81,7 +81,7 @@ class Engine(EngineViews):
         self._core, self.fused = start(model, self.config, self.max_model_len)
         self.drive, self.mail = TurnLock(), Mailbox()
         self._loop = StepLoop(self._core, self.mail, self.fused)
-        self._admission = Admission(self._core)
+        self.admission = Admission(self._core)
         self._thread: threading.Thread | None = None
         self._stop: str | None = None
         self._in_step = False
@@ -150,7 +150,7 @@ class Engine(EngineViews):
         """
         wait_if_exiting()
         self._loop.check_open()
-        request = self._admission.request(
+        request = self.admission.request(
             prompt_ids, request_id=request_id, priority=priority, deadline_s=deadline_s, cache_salt=cache_salt,
             batch=_batch, rules=rules, seed=seed, generation_config=generation_config,
             logits_processor=logits_processor, stopping_criteria=stopping_criteria,
@@ -170,7 +170,7 @@ class Engine(EngineViews):
             self._loop.check_open()
             for request in requests if is_limited else ():
                 self._loop.check_room(request)
-            self.mail.put(requests, self._admission.rename)
+            self.mail.put(requests, self.admission.rename)
             self.wake_loop()
 
     def generate(

@@ -1,5 +1,6 @@
 """Many prompts in one call that returns when all have ended."""
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
@@ -17,6 +18,8 @@ from .waiting import Steps, wait_for
 
 PROGRESS_S = 0.5
 """A bar is drawn again after so many seconds."""
+CHECK_S = 1.0
+"""How often a call looks whether it is to go on."""
 
 
 class OfflineEngine(Steps, Protocol):
@@ -48,20 +51,22 @@ def generate(
     prompts: Sequence[Sequence[int] | torch.Tensor],
     generation_config: GenerationConfig | Sequence[GenerationConfig] | None,
     progress: bool,
+    *,
+    batch: OfflineBatch | None = None,
+    check: Callable[[], None] | None = None,
     **options: Any,
 ) -> list[RequestOutput]:
-    """See :meth:`Engine.generate`."""
+    """See :meth:`Engine.generate`.
+
+    Args:
+        batch: None: of all prompts.
+        check: called now and then; what it raises ends the call.
+    """
     prompts = list(prompts)
-    if generation_config is None or isinstance(generation_config, GenerationConfig):
-        configs: list[Any] = [generation_config] * len(prompts)
-    else:
-        configs = list(generation_config)
-    if len(configs) != len(prompts):
-        raise ValueError(
-            f"generation_config must be one, or one for each of {len(prompts)} prompts, got {len(configs)}."
-        )
+    configs = configs_of(prompts, generation_config)
     handles: list[RequestHandle] = []
-    batch, coming = OfflineBatch(engine.core.clock()), list[RequestHandle]()
+    batch = OfflineBatch(engine.core.clock()) if batch is None else batch
+    coming: list[RequestHandle] = []
     try:
         for number, (prompt, config) in enumerate(zip(prompts, configs), 1):
             coming.append(engine.submit(prompt, generation_config=config, _batch=batch, **options))
@@ -72,7 +77,13 @@ def generate(
                 coming = []
                 engine.advance()
         if progress:
-            _show_progress(engine, handles)
+            _show_progress(engine, handles, check)
+        if check is not None:
+            for handle in handles:
+                while not handle.is_done:
+                    check()
+                    with contextlib.suppress(TimeoutError):
+                        handle.result(CHECK_S)
         return [handle.result() for handle in handles]
     except BaseException:
         for handle in handles:
@@ -80,7 +91,27 @@ def generate(
         raise
 
 
-def _show_progress(engine: OfflineEngine, handles: list[RequestHandle]) -> None:
+def configs_of(
+    prompts: Sequence[Any], generation_config: GenerationConfig | Sequence[GenerationConfig] | None
+) -> list[Any]:
+    """One for each prompt.
+
+    Raises:
+        ValueError: their number is another.
+    """
+    if generation_config is None or isinstance(generation_config, GenerationConfig):
+        return [generation_config] * len(prompts)
+    configs = list(generation_config)
+    if len(configs) != len(prompts):
+        raise ValueError(
+            f"generation_config must be one, or one for each of {len(prompts)} prompts, got {len(configs)}."
+        )
+    return configs
+
+
+def _show_progress(
+    engine: OfflineEngine, handles: list[RequestHandle], check: Callable[[], None] | None
+) -> None:
     """A bar until all have ended, which may be at the same time: tokens show that something happens."""
     before, num_done, shown = engine.num_new_tokens, 0, time.monotonic()
 
@@ -90,7 +121,10 @@ def _show_progress(engine: OfflineEngine, handles: list[RequestHandle]) -> None:
 
     with tqdm(total=len(handles), desc="generate", unit="prompt") as bar:
         while num_done < len(handles):
-            wait_for(engine, has_news, None, "generate")
+            with contextlib.suppress(TimeoutError):
+                wait_for(engine, has_news, CHECK_S, "generate")
+            if check is not None:
+                check()
             num_ended, shown = sum(handle.is_done for handle in handles), time.monotonic()
             bar.set_postfix(new_tokens=engine.num_new_tokens - before, refresh=False)
             bar.update(num_ended - num_done)
