@@ -29,6 +29,9 @@ NUM_PROCESSES = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Skip tests marked ``gpu`` where there is none, with a reason in the summary."""
+    changing = [item.nodeid for item in items if " object at 0x" in item.nodeid]
+    if changing:
+        raise pytest.UsageError(f"names of tests must be the same in every process: {changing[0]}")
     if HAS_GPU:
         return
     for item in items:
