@@ -2,7 +2,9 @@
 
 import io
 import json
+import os
 import runpy
+import socket
 import sys
 from functools import partial
 from pathlib import Path
@@ -106,3 +108,72 @@ def test_grpo(run, tmp_path, monkeypatch):
     assert made, "the engine made no completion"
     before, after = (AutoModelForCausalLM.from_pretrained(p, dtype="float32") for p in (MODEL, tmp_path / "trained"))
     assert any(not a.equal(b) for a, b in zip(before.parameters(), after.parameters()))
+
+
+@pytest.fixture
+def ray(monkeypatch):
+    """Ray on this machine; its processes find the packages where this one does."""
+    ray = pytest.importorskip("ray")
+    monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, ROOT / "kernels"))))
+    ray.init(num_cpus=4, num_gpus=0, include_dashboard=False, object_store_memory=200 << 20)
+    yield ray
+    ray.shutdown()
+
+
+def own_answers(prompts: list[str], new: int) -> list[str]:
+    tokenizer, model = AutoTokenizer.from_pretrained(MODEL), AutoModelForCausalLM.from_pretrained(MODEL)
+    answers = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt")
+        own = model.generate(**ids, max_new_tokens=new, do_sample=False)[0, ids.input_ids.shape[1] :]
+        answers.append(tokenizer.decode(own, skip_special_tokens=True))
+    return answers
+
+
+def test_ray_data(run, ray, tmp_path):
+    prompts = [f"def f{i}({'a, ' * (i % 5)}b):" for i in range(23)]
+    lines = [json.dumps({"prompt": prompt}) for prompt in prompts]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    answers = tmp_path / "answers"
+    sizes = ["--actors", "2", "--batch-size", "3", "--max-new-tokens", "9"]
+    run("ray_data.py", "--input", tmp_path / "prompts.jsonl", "--output", answers, *sizes)
+    found = [json.loads(x) for p in answers.iterdir() for x in p.read_text("utf-8").splitlines()]
+    assert {entry["prompt"]: entry["answer"] for entry in found} == dict(zip(prompts, own_answers(prompts, 9)))
+    assert len(found) == len(prompts)
+    assert {entry["error"] for entry in found} == {""}
+
+
+def test_ray_serve(run, ray, monkeypatch):
+    serve, requests = pytest.importorskip("ray.serve"), pytest.importorskip("requests")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    serve.start(http_options={"host": "127.0.0.1", "port": port})
+    start = serve.run
+    monkeypatch.setattr(serve, "run", lambda app, blocking: start(app))
+    try:
+        run("ray_serve.py", "--replicas", "2")
+        prompts = ["def main():", "import os", "class Parser:"]
+        for prompt, own in zip(prompts, own_answers(prompts, 9)):
+            answer = requests.post(f"{url}/generate", json={"prompt": prompt, "max_new_tokens": 9}, timeout=60)
+            assert (answer.status_code, answer.text) == (200, own)
+        refused = requests.post(f"{url}/generate", json={"prompt": "a", "max_new_tokens": 10**6}, timeout=60)
+        assert refused.status_code == 400
+        assert "set EngineConfig(max_model_len=)" in refused.text
+        body = {"prompt": prompts[0], "max_new_tokens": 2000}
+        # Serve asks the replica that has less to do: one long request for each, so that either has one.
+        streams = [requests.post(f"{url}/generate", json=body, stream=True, timeout=60) for _ in range(2)]
+        chunks = [stream.iter_content(None) for stream in streams]  # without its iterator a connection is closed
+        assert all(next(texts) for texts in chunks)
+        assert requests.get(f"{url}/running", timeout=60).json()[0] >= 1
+        for stream in streams:
+            stream.close()
+        idle = 0
+        while idle < 20:
+            number, tokens = requests.get(f"{url}/running", timeout=60).json()
+            assert tokens < 2000, "the request ran to its end"
+            idle = idle + 1 if number == 0 else 0
+    finally:
+        serve.shutdown()

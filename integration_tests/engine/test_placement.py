@@ -11,6 +11,8 @@ from transformers import LlamaForCausalLM, WhisperConfig, WhisperForCausalLM
 import hf_paged
 from hf_paged import UnsupportedModelError
 from hf_paged.engine.execution import model_runner
+from hf_paged.engine.execution.decode_graphs import capture_blocker
+from hf_paged.engine.startup import start
 from hf_paged.generation import loop
 
 OPTIONS = dict(num_pages=32, page_size=8, max_num_seqs=6, max_batch_tokens=32)
@@ -123,10 +125,21 @@ def test_a_model_over_devices_gets_indices_that_are_good_everywhere(kind, monkey
         assert [output.token_ids for output in outputs] == expected
 
 
+def test_a_model_over_devices_is_told_what_to_do_instead():
+    model, gpu = tiny_model("llama"), torch.device("cuda", 0)
+    assert capture_blocker(model, gpu) is None
+    model.lm_head.to("meta")
+    reason = capture_blocker(model, gpu)
+    assert reason.startswith("the model is on 2 devices, and they compute one at a time. Where it fits on one,")
+    assert "hf_paged.generate_distributed" in reason
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 @pytest.mark.parametrize("family", ["llama", "gpt_oss", "gemma3_text"])
-def test_a_model_over_two_gpus(family, reasons):
+def test_a_model_over_two_gpus(family, reasons, monkeypatch):
+    said: list[str] = []
+    monkeypatch.setattr(start.logger, "warning_once", said.append)
     accelerate = pytest.importorskip("accelerate")
     model = tiny_model(family)
     inputs, prompts = padded(5, 17, 9), [prompt(n, n) for n in (5, 17, 9, 40)]
@@ -139,6 +152,7 @@ def test_a_model_over_two_gpus(family, reasons):
         assert [output.error for output in outputs] == [None] * 4
         assert [output.token_ids for output in outputs] == expected
         assert engine._core.runner.graphs is None
+    assert sum("is on 2 devices, and they compute one at a time" in line for line in said) == 1
     inputs = {name: x.cuda() for name, x in inputs.items()}
     want = model.generate(**inputs, max_new_tokens=6, do_sample=False)
     hf_paged.patch_generate(model, hf_paged.EngineConfig(**OPTIONS))

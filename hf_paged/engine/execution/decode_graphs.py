@@ -316,8 +316,12 @@ def capture_blocker(model: Any, device: torch.device) -> str | None:
     """
     if device.type != "cuda":
         return f"the model is on {device}"
-    if len({p.device for p in model.parameters()}) > 1:
-        return "the model is on several devices"
+    devices = {parameter.device for parameter in model.parameters()}
+    if len(devices) > 1:
+        return (
+            f"the model is on {len(devices)} devices, and they compute one at a time. Where it fits on one, in a "
+            f"smaller dtype perhaps, give each an engine in a process of its own (hf_paged.generate_distributed)"
+        )
     if enables_autocast(model):
         return "its forward enables autocast; accelerator.unwrap_model(model, keep_fp32_wrapper=False) takes that off"
     if is_moved_by_accelerate(model):
