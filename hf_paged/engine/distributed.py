@@ -24,7 +24,8 @@ from .offline import configs_of, generate
 from .scheduling.request import RequestOutput
 
 LONGEST_WAIT = timedelta(days=1)
-"""A process waits so long for the others at the end of its part; one that has died is noticed at once."""
+"""A process waits so long for the others at the end of its part; one that has died has closed its connections, which is
+noticed at once."""
 
 T = TypeVar("T")
 _exchanges = itertools.count()
@@ -83,7 +84,9 @@ def generate_distributed(
         digest = hashlib.sha256(repr((engine.config.seed, options.get("seed"))).encode())
         for prompt in checked:
             digest.update(len(prompt).to_bytes(8, "little") + prompt.tobytes())
-        drawn = int(torch.randint(0, 2**63 - 1, ()))
+        # Drawn only where it is used: a greedy call leaves torch's global generator alone.
+        is_greedy = all(c is not None and c.do_sample is False for c in configs)
+        drawn = 0 if is_greedy or engine.config.seed is not None else int(torch.randint(0, 2**63 - 1, ()))
         lengths = [len(prompt) + (getattr(c, "max_new_tokens", None) or 0) for prompt, c in zip(checked, configs)]
         return engine.admission.next_number(), drawn, digest.hexdigest(), lengths
 

@@ -326,8 +326,8 @@ class Engine(EngineViews):
 
     def __reduce__(self) -> Any:
         raise TypeError(
-            "an Engine cannot be pickled or copied, it has a thread, locks and pages of this process: send the model "
-            "and engine.config to the worker, and make one there, hf_paged.Engine(model, config)."
+            "an Engine cannot be pickled or copied, it has a thread, locks and pages of this process: send the model, "
+            "or its name, and engine.config to the worker, and make one there, hf_paged.Engine(model, config)."
         )
 
     def pause(self, *, keep_graphs: bool = False, weights_change: bool = True) -> None:

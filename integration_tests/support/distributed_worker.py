@@ -132,7 +132,7 @@ def main() -> None:
         found = run_all(state.process_index, state.num_processes)
     else:
         with engine() as one:
-            if state.process_index == 1:
+            if state.process_index == int(sys.argv[3]):
                 one.submit = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
             found = {"error": error_of(one, prompts(), generation_config=greedy())}
     Path(sys.argv[2], f"{state.process_index}.json").write_text(json.dumps(found), encoding="utf-8")
