@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--gpus", type=float, default=0, help="of each actor (default: 0)")
     parser.add_argument("--batch-size", type=int, default=64, help="Ray gives an actor four of them (default: 64)")
     options = parser.parse_args()
-    answers = ray.data.read_json(options.input, lines=True).map_batches(
+    answers = ray.data.read_json(options.input, lines=True, override_num_blocks=4 * options.actors).map_batches(
         Generate, fn_constructor_args=(options.model, options.max_new_tokens), batch_size=options.batch_size,
         compute=ray.data.ActorPoolStrategy(
             size=options.actors, max_tasks_in_flight_per_actor=4, max_concurrent_calls_per_actor=2
