@@ -18,8 +18,15 @@ import pytest
 import hf_paged
 from hf_paged.engine.distributed import deal
 
-pytest.importorskip("accelerate")
+accelerate = pytest.importorskip("accelerate")
 ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _no_state_is_left():
+    """accelerate keeps its first state, of the CPU here, for all that this process runs later."""
+    yield
+    accelerate.PartialState._reset_state()
 
 
 def environment() -> dict[str, str]:
