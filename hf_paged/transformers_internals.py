@@ -426,6 +426,11 @@ def batching_update(
     return key, value
 
 
+def default_store() -> Any:
+    """The store by which processes of torch.distributed find each other: torch has no public name for it."""
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
 def instance_attr(obj: Any, name: str) -> Any:
     """An instance attribute that transformers does not promise to keep."""
     if not hasattr(obj, name):

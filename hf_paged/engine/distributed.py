@@ -18,6 +18,7 @@ from torch import distributed
 from transformers import GenerationConfig
 
 from ..errors import RequestError
+from ..transformers_internals import default_store
 from .admission import OfflineBatch
 from .engine import Engine
 from .offline import configs_of, generate
@@ -159,7 +160,7 @@ class _Peers:
             # Not the default group: Python objects go through the GPU there, and NCCL ends a wait after minutes.
             _group = world, distributed.new_group(backend="gloo", timeout=LONGEST_WAIT)
         self.group = _group[1]
-        self.store = distributed.distributed_c10d._get_default_store()
+        self.store = default_store()
         self.key, self.checked = "", 0.0
 
     def check(self) -> None:

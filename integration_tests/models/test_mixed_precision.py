@@ -5,6 +5,8 @@ The answer is eager attention in float32; an error may be twice that of eager at
 """
 
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from explicit_models import BASE, prompts, tiny_model, with_drawn_weights
@@ -179,6 +181,16 @@ def check_choices(model, ids, num_prompt):
     assert int((behind == 0).sum()) > len(behind) / 2
 
 
+@pytest.fixture
+def fresh_accelerator() -> Iterator[None]:
+    """accelerate keeps one state in a process, which other tests have made for another precision."""
+    state = pytest.importorskip("accelerate.state").AcceleratorState
+    state._reset_state(reset_partial_state=True)
+    yield
+    state._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.usefixtures("fresh_accelerator")
 @pytest.mark.parametrize("how", ["accelerate", "decorator"])
 @pytest.mark.parametrize("name", ["sdpa", "paged_flash"])
 def test_a_patched_model_whose_forward_enables_autocast(name, how, monkeypatch):
@@ -203,6 +215,7 @@ def test_a_patched_model_whose_forward_enables_autocast(name, how, monkeypatch):
     }
 
 
+@pytest.mark.usefixtures("fresh_accelerator")
 def test_a_patched_model_that_accelerate_prepares_and_unwraps():
     """Each time another engine, whose pages have the dtype of then."""
     accelerate = pytest.importorskip("accelerate")

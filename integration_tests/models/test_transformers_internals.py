@@ -97,8 +97,8 @@ def test_a_version_newer_than_the_tested_ones_is_said(version, is_tested, monkey
 
 def test_a_missing_attribute_of_the_batching_cache_is_reported():
     with pytest.raises(ImportError, match=rf"key_cache, which transformers {transformers.__version__} does not have"):
-        internals.touch_attr(types.SimpleNamespace(), "key_cache")
-    assert internals.touch_attr(types.SimpleNamespace(key_cache=3), "key_cache") == 3
+        internals.require_attr(types.SimpleNamespace(), "key_cache")
+    assert internals.require_attr(types.SimpleNamespace(key_cache=3), "key_cache") == 3
 
 
 # The wraps
@@ -438,7 +438,7 @@ def test_step_methods_are_methods_of_the_mixin():
     assert internals.overridden_step_method(tiny_model("llama", "eager")) is None
     for name in (*internals.STEP_METHODS[:3], "_prefill", "_sample", "_beam_search", "_assisted_decoding"):
         assert name in internals.STEP_METHODS
-        internals.touch(GenerationMixin, name)
+        internals.require_attr(GenerationMixin, name)
 
 
 def step_inputs(model: Any, prepare: Any, is_first: bool) -> dict[str, Any]:
