@@ -54,7 +54,7 @@ def one() -> dict[str, Any]:
         }
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(scope="module", params=[3])
 def ranks(request, tmp_path_factory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     done = launch(request.param, "all", folder)
