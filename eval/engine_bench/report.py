@@ -1,6 +1,6 @@
 """The report of the engine's GPU benchmark as Markdown, from its JSON alone."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 VARIANTS = {
@@ -259,29 +259,28 @@ def _listed(seconds: list[float]) -> str:
 
 
 def _plain(models: dict[str, Any]) -> list[str]:
-    rows = []
-    for name, _, part in _parts(models, "plain"):
-        if "error" in part:
-            rows.append([name, *figures(part, *[("", "")] * 4)])
-        for one in part.get("ways", []):
-            ratio = one["paged_flash"] / one["sdpa"]
-            said = f"{one['rows']} x {one['prompt']:,}"
-            rows.append([name, said, f"{one['paged_flash']:.1f}", f"{one['sdpa']:.1f}", f"{ratio:.2f}"])
+    rows = _beside_sdpa(models, "plain", lambda one: f"{one['rows']} x {one['prompt']:,}")
     columns = ("model", "rows x prompt", "paged_flash, ms a token", "sdpa", "ratio")
     return _table("Plain generate()", columns, rows, "Greedy, transformers' own loop; without the prompt.")
 
 
 def _training(models: dict[str, Any]) -> list[str]:
-    rows = []
-    for name, _, part in _parts(models, "training"):
-        if "error" in part:
-            rows.append([name, *figures(part, *[("", "")] * 4)])
-        for one in part.get("ways", []):
-            ratio = one["paged_flash"] / one["sdpa"]
-            said = f"{one['rows']} x {one['length']:,}{', autocast' if one['autocast'] else ''}"
-            rows.append([name, said, f"{one['paged_flash']:.1f}", f"{one['sdpa']:.1f}", f"{ratio:.2f}"])
+    step = lambda one: f"{one['rows']} x {one['length']:,}{', autocast' if one['autocast'] else ''}"  # noqa: E731
     columns = ("model", "step", "paged_flash, ms", "sdpa, ms", "ratio")
-    return _table("Training", columns, rows, "Forward and backward with a loss, no optimiser; better of two medians.")
+    note = "Forward and backward with a loss, no optimiser; better of two medians."
+    return _table("Training", columns, _beside_sdpa(models, "training", step), note)
+
+
+def _beside_sdpa(models: dict[str, Any], name: str, said: Callable[[dict[str, Any]], str]) -> list[list[str]]:
+    """Rows of a part whose ways have milliseconds of both; ``said`` names a way."""
+    rows = []
+    for model, _, part in _parts(models, name):
+        if "error" in part:
+            rows.append([model, *figures(part, *[("", "")] * 4)])
+        for one in part.get("ways", []):
+            ours, sdpa = one["paged_flash"], one["sdpa"]
+            rows.append([model, said(one), f"{ours:.1f}", f"{sdpa:.1f}", f"{ours / sdpa:.2f}"])
+    return rows
 
 
 def _prompts(models: dict[str, Any]) -> list[str]:

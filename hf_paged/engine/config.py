@@ -46,8 +46,8 @@ class EngineConfig:
         trace_steps: steps that :meth:`Engine.trace` remembers.
         cuda_graphs: decode steps and chunks of prompts are captured as CUDA graphs, one for each bucket of batch sizes
             and of token counts, but for chunks that keep the device busy by themselves; small chunks together with the
-            rows that decode beside them. Each graph keeps its logits: 1.3 GB for all batch sizes up to 256 and a
-            vocabulary of 152k. None: where that is possible; True: an engine that cannot is refused; False: never.
+            rows that decode beside them. Each graph keeps its logits: 2.6 GB for all batch sizes up to 256, all chunks
+            and a vocabulary of 152k. None: where it is possible; True: an engine that cannot is refused; False: never.
         compile: torch.compile compiles norms, MLPs and the like (whatever sees neither the cache nor attention), which
             makes the first steps slow and serves every length. What the model's owner has compiled
             (``model.compile()``) runs uncompiled in the engine without it.
