@@ -12,9 +12,9 @@ from integration_tests.support.ptx_hashes import differences, normalised
 pytest.importorskip("triton")
 SCRIPT = Path(__file__).parents[1] / "support" / "compile_for_hopper.py"
 KERNELS = {
-    "attention": "_flash_backward_keys _flash_backward_queries _flash_forward _hopper_forward _merge_parts "
+    "attention": "_flash_backward_keys _flash_backward_queries _flash_forward _hopper_forward _merge_partials "
     "_merge_splits _merge_states _paged_forward _plan_splits row_sums",
-    "quantised": "_merge_parts _plan_splits _quantized_forward _quantized_splits",
+    "quantised": "_merge_partials _plan_splits _quantized_forward _quantized_splits",
     "linear": "_decode_linear _rms_norm _skinny_linear _skinny_linear_mma",
     "small": "_copy_pages _decode_inputs _decode_rows _gated_activation _rms_norm _rotary_write _write_pages",
     "sampling": "_finish_rows _pick_rows _scan_tiles _weigh_tiles",

@@ -1,4 +1,4 @@
-"""The split plan and the merge of parts: kernels (in the interpreter on CPU) against plain Python and float64."""
+"""The split plan and the merge of partials: kernels (in the interpreter on CPU) against plain Python and float64."""
 
 from dataclasses import replace
 
@@ -9,9 +9,9 @@ from hf_paged_kernels import make_split_plan
 from hf_paged_kernels.attention.ops import split_plan_op
 from hf_paged_kernels.attention.split_plan_triton import (
     SplitPlan,
-    empty_parts,
+    empty_partials,
     make_split_plan_launch,
-    merge_parts_launch,
+    merge_partials_launch,
 )
 from hf_paged_kernels.settings import ITEM_NUMBERS, SHORTEST_SPLIT, max_split_items, split_plan_size
 
@@ -78,8 +78,8 @@ def test_many_sequences():
 
 @pytest.mark.parametrize("sinks", [False, True])
 @pytest.mark.parametrize(("group", "pack"), [(1, 1), (4, 4), (7, 8)], ids=str)
-def test_parts_add_up(poison, group, pack, sinks):
-    """Parts of a softmax, cut anywhere, give the whole; rows of sequences with one split are not touched."""
+def test_partials_add_up(poison, group, pack, sinks):
+    """Partials of a softmax, cut anywhere, give the whole; rows of sequences with one split are not touched."""
     seq_lens, q_lens, kv_heads, dim = [600, 40, 900, 300, 700], [1, 1, 1, 5, 2], 2, 16
     lens, cu = torch.tensor(seq_lens, dtype=torch.int32, device=DEVICE), prefix_sums(q_lens, DEVICE)
     num_seqs, tokens = len(seq_lens), sum(q_lens)
@@ -87,7 +87,7 @@ def test_parts_add_up(poison, group, pack, sinks):
     # A token behind the last query is nobody's.
     out = torch.full((tokens + 1, kv_heads * group, dim), float("nan"), device=DEVICE)
     lse = torch.full((kv_heads * group, tokens + 1), float("nan"), device=DEVICE)
-    parts, part_lse = (x.fill_(float("nan")) for x in empty_parts(out, plan.max_parts, kv_heads, pack, dim))
+    partials, partial_lse = (x.fill_(float("nan")) for x in empty_partials(out, plan.max_partials, kv_heads, pack, dim))
     scores = [torch.randn(kv_heads, n * pack, keys, dtype=torch.float64) * 3 for n, keys in zip(q_lens, seq_lens)]
     values = [torch.randn(kv_heads, n, dim, dtype=torch.float64) for n in seq_lens]
     for seq, split, place in plan.items.view(-1, ITEM_NUMBERS)[: int(plan.num_items), :3].tolist():
@@ -97,17 +97,17 @@ def test_parts_add_up(poison, group, pack, sinks):
             top = s.max(1).values
             weights = (s - top[:, None]).exp()
             slot = place * kv_heads * pack + head * rows
-            parts[slot : slot + rows] = (
+            partials[slot : slot + rows] = (
                 weights @ values[seq][head, split * SHORTEST_SPLIT : (split + 1) * SHORTEST_SPLIT]
-            ).to(parts)
-            part_lse[slot : slot + rows] = torch.stack([top * 1.4426950408889634, weights.sum(1)], 1).to(part_lse)
+            ).to(partials)
+            partial_lse[slot : slot + rows] = torch.stack([top * 1.4426950408889634, weights.sum(1)], 1).to(partial_lse)
     heads = kv_heads * group
     sink = torch.randn(heads, device=DEVICE) if sinks else None
-    merge_parts_launch(parts, part_lse, plan, cu, sink, out, lse, group, pack)
+    merge_partials_launch(partials, partial_lse, plan, cu, sink, out, lse, group, pack)
     assert bool(out[[1, tokens]].isnan().all())
-    # With room for more parts another kernel does it, to the same bits.
-    roomy, same_out, same_lse = replace(plan, max_parts=32), out * float("nan"), lse * float("nan")
-    merge_parts_launch(parts, part_lse, roomy, cu, sink, same_out, same_lse, group, pack)
+    # With room for more partials another kernel does it, to the same bits.
+    roomy, same_out, same_lse = replace(plan, max_partials=32), out * float("nan"), lse * float("nan")
+    merge_partials_launch(partials, partial_lse, roomy, cu, sink, same_out, same_lse, group, pack)
     written = [0, *range(2, tokens)]
     assert torch.equal(same_out[written], out[written])
     assert torch.equal(same_lse[:, written], lse[:, written])
@@ -122,8 +122,8 @@ def test_parts_add_up(poison, group, pack, sinks):
                 assert abs(float(lse[head, first + token]) - float(s.logsumexp(0))) < 1e-5
 
 
-def test_parts_of_many_sequences_find_their_own(poison):
-    """One query, none, or several of each of 100 sequences, two parts each: every token gets its sequence's values."""
+def test_partials_of_many_sequences_find_their_own(poison):
+    """One query, none, or several of each of 100 sequences, two partials each: every token gets its own."""
     source = torch.Generator().manual_seed(0)
     q_lens = [1] * 40 + torch.randint(0, 6, (560 if DEVICE == "cuda" else 60,), generator=source).tolist()
     cu, num_seqs, tokens = prefix_sums(q_lens, DEVICE), len(q_lens), sum(q_lens)
@@ -131,15 +131,15 @@ def test_parts_of_many_sequences_find_their_own(poison):
     plan = SplitPlan.of(make_split_plan_launch(lens, cu, 512, None), num_seqs, 512)
     out = torch.full((tokens, 1, 16), float("nan"), device=DEVICE)
     lse = torch.full((1, tokens), float("nan"), device=DEVICE)
-    parts, part_lse = (x.fill_(float("nan")) for x in empty_parts(out, plan.max_parts, 1, 1, 16))
+    partials, partial_lse = (x.fill_(float("nan")) for x in empty_partials(out, plan.max_partials, 1, 1, 16))
     values = torch.randn(tokens, 2, 16, generator=source).to(DEVICE)
     for seq, split, place, _, q_start, query_len in plan.items.view(-1, ITEM_NUMBERS)[
         : int(plan.num_items), :6
     ].tolist():
-        parts[place : place + query_len] = values[q_start : q_start + query_len, split]
-        part_lse[place : place + query_len] = torch.tensor([0.0, 1.0], device=DEVICE)
+        partials[place : place + query_len] = values[q_start : q_start + query_len, split]
+        partial_lse[place : place + query_len] = torch.tensor([0.0, 1.0], device=DEVICE)
         assert q_lens[seq] == query_len
-    merge_parts_launch(parts, part_lse, plan, cu, None, out, lse, 1, 1)
+    merge_partials_launch(partials, partial_lse, plan, cu, None, out, lse, 1, 1)
     assert torch.allclose(out[:, 0], values.mean(1), atol=1e-6)
     assert torch.allclose(lse, torch.full_like(lse, 2.0).log(), atol=1e-6)
 

@@ -118,7 +118,7 @@ def _clear_rows(pieces, first_piece, first_row, HALVES: gl.constexpr, CHUNKS: gl
 def consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
     """A consumer warp group: 64 rows of every tile."""
     (
-        out, lse, sinks, parts, part_lse, q_smem, k_smem, v_smem, barriers, queue, num_heads, strides,
+        out, lse, sinks, partials, partial_lse, q_smem, k_smem, v_smem, barriers, queue, num_heads, strides,
         scale_log2, softcap, window_left, window_right,
     ) = tensors  # fmt: skip
     MODE: gl.constexpr = OPTIONS[0]
@@ -159,7 +159,7 @@ def consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
     count = 0
     steps = 0
     turn = 0
-    seq, head, first_token, query_len, q_start, num_keys, _k_start, start, stop, place, num_parts = receive(
+    seq, head, first_token, query_len, q_start, num_keys, _k_start, start, stop, place, num_partials = receive(
         turn, queue
     )
     while seq >= 0:
@@ -248,7 +248,7 @@ def consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
         running_max = running_max * factor
         heads = (head if PACK == 1 else head * GROUP) + rows % PACK
         valid = (tokens < query_len) & (rows % PACK < GROUP)
-        if MODE != "split" or num_parts == 1:
+        if MODE != "split" or num_partials == 1:
             if HAS_SINKS:
                 sink = gl.load(sinks + heads, mask=valid, other=0.0).to(gl.float32) * 1.4426950408889634
                 new_max = gl.maximum(running_max, sink)
@@ -275,20 +275,20 @@ def consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
             )  # fmt: skip
             gl.store(lse + batch * stride_lb + packed * stride_lt + heads * stride_lh, row_lse, mask=valid)
         else:
-            # An unnormalised part of the rows, for merge_parts_launch to add up. It stays in the L2 cache till then:
+            # Unnormalised partials, for merge_partials_launch to add up. They stay in the L2 cache till then:
             # pushed out to memory by the keys and values, it cost several times what its bytes take.
             slot = (gl.cast(place, gl.int64) * num_heads + head * query_len) * PACK
             num_rows = query_len * PACK
-            part_rows = gl.convert_layout(rows, gl.SliceLayout(1, O_LAYOUT))
-            part_columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_LAYOUT))
+            partial_rows = gl.convert_layout(rows, gl.SliceLayout(1, O_LAYOUT))
+            partial_columns = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(0, O_LAYOUT))
             gl.store(
-                parts + slot * HEAD_DIM + part_rows[:, None] * HEAD_DIM + part_columns[None, :], o,
-                mask=(part_rows < num_rows)[:, None], eviction_policy="evict_last",
+                partials + slot * HEAD_DIM + partial_rows[:, None] * HEAD_DIM + partial_columns[None, :], o,
+                mask=(partial_rows < num_rows)[:, None], eviction_policy="evict_last",
             )  # fmt: skip
-            gl.store(part_lse + 2 * (slot + rows), running_max, mask=rows < num_rows)
-            gl.store(part_lse + 2 * (slot + rows) + 1, running_sum, mask=rows < num_rows)
+            gl.store(partial_lse + 2 * (slot + rows), running_max, mask=rows < num_rows)
+            gl.store(partial_lse + 2 * (slot + rows) + 1, running_sum, mask=rows < num_rows)
 
         turn += 1
-        seq, head, first_token, query_len, q_start, num_keys, _k_start, start, stop, place, num_parts = receive(
+        seq, head, first_token, query_len, q_start, num_keys, _k_start, start, stop, place, num_partials = receive(
             turn, queue
         )

@@ -50,7 +50,7 @@ from ..settings import (
 from .hopper_consumer_gluon import consume
 from .hopper_producer_gluon import produce
 from .hopper_scheduler_gluon import schedule
-from .split_plan_triton import empty_parts, make_split_plan_launch, prepare_merge
+from .split_plan_triton import empty_partials, make_split_plan_launch, prepare_merge
 
 LENGTHS = [
     "num_tiles", "num_seqs", "seqlen_q", "seqlen_k", "num_blocks", "num_heads", "l2_section", "stride_table",
@@ -61,7 +61,7 @@ LENGTHS = [
 
 @gluon.jit(do_not_specialize=LENGTHS)
 def _hopper_forward(
-    q_desc, k_desc, v_desc, out, lse, sinks, parts, part_lse, cu_seqlens_q, cu_seqlens_k, seq_lens,
+    q_desc, k_desc, v_desc, out, lse, sinks, partials, partial_lse, cu_seqlens_q, cu_seqlens_k, seq_lens,
     page_table, items, num_items, tile_counter,
     num_tiles, num_seqs, seqlen_q, seqlen_k, num_blocks, num_heads, l2_section, stride_table,
     stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh,
@@ -114,7 +114,7 @@ def _hopper_forward(
     )  # fmt: skip
     strides = (stride_ob, stride_ot, stride_oh, stride_lb, stride_lt, stride_lh)
     tensors = (
-        out, lse, sinks, parts, part_lse, q_smem, k_smem, v_smem, barriers, queue, num_heads, strides,
+        out, lse, sinks, partials, partial_lse, q_smem, k_smem, v_smem, barriers, queue, num_heads, strides,
         scale_log2, softcap, window_left, window_right,
     )  # fmt: skip
     keys = (q_desc, k_desc, page_table, stride_table, can_prefetch_kv, q_smem, k_smem, barriers, queue)
@@ -181,12 +181,12 @@ def _prepare(
     kv_tokens: int,
     counter: torch.Tensor,
     max_items: int = 0,
-    parts: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    partials: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
     can_prefetch_kv: bool = False,
 ) -> Launch:
     """The launch on ``q [B, L, Hq, D]`` (packed: B is 1).
 
-    It is called with ``q, *k, out, lse, sinks, *parts, *lengths``, and a counter or three times the plan.
+    It is called with ``q, *k, out, lse, sinks, *partials, *lengths``, and a counter or three times the plan.
 
     Args:
         k: keys and values, ``[B, Lk, Hk, D]`` or pages ``[num_pages, Hk, page_size, D]``.
@@ -198,7 +198,7 @@ def _prepare(
         kv_tokens: upper bound of the tokens of a head's keys, for the share of the L2 cache.
         counter: zeros, or the plan ("split").
         max_items: of the plan.
-        parts: ``empty_parts`` of the plan.
+        partials: ``empty_partials`` of the plan.
         can_prefetch_kv: of the plan, see ``paged_attention_op``.
     """
     s = settings
@@ -222,7 +222,7 @@ def _prepare(
     scale_log2 = scale * LOG2_E if softcap is None else 2.0 * scale / softcap * LOG2_E
     return Launch(
         _hopper_forward, (min(programs, num_tiles),),
-        q_desc, k_desc, v_desc, out, lse, sinks, *parts, cu_seqlens_q, cu_seqlens_k, seq_lens, page_table, *plan,
+        q_desc, k_desc, v_desc, out, lse, sinks, *partials, cu_seqlens_q, cu_seqlens_k, seq_lens, page_table, *plan,
         num_tiles, num_seqs, seqlen_q, k[0].shape[1], num_blocks, num_heads, l2_section,
         0 if page_table is None else page_table.stride(0), *out.stride()[:3],
         lse.stride(0) if mode == "dense" else 0, lse.stride(-1), lse.stride(-2),
@@ -324,31 +324,31 @@ def hopper_paged_launch(
         ))  # fmt: skip
     max_tokens = page_table.shape[1] * k_pages.shape[2]
     with device_guard(q):
-        if step.max_parts == 0:
+        if step.max_partials == 0:
             counter = new_counter(q.device)
             step.forward(q, k_pages, v_pages, out, lse, sinks, cu_seqlens_q, seq_lens, page_table, counter)
             return out, lse
         if plan is None:
             plan = make_split_plan_launch(seq_lens, cu_seqlens_q, max_tokens, window_left)
         plan = plan.contiguous()
-        parts, part_lse = empty_parts(out, step.max_parts, k_pages.shape[1], step.pack, q.shape[2])
+        partials, partial_lse = empty_partials(out, step.max_partials, k_pages.shape[1], step.pack, q.shape[2])
         step.forward(
-            q, k_pages, v_pages, out, lse, sinks, parts, part_lse, cu_seqlens_q, seq_lens, page_table, plan, plan, plan
+            q, k_pages, v_pages, out, lse, sinks, partials, partial_lse, cu_seqlens_q, seq_lens, page_table, *[plan] * 3
         )
         if step.merge is not None:
-            step.merge(parts, part_lse, plan, cu_seqlens_q, sinks, out, lse)
+            step.merge(partials, partial_lse, plan, cu_seqlens_q, sinks, out, lse)
     return out, lse
 
 
 @dataclass(frozen=True, slots=True)
 class _PagedLaunches:
-    """Of a step over pages: its launches, the rows that stand for a key/value head's queries, and the most parts of a
-    sequence; 0 without a plan."""
+    """Of a step over pages: its launches, the rows that stand for a key/value head's queries, and the most partials of
+    a sequence; 0 without a plan."""
 
     forward: Launch
     merge: Launch | None
     pack: int
-    max_parts: int
+    max_partials: int
 
 
 def _prepare_pages(
@@ -375,20 +375,20 @@ def _prepare_pages(
     num_seqs, max_tokens = seq_lens.shape[0], page_table.shape[1] * page_size
     split = max_query_len * pack <= TILE_ROWS and max_query_len <= SHORT_QUERY
     s = settings or hopper_settings(head_dim, max_query_len, split, max_tokens)
-    max_parts = max_splits(max_tokens) if split else 0
+    max_partials = max_splits(max_tokens) if split else 0
     # seq_lens stands for the plan, or the counter: a launch keeps no memory.
-    parts = empty_parts(out, max_parts, num_kv_heads, pack, head_dim) if split else (None, None)
+    partials = empty_partials(out, max_partials, num_kv_heads, pack, head_dim) if split else (None, None)
     forward = _prepare(
         q[None], pages, out[None], lse, "split" if split else "paged", (cu_seqlens_q, None, seq_lens, page_table),
         window_left, window_right, softcap, sinks, scale, s, group, pack,
         num_tokens // (TILE_ROWS * s.consumers // pack) + num_seqs, max_tokens, seq_lens,
-        max_split_items(num_seqs, max_tokens), parts, can_prefetch_kv,
+        max_split_items(num_seqs, max_tokens), partials, can_prefetch_kv,
     )  # fmt: skip
     merge = None
-    if split and max_parts > 1:
-        assert parts[0] is not None
+    if split and max_partials > 1:
+        assert partials[0] is not None
         first = 4 + ITEM_NUMBERS * max_split_items(num_seqs, max_tokens)
         merge = prepare_merge(
-            parts[0], parts[1], Part(seq_lens, first), max_parts, cu_seqlens_q, sinks, out, lse, group, pack
+            partials[0], partials[1], Part(seq_lens, first), max_partials, cu_seqlens_q, sinks, out, lse, group, pack
         )
-    return _PagedLaunches(forward, merge, pack, max_parts)
+    return _PagedLaunches(forward, merge, pack, max_partials)

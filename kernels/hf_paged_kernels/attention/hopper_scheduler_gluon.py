@@ -135,10 +135,10 @@ def split_bounds(
 def _find_split(tile, item, work, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr):
     """What tile ``tile`` is, a split for one head; see :func:`_find_block`."""
     _num_tiles, _num_seqs, _seqlen_q, _seqlen_k, _num_blocks, num_heads, _section, window_left, window_right, _ = work
-    seq, split, place, num_parts, q_start, query_len, num_keys = item
+    seq, split, place, num_partials, q_start, query_len, num_keys = item
     none = tile * 0
     start, stop = split_bounds(split, num_keys, query_len, window_left, window_right, HAS_LEFT, HAS_RIGHT)
-    return seq, tile % num_heads, none, query_len, q_start, num_keys, none, start, stop, place, num_parts
+    return seq, tile % num_heads, none, query_len, q_start, num_keys, none, start, stop, place, num_partials
 
 
 @gluon.jit
@@ -152,9 +152,9 @@ def _find_block(
     HAS_RIGHT: gl.constexpr,
 ):
     """What tile ``tile`` is: ``(seq, head, first_token, query_len, q_start, num_keys, k_start, start, stop, place,
-    num_parts)``.
+    num_partials)``.
 
-    ``start..stop`` are the keys that the tile's rows see; one of ``num_parts`` splits leaves its sums at ``place``.
+    ``start..stop`` are the keys that the tile's rows see; one of ``num_partials`` splits leaves its sums at ``place``.
     Heads are taken in sections whose keys and values fit in the L2 cache; within a section the last blocks, which see
     most keys, come first.
     """

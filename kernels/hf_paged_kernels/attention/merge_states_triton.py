@@ -49,11 +49,11 @@ def _merge_states(
     offs = tl.arange(0, BLOCK_DV)
     mask = offs < V_DIM
     # A side that saw no key may hold anything: it must not reach the sum even as 0 * nan. One that saw some must.
-    part_a = tl.load(out_a + token * stride_at + head * stride_ah + offs, mask=mask, other=0.0).to(tl.float32)
-    part_b = tl.load(out_b + token * stride_bt + head * stride_bh + offs, mask=mask, other=0.0).to(tl.float32)
-    part_a = tl.where(a == float("-inf"), 0.0, part_a)
-    part_b = tl.where(b == float("-inf"), 0.0, part_b)
-    result = (part_a * weight_a + part_b * weight_b) / safe_total
+    partial_a = tl.load(out_a + token * stride_at + head * stride_ah + offs, mask=mask, other=0.0).to(tl.float32)
+    partial_b = tl.load(out_b + token * stride_bt + head * stride_bh + offs, mask=mask, other=0.0).to(tl.float32)
+    partial_a = tl.where(a == float("-inf"), 0.0, partial_a)
+    partial_b = tl.where(b == float("-inf"), 0.0, partial_b)
+    result = (partial_a * weight_a + partial_b * weight_b) / safe_total
     tl.store(out + token * stride_ot + head * stride_oh + offs, result.to(out.dtype.element_ty), mask=mask)
     merged = tl.where(total == 0.0, float("-inf"), pivot + tl.log(safe_total))
     tl.store(lse + token * stride_lt + head * stride_lh, merged)

@@ -26,7 +26,7 @@ from ..settings import LOG2_E, QuantizedHopperSettings, choose_quantized_hopper_
 from . import paged_quantized_triton, split_plan_triton
 from .hopper_gluon import ANY
 from .hopper_scheduler_gluon import split_bounds
-from .split_plan_triton import SplitPlan, empty_parts, make_split_plan_launch, merge_parts_launch
+from .split_plan_triton import SplitPlan, empty_partials, make_split_plan_launch, merge_partials_launch
 
 load_item = gluon.jit(split_plan_triton.load_item.fn)
 to_float16 = gluon.jit(paged_quantized_triton.to_float16.fn)
@@ -139,7 +139,8 @@ LENGTHS = ["num_heads", "stride_table", "stride_lt", "stride_lh", "window_left",
 
 @gluon.jit(do_not_specialize=LENGTHS)
 def _quantized_splits(
-    q, k_desc, v_desc, k_scale, v_scale, page_table, sinks, out, lse, parts, part_lse, num_items, items, num_heads,
+    q, k_desc, v_desc, k_scale, v_scale, page_table, sinks, out, lse, partials, partial_lse, num_items, items,
+    num_heads,
     stride_qt, stride_qh, stride_sp, stride_sh, stride_ss, stride_table, stride_ot, stride_oh, stride_lt, stride_lh,
     scale_log2, softcap, window_left, window_right,
     DTYPE: gl.constexpr, PAGE_SIZE: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr,
@@ -183,7 +184,7 @@ def _quantized_splits(
     num_tiles = gl.maximum(gl.load(num_items), 1) * num_heads
     for work in range(gl.program_id(0), num_tiles, gl.num_programs(0)):
         head = work % num_heads
-        seq, split, place, num_parts, q_start, query_len, num_keys = load_item(items, work // num_heads)
+        seq, split, place, num_partials, q_start, query_len, num_keys = load_item(items, work // num_heads)
         context_len = num_keys - query_len
         start, stop = split_bounds(split, num_keys, query_len, window_left, window_right, HAS_LEFT, HAS_RIGHT)
         table_row = page_table + gl.cast(seq, gl.int64) * stride_table
@@ -258,14 +259,14 @@ def _quantized_splits(
         unit = unit / HIGHEST
         valid = tokens < query_len
         dims = 2 * gl.arange(0, HEAD_DIM // 2, layout=gl.SliceLayout(1, LAYOUT))
-        if num_parts > 1:
-            # An unnormalised part of the rows, for merge_parts_launch to add up.
+        if num_partials > 1:
+            # Unnormalised partials of the rows, for merge_partials_launch to add up.
             slot = (gl.cast(place, gl.int64) * num_heads + head * query_len) * GROUP
-            part = parts + (slot + rows)[None, :] * HEAD_DIM + dims[:, None]
-            gl.store(part, even * unit[None, :], mask=valid[None, :])
-            gl.store(part + 1, odd * unit[None, :], mask=valid[None, :])
-            gl.store(part_lse + 2 * (slot + rows), running_max, mask=valid)
-            gl.store(part_lse + 2 * (slot + rows) + 1, running_sum, mask=valid)
+            partial = partials + (slot + rows)[None, :] * HEAD_DIM + dims[:, None]
+            gl.store(partial, even * unit[None, :], mask=valid[None, :])
+            gl.store(partial + 1, odd * unit[None, :], mask=valid[None, :])
+            gl.store(partial_lse + 2 * (slot + rows), running_max, mask=valid)
+            gl.store(partial_lse + 2 * (slot + rows) + 1, running_sum, mask=valid)
         else:
             heads = head * GROUP + rows % GROUP
             if HAS_SINKS:
@@ -325,7 +326,7 @@ def quantized_splits_launch(
         plan = make_split_plan_launch(seq_lens, cu_seqlens_q, max_pages * page_size, window_left)
     split_plan = SplitPlan.of(plan, num_seqs, max_pages * page_size)
     num_tiles = split_plan.max_items * num_kv_heads
-    parts, part_lse = empty_parts(out, split_plan.max_parts, num_kv_heads, group, head_dim)
+    partials, partial_lse = empty_partials(out, split_plan.max_partials, num_kv_heads, group, head_dim)
     chunk = min(page_size, s.block_n)
     layout = LAYOUTS[min(128, head_dim)]
     k_desc, v_desc = (
@@ -336,8 +337,8 @@ def quantized_splits_launch(
     with device_guard(q):
         launch(
             _quantized_splits, (min(num_tiles, multiprocessors(q.device) * s.programs_per_sm),),
-            q, k_desc, v_desc, k_scale, v_scale, page_table, sinks, out, lse, parts, part_lse, split_plan.num_items,
-            split_plan.items, num_kv_heads,
+            q, k_desc, v_desc, k_scale, v_scale, page_table, sinks, out, lse, partials, partial_lse,
+            split_plan.num_items, split_plan.items, num_kv_heads,
             *q.stride()[:2], *scale_strides(k_scale, v_scale), page_table.stride(0), *out.stride()[:2],
             lse.stride(1), lse.stride(0),
             scale_log2, softcap or 0.0, window_left or 0, window_right or 0,
@@ -346,6 +347,6 @@ def quantized_splits_launch(
             HAS_LEFT=window_left is not None, HAS_RIGHT=window_right is not None, HAS_SOFTCAP=softcap is not None,
             HAS_SINKS=sinks is not None, num_warps=1, maxnreg=s.max_registers,
         )  # fmt: skip
-    if split_plan.max_parts > 1:
-        merge_parts_launch(parts, part_lse, split_plan, cu_seqlens_q, sinks, out, lse, group, group)
+    if split_plan.max_partials > 1:
+        merge_partials_launch(partials, partial_lse, split_plan, cu_seqlens_q, sinks, out, lse, group, group)
     return out, lse

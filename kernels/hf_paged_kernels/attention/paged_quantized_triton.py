@@ -38,10 +38,10 @@ from .primitives_triton import (
 )
 from .split_plan_triton import (
     SplitPlan,
-    empty_parts,
+    empty_partials,
     load_item,
     make_split_plan_launch,
-    merge_parts_launch,
+    merge_partials_launch,
     split_lengths,
 )
 
@@ -281,8 +281,8 @@ def _quantized_forward(
     sinks,
     out,
     lse,
-    parts,
-    part_lse,
+    partials,
+    partial_lse,
     num_items,
     items,
     num_tiles,
@@ -337,7 +337,7 @@ def _quantized_forward(
     for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
         if IS_SPLIT:
             kv_head = tile % num_heads
-            seq, split, place, num_parts, q_start, query_len, seq_len = load_item(items, tile // num_heads)
+            seq, split, place, num_partials, q_start, query_len, seq_len = load_item(items, tile // num_heads)
             first_token = tile * 0
         else:
             kv_head = tile // num_blocks
@@ -348,7 +348,7 @@ def _quantized_forward(
             first_token = (block - q_start // BLOCK_Q - seq) * BLOCK_Q
             query_len = tl.load(cu_seqlens_q + seq + 1) - q_start
             seq_len = tl.load(seq_lens + seq)
-            num_parts = tile * 0
+            num_partials = tile * 0
         context_len = seq_len - query_len
         last_token = tl.minimum(first_token + BLOCK_Q, query_len) - 1
         tokens = first_token + rows // GROUP
@@ -421,14 +421,14 @@ def _quantized_forward(
             result = even * unit
             columns = offs_dv
         store_mask = row_valid[:, None] & (columns < V_DIM)[None, :]
-        if IS_SPLIT and parts is not None:  # noqa: SIM102 - known when the kernel is compiled
-            if num_parts > 1:
-                # An unnormalised part of the rows, for merge_parts_launch to add up.
+        if IS_SPLIT and partials is not None:  # noqa: SIM102 - known when the kernel is compiled
+            if num_partials > 1:
+                # Unnormalised partials of the rows, for merge_partials_launch to add up.
                 slot = (tl.cast(place, tl.int64) * num_heads + kv_head * query_len) * GROUP
-                tl.store(parts + (slot + rows)[:, None] * V_DIM + columns[None, :], result, mask=store_mask)
-                tl.store(part_lse + 2 * (slot + rows), running_max, mask=row_valid)
-                tl.store(part_lse + 2 * (slot + rows) + 1, running_sum, mask=row_valid)
-        if num_parts <= 1:
+                tl.store(partials + (slot + rows)[:, None] * V_DIM + columns[None, :], result, mask=store_mask)
+                tl.store(partial_lse + 2 * (slot + rows), running_max, mask=row_valid)
+                tl.store(partial_lse + 2 * (slot + rows) + 1, running_sum, mask=row_valid)
+        if num_partials <= 1:
             if HAS_SINKS:
                 sink = tl.load(sinks + heads, mask=row_valid, other=0.0).to(tl.float32) * 1.4426950408889634
                 result, running_max, running_sum = add_sink(result, running_max, running_sum, sink)
@@ -479,14 +479,14 @@ def quantized_paged_attention_launch(
     block_q = max(1, chosen.block_m // group)
     pairs = chosen.pairs and v_dim % 2 == 0 and v_dim >= 32 and all(s % 2 == 0 for s in v_pages.stride()[:3])
     values = v_pages.view(torch.int16) if pairs else v_pages
-    split_plan = parts = part_lse = None
+    split_plan = partials = partial_lse = None
     if is_split:
         if plan is None:
             plan = make_split_plan_launch(seq_lens, cu_seqlens_q, max_pages * page_size, window_left)
         split_plan = SplitPlan.of(plan, num_seqs, max_pages * page_size)
         num_blocks = split_plan.max_items
-        if split_plan.max_parts > 1:
-            parts, part_lse = empty_parts(out, split_plan.max_parts, num_kv_heads, group, v_dim)
+        if split_plan.max_partials > 1:
+            partials, partial_lse = empty_partials(out, split_plan.max_partials, num_kv_heads, group, v_dim)
     else:
         num_blocks = num_tokens // block_q + num_seqs
     num_programs = num_blocks * num_kv_heads
@@ -497,8 +497,8 @@ def quantized_paged_attention_launch(
     with device_guard(q):
         launch(
             _quantized_forward, (num_programs,),
-            q, k_pages, values, k_scale, v_scale, page_table, seq_lens, cu_seqlens_q, sinks, out, lse, parts, part_lse,
-            None if split_plan is None else split_plan.num_items,
+            q, k_pages, values, k_scale, v_scale, page_table, seq_lens, cu_seqlens_q, sinks, out, lse, partials,
+            partial_lse, None if split_plan is None else split_plan.num_items,
             None if split_plan is None else split_plan.items,
             num_blocks * num_kv_heads, num_seqs, num_blocks, num_kv_heads,
             *q.stride()[:2], *k_pages.stride()[:3], *values.stride()[:3],
@@ -524,6 +524,6 @@ def quantized_paged_attention_launch(
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
         )  # fmt: skip
-    if split_plan is not None and parts is not None and part_lse is not None:
-        merge_parts_launch(parts, part_lse, split_plan, cu_seqlens_q, sinks, out, lse, group, group)
+    if split_plan is not None and partials is not None and partial_lse is not None:
+        merge_partials_launch(partials, partial_lse, split_plan, cu_seqlens_q, sinks, out, lse, group, group)
     return out, lse

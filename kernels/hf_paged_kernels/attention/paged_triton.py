@@ -11,10 +11,10 @@ every key tile is read once for the whole group:
 
     row m  ->  token m // GROUP of the block,  query head  kv_head * GROUP + m % GROUP
 
-Long contexts with short queries are split into fixed runs of SPLIT_LEN keys; each program leaves an unnormalised part
-and its log-sum-exp, and ``_merge_splits`` folds a row's parts in their order:
+Long contexts with short queries are split into fixed runs of SPLIT_LEN keys; each program leaves unnormalised partial
+results and their log-sum-exp, and ``_merge_splits`` folds a row's partials in their order:
 
-    keys     | split 0 | split 1 | split 2 | .. |      part[s], lse[s]   ->   out = sum_s exp(lse[s] - lse) * part[s]
+    keys   | split 0 | split 1 | split 2 | .. |    partial[s], lse[s]   ->   out = sum_s exp(lse[s] - lse) * partial[s]
 
 Keys are found through the page table tile by tile; nothing is gathered or copied (Kwon et al. 2023, "PagedAttention").
 """
@@ -287,8 +287,8 @@ def _paged_forward(
 
 @triton.jit(do_not_specialize=["num_seqs", "stride_plt", "stride_plh", "stride_pls", "stride_lt", "stride_lh"])
 def _merge_splits(
-    parts,
-    part_lse,
+    partials,
+    partial_lse,
     seq_lens,
     cu_seqlens_q,
     sinks,
@@ -310,7 +310,7 @@ def _merge_splits(
     SPLIT_LEN: tl.constexpr,
     HAS_SINKS: tl.constexpr,
 ):
-    """One program: one query token of one head. Parts are folded in order, so the sum never depends on the batch."""
+    """One program: one query token of one head. Partials are folded in order, so the sum never depends on the batch."""
     token = tl.program_id(0)
     head = tl.cast(tl.program_id(1), tl.int64)
     num_splits = tl.cdiv(tl.load(seq_lens + find_sequence(cu_seqlens_q, token, num_seqs, 0)), SPLIT_LEN)
@@ -321,18 +321,18 @@ def _merge_splits(
     running_max = token * 0.0 + float("-inf")
     running_sum = token * 0.0
     for split in range(0, num_splits):
-        split_lse = tl.load(part_lse + row * stride_plt + head * stride_plh + split * stride_pls)
+        split_lse = tl.load(partial_lse + row * stride_plt + head * stride_plh + split * stride_pls)
         # NaN too is a result: of the split that has it, and so of the row.
         if split_lse != float("-inf"):
-            part = tl.load(
-                parts + row * stride_pt + head * stride_ph + split * stride_ps + offs_dv,
+            partial = tl.load(
+                partials + row * stride_pt + head * stride_ph + split * stride_ps + offs_dv,
                 mask=offs_dv < V_DIM,
                 other=0.0,
             )
             new_max = tl.maximum(running_max, split_lse)
             old = tl.exp(running_max - new_max)
             new = tl.exp(split_lse - new_max)
-            accumulator = accumulator * old + part * new
+            accumulator = accumulator * old + partial * new
             running_sum = running_sum * old + new
             running_max = new_max
     if HAS_SINKS:

@@ -11,10 +11,11 @@ queries, runs of one prompt that see the same keys, are spread among the first w
 programs read the L2 cache, the rest keeps the memory busy. Splits behind a sliding window are left out. An item has
 all numbers of a split, so that kernels look nothing up::
 
-    sequence, split, place, parts of the sequence, its first query, its queries, its keys, 0
+    sequence, split, place, partials of the sequence, its first query, its queries, its keys, 0
 
-A split leaves a part for each of its queries, and ``place`` counts parts of single queries. So what they take depends
-on the queries of a step together, be they one of each sequence or 16 of some.
+A split leaves a partial result (sums of weights and of weighted values, not normalised) for each of its queries, and
+``place`` counts those of single queries. So what they take depends on the queries of a step together, be they one of
+each sequence or 16 of some.
 """
 
 from dataclasses import dataclass
@@ -41,8 +42,8 @@ from ..settings import (
 ITEM = tl.constexpr(ITEM_NUMBERS)
 LONG_QUERY = tl.constexpr(LONG_SHORT_QUERY)
 SPREAD = tl.constexpr(LONG_SPREAD)
-FEW_PARTS = 8
-"""Sequences that can have no more parts are merged by a smaller kernel."""
+FEW_PARTIALS = 8
+"""Sequences that can have no more partials are merged by a smaller kernel."""
 COUNTED = tl.constexpr(256)
 """Sequences that are looked at together for the one of a token."""
 _plans, _merges = Launches(), Launches()
@@ -85,7 +86,7 @@ def _store_item(items, index, numbers, mask):
 
 @triton.jit
 def load_item(items, index):
-    """``(sequence, split, place, parts, first query, queries, keys)`` of an item."""
+    """``(sequence, split, place, partials, first query, queries, keys)`` of an item."""
     numbers = ()
     for i in tl.static_range(ITEM - 1):
         numbers += (tl.load(items + ITEM * index + i),)
@@ -103,7 +104,7 @@ def _plan_splits(
     HAS_LEFT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One program. ``plan``: number of items, three zeros; items, see above; ``(place, parts)`` of each sequence."""
+    """One program. ``plan``: number of items, three zeros; items, see above; ``(place, partials)`` of each sequence."""
     seq = tl.arange(0, BLOCK)
     held = seq < num_seqs
     num_keys = tl.load(seq_lens + seq, mask=held, other=0)
@@ -143,7 +144,7 @@ def _plan_splits(
     num_items = num_long + num_short + tl.sum(tail, 0)
     # One of the long ones, then so many of the others: none where these are few.
     run = num_short // tl.maximum(num_long * SPREAD, 1)
-    # Where a sequence's parts lie: one after the other, whatever the order of the work.
+    # Where a sequence's partials lie: one after the other, whatever the order of the work.
     place = tl.cumsum(count * query_len, 0) - count * query_len
     items = plan + 4
     tl.store(plan + seq, tl.where(seq == 0, num_items, 0), mask=seq < 4)
@@ -162,21 +163,21 @@ def _plan_splits(
 
 
 @triton.jit
-def _load_parts(
-    parts, part_lse, first, start, stride, num_parts, row, valid, HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr,
-    CHUNK: tl.constexpr,
+def _load_partials(
+    partials, partial_lse, first, start, stride, num_partials, row, valid, HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
-    """Maxima, sums and sums of values of CHUNK parts from ``first`` on, which are all asked for at once."""
+    """Maxima, sums and sums of values of CHUNK partials from ``first`` on, which are all asked for at once."""
     columns = tl.arange(0, BLOCK_D)
     maxima, sums, values = (), (), ()
     for i in tl.static_range(CHUNK):
-        held = valid & (first + i < num_parts)
+        held = valid & (first + i < num_partials)
         place = start + tl.cast(first + i, tl.int64) * stride + row
-        maxima += (tl.load(part_lse + 2 * place, mask=held, other=float("-inf")),)  # type: ignore[assignment]
-        sums += (tl.load(part_lse + 2 * place + 1, mask=held, other=0.0),)  # type: ignore[assignment]
+        maxima += (tl.load(partial_lse + 2 * place, mask=held, other=float("-inf")),)  # type: ignore[assignment]
+        sums += (tl.load(partial_lse + 2 * place + 1, mask=held, other=0.0),)  # type: ignore[assignment]
         values += (  # type: ignore[assignment]
             tl.load(
-                parts + place[:, None] * HEAD_DIM + columns[None, :],
+                partials + place[:, None] * HEAD_DIM + columns[None, :],
                 mask=held[:, None] & (columns < HEAD_DIM)[None, :],
                 other=0.0,
             ),
@@ -204,9 +205,9 @@ def _sequence_of(cu_seqlens_q, token, num_seqs):
 
 
 @triton.jit(do_not_specialize=["num_seqs", "stride_lh"])
-def _merge_parts(
-    parts,
-    part_lse,
+def _merge_partials(
+    partials,
+    partial_lse,
     sequences,
     cu_seqlens_q,
     sinks,
@@ -221,12 +222,12 @@ def _merge_parts(
     BLOCK_R: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    MOST_PARTS: tl.constexpr,
+    MOST_PARTIALS: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
-    """One program: some rows of a token and key/value head. Parts are added one after the other: the bits of a row
+    """One program: some rows of a token and key/value head. Partials are added one after the other: the bits of a row
     depend on nothing but the row."""
     start_next(DEPENDENT)
     packed = tl.program_id(0)
@@ -235,24 +236,24 @@ def _merge_parts(
     # Loads that wait for one another are most of what this kernel costs: all of the plan at once, before the wait.
     seq = _sequence_of(cu_seqlens_q, packed, num_seqs)
     place = tl.load(sequences + 2 * seq)
-    num_parts = tl.load(sequences + 2 * seq + 1)
+    num_partials = tl.load(sequences + 2 * seq + 1)
     q_start = tl.load(cu_seqlens_q + seq)
     query_len = tl.load(cu_seqlens_q + seq + 1) - q_start
     wait_for_previous(DEPENDENT)
-    if (num_parts <= 1) | (packed - q_start >= query_len):
+    if (num_partials <= 1) | (packed - q_start >= query_len):
         return  # its only split has written the result, or the token is behind the last one
     start = (tl.cast(place, tl.int64) * tl.num_programs(1) + kv_head * query_len + packed - q_start) * PACK
     stride = tl.num_programs(1) * query_len * PACK
     head = kv_head * GROUP + row
     valid = row < GROUP
-    maxima, sums, values = _load_parts(
-        parts, part_lse, 0, start, stride, num_parts, row, valid, HEAD_DIM, BLOCK_D, CHUNK
+    maxima, sums, values = _load_partials(
+        partials, partial_lse, 0, start, stride, num_partials, row, valid, HEAD_DIM, BLOCK_D, CHUNK
     )
     # The largest maximum is the same in any order.
-    part = tl.arange(0, MOST_PARTS)
-    places = start + tl.cast(part, tl.int64)[None, :] * stride + row[:, None]
+    partial = tl.arange(0, MOST_PARTIALS)
+    places = start + tl.cast(partial, tl.int64)[None, :] * stride + row[:, None]
     all_maxima = tl.load(
-        part_lse + 2 * places, mask=valid[:, None] & (part < num_parts)[None, :], other=float("-inf")
+        partial_lse + 2 * places, mask=valid[:, None] & (partial < num_partials)[None, :], other=float("-inf")
     )
     top = tl.max(all_maxima, 1)
     if HAS_SINKS:
@@ -263,10 +264,10 @@ def _merge_parts(
     if HAS_SINKS:
         total = tl.exp2(sink - pivot)
     result = tl.zeros((BLOCK_R, BLOCK_D), tl.float32)
-    for first in range(0, num_parts, CHUNK):
+    for first in range(0, num_partials, CHUNK):
         if first > 0:
-            maxima, sums, values = _load_parts(
-                parts, part_lse, first, start, stride, num_parts, row, valid, HEAD_DIM, BLOCK_D, CHUNK
+            maxima, sums, values = _load_partials(
+                partials, partial_lse, first, start, stride, num_partials, row, valid, HEAD_DIM, BLOCK_D, CHUNK
             )
         for i in tl.static_range(CHUNK):
             weight = tl.exp2(maxima[i] - pivot)
@@ -284,21 +285,21 @@ def _merge_parts(
     tl.store(lse + head * stride_lh + token, row_lse, mask=valid)
 
 
-def empty_parts(
-    out: torch.Tensor, max_parts: int, num_kv_heads: int, pack: int, head_dim: int
+def empty_partials(
+    out: torch.Tensor, max_partials: int, num_kv_heads: int, pack: int, head_dim: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Room for the parts of the queries of ``out [T, Hq, D]``: ``parts`` and ``part_lse`` of
-    :func:`merge_parts_launch`."""
-    rows = max_parts * out.shape[0] * num_kv_heads * pack
+    """Room for the partials of the queries of ``out [T, Hq, D]``: ``partials`` and ``partial_lse`` of
+    :func:`merge_partials_launch`."""
+    rows = max_partials * out.shape[0] * num_kv_heads * pack
     return (
         out.new_empty(rows, head_dim, dtype=torch.float32),
         out.new_empty(rows, 2, dtype=torch.float32),
     )
 
 
-def merge_parts_launch(
-    parts: torch.Tensor,
-    part_lse: torch.Tensor,
+def merge_partials_launch(
+    partials: torch.Tensor,
+    partial_lse: torch.Tensor,
     plan: "SplitPlan",
     cu_seqlens_q: torch.Tensor,
     sinks: torch.Tensor | None,
@@ -307,7 +308,7 @@ def merge_parts_launch(
     group: int,
     pack: int,
 ) -> None:
-    """Add up the parts of every sequence with more than one split.
+    """Add up the partials of every sequence with more than one split.
 
     The plan is read ahead of the wait for the previous kernel: where that one lets the next start early
     (``dependent_launch_triton``), it must have waited itself before.
@@ -316,29 +317,29 @@ def merge_parts_launch(
     that head's among those of all heads, from ``(place * num_kv_heads + head * n) * pack`` on.
 
     Args:
-        parts: float32 ``[rows, head_dim]``, unnormalised sums of weighted values.
-        part_lse: float32 ``[rows, 2]``, the maximum of the scores in base 2, and the sum of weights.
+        partials: float32 ``[rows, head_dim]``, unnormalised sums of weighted values.
+        partial_lse: float32 ``[rows, 2]``, the maximum of the scores in base 2, and the sum of weights.
         out: ``[T, Hq, head_dim]``, written.
         lse: float32 ``[Hq, T]``, written.
         cu_seqlens_q: int32 ``[num_seqs + 1]``, contiguous, as ``sinks`` are: a copy made here would be read too early.
         group: query heads per key/value head; ``pack`` rows stand for them.
     """
-    tensors = (parts, part_lse, plan.sequences, cu_seqlens_q, sinks, out, lse)
-    key = (*map(layout, tensors), plan.max_parts, group, pack)
+    tensors = (partials, partial_lse, plan.sequences, cu_seqlens_q, sinks, out, lse)
+    key = (*map(layout, tensors), plan.max_partials, group, pack)
     merge = _merges.get(key)
     if merge is None:
         merge = _merges.keep(key, prepare_merge(
-            parts, part_lse, plan.sequences, plan.max_parts, cu_seqlens_q, sinks, out, lse, group, pack
+            partials, partial_lse, plan.sequences, plan.max_partials, cu_seqlens_q, sinks, out, lse, group, pack
         ))  # fmt: skip
     with device_guard(out):
         merge(*tensors)
 
 
 def prepare_merge(
-    parts: torch.Tensor,
-    part_lse: torch.Tensor,
+    partials: torch.Tensor,
+    partial_lse: torch.Tensor,
     sequences: "torch.Tensor | Part",
-    max_parts: int,
+    max_partials: int,
     cu_seqlens_q: torch.Tensor,
     sinks: torch.Tensor | None,
     out: torch.Tensor,
@@ -346,34 +347,34 @@ def prepare_merge(
     group: int,
     pack: int,
 ) -> Launch:
-    """The launch of :func:`merge_parts_launch`, to be called with ``parts, part_lse, sequences, cu_seqlens_q, sinks,
-    out, lse``; ``sequences`` and ``max_parts`` are those of the plan."""
-    head_dim = parts.shape[1]
+    """The launch of :func:`merge_partials_launch`, to be called with ``partials, partial_lse, sequences, cu_seqlens_q,
+    sinks, out, lse``; ``sequences`` and ``max_partials`` are those of the plan."""
+    head_dim = partials.shape[1]
     num_kv_heads = out.shape[1] // group
     block_d = next_power_of_2(head_dim)
     block_r = min(next_power_of_2(pack), MERGED_ROWS)
-    is_few = max_parts <= FEW_PARTS
+    is_few = max_partials <= FEW_PARTIALS
     return Launch(
-        _merge_parts, (out.shape[0], num_kv_heads, cdiv(pack, block_r)),
-        parts, part_lse, sequences, cu_seqlens_q, sinks, out, lse, cu_seqlens_q.shape[0] - 1,
+        _merge_partials, (out.shape[0], num_kv_heads, cdiv(pack, block_r)),
+        partials, partial_lse, sequences, cu_seqlens_q, sinks, out, lse, cu_seqlens_q.shape[0] - 1,
         *out.stride()[:2], lse.stride(0),
         GROUP=group, PACK=pack, BLOCK_R=block_r, HEAD_DIM=head_dim, BLOCK_D=block_d,
-        MOST_PARTS=FEW_PARTS if is_few else MAX_SPLITS, CHUNK=FEW_PARTS if is_few else 2 * FEW_PARTS,
+        MOST_PARTIALS=FEW_PARTIALS if is_few else MAX_SPLITS, CHUNK=FEW_PARTIALS if is_few else 2 * FEW_PARTIALS,
         HAS_SINKS=sinks is not None, num_warps=block_r * max(1, block_d // 128), **dependent_launch(out.device),
     )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
 class SplitPlan:
-    """Views of a plan's parts.
+    """Views of the parts of a plan.
 
     Attributes:
         num_items: int32 ``[1]``.
         tile_counter: int32 ``[3]``, zeros: counters for the kernel that walks through the items, which leaves zeros
             again. So one launch at a time can use a plan.
         items: int32 ``[ITEM_NUMBERS * max_items]``, see above.
-        sequences: int32 ``[2 * num_seqs]``: where a sequence's first part lies, and their number.
-        max_parts: upper bound of the parts of a sequence.
+        sequences: int32 ``[2 * num_seqs]``: where a sequence's first partial lies, and their number.
+        max_partials: upper bound of the partials of a sequence.
     """
 
     num_items: torch.Tensor
@@ -381,7 +382,7 @@ class SplitPlan:
     items: torch.Tensor
     sequences: torch.Tensor
     max_items: int
-    max_parts: int
+    max_partials: int
 
     @classmethod
     def of(cls, plan: torch.Tensor, num_seqs: int, max_tokens: int) -> "SplitPlan":
