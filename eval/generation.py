@@ -34,7 +34,7 @@ from transformers.utils import logging
 
 import hf_paged
 from eval import command_line
-from eval.loading import DTYPES, checked_device, device_name, load_pretrained, versions
+from eval.loading import DTYPES, checked_device, device_name, load_pretrained, set_attention, versions
 from eval.quality.text_data import ACCEPTED_SPECS, load_text
 
 SAMPLING: dict[str, dict[str, float]] = {
@@ -112,27 +112,55 @@ class BeamResult:
         num_prompts, num_beams: sizes.
         num_same: sequences that both found, of `num_prompts * num_beams`.
         max_score_diff: largest difference of the score of a sequence that both found.
-        max_best_diff: largest difference of the best score of a prompt.
+        best_diffs: difference of the best score of each prompt, the engine's less that of `generate()`.
         max_place_diff: largest difference of the scores at the same place, by rank.
-        limit: what the first two may be, in nats a token; in float32 the third as well.
-        is_exact: float32. In other dtypes candidates that the dtype does not tell apart are kept or dropped by chance,
-            and so are all beams that would have come of them.
+        limit: what each of them may be, in nats a token.
+        control_best_diffs: `best_diffs` of `generate()` on another plain attention; None in float32. In other dtypes
+            candidates that the dtype does not tell apart are kept or dropped by chance, and so are all beams that
+            would have come of them. The control tells how far that leads.
     """
 
     num_prompts: int
     num_beams: int
     num_same: int
     max_score_diff: float
-    max_best_diff: float
+    best_diffs: tuple[float, ...]
     max_place_diff: float
     limit: float
-    is_exact: bool
+    control_best_diffs: tuple[float, ...] | None = None
+
+    @property
+    def best_limit(self) -> float:
+        """What `best_diffs` may be, as a mean of absolute values: `limit`, or 1.5 times the control's."""
+        return max(self.limit, 1.5 * mean_size(self.control_best_diffs or ()))
+
+    def words_of_best(self) -> str:
+        """What is said of the best beams."""
+        if self.control_best_diffs is None:
+            return f"Best scores differ by {max(map(abs, self.best_diffs)):.1e} at most, limit {self.limit:g}."
+        return (
+            f"Best scores differ by {mean_size(self.best_diffs):.1e} on average ({_mean(self.best_diffs):+.1e} with "
+            f"sign), those of two plain attentions by {mean_size(self.control_best_diffs):.1e}, limit "
+            f"{self.best_limit:.2g}."
+        )
 
     @property
     def passed(self) -> bool:
         """Scores agree; in float32 so do the tokens, but for beams whose scores do not tell them apart."""
-        differences = [self.max_score_diff, self.max_best_diff, *([self.max_place_diff] if self.is_exact else [])]
-        return self.num_same > 0 and max(differences) <= self.limit
+        if self.num_same == 0 or self.max_score_diff > self.limit:
+            return False
+        if self.control_best_diffs is not None:
+            return mean_size(self.best_diffs) <= self.best_limit
+        return max(self.max_place_diff, *map(abs, self.best_diffs)) <= self.limit
+
+
+def mean_size(values: Sequence[float]) -> float:
+    """Mean of the absolute values; 0 of none."""
+    return _mean([abs(value) for value in values])
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / max(1, len(values))
 
 
 def make_prompts(ids: Sequence[int], num_prompts: int, longest: int) -> list[list[int]]:
@@ -251,36 +279,56 @@ def chi_square(setting: str, drawn: torch.Tensor, probabilities: torch.Tensor) -
 
 
 @torch.no_grad()
-def beam_check(model: PreTrainedModel, prompts: Sequence[Sequence[int]], num_beams: int, new_tokens: int) -> BeamResult:
-    """All beams of every prompt, by `generate()` and by the engine."""
+def beam_check(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], num_beams: int, new_tokens: int, attn: str = "eager"
+) -> BeamResult:
+    """All beams of every prompt, by `generate()` and by the engine.
+
+    The model is left on attention `attn`. In other dtypes than float32 `generate()` runs on a second one too.
+    """
+    set_attention(model, attn)
     config = GenerationConfig(
         max_new_tokens=new_tokens, do_sample=False, num_beams=num_beams, num_return_sequences=num_beams, pad_token_id=0
     )
-    expected = []
-    for prompt in tqdm(prompts, desc="beams"):
-        ids = torch.tensor([list(prompt)], device=model.device)
-        out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), generation_config=config, return_dict_in_generate=True,
-            output_scores=True,
-        )  # fmt: skip
-        expected.append((out.sequences[:, len(prompt) :].tolist(), out.sequences_scores.tolist()))
+    expected = _beams_of_generate(model, prompts, config)
     with hf_paged.Engine(model, background=False) as engine:
         outputs = engine.generate([list(prompt) for prompt in prompts], generation_config=config)
+    control = None
+    if model.dtype != torch.float32:
+        set_attention(model, "eager" if attn == "sdpa" else "sdpa")
+        others = _beams_of_generate(model, prompts, config)
+        set_attention(model, attn)
+        control = tuple(max(other) - max(scores) for (_, scores), (_, other) in zip(expected, others))
     of_same, of_best, of_place = [], [], []
     for (sequences, scores), output in zip(expected, outputs):
         if output.error is not None:
             raise output.error
         beams = [(beam.token_ids, float(beam.score or 0.0)) for beam in output.sequences]
-        of_best.append(abs(max(scores) - max(score for _, score in beams)))
+        of_best.append(max(score for _, score in beams) - max(scores))
         of_place += [abs(score - other) for score, (_, other) in zip(scores, beams)]
         for tokens, score in beams:
             # generate() pads beams that ended early.
             found = [other for row, other in zip(sequences, scores) if row[: len(tokens)] == tokens]
             of_same += [abs(score - found[0])] if found else []
     return BeamResult(
-        len(prompts), num_beams, len(of_same), max(of_same, default=0.0), max(of_best), max(of_place),
-        1e-4 if model.dtype == torch.float32 else 5e-2, model.dtype == torch.float32,
+        len(prompts), num_beams, len(of_same), max(of_same, default=0.0), tuple(of_best), max(of_place),
+        1e-4 if model.dtype == torch.float32 else 5e-2, control,
     )  # fmt: skip
+
+
+def _beams_of_generate(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], config: GenerationConfig
+) -> list[tuple[list[list[int]], list[float]]]:
+    """New tokens and score of each beam, by prompt."""
+    found = []
+    for prompt in tqdm(prompts, desc="beams"):
+        ids = torch.tensor([list(prompt)], device=model.device)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), generation_config=config, return_dict_in_generate=True,
+            output_scores=True,
+        )  # fmt: skip
+        found.append((out.sequences[:, len(prompt) :].tolist(), out.sequences_scores.tolist()))
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -303,7 +351,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     model = model.to(checked_device(args.device)).eval()
     greedy = greedy_agreement(model, prompts, args.new_tokens, args.batch_size)
     samples = sampling_check(model, prompts[-1], args.draws)
-    beams = beam_check(model, prompts[-args.beam_prompts :], args.beams, args.new_tokens)
+    beams = beam_check(model, prompts[-args.beam_prompts :], args.beams, args.new_tokens, args.attn)
     passed = greedy.passed and beams.passed and all(sample.passed for sample in samples)
     report: dict[str, Any] = {
         "model": args.model, "data": args.data, "attn": args.attn, "dtype": str(model.dtype).removeprefix("torch."),
@@ -331,9 +379,8 @@ def markdown(report: dict[str, Any], greedy: GreedyResult, samples: Sequence[Sam
         f"Greedy: {greedy.num_exact} of {greedy.num_prompts} prompts give the same {greedy.new_tokens} tokens patched "
         f"and unpatched; first differences at new token: {found} ({greedy.ties} of them ties of the dtype).\n",
         f"Beams: {beams.num_same} of {beams.num_prompts * beams.num_beams} sequences are found by both, their scores "
-        f"differ by {beams.max_score_diff:.1e} at most; the best of each prompt by {beams.max_best_diff:.1e}; those of "
-        f"one rank by {beams.max_place_diff:.1e} (limit {beams.limit:g}"
-        f"{'' if beams.is_exact else ', for the first two: ties of the dtype change which beams are kept'}).\n",
+        f"differ by {beams.max_score_diff:.1e} at most (limit {beams.limit:g}), those of one rank by "
+        f"{beams.max_place_diff:.1e}. {beams.words_of_best()}\n",
         "Samples, chi-square of first tokens against the softmax:\n",
         "| setting | draws | bins | chi-square | p | impossible tokens |",
         "|---|---|---|---|---|---|",

@@ -206,10 +206,9 @@ def _text(
 
 
 def _beams(model: PreTrainedModel, prompts: Sequence[Prompt], plan: Plan) -> dict[str, Any]:
-    set_attention(model, "eager")
     short = [list(prompt.ids) for prompt in prompts if prompt.kind != "long"][: plan.beam_prompts]
     beams = beam_check(model, short, plan.beams, plan.beam_tokens)
-    return {**asdict(beams), "passed": beams.passed}
+    return {**asdict(beams), "passed": beams.passed, "best": beams.words_of_best()}
 
 
 def _passages(model: PreTrainedModel, ids: Sequence[int], plan: Plan, beginning: Sequence[int]) -> list[dict[str, Any]]:
@@ -351,7 +350,8 @@ def verdict(report: dict[str, Any]) -> dict[str, Any]:
         say(
             beams["passed"],
             f"Beam search: {beams['num_same']} of {beams['num_prompts'] * beams['num_beams']} sequences are those of "
-            f"generate(); best scores differ by {beams['max_best_diff']:.1e} nats a token, limit {beams['limit']:g}.",
+            f"generate(), their scores differ by {beams['max_score_diff']:.1e} nats a token at most, limit "
+            f"{beams['limit']:g}. {beams['best']}",
         )
     if "passages" in report:
         grids = report["passages"]
@@ -468,10 +468,12 @@ def tables(report: dict[str, Any]) -> list[Table]:
             (
                 "Beams",
                 "The engine's beam search beside generate() with eager attention; differences of scores in nats a "
-                "token.",
-                ["prompts", "beams", "sequences found by both", "of the same sequence", "of the best", "limit"],
+                "token. Of a prompt's best: score of the engine's less that of generate(); control: sdpa's less that.",
+                ["prompts", "beams", "sequences found by both", "of the same sequence", "of the best, by prompt",
+                 "control, by prompt"],
                 [[str(b["num_prompts"]), str(b["num_beams"]), str(b["num_same"]), f"{b['max_score_diff']:.1e}",
-                  f"{b['max_best_diff']:.1e}", f"{b['limit']:g}"]],
+                  *(", ".join(f"{difference:+.3f}" for difference in b[name] or ()) or "-"
+                    for name in ("best_diffs", "control_best_diffs"))]],
             )
         )  # fmt: skip
     if "passages" in report:

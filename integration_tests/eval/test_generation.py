@@ -86,7 +86,9 @@ def test_chi_square_by_hand_and_against_scipy():
 def test_beams_have_the_scores_of_generate(model, prompts):
     result = beam_check(model, prompts[:3], num_beams=3, new_tokens=6)
     assert result.num_same == 9
-    assert max(result.max_score_diff, result.max_best_diff, result.max_place_diff) < 1e-5
+    assert max(result.max_score_diff, *map(abs, result.best_diffs), result.max_place_diff) < 1e-5
+    assert len(result.best_diffs) == 3
+    assert result.control_best_diffs is None, "float32 needs no control"
     assert result.passed
 
 
@@ -95,15 +97,27 @@ def test_beams_have_the_scores_of_generate(model, prompts):
     [
         ({}, True),
         ({"max_place_diff": 0.2}, False),
-        ({"max_place_diff": 0.2, "is_exact": False}, True),
-        ({"max_best_diff": 0.2, "is_exact": False}, False),
-        ({"max_score_diff": 0.2, "is_exact": False}, False),
+        ({"max_place_diff": 0.2, "control_best_diffs": (0.0, 0.0)}, True),
+        ({"best_diffs": (0.0, -0.15)}, False),
+        ({"best_diffs": (0.0, -0.15), "control_best_diffs": (0.0, 0.0)}, True),
+        ({"best_diffs": (0.1, -0.15), "control_best_diffs": (0.0, 0.0)}, False),
+        ({"best_diffs": (0.1, -0.15), "control_best_diffs": (-0.1, 0.1)}, True),
+        ({"best_diffs": (0.2, -0.2), "control_best_diffs": (-0.1, 0.1)}, False),
+        ({"max_score_diff": 0.2, "control_best_diffs": (0.5, 0.5)}, False),
         ({"num_same": 0}, False),
     ],
 )
 def test_beams_pass_by_their_scores(changes, passed):
-    result = BeamResult(2, 4, 8, 0.0, 0.0, 0.0, 0.1, True)
+    result = BeamResult(2, 4, 8, 0.0, (0.0, 0.0), 0.0, 0.1)
     assert dataclasses.replace(result, **changes).passed == passed
+
+
+def test_beams_in_bfloat16_have_a_control(prompts):
+    model = AutoModelForCausalLM.from_pretrained(ASSETS / "small_model", dtype=torch.bfloat16).eval()
+    result = beam_check(model, prompts[:3], num_beams=3, new_tokens=6)
+    assert len(result.control_best_diffs) == 3
+    assert result.passed
+    assert "two plain attentions" in result.words_of_best()
 
 
 def test_scores_of_beams_that_are_wrong_are_seen(model, prompts, monkeypatch):
