@@ -18,7 +18,7 @@ from eval.quality.partial_results import PartialResults
 from eval.quality.perplexity_table import document_figures
 from eval.quality.processes import Processes
 from eval.quality.retrieval import STRING_LEN, chunk_of
-from eval.quality.scoring import default_chunk, reads_pages
+from eval.quality.scoring import default_chunk, reads_pages, token_nll
 from eval.quality.text_data import Documents, load_documents
 from hf_paged.engine.sampling.logprobs import token_logprobs
 
@@ -276,3 +276,12 @@ def test_an_empty_continuation_is_refused():
     lm = PagedLM(MODEL, dtype="float32", device="cpu", max_length=64)
     with pytest.raises(ValueError, match=r"\('import', ''\) has an empty continuation"):
         lm._loglikelihood_tokens([(("import", ""), [5, 6], [])], disable_tqdm=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_likelihoods_over_a_large_vocabulary_have_no_bias(dtype):
+    logits = (torch.randn(64, 50_000) * 3).to(dtype)
+    labels = torch.randint(50_000, (64,))
+    errors = token_nll(logits, labels).double() + logits.double().log_softmax(-1).gather(1, labels[:, None])[:, 0]
+    assert errors.abs().max() < 4e-6  # two roundings of a float32 of this size
+    assert errors.mean().abs() < 1e-6
