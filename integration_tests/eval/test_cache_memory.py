@@ -54,6 +54,16 @@ def test_a_missing_backend_is_said(llama, monkeypatch):
     assert (row.held_bytes, row.note) == (None, "not installed")
 
 
+def test_a_peer_that_fails_is_said_and_pages_that_fail_raise(llama):
+    def fails(cache):
+        raise RuntimeError("probability tensor contains nan")
+
+    row = cache_memory._measure("c", "QuantizedCache fp8", llama, 8, 16, 8, 1, fails)
+    assert (row.held_bytes, row.note) == (None, "failed: probability tensor contains nan")
+    with pytest.raises(RuntimeError, match="contains nan"):
+        cache_memory._measure("c", PAGED, llama, 8, 16, 8, 1, fails)
+
+
 @pytest.mark.parametrize("kind", [PAGED, ONCE, STORED])
 @pytest.mark.parametrize("case", ["b", "c"])
 def test_beams_and_samples_share_their_prompt(llama, case, kind):

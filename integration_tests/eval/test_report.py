@@ -386,3 +386,16 @@ def test_caches_that_are_not_installed_have_a_note():
     assert (rows[1].ppl is None) == (importlib.util.find_spec("hqq") is None)
     with pytest.raises(ValueError, match="names has 'hqq'; pass some of"):
         next(kv_table(model, [1, 2], Settings(2, 1), ["hqq"]))
+
+
+def test_a_cache_that_gives_nan_has_a_note_and_pages_that_do_raise(monkeypatch):
+    def nan(*args, **kwargs):
+        raise FloatingPointError("the nll of token 31 is nan")
+
+    model = AutoModelForCausalLM.from_pretrained(ASSETS / "small_model", dtype=torch.float32)
+    monkeypatch.setattr("eval.quality.kv_quantisation.perplexity", nan)
+    monkeypatch.setattr("eval.quality.kv_quantisation._bits", lambda *args: 8.0)
+    (row,) = kv_table(model, list(range(5, 90)), Settings(40, 20, chunk=16), ["DynamicCache"])
+    assert (row.ppl, row.note) == (None, "FloatingPointError: the nll of token 31 is nan")
+    with pytest.raises(FloatingPointError):
+        list(kv_table(model, list(range(5, 90)), Settings(40, 20, chunk=16), ["PagedCache int8"]))
