@@ -1,5 +1,6 @@
 """Hooks, modules and forwards that packed rows may not pass through, or not unseen."""
 
+import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -40,6 +41,20 @@ def row_wise(hook: Hook) -> Hook:
     except (AttributeError, TypeError):
         raise TypeError(f"hook is {hook!r}, which takes no attributes: wrap it into a function.") from None
     return hook
+
+
+def in_this_thread(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """A hook of ours for modules that other threads may run meanwhile: it is called in the thread that made it only.
+
+    Every hook that the package registers is one: what it saw, or returned, would be another forward's.
+    """
+    thread = threading.get_ident()
+
+    def here(module: torch.nn.Module, args: tuple[Any, ...], *others: Any) -> Any:
+        # A pre-hook that another thread meets while it is being registered is called without the keyword arguments.
+        return hook(module, args, *others) if threading.get_ident() == thread else None
+
+    return here
 
 
 def is_marked(hook: Callable) -> bool:

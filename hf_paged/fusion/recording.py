@@ -1,13 +1,14 @@
 """What every module of a model gets and gives in a few steps of the engine, and how it attends."""
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+
+from ..hooks import in_this_thread
 
 
 class Step(Protocol):
@@ -87,19 +88,15 @@ def record(model: nn.Module, cache: Any, steps: Sequence[Step]) -> Recording:
     number = 0
 
     # ``number`` is that of the step which the loop below runs.
-    # Other threads may run the model meanwhile.
-    thread = threading.get_ident()
-
+    @in_this_thread
     def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if threading.get_ident() != thread:
-            return
         call = Call(args, dict(kwargs))
         recording.calls.setdefault(module, {}).setdefault(number, []).append(call)
         stack.append((module, call))
 
+    @in_this_thread
     def after(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        if threading.get_ident() == thread:
-            stack.pop()[1].output = output
+        stack.pop()[1].output = output
 
     def attends(attended: Attended) -> None:
         recording.attended.setdefault(stack[-1][0], {}).setdefault(number, []).append(attended)

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..hooks import in_this_thread
 from ..transformers_internals import given_cache
 from .forwards import FusedAttention, FusedLayer, FusedMlp, FusionContext, Unit
 from .recording import Attended, Call, Recording, watch_attention
@@ -105,9 +106,10 @@ def verify_layer(unit: FusedLayer, verification: Verification, cache: Any) -> st
 
 @contextlib.contextmanager
 def _watch(module: nn.Module | None, instead: Any = None) -> Iterator[list[Call]]:
-    """The calls of a module, None: of none; ``instead`` is what they return then."""
+    """The calls of a module in this thread, None: of none; ``instead`` is what they return then."""
     calls: list[Call] = []
 
+    @in_this_thread
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         calls.append(Call(args, {}, output))
         return instead

@@ -114,6 +114,46 @@ def test_plain_forwards_beside_a_patched_generate(attention, fuse, often):
             assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), tokens)
 
 
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_plain_forwards_while_an_engine_starts_meet_its_hooks_and_are_their_own(family, monkeypatch):
+    """An engine records modules and proves fused ones; an MLP that is not fused returns what it gave before."""
+    model = tiny_model(family)
+    ids = torch.tensor([prompt(9), prompt(9, 1)])
+    with torch.no_grad():
+        logits = model(ids).logits
+    alone_engine = engine_of(model)
+    counts = alone_engine.fused.counts
+    alone_engine.close()
+    got = []
+
+    def forward():
+        try:
+            with torch.no_grad():
+                got.append(float((model(ids).logits - logits).abs().max()))
+        except Exception as error:
+            got.append(error)
+
+    def followed_by_a_forward(register):
+        def registered(*args, **kwargs):
+            handle = register(*args, **kwargs)
+            thread = threading.Thread(target=forward)
+            thread.start()
+            thread.join()
+            return handle
+
+        return registered
+
+    for name in ("register_forward_hook", "register_forward_pre_hook"):
+        monkeypatch.setattr(torch.nn.Module, name, followed_by_a_forward(getattr(torch.nn.Module, name)))
+    engine = engine_of(model)
+    monkeypatch.undo()
+    assert engine.fused.counts == counts, engine.fused.refusals
+    assert len(got) > 20
+    assert not [x for x in got if isinstance(x, Exception) or x > 1e-5]
+    assert tokens_of(engine) == expected_of(model)
+    engine.close()
+
+
 def test_the_caller_switches_between_its_own_forwards_beside_engines(often):
     """A forward reads the implementation for its mask and again in every layer, with or without engines: one whose mask
     is sdpa's (None) and whose next layer is eager's is not causal. So a caller's switches wait for its forwards."""

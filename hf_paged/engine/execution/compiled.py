@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from ...fusion import runs_another_forward, standing_in
+from ...hooks import in_this_thread
 from ...transformers_internals import any_hooks, has_compiled, hooks_of
 
 ONE_KERNEL = (torch.nn.Linear, torch.nn.Embedding, torch.nn.Dropout, torch.nn.Identity)
@@ -76,6 +77,7 @@ class CompiledModules:
         elif self._forwards is None:
             see_cache: set[torch.nn.Module] = set()
 
+            @in_this_thread
             def note(module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                 if any(x is cache for x in (*args, *kwargs.values())):
                     see_cache.add(module)

@@ -2,7 +2,6 @@
 
 import dataclasses
 import inspect
-import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import torch
 
 from ...errors import UnsupportedModelError
+from ...hooks import in_this_thread
 from ...mixed_precision import enables_autocast
 from ..config import EngineConfig
 from ..core import EngineCore
@@ -260,12 +260,12 @@ def _layers(model: Any) -> dict[str, torch.nn.Module]:
 def _outputs(model: Any) -> Iterator[dict[str, torch.Tensor]]:
     """Collect what the decoder layers return, as ``[tokens, hidden]``, by their names."""
     seen: dict[str, torch.Tensor] = {}
-    thread = threading.get_ident()  # Others may run the model meanwhile.
 
     def keep(name: str) -> Callable[..., None]:
+        @in_this_thread
         def hook(module: torch.nn.Module, args: Any, output: Any) -> None:
             states = output[0] if isinstance(output, tuple) else output
-            if isinstance(states, torch.Tensor) and threading.get_ident() == thread:
+            if isinstance(states, torch.Tensor):
                 seen[name] = states.reshape(-1, states.shape[-1])
 
         return hook
