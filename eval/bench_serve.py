@@ -5,7 +5,8 @@
 Random weights, no eos, sampled with top-k 50; every request has the same number of new tokens. Three runs on one warm
 engine: `submit` with iterators, the gRPC service alone, and the whole server (guard, gateway, HTTP streams). Clients of
 the last two are processes of their own. Then guided beside unguided requests in the process: a grammar that allows
-half of the tokens, whose mask costs what a mask of llguidance's size costs to send, and nothing to find.
+half of the tokens, whose mask costs what a mask of llguidance's size costs to send, and nothing to find. A part that
+fails is reported, and the others run.
 """
 
 import asyncio
@@ -13,16 +14,20 @@ import json
 import subprocess
 import sys
 import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from transformers import AutoTokenizer, GenerationConfig
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 import hf_paged
 from eval import command_line
 from eval.engine_bench.models import MODELS, TINY, build
+from hf_paged.serve.command import SWITCH_S
 
 SMALL_MODEL = Path(__file__).parent.parent / "integration_tests" / "assets" / "small_model"
 CLIENTS = 4
@@ -96,6 +101,15 @@ def through(server: Any, kind: str, jobs: list[Any]) -> dict[str, float]:
     return summary(got, time.perf_counter() - start)
 
 
+def tokenizer_of_size(size: int) -> PreTrainedTokenizerFast:
+    """The small model's tokenizer with made-up words, so that each token of the model has a text that is streamed."""
+    made = json.loads(AutoTokenizer.from_pretrained(SMALL_MODEL).backend_tokenizer.to_str())
+    words = made["model"]["vocab"]
+    known = {*words.values(), *(token["id"] for token in made["added_tokens"])}
+    words.update({f"\u0120t{i}": i for i in range(size) if i not in known})
+    return PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(json.dumps(made)))
+
+
 def main() -> None:
     """Run the command."""
     parser = command_line.make_parser("bench_serve", __doc__)
@@ -106,37 +120,59 @@ def main() -> None:
     parser.add_argument("--output", type=command_line.output_file, help="a JSON file for the result")
     options = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = build(options.model, TINY | {"vocab_size": 1024} if options.tiny else None, device=device)
-    tokenizer = AutoTokenizer.from_pretrained(SMALL_MODEL)
+    model = build(options.model, TINY | {"vocab_size": 4096} if options.tiny else None, device=device)
+    tokenizer = tokenizer_of_size(model.config.vocab_size)
     texts = [f"request {i}: " + "import os\n" * 40 for i in range(options.streams)]
     prompts = [[token % model.config.vocab_size for token in tokenizer(text).input_ids] for text in texts]
     longest = max(map(len, prompts)) + options.new + 1
     config = hf_paged.EngineConfig(max_num_seqs=options.streams, max_model_len=longest, prefix_caching=False)
-    report: dict[str, Any] = {"model": options.model, "device": device, "streams": options.streams}
+    report: dict[str, Any] = {"model": options.model, "device": device, "streams": options.streams, "new": options.new}
     with hf_paged.Engine(model, config) as engine:
         engine.warm_up()
         in_process(engine, prompts[:8], 8)
-        report["in process"] = in_process(engine, prompts, options.new)
-        with hf_paged.serve(engine, tokenizer, port=0, gateway="none") as server:
-            jobs: list[Any] = [(ids, options.new) for ids in prompts]
-            report["gRPC"] = through(server, "grpc", jobs)
-        with hf_paged.serve(engine, tokenizer, port=0, model_name="bench") as server:
+
+        def submitted(**arguments: Any) -> dict[str, float]:
+            return in_process(engine, prompts, options.new, **arguments)
+
+        def by_grpc() -> dict[str, float]:
+            with hf_paged.serve(engine, tokenizer, port=0, gateway="none") as server:
+                return through(server, "grpc", [(ids, options.new) for ids in prompts])
+
+        def by_gateway() -> dict[str, float]:
             body = {
                 "model": "bench", "max_tokens": options.new, "temperature": 0.8, "top_k": 50, "stream": True,
                 "stream_options": {"include_usage": True},
             }  # fmt: skip
-            jobs = [json.dumps({**body, "prompt": text}) for text in texts]
-            report["gateway"] = through(server, "http", jobs)
-        report["in process again"] = in_process(engine, prompts, options.new)
-        report["guided"] = in_process(engine, prompts, options.new, grammar=HalfOfTheTokens)
-        report["penalised"] = in_process(engine, prompts, options.new, frequency_penalty=0.1)
-    for name, found in report.items():
-        print(f"{name:17} {found}")
-    base = max(report[name]["tokens_per_s"] for name in ("in process", "in process again"))
+            with hf_paged.serve(engine, tokenizer, port=0, model_name="bench") as server:
+                return through(server, "http", [json.dumps({**body, "prompt": text}) for text in texts])
+
+        parts: dict[str, Callable[[], dict[str, float]]] = {
+            "in process": submitted,
+            "gRPC": by_grpc,
+            "gateway": by_gateway,
+            "in process again": submitted,
+            "guided": lambda: submitted(grammar=HalfOfTheTokens),
+            "penalised": lambda: submitted(frequency_penalty=0.1),
+        }
+        interval = sys.getswitchinterval()
+        for name, part in parts.items():
+            # The command serves with its own interval, so that steps do not wait for messages.
+            sys.setswitchinterval(SWITCH_S if name in ("gRPC", "gateway") else interval)
+            try:
+                report[name] = part()
+            except Exception as error:
+                traceback.print_exc()
+                report[name] = {"error": f"{type(error).__name__}: {error}"}
+            print(f"{name:17} {report[name]}", flush=True)
+            if options.output is not None:
+                options.output.write_text(json.dumps(report, indent=1) + "\n")
+    rates = {name: report[name].get("tokens_per_s") for name in parts}
+    base = max(rates[name] or 0.0 for name in ("in process", "in process again"))
     for name in ("gRPC", "gateway", "guided", "penalised"):
-        print(f"{name}: {report[name]['tokens_per_s'] / base:.1%} of the tokens/s in the process")
-    if options.output is not None:
-        options.output.write_text(json.dumps(report, indent=1) + "\n")
+        if base and rates[name]:
+            print(f"{name}: {rates[name] / base:.1%} of the tokens/s in the process")
+    if None in rates.values():
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -61,7 +61,8 @@ def main() -> None:
     """Run the client."""
     client: Any = {"http": http, "grpc": grpc}[sys.argv[1]]
     if client is grpc:
-        importlib.import_module("smg_grpc_proto.vllm_engine_pb2_grpc")  # Takes a while.
+        # Takes a while; the package finds its modules as attributes alone.
+        _ = importlib.import_module("smg_grpc_proto").vllm_engine_pb2_grpc
     print("ready", flush=True)
     print(json.dumps(asyncio.run(client(*json.loads(sys.stdin.readline())))))
 
