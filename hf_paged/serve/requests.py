@@ -1,6 +1,7 @@
 """What a request of the protocol becomes: the arguments of ``Engine.submit``, or a reason why not."""
 
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,16 @@ SMALLEST_TEMPERATURE = 1e-5
 """Below it, the most likely token is taken, as in vLLM."""
 PENALTY_RANGE = 2.0
 """The largest presence and frequency penalty, and the negative of the smallest, as in the OpenAI API."""
+NO_EOS = (-1,)
+"""For ``GenerationConfig``: no token ends a request. None would mean the model's own."""
+
+
+def _is_meant(record: logging.LogRecord) -> bool:
+    """Whether a line of the log is to be printed: not transformers' warning of :data:`NO_EOS`, for every request."""
+    return not ("eos_token_id" in record.getMessage() and "tensor([-1]" in record.getMessage())
+
+
+logging.getLogger("transformers.generation.utils").addFilter(_is_meant)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +94,7 @@ def submit_arguments(
         "num_return_sequences": params.n or 1,
         "max_new_tokens": params.max_tokens if params.HasField("max_tokens") else room,
         "min_new_tokens": params.min_tokens if eos else None,
-        "eos_token_id": sorted(set(eos)) or [-1],
+        "eos_token_id": sorted(set(eos)) or list(NO_EOS),
         "pad_token_id": facts.pad_token_id,
         "repetition_penalty": params.repetition_penalty or 1.0,
         # What was not given is none of the model's defaults: the gateway has filled these in.
