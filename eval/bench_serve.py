@@ -27,9 +27,10 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 import hf_paged
 from eval import command_line
 from eval.engine_bench.models import MODELS, TINY, build
-from hf_paged.serve.command import SWITCH_S
 
 SMALL_MODEL = Path(__file__).parent.parent / "integration_tests" / "assets" / "small_model"
+SWITCH_S = 5e-4
+"""Of the command: steps wait less for messages."""
 CLIENTS = 4
 """Processes that read streams."""
 
@@ -156,7 +157,7 @@ def main() -> None:
         }
         interval = sys.getswitchinterval()
         for name, part in parts.items():
-            # The command serves with its own interval, so that steps do not wait for messages.
+            # As the command does.
             sys.setswitchinterval(SWITCH_S if name in ("gRPC", "gateway") else interval)
             try:
                 report[name] = part()

@@ -24,6 +24,20 @@ EXTRA = ("smg", "smg-grpc-proto", "grpcio", "grpcio-health-checking", "llguidanc
 """Distributions of the extra ``serve``."""
 
 
+def check_gateway(gateway: str) -> None:
+    """
+    Raises:
+        ValueError: it is none of :data:`GATEWAYS`.
+    """
+    if gateway == "dynamo":
+        raise ValueError(
+            'gateway "dynamo" is not served: its workers register with a runtime of their own, which hf_paged does not '
+            f"speak. Use one of {GATEWAYS}."
+        )
+    if gateway not in GATEWAYS:
+        raise ValueError(f"gateway must be one of {GATEWAYS}, got {gateway!r}.")
+
+
 def require_extra() -> None:
     """
     Raises:
@@ -71,8 +85,7 @@ def serve(
         ValueError: an argument is not one of those accepted.
         RuntimeError: the gateway did not start.
     """
-    if gateway not in GATEWAYS:
-        raise ValueError(f"gateway must be one of {GATEWAYS}, got {gateway!r}.")
+    check_gateway(gateway)
     require_extra()
     from .server import Server
 

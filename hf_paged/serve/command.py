@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers.utils import logging
 
 from ..engine import Engine, EngineConfig
 from ..errors import UnsupportedModelError
-from . import GATEWAYS, Limits, require_extra, serve
+from . import Limits, check_gateway, require_extra, serve
 
 SWITCH_S = 5e-4
 KEY = "HF_PAGED_API_KEY"
@@ -29,7 +30,8 @@ def add_serve_parser(commands: Any) -> None:
     parser.add_argument("model", metavar="MODEL", help="folder or hub id of a model")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; others than loopback need a key")
     parser.add_argument("--port", type=int, default=8000, help="port to listen on; 0: any free one")
-    parser.add_argument("--gateway", choices=GATEWAYS, default="smg", help='"none": the gRPC service alone')
+    parser.add_argument("--gateway", default="smg", help='"smg", or "none": the gRPC service alone')
+    parser.add_argument("--replicas", type=int, default=1, help="engines behind the gateway, each a process and a GPU")
     parser.add_argument("--api-key", help=f"that clients must send (better: the variable {KEY})")
     parser.add_argument("--served-model-name", help="what clients call the model (default: MODEL)")
     parser.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
@@ -40,7 +42,7 @@ def add_serve_parser(commands: Any) -> None:
     parser.add_argument("--max-model-len", type=int, help="tokens of a request (default: what the model's config says)")
     parser.add_argument("--memory-fraction", type=float, default=0.9, help="of the free memory, for pages")
     parser.add_argument("--kv-dtype", default="auto", help='"auto", "fp8" or "int8"')
-    parser.add_argument("--metrics-port", type=int, help="of the engine's Prometheus metrics, on loopback")
+    parser.add_argument("--metrics-port", type=int, help="of Prometheus metrics, on loopback; each replica has its own")
     parser.add_argument("--request-seconds", type=float, default=3600.0, help="after which a request ends")
     parser.add_argument("--no-warm-up", action="store_true", help="capture steps when they are first needed")
 
@@ -57,6 +59,8 @@ def serve_command(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     # The thread of the steps must not wait for that of the messages for as long as Python lets it by itself.
     sys.setswitchinterval(SWITCH_S)
     try:
+        check_gateway(options.gateway)
+        _check_replicas(options)
         limits = Limits(request_seconds=options.request_seconds)
         config = EngineConfig(
             max_num_seqs=options.max_num_seqs, max_waiting=options.max_waiting, max_model_len=options.max_model_len,
@@ -66,6 +70,8 @@ def serve_command(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         trust = options.trust_remote_code
         tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=trust)
+        if options.replicas > 1:
+            return _serve_replicas(parser, options, tokenizer, device, limits)
         model = AutoModelForCausalLM.from_pretrained(
             options.model, dtype=options.dtype, attn_implementation="paged_flash", trust_remote_code=trust
         ).to(device)
@@ -83,15 +89,66 @@ def serve_command(parser: argparse.ArgumentParser, options: argparse.Namespace) 
                 api_key=options.api_key or os.environ.get(KEY), metrics_port=options.metrics_port, limits=limits,
             )  # fmt: skip
 
+        def announce(server: Server) -> None:
+            _announce(server.model_name, server.address, [server.metrics_address])
+            weights = sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values())
+            tokens = engine.stats().pages_total * config.page_size
+            print(f"on {device}: weights of {weights / 2**30:.2f} GiB, a cache of {tokens:,} tokens", flush=True)
+
         try:
-            run_until_signal(make, _announce)
+            run_until_signal(make, announce)
         except (ValueError, OSError, RuntimeError) as error:
             parser.exit(1, f"hf-paged serve: error: {error}\n")
     return 0
 
 
-def _announce(server: Any) -> None:
-    suffix = "/v1" if server.address.startswith("http") else " (gRPC)"
-    print(f"{server.model_name} is served at {server.address}{suffix}", flush=True)
-    if server.metrics_address is not None:
-        print(f"metrics: {server.metrics_address}", flush=True)
+def _check_replicas(options: argparse.Namespace) -> None:
+    if options.replicas < 1:
+        raise ValueError(f"--replicas must be at least 1, got {options.replicas}.")
+    if options.replicas > 1 and options.gateway == "none":
+        raise ValueError('--replicas needs a gateway; without one, start the command several times, each with "none".')
+
+
+def _serve_replicas(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, tokenizer: Any, device: str, limits: Limits
+) -> int:
+    """Run engines as processes behind one gateway; returns the exit status."""
+    from .replicas import Replicas, devices_of
+    from .server import run_until_signal
+
+    count = options.replicas
+    devices = devices_of(count, device, torch.cuda.device_count)
+    # Of one device each takes its part.
+    fraction = options.memory_fraction / (count if len(set(devices)) == 1 else 1)
+    name = options.served_model_name or options.model
+    given = {
+        "dtype": options.dtype, "max-num-seqs": options.max_num_seqs, "max-waiting": options.max_waiting,
+        "max-model-len": options.max_model_len, "memory-fraction": fraction, "kv-dtype": options.kv_dtype,
+        "request-seconds": options.request_seconds, "served-model-name": name,
+    }  # fmt: skip
+    arguments = ["serve", options.model, *(f"--{key}={value}" for key, value in given.items() if value is not None)]
+    arguments += [f"--{key}" for key in ("trust-remote-code", "no-warm-up") if getattr(options, key.replace("-", "_"))]
+    environment = {}
+    if "OMP_NUM_THREADS" not in os.environ and devices[0] == "cpu":
+        environment["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // count))
+
+    def make() -> Replicas:
+        return Replicas(
+            [[*arguments, f"--device={own}"] for own in devices], tokenizer, model_name=name, host=options.host,
+            port=options.port, api_key=options.api_key or os.environ.get(KEY), limits=limits,
+            metrics_port=options.metrics_port, environment=environment,
+        )  # fmt: skip
+
+    try:
+        run_until_signal(make, lambda made: _announce(made.model_name, made.address, made.metrics_addresses))
+    except (ValueError, OSError, RuntimeError) as error:
+        parser.exit(1, f"hf-paged serve: error: {error}\n")
+    return 0
+
+
+def _announce(name: str, address: str, metrics: Sequence[str | None]) -> None:
+    suffix = "/v1" if address.startswith("http") else " (gRPC)"
+    print(f"{name} is served at {address}{suffix}", flush=True)
+    for where in metrics:
+        if where is not None:
+            print(f"metrics: {where}", flush=True)

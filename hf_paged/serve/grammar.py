@@ -10,6 +10,7 @@ import llguidance
 import llguidance.hf
 import llguidance.numpy
 import numpy as np
+from llguidance.gbnf_to_lark import gbnf_to_lark
 
 KINDS = ("json_schema", "json_object", "regex", "grammar", "choice")
 MOST_KEPT = 256
@@ -109,5 +110,10 @@ def _source(kind: str, text: str) -> str:
     if kind == "choice":
         return llguidance.LLMatcher.grammar_from_lark("start: " + " | ".join(map(json.dumps, json.loads(text))))
     if kind == "grammar":
-        return llguidance.LLMatcher.grammar_from_lark(llguidance.gbnf_to_lark(text) if "::=" in text else text)
+        if "::=" in text:
+            try:
+                text = gbnf_to_lark(text)
+            except Exception as error:  # It raises errors of its own and bare ones.
+                raise ValueError(str(error)) from error
+        return llguidance.LLMatcher.grammar_from_lark(text)
     raise ValueError(f"one of {', '.join(KINDS)} is accepted.")

@@ -167,6 +167,15 @@ def refusal(status: int, message: str) -> bytes:
     return f"{head}Connection: close\r\n\r\n".encode() + data
 
 
+def health(status_file: str) -> bytes:
+    """An answer to ``/health`` from the file in which it is kept: status 503 where no engine serves."""
+    with open(status_file, "rb") as file:
+        data = file.read()
+    status = "503 Service Unavailable" if json.loads(data)["status"] == "down" else "200 OK"
+    head = f"HTTP/1.1 {status}\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
+    return f"{head}Connection: close\r\n\r\n".encode() + data
+
+
 class Relay:
     """Passes connections on.
 
@@ -174,10 +183,19 @@ class Relay:
         host, port: of the gateway.
         most_bytes: of a body.
         hosts: names of this server that are accepted; none: any.
+        status_file: with the answer to ``/health``, None: the gateway answers.
     """
 
-    def __init__(self, host: str, port: int, most_bytes: int, hosts: frozenset[str] = frozenset()) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        most_bytes: int,
+        hosts: frozenset[str] = frozenset(),
+        status_file: str | None = None,
+    ) -> None:
         self._host, self._port, self._most_bytes, self._hosts = host, port, most_bytes, hosts
+        self._status_file = status_file
 
     async def __call__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Serve one client."""
@@ -195,6 +213,12 @@ class Relay:
                 reason = objection(path, body)
                 if reason is not None:
                     raise Refused(400, reason)
+                if path == "/health" and self._status_file is not None:
+                    if answers is not None:
+                        answers.cancel()  # Of an earlier request, whose client has not waited for it.
+                    writer.write(health(self._status_file))
+                    await writer.drain()
+                    break
                 if upstream is None:
                     source, upstream = await asyncio.open_connection(self._host, self._port, limit=BUFFER)
                     answers = asyncio.create_task(self._pass_back(source, writer))
@@ -227,7 +251,8 @@ class Relay:
 
 async def run(options: argparse.Namespace) -> None:
     """Serve until SIGTERM; connections that are open then go on until they end."""
-    relay = Relay(options.to_host, options.to_port, options.most_bytes, frozenset(options.accept_host or ()))
+    hosts = frozenset(options.accept_host or ())
+    relay = Relay(options.to_host, options.to_port, options.most_bytes, hosts, options.status_file)
     stop = asyncio.Event()
     open_ones: set[asyncio.Task[None]] = set()
 
@@ -260,6 +285,7 @@ def main() -> None:
     parser.add_argument("--to-port", type=int, required=True)
     parser.add_argument("--most-bytes", type=int, required=True)
     parser.add_argument("--accept-host", action="append")
+    parser.add_argument("--status-file")
     parser.add_argument("--drain-seconds", type=float, required=True)
     asyncio.run(run(parser.parse_args()))
 

@@ -2,21 +2,15 @@
 
 import asyncio
 import contextlib
-import ipaddress
 import shutil
 import signal
-import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from concurrent.futures import Future
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import grpc
 from grpc_health.v1 import health_pb2_grpc
@@ -24,6 +18,7 @@ from smg_grpc_proto import vllm_engine_pb2_grpc
 from transformers.utils import logging
 
 from ..engine import Engine
+from .gateway import DRAIN_S, LOOPBACK, POLL_S, Gateway, bracketed, check_address
 from .limits import Limits
 from .metrics import Metrics
 from .requests import ModelFacts
@@ -31,20 +26,7 @@ from .smg import HealthServicer, Servicer
 
 logger = logging.get_logger(__name__)
 
-LOOPBACK = "127.0.0.1"
-START_S, POLL_S = 120.0, 0.1
-"""How long the gateway may take to answer, and how often it is asked."""
-DRAIN_S, FLUSH_S = 60.0, 2.0
-"""How long requests may take to end, and then the gateway to hand over the last answers."""
 MESSAGE_BYTES = 64 * 2**20
-GATEWAY = """
-import ctypes, signal, sys
-if sys.platform == "linux":
-    ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-from smg.cli import main
-main(sys.argv[1:])
-"""
-"""The gateway's process: it ends when the thread that started it does (PR_SET_PDEATHSIG), however that ends."""
 
 
 class Server:
@@ -71,17 +53,13 @@ class Server:
     ) -> None:
         if not engine.background:
             raise ValueError("a served engine runs its steps by itself: make it with background=True.")
-        if not 0 <= port < 65536:
-            raise ValueError(f"port must be 0 to 65535, got {port!r}.")
-        if not is_loopback(host) and (gateway == "none" or not api_key):
-            remedy = "the gRPC service has no keys" if gateway == "none" else "give an api_key"
-            raise ValueError(f"host {host!r} can be reached from other machines: {remedy}, or listen on {LOOPBACK}.")
+        check_address(host, port, gateway, api_key)
         self.engine, self.limits = engine, limits
         self.model_name = model_name or getattr(engine.model.config, "name_or_path", "") or "model"
         self._metrics = Metrics(engine)
         self.metrics_address = None
         self._folder = tempfile.mkdtemp(prefix="hf-paged-serve-")
-        self._children: list[subprocess.Popen[bytes]] = []
+        self._gateway: Gateway | None = None
         self._is_closed = False
         self._servicer = Servicer(
             engine, tokenizer, self.model_name, facts_of(engine, tokenizer), limits, self._metrics, self._folder
@@ -94,69 +72,22 @@ class Server:
             grpc_port = self._service.start()
             self.address = f"{host}:{grpc_port}"
             if gateway == "smg":
-                self._start_gateway(host, port, grpc_port, api_key)
+                self._gateway = Gateway(
+                    [grpc_port], self._folder, host=host, port=port, api_key=api_key, limits=limits,
+                    start=lambda *arguments, **options: self._service.call(
+                        lambda: subprocess.Popen(*arguments, **options)
+                    ),
+                )  # fmt: skip
+                self.address = self._gateway.address
         except BaseException:
             self.close(drain_s=0)
             raise
 
-    def _start_gateway(self, host: str, port: int, grpc_port: int, api_key: str | None) -> None:
-        """Start it and the guard before it, and wait until they answer.
-
-        Raises:
-            RuntimeError: one of them ended, or they do not answer.
-        """
-        gateway_port, metrics_port = free_ports(2)
-        command = [
-            sys.executable, "-c", GATEWAY, "launch", "--host", LOOPBACK, "--port", str(gateway_port),
-            "--worker-urls", f"grpc://{LOOPBACK}:{grpc_port}", "--backend", "vllm",
-            "--model-path", self._folder, "--tokenizer-path", self._folder, "--history-backend", "none",
-            "--prometheus-host", LOOPBACK, "--prometheus-port", str(metrics_port),
-            "--max-payload-size", str(self.limits.body_bytes),
-            "--request-timeout-secs", str(int(self.limits.request_seconds) + 1),
-            "--shutdown-grace-period-secs", "1", "--health-check-interval-secs", "5",
-            # One engine: what it refuses, it would refuse again.
-            "--disable-retries", "--disable-circuit-breaker", "--log-level", "error",
-        ]  # fmt: skip
-        if api_key:
-            command += ["--api-key", api_key]
-        self._start_child(command)
-        guard = [
-            sys.executable, str(Path(__file__).with_name("guard.py")), "--host", host, "--port", str(port),
-            "--to-host", LOOPBACK, "--to-port", str(gateway_port), "--most-bytes", str(self.limits.body_bytes),
-            "--drain-seconds", str(DRAIN_S + FLUSH_S),
-        ]  # fmt: skip
-        if not api_key:
-            for name in sorted({"localhost", LOOPBACK, "[::1]", bracketed(host)}):
-                guard += ["--accept-host", name]
-        output = self._start_child(guard, stdout=subprocess.PIPE).stdout
-        assert output is not None
-        bound = output.readline()
-        if not bound:
-            raise RuntimeError(f"the server cannot listen on port {port} of {host}: its output says why.")
-        self.address = f"http://{bracketed(host)}:{int(bound)}"
-        end = time.monotonic() + START_S
-        while not _answers(f"http://{_reachable(host)}:{int(bound)}", api_key):
-            if not self._children_run():
-                raise RuntimeError("the gateway has ended: its output says why.")
-            if time.monotonic() > end:
-                raise RuntimeError(f"the gateway does not answer at {self.address} after {START_S:.0f} s.")
-            time.sleep(POLL_S)
-
-    def _start_child(self, command: list[str], **options: Any) -> "subprocess.Popen[bytes]":
-        # A session of its own: Ctrl-C is for this process, which then stops its children.
-        child = self._service.call(
-            lambda: subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True, **options)
-        )
-        self._children.append(child)
-        return child
-
-    def _children_run(self) -> bool:
-        return all(child.poll() is None for child in self._children)
-
     @property
     def is_running(self) -> bool:
         """Whether the engine serves, and the gateway, if there is one, runs."""
-        return not self._is_closed and self._servicer.is_healthy() and self._children_run()
+        gateway_runs = self._gateway is None or self._gateway.is_running
+        return not self._is_closed and self._servicer.is_healthy() and gateway_runs
 
     def wait(self, stop: threading.Event | None = None) -> None:
         """Return once ``stop`` is set.
@@ -167,8 +98,7 @@ class Server:
         stop = stop or threading.Event()
         while not stop.wait(1.0):
             if not self.is_running:
-                states = ["runs" if child.poll() is None else "has ended" for child in self._children]
-                gateway = "".join(f", {name} {state}" for name, state in zip(("the gateway", "the guard"), states))
+                gateway = "" if self._gateway is None else f", {self._gateway.describe()}"
                 raise RuntimeError(f"the server has ended: the engine is {self.engine.health().state}{gateway}.")
 
     def close(self, *, drain_s: float = DRAIN_S) -> None:
@@ -181,20 +111,12 @@ class Server:
             return
         self._is_closed = self._servicer.is_draining = True
         end = time.monotonic() + drain_s
-        for guard in self._children[1:]:
-            guard.send_signal(signal.SIGTERM)  # No new connections.
+        if self._gateway is not None:
+            self._gateway.refuse_connections()
         while self._servicer.num_requests and time.monotonic() < end:
             time.sleep(POLL_S)
-        for child in self._children:
-            child.send_signal(signal.SIGTERM)
-            try:
-                # Answers are on their way to clients; what is left are connections that none of them uses.
-                child.wait(FLUSH_S)
-            except subprocess.TimeoutExpired:
-                child.kill()
-                child.wait()
-            if child.stdout is not None:
-                child.stdout.close()
+        if self._gateway is not None:
+            self._gateway.close()
         self._service.stop()
         self._metrics.close()
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -282,48 +204,17 @@ def facts_of(engine: Engine, tokenizer: Any) -> ModelFacts:
     return ModelFacts(eos, pad, engine.max_model_len)
 
 
-def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a host."""
-    try:
-        return host == "localhost" or ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+class Running(Protocol):
+    """What :func:`run_until_signal` runs."""
+
+    def wait(self, stop: threading.Event | None = None) -> None:
+        """Return once ``stop`` is set."""
+
+    def close(self) -> None:
+        """End."""
 
 
-def bracketed(host: str) -> str:
-    """A host as addresses have it."""
-    return f"[{host}]" if ":" in host else host
-
-
-def _reachable(host: str) -> str:
-    """Where this machine finds a server that listens on ``host``."""
-    return {"0.0.0.0": LOOPBACK, "::": "[::1]"}.get(host, bracketed(host))
-
-
-def free_ports(count: int) -> list[int]:
-    """Different ports of loopback that nothing listens on now."""
-    with contextlib.ExitStack() as stack:
-        probes = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for probe in probes:
-            probe.bind((LOOPBACK, 0))
-        return [probe.getsockname()[1] for probe in probes]
-
-
-def _answers(address: str, api_key: str | None) -> bool:
-    """Whether a gateway has found its engine."""
-    request = urllib.request.Request(f"{address}/v1/models")
-    if api_key:
-        request.add_header("Authorization", f"Bearer {api_key}")
-    # Never through a proxy: it is this machine.
-    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    try:
-        with opener.open(request, timeout=5) as answer:
-            return answer.status == 200 and b'"id"' in answer.read()
-    except (urllib.error.URLError, OSError):
-        return False
-
-
-def run_until_signal(make: Callable[[], Server], announce: Callable[[Server], None]) -> None:
+def run_until_signal(make: Callable[[], Running], announce: Callable[[Any], None]) -> None:
     """Serve until SIGTERM or Ctrl-C, then drain; a second signal does not wait.
 
     Args:

@@ -410,49 +410,127 @@ def test_without_a_gateway(engine, tokenizer):
             list(stub.Generate(request))
 
 
-def test_the_command_serves_until_sigterm():
+@contextlib.contextmanager
+def started(*options):
+    """The command's process, which does not outlive the test."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
     command = [sys.executable, "-m", "hf_paged.cli", "serve", str(SMALL_MODEL), "--port", "0", "--no-warm-up"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
+    with subprocess.Popen([*command, *options], stdout=subprocess.PIPE, text=True, env=environment) as child:
         try:
-            found = None
-            for line in child.stdout:
-                found = re.search(r"is served at (\S+)", line)
-                if found:
-                    break
-            assert found, "the command ended"
-            with openai.OpenAI(base_url=found[1], api_key="none", timeout=240) as client:
-                [model] = client.models.list().data
-                assert client.completions.create(model=model.id, prompt=PROMPT, max_tokens=3).choices[0].text
-            child.send_signal(signal.SIGTERM)
-            assert child.wait(120) == 0
+            yield child
         finally:
             child.kill()
+
+
+def test_the_command_serves_until_sigterm():
+    with started() as child:
+        found = next(filter(None, (re.search(r"is served at (http\S+)", line) for line in child.stdout)))
+        with openai.OpenAI(base_url=found[1], api_key="none", timeout=240) as client:
+            [model] = client.models.list().data
+            assert client.completions.create(model=model.id, prompt=PROMPT, max_tokens=3).choices[0].text
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(120) == 0
 
 
 def test_a_gateway_that_ends_is_told(engine, tokenizer):
     with serve(engine, tokenizer, port=0, model_name="small") as server:
         assert server.is_running
-        server._children[0].kill()
+        server._gateway._children[0].kill()
         with pytest.raises(RuntimeError, match="the gateway has ended, the guard runs"):
             server.wait()
         assert not server.is_running
     assert engine.health().is_serving
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="asks Linux to end children with their parent")
-def test_children_end_with_a_process_that_is_killed():
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")])}
-    command = [sys.executable, "-m", "hf_paged.cli", "serve", str(SMALL_MODEL), "--port", "0", "--no-warm-up"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as child:
-        address = next(filter(None, (re.search(r"is served at (\S+)", line) for line in child.stdout)))[1]
-        assert urllib.request.urlopen(f"{address}/models", timeout=60).status == 200
-        child.kill()
+def health_of(address):
+    """Status and answer of ``/health``, None: nothing answers."""
+    try:
+        with urllib.request.urlopen(f"{address}/health", timeout=20) as answer:
+            return answer.status, json.loads(answer.read())
+    except urllib.error.HTTPError as error:
+        return error.code, json.loads(error.read())
+    except (urllib.error.URLError, OSError):
+        return None
+
+
+def processes_of(parent: int) -> dict[int, str]:
+    """Command lines of a process' children."""
+    listed = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
+    return {int(child): Path(f"/proc/{child}/cmdline").read_text().replace("\0", " ") for child in listed}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc, and asks Linux to end children with their parent")
+def test_replicas_go_on_without_one_and_end_with_their_parent():
+    with started("--replicas", "2", "--metrics-port", "0", "--served-model-name", "small") as parent:
+        lines = []
+        for line in parent.stdout:
+            lines.append(line)
+            if "served at http" in line:
+                break
+        address = re.search(r"served at (http\S+)/v1", lines[-1])[1]
+        metrics = re.findall(r"metrics: (\S+)", "".join(lines))
+        serves = {"replica": 0, "state": "serves"}
+        assert health_of(address) == (200, {"status": "ok", "replicas": [serves, serves | {"replica": 1}]})
+
+        def ask(prompt, count=1, **options):
+            body = {"model": "small", "prompt": prompt, "max_tokens": count, "temperature": 0} | options
+            request = urllib.request.Request(f"{address}/v1/completions", json.dumps(body).encode())
+            request.add_header("Content-Type", "application/json")
+            try:
+                with urllib.request.urlopen(request, timeout=120) as answer:
+                    return answer.read().decode()
+            except urllib.error.HTTPError as error:
+                return error.read().decode()
+
+        # What begins alike goes to one engine, which has it cached; each engine counts its own.
+        prompts = ["import os\n" * 60, "x = 1\n" * 90, "def f():\n" * 60]
+        for i in range(12):
+            ask(prompts[i % 3] + str(i))
+        ended, hits = [], []
+        for where in metrics:
+            text = urllib.request.urlopen(where, timeout=60).read().decode()
+            ended += re.findall(r'^hf_paged_requests_total\{finish_reason="length"\} (\S+)$', text, re.M)
+            hits += re.findall(r"^hf_paged_prefix_hit_rate (\S+)$", text, re.M)
+        assert len(ended) == len(hits) == 2
+        assert sum(map(float, ended)) == 12
+        assert min(map(float, hits)) > 0.3
+
+        # One is killed amid streams: each of these ends or has an error; all that come later are served.
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            streams = [pool.submit(ask, f"y{i}", 500, stream=True, ignore_eos=True) for i in range(8)]
+            time.sleep(0.5)
+            replicas = [child for child, line in processes_of(parent.pid).items() if "--gateway none" in line]
+            os.kill(replicas[0], signal.SIGKILL)
+            later = [pool.submit(ask, f"z{i}", 3) for i in range(8)]
+            for stream in streams:
+                text = stream.result()
+                assert '"finish_reason":"length"' in text or '"error"' in text
+            assert all('"finish_reason":"length"' in one.result() for one in later)
+        end = time.monotonic() + 60
+        while health_of(address)[1]["status"] == "ok" and time.monotonic() < end:
+            time.sleep(0.1)
+        status, answer = health_of(address)
+        assert (status, answer["status"]) == (200, "degraded")
+        states = [entry["state"] for entry in answer["replicas"]]
+        assert sorted(states) == ["has ended with status -9", "serves"]
+
+        left = list(processes_of(parent.pid))
+        parent.kill()
     end = time.monotonic() + 60
-    while time.monotonic() < end:
-        try:
-            urllib.request.urlopen(f"{address}/models", timeout=5)
-        except (urllib.error.URLError, OSError):
-            return
+    while any(Path(f"/proc/{child}/stat").exists() for child in left) and time.monotonic() < end:
         time.sleep(0.1)
-    pytest.fail("the guard or the gateway still answers")
+    assert health_of(address) is None
+    assert not [child for child in left if Path(f"/proc/{child}/stat").exists()]
+
+
+def test_grammars_in_both_notations(engine, tokenizer):
+    from hf_paged.serve.grammar import Grammars
+
+    grammars = Grammars(tokenizer, engine.core.num_logits, [tokenizer.eos_token_id], 1000)
+    for text in ('start: "a" /[bc]+/', 'root ::= "a" [bc]+'):
+        for word, is_allowed in {"abcb": True, "b": False, "ad": False}.items():
+            matcher = grammars.prepared("grammar", text)()
+            assert all(matcher.accept(token) for token in tokenizer(word).input_ids) == is_allowed
+    for text in ("root ::= (", "::=", "start: ("):
+        with pytest.raises(ValueError, match=r"grammar (cannot be read|is not accepted)"):
+            grammars.prepared("grammar", text)

@@ -3,11 +3,13 @@
 import asyncio
 import importlib.metadata
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 
 from hf_paged import cli
-from hf_paged.serve import Limits, guard, require_extra, serve
+from hf_paged.serve import Limits, command, guard, require_extra, serve
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):
@@ -24,10 +26,40 @@ def test_a_missing_extra_is_named(monkeypatch, capsys):
 
 
 def test_gateways_are_named():
-    with pytest.raises(ValueError, match=r"gateway must be one of .*smg.*none.*, got 'dynamo'"):
+    with pytest.raises(ValueError, match=r"gateway must be one of .*smg.*none.*, got 'nginx'"):
+        serve(None, None, gateway="nginx")
+    with pytest.raises(ValueError, match=r"gateway \"dynamo\" is not served: its workers register .* Use one of"):
         serve(None, None, gateway="dynamo")
     with pytest.raises(ValueError, match="Limits: n must be a number above 0, got 0"):
         Limits(n=0)
+
+
+@pytest.mark.parametrize("status", ["ok", "degraded", "down"])
+def test_health_is_that_of_the_file(tmp_path, status):
+    file = tmp_path / "status.json"
+    file.write_text(json.dumps({"status": status, "replicas": []}))
+    head, body = guard.health(str(file)).split(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 503 " if status == "down" else b"HTTP/1.1 200 ")
+    assert f"Content-Length: {len(body)}".encode() in head
+    assert json.loads(body)["status"] == status
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--replicas", "0"], "--replicas must be at least 1, got 0"),
+        (["--replicas", "2", "--gateway", "none"], "--replicas needs a gateway"),
+        (["--gateway", "dynamo"], 'gateway "dynamo" is not served'),
+    ],
+    ids=str,
+)
+def test_options_that_are_refused(monkeypatch, capsys, options, message):
+    monkeypatch.setattr(command, "require_extra", lambda: None)
+    monkeypatch.setitem(sys.modules, "hf_paged.serve.server", SimpleNamespace(Server=None, run_until_signal=None))
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["serve", "some/model", *options])
+    assert raised.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 def request(head: str, body: bytes = b"") -> bytes:
