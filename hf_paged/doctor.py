@@ -9,6 +9,7 @@ from typing import Any
 
 import hf_paged_kernels as kernels
 import torch
+from hf_paged_kernels import compile_ahead
 from hf_paged_kernels.attention import ops as attention_ops
 from hf_paged_kernels.backend import has_gluon
 from hf_paged_kernels.layers import ops as layer_ops
@@ -17,6 +18,7 @@ from hf_paged_kernels.linear.skinny import skinny_gated_linear_op, skinny_linear
 from hf_paged_kernels.sampling import ops as sampling_ops
 from hf_paged_kernels.sampling.reference import slot_rules
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils.logging import tqdm
 
 from .cache.paged_cache import PagedCache
 from .engine import Engine, EngineConfig, is_supported
@@ -271,8 +273,12 @@ def check_kernels(device: torch.device, say: Callable[[str], None]) -> bool:
     is_cpu = device.type == "cpu"
     dtype = torch.float32 if is_cpu else torch.bfloat16
     is_right = True
-    for check in make_checks(dtype, with_fp8=not is_cpu):
-        if check.needs_hopper and not (not is_cpu and has_gluon(device)):
+    checks = make_checks(dtype, with_fp8=not is_cpu)
+    is_hopper = not is_cpu and has_gluon(device)
+    if compile_ahead.can_compile(device):
+        _compile_ahead([check for check in checks if is_hopper or not check.needs_hopper], device)
+    for check in checks:
+        if check.needs_hopper and not is_hopper:
             say(f"--    {check.name}: PyTorch's operators run here")
             continue
         started = time.perf_counter()
@@ -292,6 +298,15 @@ def check_kernels(device: torch.device, say: Callable[[str], None]) -> bool:
         word = "ok  " if passed else "FAIL"
         say(f"{word}  {check.name}: error {error:.1e}, limit {LIMITS[dtype]:.0e}, {seconds:.1f} s")
     return is_right
+
+
+def _compile_ahead(checks: list[Check], device: torch.device) -> None:
+    """Compile side by side what the checks would compile one after the other; what fails is left to its check."""
+    bar = tqdm(desc="compiling kernels", unit="kernel", leave=False, total=0)
+    with bar, compile_ahead.compiling(device, bar):
+        for check in checks:
+            with contextlib.suppress(Exception):
+                check.call({name: x.clone().to(device) for name, x in check.inputs.items()})
 
 
 def check_model(path: str, with_weights: bool, device: torch.device, say: Callable[[str], None]) -> bool:
