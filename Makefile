@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: help demo test versions lint docs perplexity report support small-model clean
+.PHONY: help demo test test-all versions lint docs perplexity report support small-model clean
 
 help:            ## list the tasks
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -18,6 +18,9 @@ demo: $(VENV)/.dev        ## generate with paged_flash and compare perplexity wi
 
 test: $(VENV)/.dev        ## the whole test suite
 	$(BIN)/python -m pytest -n 2
+
+test-all: $(VENV)/.dev    ## the same, with all variants and requests of the longest tests: before a release
+	HF_PAGED_TESTS=all $(BIN)/python -m pytest -n 2
 
 versions: $(VENV)/.dev    ## the host-facing tests on every minor version of transformers
 	$(BIN)/python integration_tests/support/versions.py

@@ -1,18 +1,19 @@
-"""200 random requests in one run, against generate() one prompt at a time: same tokens, however often preempted."""
+"""Random requests in one run, against generate() one prompt at a time: same tokens, however often preempted."""
 
 import itertools
 from typing import Any
 
 import pytest
+from amount import EVERYTHING
 from random_requests import FAMILIES, RandomRequest, draw_requests, tiny_model
 from transformers.utils import logging
 
 import hf_paged
 
-NUM_REQUESTS = 200
+NUM_REQUESTS = 200 if EVERYTHING else 48
 NUM_PAGES = {"mistral": (13, 12), "qwen3_next": (24, 12)}
 """By page size 8 and 16; windows everywhere need fewer pages, states that nobody shares more."""
-LEAST_PREEMPTIONS = 20
+LEAST_PREEMPTIONS = NUM_REQUESTS // 10
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
