@@ -262,6 +262,8 @@ async def run(options: argparse.Namespace) -> None:
         open_ones.add(task)
         try:
             await relay(reader, writer)
+        except asyncio.CancelledError:
+            pass  # The time to drain is over. asyncio's callback of a cancelled task would print a traceback.
         finally:
             open_ones.discard(task)
 
