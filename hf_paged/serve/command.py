@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,6 +44,7 @@ def add_serve_parser(commands: Any) -> None:
     parser.add_argument("--memory-fraction", type=float, default=0.9, help="of the free memory, for pages")
     parser.add_argument("--kv-dtype", default="auto", help='"auto", "fp8" or "int8"')
     parser.add_argument("--metrics-port", type=int, help="of Prometheus metrics, on loopback; each replica has its own")
+    parser.add_argument("--trace", metavar="FILE", help="steps and requests, written at the end (.json: Chrome trace)")
     parser.add_argument("--request-seconds", type=float, default=3600.0, help="after which a request ends")
     parser.add_argument("--no-warm-up", action="store_true", help="capture steps when they are first needed")
 
@@ -60,7 +62,7 @@ def serve_command(parser: argparse.ArgumentParser, options: argparse.Namespace) 
     sys.setswitchinterval(SWITCH_S)
     try:
         check_gateway(options.gateway)
-        _check_replicas(options)
+        _check_together(options)
         limits = Limits(request_seconds=options.request_seconds)
         config = EngineConfig(
             max_num_seqs=options.max_num_seqs, max_waiting=options.max_waiting, max_model_len=options.max_model_len,
@@ -97,14 +99,20 @@ def serve_command(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 
         try:
             run_until_signal(make, announce)
+            if options.trace is not None:
+                print(f"trace: {engine.trace(options.trace)}", flush=True)
         except (ValueError, OSError, RuntimeError) as error:
             parser.exit(1, f"hf-paged serve: error: {error}\n")
     return 0
 
 
-def _check_replicas(options: argparse.Namespace) -> None:
+def _check_together(options: argparse.Namespace) -> None:
     if options.replicas < 1:
         raise ValueError(f"--replicas must be at least 1, got {options.replicas}.")
+    if options.trace is not None and Path(options.trace).suffix not in (".json", ".csv"):
+        raise ValueError(f"--trace must end in .json or .csv, got {options.trace!r}.")
+    if options.replicas > 1 and options.trace is not None:
+        raise ValueError("--trace is of one engine: leave --replicas out.")
     if options.replicas > 1 and options.gateway == "none":
         raise ValueError('--replicas needs a gateway; without one, start the command several times, each with "none".')
 

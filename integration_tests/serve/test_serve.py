@@ -349,6 +349,21 @@ def test_metrics(server, ask):
     assert float(seen['hf_paged_requests_refused_total{reason="invalid"}']) >= 0
 
 
+def test_the_dashboard_names_metrics_that_there_are(server, ask):
+    ask()
+    with pytest.raises(openai.BadRequestError):
+        ask(max_tokens=0)
+    text = urllib.request.urlopen(server.metrics_address, timeout=60).read().decode()
+    there = set(re.findall(r"^(hf_paged_\w+)", text, re.M))
+    dashboard = json.loads(Path(hf_paged.serve.__code__.co_filename).with_name("dashboard.json").read_text())
+    queries = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    queries += [variable["query"] for variable in dashboard["templating"]["list"]]
+    named = set(re.findall(r"hf_paged_\w+", " ".join(queries)))
+    assert named <= there
+    # And each metric is in it, but for what Prometheus' client adds.
+    assert {name for name in there if not re.search("_(created|sum|count)$", name)} == named
+
+
 def test_a_full_queue_is_429(model, tokenizer):
     config = hf_paged.EngineConfig(num_pages=500, max_num_seqs=1, max_waiting=1)
     with hf_paged.Engine(model, config) as engine, serve(engine, tokenizer, port=0, model_name="small") as server:
@@ -422,14 +437,16 @@ def started(*options):
             child.kill()
 
 
-def test_the_command_serves_until_sigterm():
-    with started() as child:
+def test_the_command_serves_until_sigterm(tmp_path):
+    trace = tmp_path / "trace.json"
+    with started("--trace", str(trace)) as child:
         found = next(filter(None, (re.search(r"is served at (http\S+)", line) for line in child.stdout)))
         with openai.OpenAI(base_url=found[1], api_key="none", timeout=240) as client:
             [model] = client.models.list().data
             assert client.completions.create(model=model.id, prompt=PROMPT, max_tokens=3).choices[0].text
         child.send_signal(signal.SIGTERM)
         assert child.wait(120) == 0
+    assert {event["name"] for event in json.loads(trace.read_text())["traceEvents"]} >= {"prefill", "decode"}
 
 
 def test_a_gateway_that_ends_is_told(engine, tokenizer):

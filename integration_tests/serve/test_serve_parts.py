@@ -49,6 +49,8 @@ def test_health_is_that_of_the_file(tmp_path, status):
     [
         (["--replicas", "0"], "--replicas must be at least 1, got 0"),
         (["--replicas", "2", "--gateway", "none"], "--replicas needs a gateway"),
+        (["--replicas", "2", "--trace", "a.json"], "--trace is of one engine"),
+        (["--trace", "a.txt"], "--trace must end in .json or .csv, got 'a.txt'"),
         (["--gateway", "dynamo"], 'gateway "dynamo" is not served'),
     ],
     ids=str,
