@@ -154,6 +154,9 @@ def _over_pages(
     if mask is not None and mask.dtype == torch.int32:
         raise ValueError("packed sequences (restarting position_ids) cannot be added to a cache: pass use_cache=False.")
     update.check_window(options.window)
+    out = update.decode(query, update.place(mask), *options.bounds)
+    if out is not None:
+        return out
     plan = update.write(mask)
     packed_query = plan.pack(query)
     if not packed_query.shape[0] and plan.padding_index is None:
@@ -177,16 +180,15 @@ def _attend_planned(
     options: AttentionOptions,
 ) -> torch.Tensor:
     """Attention of packed queries ``[T, Hq, D]`` over what their sequences hold with the step: ``[T, Hq, Dv]``."""
-    bounds = options.left, options.right, options.softcap, options.sinks, options.scale
     if plan.is_first:
         # Nothing is cached yet: the new keys are all there is, contiguous and exact.
         k, v = plan.pack(update.key), plan.pack(update.value)
-        return flash_attention_op(q, k, v, cu_seqlens_q, plan.cu_seqlens_q, max_query_len, *bounds)[0]
+        return flash_attention_op(q, k, v, cu_seqlens_q, plan.cu_seqlens_q, max_query_len, *options.bounds)[0]
     pages = update.pages
     # The split plan is that of the step's tokens.
     split_plan = plan.split_plan(pages.k.shape[2], options.left) if cu_seqlens_q is plan.cu_seqlens_q else None
     return paged_attention_op(
-        q, pages.k, pages.v, plan.page_table, plan.seq_lens, cu_seqlens_q, max_query_len, *bounds,
+        q, pages.k, pages.v, plan.page_table, plan.seq_lens, cu_seqlens_q, max_query_len, *options.bounds,
         pages.k_scale, pages.v_scale, split_plan,
     )[0]  # fmt: skip
 
@@ -206,7 +208,5 @@ def _over_step(
             f"layer {layer.index} attends over {options.window or 'all'} tokens, the config says {layer.window}: the "
             f"engine cannot serve this model, use its generate()."
         )
-    out = layer.attend(
-        query.transpose(1, 2).flatten(0, 1), options.left, options.right, options.softcap, options.sinks, options.scale
-    )
+    out = layer.attend(query.transpose(1, 2).flatten(0, 1), *options.bounds)
     return out.view(query.shape[0], query.shape[2], *out.shape[1:])

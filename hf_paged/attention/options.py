@@ -47,6 +47,11 @@ class AttentionOptions:
         self.scale, self.window, self.softcap, self.causal, self.sinks = scale, window, softcap, causal, sinks
         self.left, self.right = resolve_window(window, causal)
 
+    @property
+    def bounds(self) -> tuple[int | None, int | None, float | None, torch.Tensor | None, float]:
+        """Window to the left and to the right, softcap, sinks, scale: what the kernels' ops take."""
+        return self.left, self.right, self.softcap, self.sinks, self.scale
+
     def looking_back(self) -> "AttentionOptions":
         """The same for queries behind all keys, which see every one of them."""
         return AttentionOptions(self.scale, None, self.softcap, False, self.sinks)

@@ -49,6 +49,8 @@ class LazyStates(torch.Tensor):
 
     source: Any
     is_key: bool
+    # No more than dispatch is asked for: with it, every look at a shape would go through Python.
+    __torch_function__ = torch._C._disabled_torch_function_impl
 
     @staticmethod
     def pair(

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 from hf_paged_kernels import backend
+from hf_paged_kernels.attention.decode_step import DecodeStep
 from hf_paged_kernels.attention.ops import split_plan_op
 from hf_paged_kernels.settings import SHORT_QUERY
 
@@ -82,6 +83,7 @@ class PagedStepPlan:
         padding_index: int64 ``[num_padding]``, the same of padding behind a row's last token; None: there is none.
         cu_seqlens_padding: int32 ``[num_seqs + 1]``, of this padding.
         sent: the plan with its tensors on a device, by device.
+        decode: of a plan on a device whose rows bring one token each behind others; None: it is no such step.
     """
 
     start: int
@@ -96,13 +98,17 @@ class PagedStepPlan:
     padding_index: torch.Tensor | None = None
     cu_seqlens_padding: torch.Tensor | None = None
     sent: dict[torch.device, "PagedStepPlan"] = field(init=False, default_factory=dict)
+    decode: DecodeStep | None = field(init=False, default=None)
     _split_plans: StepSplitPlans = field(init=False, default_factory=StepSplitPlans)
 
     def on(self, device: torch.device, page_table: torch.Tensor) -> "PagedStepPlan":
         """The plan with its tensors on ``device``, where ``page_table`` is already."""
         names = "slot_mapping", "token_index", "padding_index", "seq_lens", "cu_seqlens_q", "cu_seqlens_padding"
         sent: dict[str, Any] = dict(zip(names, send_together([getattr(self, name) for name in names], device)))
-        return replace(self, page_table=page_table, **sent)
+        plan = replace(self, page_table=page_table, **sent)
+        if plan.num_new == 1 and plan.token_index is None and not plan.is_first:
+            plan.decode = DecodeStep(page_table, plan.seq_lens, plan.cu_seqlens_q, plan.slot_mapping)
+        return plan
 
     def split_plan(self, page_size: int, window_left: int | None) -> torch.Tensor | None:
         """The work list of short queries, see :class:`StepSplitPlans`; None for other steps."""

@@ -6,6 +6,7 @@ step's plan, the others share it.
 """
 
 from itertools import accumulate
+from typing import Any
 
 import torch
 from hf_paged_kernels.attention.ops import write_pages_op
@@ -39,8 +40,8 @@ class LayerUpdate:
         """The layer's page tensors."""
         return self.group.pages.layers[self.index]
 
-    def write(self, mask: torch.Tensor | None) -> PagedStepPlan:
-        """Place the tokens in the pages, once; ``mask`` is 2D, True where a column is a token, None: all are.
+    def place(self, mask: torch.Tensor | None) -> PagedStepPlan:
+        """Give the tokens their places in pages; ``mask`` is 2D, True where a column is a token, None: all are.
 
         Returns:
             The step's plan on the layer's device.
@@ -58,13 +59,35 @@ class LayerUpdate:
         except Exception:
             self.planner.forget_step()
             raise
-        if not self.written:
-            write_pages_op(
-                plan.pack(key), plan.pack(value), pages.k, pages.v, plan.slot_mapping, pages.k_scale, pages.v_scale
-            )
-            self.written = True
-            self.planner.pending.pop(self.index, None)
         return plan
+
+    def write(self, mask: torch.Tensor | None) -> PagedStepPlan:
+        """Write the tokens to their places, once; see :meth:`place`."""
+        plan = self.place(mask)
+        if not self.written:
+            pages = self.pages
+            write_pages_op(
+                plan.pack(self.key), plan.pack(self.value), pages.k, pages.v, plan.slot_mapping, pages.k_scale,
+                pages.v_scale,
+            )  # fmt: skip
+            self._note_written()
+        return plan
+
+    def decode(self, query: torch.Tensor, plan: PagedStepPlan, *options: Any) -> torch.Tensor | None:
+        """Write and attend at once, where ``plan`` is one of :class:`DecodeStep`: ``[B, 1, Hq, D]``; None: not done."""
+        if plan.decode is None or self.written:
+            return None
+        pages = self.pages
+        if pages.is_quantized:
+            return None
+        out = plan.decode.attend(query, self.key, self.value, pages.k, pages.v, *options)
+        if out is not None:
+            self._note_written()
+        return out
+
+    def _note_written(self) -> None:
+        self.written = True
+        self.planner.pending.pop(self.index, None)
 
     def dense(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys ``[B, H, columns, D]`` and values that a query of the step may see, the new ones last.

@@ -83,6 +83,16 @@ def is_plain(arguments: tuple) -> bool:
     return not arguments[0].is_meta
 
 
+def computes_now(tensors: tuple) -> bool:
+    """Whether launches on these tensors, without an op around them, are all that a call can mean."""
+    return (
+        not torch.compiler.is_compiling()
+        and recorder() is None
+        and is_plain(tensors)
+        and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors))
+    )
+
+
 def _is_below_autograd() -> bool:
     """Inside of another op's implementation, where autograd has been dealt with."""
     return torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.AutogradCPU)

@@ -34,6 +34,8 @@ from .backend import recorder
 
 MAX_KEYS = 10_000
 """Keys that are kept. There are few for each compilation: a key says more of the strides only."""
+MAX_DESCRIPTORS = 1024
+"""Descriptors that a launch keeps for an argument, 128 bytes each: an allocator's memory is at few addresses."""
 
 
 class Tile(NamedTuple):
@@ -93,6 +95,20 @@ class Bound:
         """Arguments of ``encode`` after the pointer; what is read outside of a tensor is 0."""
         kind = self.kinds[meta["elem_type"]]
         return meta["swizzle"], meta["elem_size"], kind, meta["block_size"], tile.shape, tile.strides, 0
+
+
+class Descriptors(dict):
+    """Descriptors by the pointer: they say where memory is and how it is read, not what it holds."""
+
+    def __init__(self, encode: Callable, encoding: tuple) -> None:
+        self.encode, self.encoding = encode, encoding
+
+    def __missing__(self, pointer: int) -> Any:
+        """Made the first time."""
+        if len(self) >= MAX_DESCRIPTORS:
+            self.clear()
+        made = self[pointer] = self.encode(pointer, *self.encoding)
+        return made
 
 
 _bound: dict[tuple, Bound | None] = {}
@@ -209,9 +225,29 @@ class Launch:
             return
         bound, template, slots = found
         passed = template.copy()
-        for pointer, (place, offset, encoding) in zip(pointers, slots):
-            passed[place] = pointer + offset if encoding is None else bound.encode(pointer, *encoding)
+        for pointer, (place, offset, descriptors) in zip(pointers, slots):
+            passed[place] = pointer + offset if descriptors is None else descriptors[pointer]
         _start(bound, self.grid, driver.active.get_current_stream(self.device), passed)
+
+    def with_memory(self, *tensors: Any) -> "OpenLaunch | None":
+        """The launch on ``tensors``, as of a call, where :data:`OPEN` stands for memory that each launch brings.
+
+        None where that is not known to be the compiled kernel of an earlier call: call the launch itself.
+        """
+        found = self.ready.get(None)
+        if found is None or is_watched(self.kernel):
+            return None
+        bound, template, slots = found
+        filled, places = template.copy(), []
+        for x, (place, offset, descriptors) in zip([x for x in tensors if x is not None], slots):
+            if x is OPEN:
+                places.append((place, offset, descriptors))
+                continue
+            pointer = x.data_ptr()
+            if pointer & 15:
+                return None
+            filled[place] = pointer + offset if descriptors is None else descriptors[pointer]
+        return OpenLaunch(bound, self.grid, filled, places)
 
     def _bind(self, key: Any, tensors: tuple[torch.Tensor | None, ...]) -> None:
         given = iter([x for x in tensors if x is not None])
@@ -224,7 +260,7 @@ class Launch:
         metas = iter(bound.metas)
         for known, x in zip(self.arguments, arguments):
             if isinstance(x, Tile):
-                slots.append((len(template), 0, bound.encoding(x, next(metas))))
+                slots.append((len(template), 0, Descriptors(bound.encode, bound.encoding(x, next(metas)))))
                 template += (None, *x.shape, *x.strides)
                 continue
             if isinstance(x, torch.Tensor):
@@ -235,6 +271,31 @@ class Launch:
         template += bound.rest
         self.device = driver.active.get_current_device()
         self.ready[key] = bound, template, slots
+
+
+OPEN: Any = object()
+"""In place of a tensor: its address comes with each launch, see :meth:`Launch.with_memory`."""
+
+
+class OpenLaunch(NamedTuple):
+    """A launch of which most memory is known: see :meth:`Launch.with_memory`."""
+
+    bound: Bound
+    grid: tuple[int, ...]
+    template: list
+    places: list
+
+    def start(self, stream: int, *pointers: int) -> None:
+        """Launch with the memory left open, multiples of 16, on a stream of the current device."""
+        passed = self.template.copy()
+        for pointer, (place, offset, descriptors) in zip(pointers, self.places):
+            passed[place] = pointer + offset if descriptors is None else descriptors[pointer]
+        _start(self.bound, self.grid, stream, passed)
+
+
+def current_stream() -> int:
+    """That of the current device, for :meth:`OpenLaunch.start`."""
+    return driver.active.get_current_stream(driver.active.get_current_device())
 
 
 _MEMORY: Any = object()

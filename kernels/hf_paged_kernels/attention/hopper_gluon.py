@@ -312,16 +312,10 @@ def hopper_paged_launch(
     # A copy is made now: it cannot be read before.
     can_prefetch_kv = can_prefetch_kv and plan is not None and plan.is_contiguous() and page_table.stride(-1) == 1
     page_table = contiguous_rows(page_table)
-    key = (
-        layout(q), layout(k_pages), layout(v_pages), layout(page_table), layout(seq_lens), layout(cu_seqlens_q),
-        layout(sinks), max_query_len, window_left, window_right, softcap, scale, settings, can_prefetch_kv,
+    step = prepare_paged(
+        q, k_pages, v_pages, out, lse, page_table, seq_lens, cu_seqlens_q, max_query_len, window_left, window_right,
+        softcap, sinks, scale, settings, can_prefetch_kv,
     )  # fmt: skip
-    step = _paged.get(key)
-    if step is None:
-        step = _paged.keep(key, _prepare_pages(
-            q, (k_pages, v_pages), out, lse, page_table, seq_lens, cu_seqlens_q, max_query_len, window_left,
-            window_right, softcap, sinks, scale, settings, can_prefetch_kv,
-        ))  # fmt: skip
     max_tokens = page_table.shape[1] * k_pages.shape[2]
     with device_guard(q):
         if step.max_partials == 0:
@@ -340,8 +334,40 @@ def hopper_paged_launch(
     return out, lse
 
 
+def prepare_paged(
+    q: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    page_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    max_query_len: int,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+    settings: HopperSettings | None = None,
+    can_prefetch_kv: bool = False,
+) -> "PagedLaunches":
+    """The launches of :func:`hopper_paged_launch` for tensors like these."""
+    key = (
+        layout(q), layout(k_pages), layout(v_pages), layout(page_table), layout(seq_lens), layout(cu_seqlens_q),
+        layout(sinks), max_query_len, window_left, window_right, softcap, scale, settings, can_prefetch_kv,
+    )  # fmt: skip
+    step = _paged.get(key)
+    if step is None:
+        step = _paged.keep(key, _prepare_pages(
+            q, (k_pages, v_pages), out, lse, page_table, seq_lens, cu_seqlens_q, max_query_len, window_left,
+            window_right, softcap, sinks, scale, settings, can_prefetch_kv,
+        ))  # fmt: skip
+    return step
+
+
 @dataclass(frozen=True, slots=True)
-class _PagedLaunches:
+class PagedLaunches:
     """Of a step over pages: its launches, the rows that stand for a key/value head's queries, and the most partials of
     a sequence; 0 without a plan."""
 
@@ -367,7 +393,7 @@ def _prepare_pages(
     scale: float,
     settings: HopperSettings | None,
     can_prefetch_kv: bool,
-) -> _PagedLaunches:
+) -> PagedLaunches:
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads, page_size = pages[0].shape[1:3]
     group = num_q_heads // num_kv_heads
@@ -391,4 +417,4 @@ def _prepare_pages(
         merge = prepare_merge(
             partials[0], partials[1], Part(seq_lens, first), max_partials, cu_seqlens_q, sinks, out, lse, group, pack
         )
-    return _PagedLaunches(forward, merge, pack, max_partials)
+    return PagedLaunches(forward, merge, pack, max_partials)

@@ -117,14 +117,31 @@ def write_pages_launch(
     v_scale: torch.Tensor | None = None,
 ) -> None:
     """Launch on checked arguments; shapes as in :func:`hf_paged_kernels.write_pages`."""
-    num_tokens, num_heads, head_dim = k.shape
-    if num_tokens == 0:
+    if k.shape[0] == 0:
         return
-    slot_mapping = slot_mapping.contiguous()
+    tensors = (k, v, k_pages, v_pages, k_scale, v_scale, slot_mapping.contiguous())
+    with device_guard(k):
+        prepare_write(*tensors)(*tensors)
+
+
+_writes = Launches()
+
+
+def prepare_write(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_pages: torch.Tensor,
+    v_pages: torch.Tensor,
+    k_scale: torch.Tensor | None,
+    v_scale: torch.Tensor | None,
+    slot_mapping: torch.Tensor,
+) -> Launch:
+    """The launch of :func:`write_pages_launch` for tensors like these, to be called with them in this order."""
     tensors = (k, v, k_pages, v_pages, k_scale, v_scale, slot_mapping)
     key = tuple(map(layout, tensors))
     write = _writes.get(key)
     if write is None:
+        num_tokens, num_heads, head_dim = k.shape
         v_dim = v.shape[-1]
         write = _writes.keep(key, Launch(
             _write_pages, (num_tokens, num_heads), *tensors,
@@ -138,11 +155,7 @@ def write_pages_launch(
             LARGEST=0.0 if k_scale is None else LARGEST[k_pages.dtype],
             num_warps=1,
         ))  # fmt: skip
-    with device_guard(k):
-        write(*tensors)
-
-
-_writes = Launches()
+    return write
 
 
 @triton.jit
