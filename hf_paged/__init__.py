@@ -21,7 +21,7 @@ from .engine import (
     generate_distributed,
     is_supported,
 )
-from .errors import OutOfPagesError, QueueFullError, RequestError, UnsupportedModelError
+from .errors import OutOfPagesError, QueueFullError, RankError, RequestError, UnsupportedModelError
 from .generation.patch import generate, patch_generate, unpatch_generate
 from .hooks import row_wise
 from .paging import PagePool
@@ -39,6 +39,7 @@ __all__ = [
     "PagePool",
     "PagedCache",
     "QueueFullError",
+    "RankError",
     "RequestError",
     "RequestHandle",
     "RequestOutput",

@@ -48,5 +48,10 @@ class QueueFullError(RequestError):
         return type(self), (self.waiting, self.max_waiting)
 
 
+class RankError(RuntimeError):
+    """The processes that hold the parts of a model do not do the same, or one of them has failed: what they were to do
+    together has ended on all of them."""
+
+
 class InvalidScoresError(ValueError):
     """No token can be chosen: scores have NaN, or leave no token with a probability."""

@@ -903,6 +903,34 @@ def is_sharded(model: PreTrainedModel) -> bool:
     return any(isinstance(tensor, DTensor) for tensor in itertools.chain(model.parameters(), model.buffers()))
 
 
+def tensor_parallel_group(model: PreTrainedModel) -> Any:
+    """The process group over which transformers' tensor parallel layers of a model communicate; None: it has none."""
+    if (getattr(model, "_tp_size", None) or 1) <= 1:
+        return None
+    manager = getattr(model, "_mesh_manager", None)  # from 5.19 on
+    mesh = model._device_mesh if manager is None else manager.get_mesh("tp")
+    return (mesh["tp"] if mesh.ndim > 1 else mesh).get_group()
+
+
+def other_sharding(model: PreTrainedModel) -> str | None:
+    """How a model with tensor parallel layers is spread over processes beside that; None: not at all."""
+    config = getattr(model.config, "distributed_config", None)
+    for name in ("fsdp_size", "dp_replicate_size", "pp_size", "ep_size"):
+        size = getattr(config, name, None) or 1
+        if size > 1:
+            return f"{name}={size}"
+    return "enable_expert_parallel" if getattr(config, "enable_expert_parallel", False) else None
+
+
+def heads_of_plan(model: PreTrainedModel) -> bool:
+    """Whether the tensor parallel plan that a model was loaded with gives each rank some of its attention heads."""
+    plan = getattr(model, "_tp_plan", None) or {}
+    return any(
+        name.rsplit(".", 1)[-1] in ("q_proj", "k_proj", "qkv_proj", "query_key_value") and style.startswith("colwise")
+        for name, style in plan.items()
+    )
+
+
 def shallow_copy(module: Any) -> Any:
     """A module with the same parameters, buffers and children, whose children can be exchanged by themselves."""
     twin = copy.copy(module)

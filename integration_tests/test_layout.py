@@ -108,7 +108,8 @@ ROOMS = {
         ["hf_paged.engine.execution"],
         ["hf_paged.engine.scheduling"],
         ["hf_paged.engine.sampling"],
-        [f"hf_paged.engine.{name}" for name in ("config", "trace", "async_copy", "process", "turn_lock")],
+        [f"hf_paged.engine.{name}" for name in ("config", "trace", "async_copy", "process", "turn_lock", "group")],
+        ["hf_paged.engine.ranks"],
     ],
     "kernels": [
         ["hf_paged_kernels"],

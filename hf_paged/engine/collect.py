@@ -11,9 +11,9 @@ from .endings import Endings
 from .execution.engine_cache import EngineCache
 from .execution.step_inputs import DeviceSlotState
 from .in_flight import InFlightStep
-from .sampling.beam_search import BeamSearch
+from .ranks import Alone
+from .sampling.beam_search import BeamSearch, BeamStep
 from .sampling.logprobs import prompt_logprobs
-from .sampling.stopping import stop_reason
 from .sampling.token_selector import Selection, TokenSelector, invalid_scores_error
 from .scheduling.request import Request, Sequence, SequenceOutput, State
 from .scheduling.scheduler import Scheduler
@@ -25,6 +25,7 @@ class Collector:
     Args:
         scheduler, selector, tables, cache: of the sequences.
         endings: ends requests.
+        ranks: what a request's own code does, the first of them does.
     """
 
     def __init__(
@@ -34,9 +35,10 @@ class Collector:
         tables: DeviceSlotState,
         cache: EngineCache,
         endings: Endings,
+        ranks: Alone,
     ) -> None:
         self.scheduler, self.slots, self.pages = scheduler, scheduler.slots, scheduler.pages
-        self.selector, self.tables, self.cache, self.endings = selector, tables, cache, endings
+        self.selector, self.tables, self.cache, self.endings, self.ranks = selector, tables, cache, endings, ranks
 
     def collect(self, launched: InFlightStep) -> int:
         """Take the tokens of a step; requests that end are put in ``endings.finished``.
@@ -45,6 +47,7 @@ class Collector:
             How many tokens were dropped, because their sequences have left.
         """
         tokens = None if launched.tokens is None else launched.tokens.wait()
+        self.ranks.check()
         now = self.endings.clock()
         for request in launched.firsts:
             request.first_token = now if request.first_token is None else request.first_token
@@ -167,9 +170,12 @@ class Collector:
 
     def _step_beams(self, request: Request, logits: torch.Tensor) -> None:
         """Move the sequences of a beam search; ``logits``: ``[num_beams, vocab]``, or ``[1, vocab]`` at the start."""
-        if request.beams is None:
-            request.beams = BeamSearch(request.rules, request.prompt.tolist())
-        step = request.beams.step(logits)
+        def search() -> BeamStep:
+            if request.beams is None:
+                request.beams = BeamSearch(request.rules, request.prompt.tolist())
+            return request.beams.step(logits)
+
+        step = self.ranks.decide(search)
         if step.is_done:
             self._finish_beams(request)
             return
@@ -190,11 +196,11 @@ class Collector:
         prompt = len(request.prompt)
         eos = request.rules.eos_token_ids
         sequences = []
-        for beam in request.beams.finalize():
+        for beam in self.ranks.decide(lambda: request.beams.finalize()):
             at_limit = prompt + len(beam.token_ids) >= request.rules.max_length
             ended = "length" if at_limit and (not beam.token_ids or beam.token_ids[-1] not in eos) else "stop"
             tokens = np.concatenate([request.prompt, np.array(beam.token_ids, dtype=np.int64)])
-            stopped_by = stop_reason(request.rules, tokens) if ended == "stop" else None
+            stopped_by = self.endings.stop_reason(request, tokens) if ended == "stop" else None
             sequences.append(SequenceOutput(beam.token_ids, ended, None, stopped_by, beam.score, beam.beam_indices))
         for sequence in request.sequences:
             sequence.finish_reason = sequences[0].finish_reason

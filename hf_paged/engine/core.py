@@ -26,11 +26,12 @@ from .config import EngineConfig
 from .endings import Endings
 from .execution.chunk_graphs import ChunkGraphs, chunk_sizes
 from .execution.compiled import CompiledModules
-from .execution.decode_graphs import Capture, CudaCapture, DecodeGraphs, capture_blocker
+from .execution.decode_graphs import Capture, CaptureError, CudaCapture, DecodeGraphs, Out, capture_blocker
 from .execution.engine_cache import EngineCache
 from .execution.model_runner import Runner, StepLogits
 from .execution.step_inputs import DeviceSlotState
 from .in_flight import InFlightStep
+from .ranks import ALONE, Alone
 from .sampling.request_params import num_logits_of
 from .sampling.token_selector import TokenSelector, merged
 from .scheduling.pacing import mixed_prompt_tokens, offline_step_tokens
@@ -53,6 +54,7 @@ class EngineCore:
         num_pages: pages of every layer.
         max_model_len: tokens of a request at most.
         clock: seconds.
+        ranks: the processes that hold the model.
 
     Attributes:
         endings: ends requests, and has those that have ended.
@@ -66,8 +68,10 @@ class EngineCore:
         num_pages: int,
         max_model_len: int,
         clock: Callable[[], float] = time.monotonic,
+        ranks: Alone = ALONE,
     ) -> None:
         self.model, self.config, self.clock, self.max_model_len = model, config, clock, max_model_len
+        self.ranks = ranks
         self.device = model.get_input_embeddings().weight.device
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.vocab_size = model.config.get_text_config(decoder=True).vocab_size
@@ -90,7 +94,7 @@ class EngineCore:
         self.tables = DeviceSlotState(self.slots, self.pages, self.device)
         # Logits may be of more tokens than the vocabulary has.
         self.num_logits = num_logits_of(model)
-        self.selector = TokenSelector(num_slots, self.num_logits, self.device)
+        self.selector = TokenSelector(num_slots, self.num_logits, self.device, ranks)
         self.runner = Runner(model, self.cache, self.slots, self.tables, self.selector.sampling)
         if config.compile:
             self.runner.compiled = CompiledModules(model)
@@ -114,8 +118,8 @@ class EngineCore:
         self.wants_prompt = np.zeros(num_slots, dtype=bool)
         # On a CPU there is nothing to hide: a step has run when it was launched.
         self.runs_ahead = not on_host and not self.cache.has_states
-        self.endings = Endings(self.scheduler, self.swapping, lambda: self.clock())
-        self.collector = Collector(self.scheduler, self.selector, self.tables, self.cache, self.endings)
+        self.endings = Endings(self.scheduler, self.swapping, lambda: self.clock(), ranks)
+        self.collector = Collector(self.scheduler, self.selector, self.tables, self.cache, self.endings, ranks)
 
     def commit_as_used(
         self, kinds: dict[int | None, dict[int, tuple[torch.Tensor, torch.Tensor]]], room: PageRoom
@@ -138,9 +142,11 @@ class EngineCore:
             reason = "the model keeps recurrent states"
         if self.runner.needs_lengths:
             reason = "the model computes keys behind the cache"
+        if self.ranks.is_joint and not self.ranks.can_capture and capture is None:
+            reason = "the model's processes communicate over a backend whose work no graph can hold (NCCL's can)"
         if reason is None:
             # A pool of memory for each kind: what a decode step gave is read when a chunk of the same step has run.
-            captures = [capture or CudaCapture(self.config.compile) for _ in range(2)]
+            captures = [self._on_all_ranks(capture or CudaCapture(self.config.compile)) for _ in range(2)]
             runner, device = self.runner, self.device
             graphs = DecodeGraphs(runner.static_decode, self.slots.num_slots, device, captures[0])
             sizes = chunk_sizes(self.config.max_batch_tokens, self.num_parameters)
@@ -150,6 +156,24 @@ class EngineCore:
             runner.use_graphs(graphs, chunk_graphs)
             self.limits.tokens_to_fill_graph = chunk_graphs.tokens_to_fill_graph
         return reason
+
+    def _on_all_ranks(self, capture: Capture) -> Capture:
+        """A capture that fails on all ranks where it fails on one: steps with a graph choose tokens in another way."""
+        if not self.ranks.is_joint:
+            return capture
+
+        def on_all(step: Callable[[torch.Tensor], Out], static: torch.Tensor, /) -> Callable[[], Out]:
+            failure = None
+            try:
+                replay = capture(step, static)
+            except Exception as error:
+                failure = f"{type(error).__name__}: {error}"[:400]
+            failure = self.ranks.first_text(failure)
+            if failure is not None:
+                raise CaptureError(failure)
+            return replay
+
+        return on_all
 
     def _row_tokens(self) -> int | None:
         """Tokens of a chunk that attend as one row in small steps; None: chunks have a launch of their own.

@@ -73,6 +73,11 @@ def generate_distributed(
     """
     if not isinstance(engine, Engine):
         raise TypeError(f"engine must be an hf_paged.Engine of this process, got {type(engine).__name__}.")
+    if engine.ranks.is_joint:
+        raise ValueError(
+            "generate_distributed gives every process other prompts, and the model of this engine is sharded over "
+            "processes that compute all of them together: use engine.generate() on every rank."
+        )
     rank, count = _rank_and_count(engine.core.device)
     if count == 1:
         return engine.generate(prompts, generation_config=generation_config, progress=progress, **options)

@@ -2,7 +2,10 @@
 
 from collections.abc import Callable
 
+import numpy as np
+
 from ..errors import InvalidScoresError
+from .ranks import ALONE, Alone
 from .sampling.stopping import stop_reason
 from .scheduling.request import Request, RequestOutput, RequestTiming, Sequence, SequenceOutput, State
 from .scheduling.scheduler import Scheduler
@@ -17,7 +20,10 @@ class Endings:
         finished: requests that have ended since the caller last emptied it.
     """
 
-    def __init__(self, scheduler: Scheduler, swapping: Swapping, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, scheduler: Scheduler, swapping: Swapping, clock: Callable[[], float], ranks: Alone = ALONE
+    ) -> None:
+        self.ranks = ranks
         self.scheduler, self.slots, self.pages = scheduler, scheduler.slots, scheduler.pages
         self.swapping, self.clock = swapping, clock
         self.finished: list[Request] = []
@@ -27,9 +33,15 @@ class Endings:
         sequence.finish_reason = reason
         self.scheduler.finish_sequence(sequence)
         if reason == "stop":
-            sequence.stop_reason = stop_reason(sequence.request.rules, sequence.tokens)
+            sequence.stop_reason = self.stop_reason(sequence.request, sequence.tokens)
         if not sequence.request.live:
             self.finalize(sequence.request)
+
+    def stop_reason(self, request: Request, tokens: np.ndarray) -> int | str | None:
+        """What ended a sequence that has stopped, see :func:`~.stopping.stop_reason`."""
+        if not request.is_watched:
+            return stop_reason(request.rules, tokens)
+        return self.ranks.decide(lambda: stop_reason(request.rules, tokens))
 
     def end_request(self, request: Request, reason: str, error: BaseException | None = None) -> None:
         """End a request that has not ended, wherever it is."""

@@ -12,30 +12,34 @@ written, and then reaches the caller. A second one does not wait.
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
-from ..errors import RequestError, UnsupportedModelError
+from ..errors import RankError, RequestError, UnsupportedModelError
 from ..fusion import FusedModel
 from .admission import Admission, OfflineBatch
 from .config import EngineConfig
+from .controls import EngineControls
 from .core import EngineCore, no_gradients
+from .following import follow, wait_for_end, watcher
+from .group import RankGroup
 from .handle import RequestHandle
 from .loop import StepLoop
 from .loop_thread import loop_thread
+from .news import StepNews, likeness, packed
 from .offline import generate
 from .process import held_interrupts, register, wait_if_exiting
 from .sampling.grammar import Grammar
 from .sampling.request_params import RequestParams
 from .scheduling.page_budget import model_length
 from .scheduling.request import Request, RequestOutput
-from .startup.start import start
+from .startup.start import make_ranks, start
 from .startup.support import is_supported
 from .turn_lock import TurnLock
-from .views import EngineViews
 from .waiting import Mailbox, wait_for
 
 FORKED = (
@@ -44,17 +48,21 @@ FORKED = (
 )
 
 
-class Engine(EngineViews):
+class Engine(EngineControls):
     """Continuous batching for one model: the same weights, the same module objects.
 
     The engine's forwards run "paged_flash", whatever the model's attention implementation is. Forwards of other code
     run that one, in other threads meanwhile too.
 
+    Of a model that transformers has sharded (tensor parallel) every process makes an engine, with the same options. The
+    first rank takes requests, and all other calls; :meth:`generate` is called by all ranks with the same arguments, and
+    returns the same on each. The other ranks follow in a thread until the first one closes its engine.
+
     Args:
         model: a causal LM of transformers.
         config: options.
         background: steps run in a thread of the engine while it has requests. False: they run in the threads that wait
-            for results, or call :meth:`step`.
+            for results, or call :meth:`step`. Engines of sharded models always have a thread.
 
     Raises:
         UnsupportedModelError: the model cannot be served exactly; the message says why.
@@ -78,7 +86,14 @@ class Engine(EngineViews):
                 f"the engine cannot serve this model: {'; '.join(reasons)}. Use the model's own generate()."
             )
         self.max_model_len = self.config.max_model_len or model_length(model.config)
-        self._core, self.fused = start(model, self.config, self.max_model_len)
+        self.ranks = make_ranks(model, self.config)
+        self.background |= self.ranks.is_joint
+        try:
+            self._core, self.fused = start(model, self.config, self.max_model_len, self.ranks)
+        except BaseException as error:
+            if isinstance(self.ranks, RankGroup):
+                self.ranks.fail(f"could not start its engine: {error}")
+            raise
         self.drive, self.mail = TurnLock(), Mailbox()
         self._loop = StepLoop(self._core, self.mail, self.fused)
         self.admission = Admission(self._core)
@@ -86,6 +101,11 @@ class Engine(EngineViews):
         self._stop: str | None = None
         self._in_step = False
         register(self)
+        if isinstance(self.ranks, RankGroup):
+            self.ranks.watch(watcher(weakref.ref(self)))
+            if not self.ranks.leads:
+                self._thread = loop_thread(self)
+                self._thread.start()
 
     @property
     def core(self) -> EngineCore:
@@ -149,10 +169,11 @@ class Engine(EngineViews):
             ValueError, TypeError: an argument is not valid.
         """
         wait_if_exiting()
-        self._loop.check_open()
-        request = self.admission.request(
+        if _batch is None:
+            self._check_leads("submit()")
+        request = self.prepare(
             prompt_ids, request_id=request_id, priority=priority, deadline_s=deadline_s, cache_salt=cache_salt,
-            batch=_batch, rules=rules, seed=seed, generation_config=generation_config,
+            _batch=_batch, rules=rules, seed=seed, generation_config=generation_config,
             logits_processor=logits_processor, stopping_criteria=stopping_criteria,
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn, tokenizer=tokenizer, logprobs=logprobs,
             prompt_logprobs=prompt_logprobs, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
@@ -164,8 +185,60 @@ class Engine(EngineViews):
             _batch.add(request)
         return RequestHandle(self, request)
 
+    def prepare(
+        self,
+        prompt_ids: Sequence[int] | torch.Tensor,
+        *,
+        request_id: str | None = None,
+        priority: float = 0,
+        deadline_s: float | None = None,
+        cache_salt: Any = None,
+        seed: int | None = None,
+        rules: RequestParams | None = None,
+        _batch: OfflineBatch | None = None,
+        **options: Any,
+    ) -> Request:
+        """What :meth:`submit` hands over."""
+        self._loop.check_open()
+        return self.admission.request(
+            prompt_ids, request_id=request_id, priority=priority, deadline_s=deadline_s, cache_salt=cache_salt,
+            batch=_batch, rules=rules, seed=seed, **options,
+        )  # fmt: skip
+
+    def submit_together(self, make: Callable[[], list[Request]]) -> list[RequestHandle]:
+        """Hand over the requests that ``make`` prepares: on all ranks of a sharded model at the same time, the same.
+
+        Raises:
+            RankError: the ranks do not have the same requests.
+        """
+        joint, requests = self._loop.joint, list[Request]()
+        assert joint is not None, "the model is whole"
+        group = joint.group
+
+        def prepared() -> tuple[Any, list[int]]:
+            requests.extend(make())
+            return [likeness(request) for request in requests], [request.number for request in requests]
+
+        numbers = group.meet(prepared)
+        if not group.leads:
+            with self.mail.changed:
+                self._loop.check_open()
+                joint.claim(numbers, requests)
+        group.pass_together()
+        group.decide_call(lambda: self.hand_over(requests))
+        return [RequestHandle(self, request) for request in requests]
+
+    def _check_leads(self, name: str) -> None:
+        if not self.ranks.leads:
+            raise RankError(
+                f"{name} was called on rank {self.ranks.rank} of a sharded model: rank 0 calls it, the others follow. "
+                f"generate() is called on all ranks, with the same arguments."
+            )
+
     def hand_over(self, requests: list[Request], *, is_limited: bool = False) -> None:
         """Let the loop have requests; ``is_limited``: if no more wait than may."""
+        for request in requests if self.ranks.is_joint else ():
+            request.message = packed(request)
         with self.mail.changed:
             self._loop.check_open()
             for request in requests if is_limited else ():
@@ -215,11 +288,15 @@ class Engine(EngineViews):
 
     def cancel(self, request_id: str) -> bool:
         """End a request with what it has; returns whether it had not ended yet."""
+        self._check_leads("cancel()")
         request = self.mail.unfinished.get(request_id)
         return request is not None and self.cancel_request(request)
 
     def cancel_request(self, request: Request) -> bool:
-        """As :meth:`cancel`, of this request: another one may have its id by now."""
+        """As :meth:`cancel`, of this request: another one may have its id by now. Of a call that all ranks make, the
+        first rank does it."""
+        if not self.ranks.leads:
+            return False
         with self.mail.changed:
             if self.mail.unfinished.get(request.request_id) is not request:
                 return False
@@ -228,7 +305,7 @@ class Engine(EngineViews):
         if not self.background and self.drive.acquire(blocking=False):
             try:
                 if not self._in_step:
-                    self._loop.intake()
+                    self._loop.intake(self._core.clock())
                     self._loop.publish()
             finally:
                 self.drive.release()
@@ -245,6 +322,8 @@ class Engine(EngineViews):
 
     def turn(self) -> bool:
         """One turn of the background loop; False: the thread may end, there is nothing left to do."""
+        if isinstance(self.ranks, RankGroup) and not self.ranks.leads:
+            return follow(self, self.ranks)
         if self.step():
             return True
         with self.mail.changed:
@@ -263,17 +342,22 @@ class Engine(EngineViews):
         """Run one step, if there is anything to compute; returns whether there was."""
         if threading.current_thread() is not self._thread:
             wait_if_exiting()
+        self._check_leads("step()")
+        return self.step_with(None)
+
+    def step_with(self, news: StepNews | None) -> bool:
+        """As :meth:`step`; ``news`` is what the first rank has sent, on the others."""
         with self.drive:
             if self._in_step:
                 raise RequestError("a step cannot run inside another: do not wait for results in a logits processor.")
             self._in_step = True
             try:
                 with held_interrupts(), no_gradients(), self._core.on_device():
-                    moved = self._loop.step()
+                    moved = self._loop.step(news)
             finally:
                 self._in_step = False
                 if self._stop is not None and not self.mail.is_closed:
-                    self._loop.close_now(self._stop)
+                    self._loop.command("close_now", self._stop)
             error = self._loop.take_error()
             if error is not None and not self.background:
                 raise error
@@ -282,11 +366,11 @@ class Engine(EngineViews):
     @property
     def may_run(self) -> bool:
         """Whether a thread of the engine's own, or any other one, runs steps."""
-        return self._thread is not None or self.drive.is_held
+        return self._thread is not None or self.drive.is_held or (self.ranks.is_joint and not self.mail.is_closed)
 
     def after_fork(self) -> None:
         """In a forked child: the threads that hold the locks and run the loop are not there."""
-        is_busy = bool(self.mail.unfinished) or (self.drive.is_held and not self._in_step)
+        is_busy = bool(self.mail.unfinished) or (self.drive.is_held and not self._in_step) or self.ranks.is_joint
         self.drive, self.mail.changed = TurnLock(), threading.Condition(threading.Lock())
         self._thread, self._in_step = None, False
         if not is_busy or self.mail.is_closed:
@@ -302,17 +386,28 @@ class Engine(EngineViews):
     def close(self, *, drain: bool = False) -> None:
         """End the engine: what has not ended gets the result "cancelled".
 
+        Of a sharded model the first rank ends it on all ranks; on the others this waits until it does.
+
         Args:
             drain: let requests end first.
         """
+        if isinstance(self.ranks, RankGroup) and not self.ranks.leads:
+            wait_for_end(self, self._thread, self.ranks)
+        else:
+            self._close(drain)
+        if isinstance(self.ranks, RankGroup):
+            self.ranks.leave()
+
+    def _close(self, drain: bool) -> None:
         if drain and not self.mail.is_closed:
             wait_for(self, lambda: not self.mail.unfinished, None, "the engine")
         with self.drive:
             if self._in_step:
                 self._stop = "cancelled"  # Called from a request's own code: at the end of the step.
                 return
-            with held_interrupts():
-                self._loop.close_now("cancelled")
+            with held_interrupts(), contextlib.suppress(RankError):  # The others have ended already.
+                if not self.mail.is_closed:
+                    self._loop.command("close_now", "cancelled")
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
@@ -321,108 +416,14 @@ class Engine(EngineViews):
         self._loop.check_open()
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: Any, error: Any, *traceback: object) -> None:
+        if error is not None and isinstance(self.ranks, RankGroup) and not self.mail.is_closed and not self.ranks.leads:
+            self.ranks.fail(f"has left its engine: {type(error).__name__}: {error}")
         self.close()
+
 
     def __reduce__(self) -> Any:
         raise TypeError(
             "an Engine cannot be pickled or copied, it has a thread, locks and pages of this process: send the model, "
             "or its name, and engine.config to the worker, and make one there, hf_paged.Engine(model, config)."
         )
-
-    def pause(self, *, keep_graphs: bool = False, weights_change: bool = True) -> None:
-        """Stop once the running step has ended; requests keep their pages.
-
-        What happens to weights, modules and PEFT adapters meanwhile is seen by :meth:`resume`, which then drops what
-        was computed before: prefixes, captured steps, and the keys and values of running requests, which compute their
-        tokens again. Other changes to what the model computes (an attribute of a module, say) are not seen: call
-        :meth:`refresh_weights`. Without a pause, changes are seen by the next step; those that leave no trace (through
-        ``parameter.data``, or by custom kernels) when a request finds a prefix of its prompt in an engine
-        that was idle, and not while requests run.
-
-        Args:
-            keep_graphs: captured decode steps are replayed again after :meth:`resume`, if nothing has changed. False:
-                they are captured again.
-            weights_change: False: nothing writes to the weights meanwhile, so :meth:`resume` need not compare all of
-                their bytes.
-        """
-        with self._between_steps("pause"):
-            self._loop.pause(keep_graphs, weights_change)
-
-    def resume(self) -> None:
-        """Go on after :meth:`pause`."""
-        with self.drive:
-            self._loop.check_open()
-            if self._loop.is_asleep:
-                raise RequestError("the engine sleeps: call wake().")
-            self._loop.resume()
-        with self.mail.changed:
-            self.wake_loop()
-
-    def warm_up(self, batch_sizes: Sequence[int] | None = None, *, progress: bool = False) -> int:
-        """Capture the decode steps of these batch sizes before they are needed.
-
-        Args:
-            batch_sizes: None: all up to ``max_num_seqs``, and steps over chunks of prompts as well. On a GPU a step of
-                ``max_batch_tokens`` is run too, so that its kernels are compiled.
-            progress: show a progress bar.
-
-        Returns:
-            CUDA graphs that the engine now has; 0 where it captures none.
-        """
-        sizes = None if batch_sizes is None else list(batch_sizes)
-        for size in sizes or ():
-            if not 1 <= size <= self.config.max_num_seqs:
-                raise ValueError(f"batch_sizes must be 1 to {self.config.max_num_seqs} (max_num_seqs), got {size!r}.")
-        with self._between_steps("warm_up"), no_gradients(), self._core.on_device():
-            return self._loop.warm_up(sizes, progress)
-
-    def refresh_weights(self) -> None:
-        """Say that the model has changed in a way that the engine does not see, see :meth:`pause`.
-
-        Prefixes are dropped, running requests compute their tokens again.
-        """
-        with self._between_steps("refresh_weights"):
-            self._loop.start_over(None)
-
-    def drop_prefixes(self) -> None:
-        """Forget every cached prefix; running requests keep their pages."""
-        with self._between_steps("drop_prefixes"):
-            self._core.drop_prefixes()
-
-    def sleep(self, *, keep_graphs: bool = False) -> None:
-        """Give the memory of the pages back, and pause.
-
-        Requests wait, and compute their tokens again after :meth:`wake`.
-
-        Args:
-            keep_graphs: captured steps stay, with the memory of their intermediate results, so that :meth:`wake` need
-                not capture them again; see :meth:`pause` for the changes of the model that are seen.
-        """
-        with self._between_steps("sleep"):
-            self._loop.sleep(keep_graphs)
-
-    def wake(self) -> None:
-        """Go on after :meth:`sleep`."""
-        with self.drive:
-            self._loop.check_open()
-            self._loop.wake()
-            self.resume()
-
-    @contextlib.contextmanager
-    def _between_steps(self, name: str) -> Iterator[None]:
-        """No step runs meanwhile.
-
-        Raises:
-            RequestError: the engine is closed, or a request's own code asks.
-        """
-        wait_if_exiting()
-        with self.drive:
-            if self._in_step:
-                raise RequestError(
-                    f"{name}() was called inside a step, by a request's own code (a logits processor or a criterion): "
-                    f"call it from outside."
-                )
-            self._loop.check_open()
-            yield
-            self._loop.note_counts()

@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
-from ..errors import QueueFullError, RequestError
+from ..errors import QueueFullError, RankError, RequestError
 from ..fusion import FusedModel
 from .core import EngineCore
+from .group import RankGroup
 from .in_flight import InFlightStep
+from .joint_steps import JointSteps
+from .news import StepNews
 from .scheduling.page_budget import give_back_unused
 from .scheduling.request import Request, RequestOutput
+from .scheduling.step import ScheduledStep
 from .trace import Counters, RequestRecord, StepRecord, Trace
 from .waiting import Mailbox
 
@@ -37,6 +41,7 @@ class StepLoop:
         broken: what has ended the engine.
         seen: of the end of the last step, for statistics.
         step_began: when the running step did, None: none runs.
+        joint: what other processes are told, and tell, of a sharded model's steps; None: there are none.
     """
 
     def __init__(self, core: EngineCore, mail: Mailbox, fused: FusedModel | None) -> None:
@@ -51,6 +56,7 @@ class StepLoop:
         self.broken: BaseException | None = None
         self._to_raise: BaseException | None = None
         self.step_began: float | None = None
+        self.joint = JointSteps(core.ranks, mail) if isinstance(core.ranks, RankGroup) else None
         self.note_counts()
 
     def note_counts(self) -> None:
@@ -62,8 +68,9 @@ class StepLoop:
         Raises:
             RequestError: the engine is closed, or has stopped with an error.
         """
-        if isinstance(self.broken, RequestError):
-            raise RequestError(str(self.broken))
+        for kind in (RequestError, RankError):
+            if isinstance(self.broken, kind):
+                raise kind(str(self.broken))
         if self.broken is not None:
             raise RequestError(f"the engine has stopped with an error of its own: {self.broken!r}.") from self.broken
         if self.mail.is_closed:
@@ -85,11 +92,15 @@ class StepLoop:
         if num_waiting >= config.max_waiting:
             raise QueueFullError(num_waiting, config.max_waiting)
 
-    def step(self) -> bool:
-        """Run one step, if there is anything to compute; returns whether there was."""
+    def step(self, news: StepNews | None = None) -> bool:
+        """Run one step, if there is anything to compute; returns whether there was.
+
+        Args:
+            news: what the first rank has sent, on the others.
+        """
         self.step_began = self.core.clock()
         try:
-            moved = self._run_step()
+            moved = self._run_step(news)
         except BaseException as error:
             # Not a request's fault: the books cannot be trusted any more. No caller shall wait forever.
             self.mark_broken(error)
@@ -109,12 +120,10 @@ class StepLoop:
         if not isinstance(error, Exception):
             self._to_raise = error
 
-    def _run_step(self) -> bool:
+    def _run_step(self, news: StepNews | None) -> bool:
         core, clock = self.core, self.core.clock
         start = clock()
-        self.intake()
-        self._expire(start)
-        if self.is_paused or self.mail.is_closed:
+        if not self.intake(start, news) or self.is_paused or self.mail.is_closed:
             self.publish()
             return False
         if not core.can_plan_ahead():
@@ -135,6 +144,7 @@ class StepLoop:
             if not core.can_wait(launched):
                 self.collect_pending()
         except BaseException as error:
+            self._fail(error)
             self.collect_pending()
             core.endings.fail_step(work, error)
             self._note(error)
@@ -142,7 +152,7 @@ class StepLoop:
         self.counters.prompt_tokens += num_tokens - work.num_decode
         duration = clock() - start
         self.counters.busy_s += duration
-        self._record(work, start, duration, forward_s, num_tokens)
+        self.trace.steps.append(_step_record(core, work, start - self.trace.start, duration, forward_s, num_tokens))
         self.publish()
         return True
 
@@ -153,41 +163,63 @@ class StepLoop:
             return False
         try:
             self.counters.new_tokens -= self.core.collect(launched)
+            if self.joint is not None and launched.tokens is not None:
+                self.joint.note_tokens(launched.tokens.wait())
         except BaseException as error:
+            self._fail(error)
             self.core.endings.fail_step(launched.work, error)
             self._note(error)
         return True
 
-    def _record(self, work: Any, start: float, duration: float, forward_s: float, num_tokens: int) -> None:
-        core = self.core
-        counts = core.scheduler.counts
-        self.trace.steps.append(
-            StepRecord(
-                start - self.trace.start,
-                duration,
-                forward_s,
-                len(work.slots),
-                work.num_decode,
-                num_tokens,
-                len(core.scheduler.running),
-                len(core.scheduler.waiting),
-                core.pool.pages_in_use,
-                counts.recomputed + counts.swapped,
-            )
-        )
+    def _fail(self, error: BaseException) -> None:
+        """A step has raised: if it does so on all ranks, they go on without its requests."""
+        if isinstance(error, RankError):
+            raise error
+        if self.joint is not None:
+            self.joint.note_failure(error)
 
-    def intake(self) -> None:
-        """Take in what other threads asked for."""
-        incoming, cancels = self.mail.take()
+    def intake(self, now: float, news: StepNews | None = None) -> bool:
+        """Take in what other threads asked for, or the first rank has sent, and end what is late.
+
+        Returns:
+            Whether there may be a step: ranks that do not lead were told of one.
+        """
+        if news is None:
+            incoming, cancels = self.mail.take()
+            late = self._take_late(now)
+            if self.joint is not None:
+                scheduler = self.core.scheduler
+                has_work = bool(self.pending or scheduler.running or scheduler.waiting) and not self.is_paused
+                if not self.joint.tell(incoming, cancels, late, has_work):
+                    return False
+        else:
+            assert self.joint is not None
+            incoming, cancels, late = self.joint.understood(news, now)
         if not self.is_paused and not self.mail.is_closed:
             self._look_for_changes(incoming)
         for request in incoming:
             self.core.scheduler.add(request)
             if request.deadline is not None:
-                heapq.heappush(self.deadlines, (request.deadline, request.number, request))
                 self._num_deadlines += 1
+                if news is None:
+                    heapq.heappush(self.deadlines, (request.deadline, request.number, request))
         for request in cancels:
             self.core.endings.end_request(request, "cancelled")
+        # Those that have come too late already have been taken in.
+        for request in late + (self._take_late(now) if self.joint is None else []):
+            assert request.deadline is not None
+            seconds = request.deadline - request.submitted
+            self.core.endings.end_request(
+                request, "deadline", RequestError(f"the deadline of {seconds:.3g} seconds has passed.")
+            )
+        return True
+
+    def _take_late(self, now: float) -> list[Request]:
+        """Requests whose deadline has passed."""
+        late = []
+        while self.deadlines and self.deadlines[0][0] <= now:
+            late.append(heapq.heappop(self.deadlines)[2])
+        return late
 
     def _look_for_changes(self, incoming: list[Request]) -> None:
         """Drop what was computed with other weights than the model has now."""
@@ -195,8 +227,26 @@ class StepLoop:
         change = core.runner.change(look_closely=bool(incoming))
         if change is None and incoming and not core.scheduler.running and core.would_reuse(incoming):
             change = core.runner.change_of_values()
+        change = self._of_any_rank(change)
         if change is not None:
             self.start_over(change)
+
+    def _of_any_rank(self, change: str | None) -> str | None:
+        """What has changed, on this rank or another."""
+        return change if self.joint is None else self.joint.compare(change, self.counters.steps)
+
+    def command(self, name: str, *arguments: Any) -> Any:
+        """Call a method between steps, on all ranks."""
+        if self.joint is not None:
+            self.joint.send_command(name, arguments)
+        try:
+            return getattr(self, name)(*arguments)
+        except Exception as error:
+            if isinstance(error, RankError):
+                self.mark_broken(error)
+            elif self.joint is not None:
+                self.joint.note_failure(error, in_step=False)
+            raise
 
     def start_over(self, change: str | None, keep_graphs: bool = False) -> None:
         """Drop captured steps and prefixes; running requests compute their tokens again."""
@@ -212,15 +262,6 @@ class StepLoop:
         core.preempt_all(allow_swap=False)
         core.drop_prefixes()
 
-    def _expire(self, now: float) -> None:
-        while self.deadlines and self.deadlines[0][0] <= now:
-            _, _, request = heapq.heappop(self.deadlines)
-            assert request.deadline is not None
-            seconds = request.deadline - request.submitted
-            self.core.endings.end_request(
-                request, "deadline", RequestError(f"the deadline of {seconds:.3g} seconds has passed.")
-            )
-
     def publish(self) -> None:
         """Let other threads see what has happened."""
         core = self.core
@@ -234,13 +275,15 @@ class StepLoop:
             for request in core.endings.finished:
                 self.mail.unfinished.pop(request.request_id, None)
                 self.mail.streams.pop(request, None)
+                if self.joint is not None:
+                    self.joint.forget(request)
                 self._num_deadlines -= request.deadline is not None
                 output = request.output
                 assert output is not None
                 reason = output.finish_reason
                 # Another one: a reader of the statistics has the one before.
                 self.counters.finished = {**self.counters.finished, reason: self.counters.finished.get(reason, 0) + 1}
-                self._record_request(request, output)
+                self.trace.requests.append(_record_of(request, output, self.trace.start))
             self.seen = self.counters.snapshot(self.core)
             # Last: a caller that gets a result may look at the statistics at once.
             for request in core.endings.finished:
@@ -258,29 +301,12 @@ class StepLoop:
             self.mail.changed.notify_all()
         self.mail.wake_sleepers(sleepers)
 
-    def _record_request(self, request: Request, output: RequestOutput) -> None:
-        origin, timing = self.trace.start, output.timing
-        at = request.submitted - origin
-        self.trace.requests.append(
-            RequestRecord(
-                request.request_id,
-                at,
-                None if timing.queued_s is None else at + timing.queued_s,
-                None if timing.first_token_s is None else at + timing.first_token_s,
-                at + timing.total_s,
-                len(request.prompt),
-                sum(len(s.token_ids) for s in output.sequences),
-                output.finish_reason,
-                timing.preemptions,
-            )
-        )
-
     def mark_broken(self, error: BaseException) -> None:
         """End every request with an error that no request has caused."""
         self.broken = error
-        with self.mail.changed:
-            self.mail.is_closed = True
-            unfinished = list(self.mail.unfinished.values())
+        if self.joint is not None:
+            self.joint.end(error)
+        unfinished = self._shut()
         for request in unfinished:
             with contextlib.suppress(Exception):
                 self.core.endings.end_request(request, "error", error)
@@ -288,7 +314,27 @@ class StepLoop:
                 self.core.endings.end_unaccounted(request, error)
         self.publish()
 
+    def _shut(self) -> list[Request]:
+        """Take no request any more; returns those that have not ended."""
+        with self.mail.changed:
+            self.mail.is_closed = True
+            if self.joint is not None:
+                self.joint.end_claims()
+            return list(self.mail.unfinished.values())
+
+    def abandon(self, error: RankError) -> None:
+        """End every request while a step waits for a rank that does not answer, without the lock of steps."""
+        self.broken = error
+        for request in self._shut():
+            if request.output is None:
+                self.core.endings.end_unaccounted(request, error)
+        self.publish()
+
     # Between steps
+
+    def drop_prefixes(self) -> None:
+        """See :meth:`Engine.drop_prefixes`."""
+        self.core.drop_prefixes()
 
     def pause(self, keep_graphs: bool, weights_change: bool) -> None:
         """See :meth:`Engine.pause`."""
@@ -306,6 +352,7 @@ class StepLoop:
             change = runner.change(look_closely=True)
             if change is None and self._weights_change and self.core.holds_computed():
                 change = runner.change_of_values()
+            change = self._of_any_rank(change)
             if change is not None:
                 self.start_over(change)
             elif self.fused is not None:
@@ -319,7 +366,7 @@ class StepLoop:
         self.pause(keep_graphs, weights_change=True)
         if not keep_graphs:
             cache.drop()
-        elif not cache.release(num_used):
+        elif not self.core.ranks.least(cache.release(num_used)):
             self.core.runner.drop_graphs()
         give_back_unused(self.core.device)
         self.is_asleep = True
@@ -329,7 +376,10 @@ class StepLoop:
         if self.is_asleep:
             try:
                 self.core.cache.restore()
+                has_room = True
             except torch.OutOfMemoryError:
+                has_room = False
+            if not self.core.ranks.least(has_room):
                 # The device is full: pages are made as they are needed, at other addresses.
                 self.core.runner.drop_graphs()
                 self.core.cache.drop()
@@ -352,14 +402,14 @@ class StepLoop:
 
     def close_now(self, reason: str) -> None:
         """End every request with ``reason``, and give all memory back."""
-        with self.mail.changed:
-            if self.mail.is_closed:
-                return
-            self.mail.is_closed = True
+        if self.mail.is_closed:
+            return
+        unfinished = self._shut()
         self.collect_pending()
         self.core.runner.drop_graphs()
-        self.intake()
-        for request in list(self.mail.unfinished.values()):
+        for request in self.mail.take()[0]:
+            self.core.scheduler.add(request)
+        for request in unfinished:
             self.core.endings.end_request(request, reason)
         self.core.drop_prefixes()
         self.core.cache.drop()
@@ -369,3 +419,39 @@ class StepLoop:
         self.publish()
         with self.mail.changed:
             self.mail.changed.notify_all()
+
+
+def _step_record(
+    core: EngineCore, work: ScheduledStep, at: float, duration: float, forward_s: float, num_tokens: int
+) -> StepRecord:
+    """A step, for the trace."""
+    counts = core.scheduler.counts
+    return StepRecord(
+        at,
+        duration,
+        forward_s,
+        len(work.slots),
+        work.num_decode,
+        num_tokens,
+        len(core.scheduler.running),
+        len(core.scheduler.waiting),
+        core.pool.pages_in_use,
+        counts.recomputed + counts.swapped,
+    )
+
+
+def _record_of(request: Request, output: RequestOutput, origin: float) -> RequestRecord:
+    """A request that has ended, for the trace that began at ``origin``."""
+    timing = output.timing
+    at = request.submitted - origin
+    return RequestRecord(
+        request.request_id,
+        at,
+        None if timing.queued_s is None else at + timing.queued_s,
+        None if timing.first_token_s is None else at + timing.first_token_s,
+        at + timing.total_s,
+        len(request.prompt),
+        sum(len(s.token_ids) for s in output.sequences),
+        output.finish_reason,
+        timing.preemptions,
+    )

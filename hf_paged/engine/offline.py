@@ -13,6 +13,7 @@ from .admission import OfflineBatch
 from .config import EngineConfig
 from .core import EngineCore
 from .handle import RequestHandle
+from .ranks import Alone
 from .scheduling.request import Request, RequestOutput
 from .waiting import Steps, wait_for
 
@@ -26,6 +27,7 @@ class OfflineEngine(Steps, Protocol):
     """What such a call needs of an engine."""
 
     config: EngineConfig
+    ranks: Alone
 
     @property
     def num_new_tokens(self) -> int:
@@ -37,6 +39,13 @@ class OfflineEngine(Steps, Protocol):
 
     @property
     def submit(self) -> Callable[..., RequestHandle]:
+        """See :class:`Engine`."""
+
+    @property
+    def prepare(self) -> Callable[..., Request]:
+        """See :class:`Engine`."""
+
+    def submit_together(self, make: Callable[[], list[Request]]) -> list[RequestHandle]:
         """See :class:`Engine`."""
 
     def hand_over(self, requests: list[Request]) -> None:
@@ -67,6 +76,8 @@ def generate(
     handles: list[RequestHandle] = []
     batch = OfflineBatch(engine.core.clock()) if batch is None else batch
     coming: list[RequestHandle] = []
+    if engine.ranks.is_joint:
+        return _generate_together(engine, prompts, configs, progress, batch, **options)
     try:
         for number, (prompt, config) in enumerate(zip(prompts, configs), 1):
             coming.append(engine.submit(prompt, generation_config=config, _batch=batch, **options))
@@ -84,6 +95,33 @@ def generate(
                     check()
                     with contextlib.suppress(TimeoutError):
                         handle.result(CHECK_S)
+        return [handle.result() for handle in handles]
+    except BaseException:
+        for handle in handles:
+            handle.cancel()
+        raise
+
+
+def _generate_together(
+    engine: OfflineEngine,
+    prompts: Sequence[Any],
+    configs: Sequence[Any],
+    progress: bool,
+    batch: OfflineBatch,
+    **options: Any,
+) -> list[RequestOutput]:
+    """On all ranks of a sharded model."""
+
+    def make() -> list[Request]:
+        return [
+            engine.prepare(prompt, generation_config=config, _batch=batch, **options)
+            for prompt, config in zip(prompts, configs)
+        ]
+
+    handles = engine.submit_together(make)
+    try:
+        if progress and engine.ranks.leads:
+            _show_progress(engine, handles, None)
         return [handle.result() for handle in handles]
     except BaseException:
         for handle in handles:

@@ -66,6 +66,11 @@ def wait_if_exiting() -> None:
         threading.Event().wait()
 
 
+def is_exiting() -> bool:
+    """Whether the interpreter is about to end."""
+    return _is_exiting.is_set()
+
+
 def _close_all() -> None:
     """Before the interpreter goes: no step runs from here on."""
     _is_exiting.set()

@@ -12,6 +12,7 @@ it is in the batch, its padding first.
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -154,7 +155,9 @@ def run_loop(
         except (ValueError, RequestError, OutOfPagesError) as error:
             refusal = str(error).rstrip(".")
         else:
-            return _in_step(batch, handles, streamer) if in_step else _together(batch, [h.result() for h in handles])
+            if in_step:
+                return _in_step(engine, batch, handles, streamer)
+            return _together(batch, [handle.result() for handle in handles])
     return run_original(refusal)
 
 
@@ -238,6 +241,7 @@ def _submit(engine: Any, batch: Batch, in_step: bool, handles: list[Any]) -> Non
     prepared = PreparedGeneration(batch.config, batch.processors, criteria)
     salt = ("generate", next(_salts))
     seed = batch.seed
+    asked = []
     for index, (prompt, padding) in enumerate(zip(batch.prompts, batch.paddings)):
         rules = RequestParams.from_prepared(
             prepared,
@@ -250,7 +254,11 @@ def _submit(engine: Any, batch: Batch, in_step: bool, handles: list[Any]) -> Non
             # One draw for the call, whatever the number of its prompts.
             seed = rules.seed
         # A salt for each call: weights and adapters may have changed since the last one, unseen.
-        handles.append(engine.submit(prompt, rules=rules, cache_salt=salt))
+        asked.append((prompt, dict(rules=rules, cache_salt=salt)))
+        if not engine.ranks.is_joint:
+            handles.append(engine.submit(prompt, rules=rules, cache_salt=salt))
+    if engine.ranks.is_joint:
+        handles += engine.submit_together(lambda: [engine.prepare(prompt, **options) for prompt, options in asked])
 
 
 def _cancel(handles: list[Any]) -> None:
@@ -302,7 +310,7 @@ def _beam_fill(batch: Batch) -> int:
     return (pad or eos[0]) if eos else -1
 
 
-def _in_step(batch: Batch, handles: list[Any], streamer: Any) -> Any:
+def _in_step(engine: Any, batch: Batch, handles: list[Any], streamer: Any) -> Any:
     """Follow all rows step by step, as ``generate()`` runs them, and ask the criteria with the whole batch.
 
     Rows of the engine may be ahead of the slowest one; what they have beyond the last common step is dropped.
@@ -315,7 +323,8 @@ def _in_step(batch: Batch, handles: list[Any], streamer: Any) -> Any:
         column = [next(stream) if is_running else batch.pad_token_id for stream, is_running in zip(streams, runs)]
         tokens = torch.tensor(column, dtype=torch.int64, device=ids.device)
         ids = torch.cat([ids, tokens[:, None]], dim=1)
-        unfinished = unfinished & ~batch.criteria(ids, None)
+        is_done = engine.ranks.decide_call(functools.partial(batch.criteria, ids, None))
+        unfinished = unfinished & ~is_done.to(ids.device)
         if streamer is not None:
             streamer.put(tokens.cpu())
         if batch.has_eos:

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
 from ..engine import Engine, EngineConfig
@@ -25,7 +27,8 @@ def add_serve_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "serve", help="an OpenAI-compatible server",
         description="Loads a model, and serves it through the gateway SMG until SIGTERM or Ctrl-C, which let running "
-        'requests end first. Needs pip install "hf-paged[serve]".',
+        "requests end first. Under torchrun the model is sharded over its processes, and rank 0 serves. Needs "
+        'pip install "hf-paged[serve]".',
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )  # fmt: skip
     parser.add_argument("model", metavar="MODEL", help="folder or hub id of a model")
@@ -69,17 +72,19 @@ def serve_command(parser: argparse.ArgumentParser, options: argparse.Namespace) 
             max_batch_tokens=max(EngineConfig().max_batch_tokens, options.max_num_seqs),
             memory_fraction=options.memory_fraction, kv_dtype=options.kv_dtype,
         )  # fmt: skip
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         trust = options.trust_remote_code
         tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=trust)
         if options.replicas > 1:
-            return _serve_replicas(parser, options, tokenizer, device, limits)
-        model = AutoModelForCausalLM.from_pretrained(
-            options.model, dtype=options.dtype, attn_implementation="paged_flash", trust_remote_code=trust
-        ).to(device)
-        engine = Engine(model.eval(), config)
+            return _serve_replicas(parser, options, tokenizer, _device_of(options), limits)
+        engine = Engine(_load(options), config)
     except (ValueError, TypeError, OSError, ImportError, UnsupportedModelError) as error:
         parser.error(f"{options.model!r}: {' '.join(str(error).split())}")
+    if not engine.ranks.leads:
+        # Rank 0 hears them as well, and lets requests end first.
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
+        engine.close()
+        return 0
     with engine:
         if not options.no_warm_up:
             engine.warm_up()
@@ -93,8 +98,9 @@ def serve_command(parser: argparse.ArgumentParser, options: argparse.Namespace) 
 
         def announce(server: Server) -> None:
             _announce(server.model_name, server.address, [server.metrics_address])
-            weights = sum(p.nbytes for p in {id(p): p for p in model.parameters()}.values())
+            weights = sum(p.nbytes for p in {id(p): p for p in engine.model.parameters()}.values())
             tokens = engine.stats().pages_total * config.page_size
+            device = engine.model.device
             print(f"on {device}: weights of {weights / 2**30:.2f} GiB, a cache of {tokens:,} tokens", flush=True)
 
         try:
@@ -113,6 +119,8 @@ def _check_together(options: argparse.Namespace) -> None:
         raise ValueError(f"--trace must end in .json or .csv, got {options.trace!r}.")
     if options.replicas > 1 and options.trace is not None:
         raise ValueError("--trace is of one engine: leave --replicas out.")
+    if options.replicas > 1 and _num_ranks() > 1:
+        raise ValueError("--replicas cannot be under torchrun, whose processes run one sharded model: leave it out.")
     if options.replicas > 1 and options.gateway == "none":
         raise ValueError('--replicas needs a gateway; without one, start the command several times, each with "none".')
 
@@ -160,3 +168,29 @@ def _announce(name: str, address: str, metrics: Sequence[str | None]) -> None:
     for where in metrics:
         if where is not None:
             print(f"metrics: {where}", flush=True)
+
+
+def _num_ranks() -> int:
+    """Processes that torchrun has started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _device_of(options: argparse.Namespace) -> str:
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _load(options: argparse.Namespace) -> Any:
+    """The model, on its device; under ``torchrun`` this process' part of it."""
+    num_processes = _num_ranks()
+    kwargs: dict[str, Any] = {
+        "dtype": options.dtype, "attn_implementation": "paged_flash", "trust_remote_code": options.trust_remote_code
+    }  # fmt: skip
+    if num_processes == 1:
+        device = _device_of(options)
+        return AutoModelForCausalLM.from_pretrained(options.model, **kwargs).to(device).eval()
+    if options.device is not None:
+        raise ValueError(
+            f"--device={options.device} cannot be chosen under torchrun: each of the {num_processes} processes has one."
+        )
+    kwargs["distributed_config"] = DistributedConfig(tp_size=num_processes)
+    return AutoModelForCausalLM.from_pretrained(options.model, **kwargs).eval()

@@ -1,5 +1,7 @@
-"""Models in parts: over devices they are served, over processes not; and models whose positions count padding."""
+"""Models in parts, over devices and over processes; and models whose positions count padding."""
 
+
+import types
 
 import pytest
 import torch
@@ -60,10 +62,34 @@ def test_sharded_weights_go_to_transformers(process_group, reasons):
 def test_a_tensor_parallel_plan_that_was_applied_counts():
     model = tiny_model("llama")
     assert hf_paged.is_supported(model) == []
-    model._tp_size = 1
-    assert hf_paged.is_supported(model) == []
     model._tp_size = 2
-    assert "sharded over processes" in hf_paged.is_supported(model)[0]
+    assert hf_paged.is_supported(model) == []
+    model._tp_size = 3
+    assert hf_paged.is_supported(model) == [
+        "its 4 heads (num_attention_heads) cannot be divided among 3 processes",
+        "its 2 heads (num_key_value_heads) cannot be divided among 3 processes",
+    ]
+    model._tp_plan = {}  # Each rank has all heads then.
+    assert hf_paged.is_supported(model) == []
+
+
+@pytest.mark.parametrize("name", ["fsdp_size", "pp_size", "ep_size"])
+def test_tensor_parallelism_is_served_alone(name):
+    model = tiny_model("llama")
+    model._tp_size = 2
+    model.config.distributed_config = types.SimpleNamespace(tp_size=2, **{name: 2})
+    assert hf_paged.is_supported(model) == [
+        f"it is spread over processes by {name}=2 beside tensor parallelism, which is served alone"
+    ]
+
+
+def test_adapters_in_a_sharded_model_are_refused():
+    peft = pytest.importorskip("peft")
+    model = tiny_model("llama")
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"]))
+    model._tp_size = 2
+    [reason] = hf_paged.is_supported(wrapped.get_base_model())
+    assert reason.endswith("of PEFT, is in a model that is sharded over processes")
 
 
 def test_positions_that_count_padding_are_refused(reasons):

@@ -67,7 +67,10 @@ class ModelFingerprint:
         self._all_owners = [table for module in self._modules for table in tables_of(module)]
         self._num_objects = sum(map(len, self._all_owners))
         self._weights = [tensor for _, _, tensor in weights if tensor is not None]
-        self._tracked = [tensor for tensor in self._weights if not tensor.is_inference()]
+        # What a tensor subclass (of a sharded model) is made of has an address, and a count of changes of its own.
+        parts = [part for tensor in self._weights for part in parts_of(tensor)]
+        self._placed = [*self._weights, *parts]
+        self._tracked = [tensor for tensor in self._placed if not tensor.is_inference()]
         self._places, self._versions = self._read_places(), self._read_versions()
         self._adapters = [
             (module.__dict__, name, copy.copy(module.__dict__[name]))
@@ -81,7 +84,7 @@ class ModelFingerprint:
         _watch_optimizers(self)
 
     def _read_places(self) -> list[int]:
-        return list(map(torch.Tensor.data_ptr, self._weights))
+        return list(map(torch.Tensor.data_ptr, self._placed))
 
     def _read_versions(self) -> list[int]:
         return tensor_versions(self._tracked)
@@ -208,11 +211,19 @@ def sums(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
         ]
 
 
+def parts_of(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a tensor subclass is made of; none of a plain tensor."""
+    if not is_traceable_wrapper_subclass(tensor):
+        return []
+    parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+    return [part for part in parts if isinstance(part, torch.Tensor)]  # DTensors name their mesh among them
+
+
 def _plain(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
     """The tensors that a tensor subclass is made of, or the tensor itself."""
     if is_traceable_wrapper_subclass(tensor):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain(getattr(tensor, name))
+        for part in parts_of(tensor):
+            yield from _plain(part)
     elif not tensor.is_meta and tensor.layout == torch.strided:
         yield tensor.detach()
 

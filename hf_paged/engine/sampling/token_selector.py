@@ -9,6 +9,7 @@ from hf_paged_kernels.sampling.reference import INVALID_TOKEN, choose_tokens
 
 from ...errors import InvalidScoresError
 from ..async_copy import send
+from ..ranks import ALONE, Alone
 from . import prompt_lookup
 from .logprobs import PendingLogprobs, TokenLogprobs
 from .request_params import RequestParams
@@ -67,11 +68,14 @@ class _Row:
 class TokenSelector:
     """Chooses the next token of each row from its logits, by the rules of its request.
 
-    A row's token depends on its own logits, history and rules only, never on the rest of the batch.
+    A row's token depends on its own logits, history and rules only, never on the rest of the batch. What a request's
+    own code does, the first rank does.
     """
 
-    def __init__(self, num_slots: int, vocab_size: int, device: torch.device | str) -> None:
-        self.device = torch.device(device)
+    def __init__(
+        self, num_slots: int, vocab_size: int, device: torch.device | str, ranks: Alone = ALONE
+    ) -> None:
+        self.device, self.ranks = torch.device(device), ranks
         self.vocab_size = vocab_size
         self.sampling = SlotSampling(num_slots, self.device, vocab_size)
         self.has_logprobs = np.zeros(num_slots, np.bool_)
@@ -122,7 +126,9 @@ class TokenSelector:
         is_plain = self.sampling.on_device[slots] | is_guided
         errors: dict[int, BaseException] = {}
         if is_guided.any():
-            errors = self._put_masks(slots[is_guided], history, positions[is_guided], coming())
+            guided = slots[is_guided]
+            masks, errors = self.ranks.decide(lambda: self._masks(guided, history, positions[is_guided], coming()))
+            self.sampling.put_masks(guided, masks)
         if is_plain.all():
             token_ids = self.sampling.choose(logits, slots, positions)
         else:
@@ -131,18 +137,30 @@ class TokenSelector:
             if rows.size:
                 index = send(rows, logits.device)
                 token_ids[index] = self.sampling.choose(logits[index], slots[rows], positions[rows])
-            for i in np.flatnonzero(~is_plain).tolist():
-                slot = int(slots[i])
-                try:
-                    token_ids[i : i + 1] = self._choose_alone(slot, logits[i : i + 1], history[slot, : positions[i]])
-                except BaseException as error:  # whatever a request's own code raises ends that request alone
-                    errors[slot] = error
+            rows = np.flatnonzero(~is_plain)
+            ids, failed = self.ranks.decide(lambda: self._choose_each(rows, slots, logits, history, positions))
+            token_ids[send(rows, logits.device)] = ids.to(logits.device)
+            errors |= failed
         return Selection(token_ids, self._logprobs(slots, token_ids, None, lambda rows: _taken(logits, rows)), errors)
 
-    def _put_masks(
+    def _choose_each(
+        self, rows: np.ndarray, slots: np.ndarray, logits: torch.Tensor, history: np.ndarray, positions: np.ndarray
+    ) -> tuple[torch.Tensor, dict[int, BaseException]]:
+        """Tokens ``[len(rows)]`` of rows with processors of their own, and what those raised, by slot."""
+        tokens, errors = [], dict[int, BaseException]()
+        for i in rows.tolist():
+            slot = int(slots[i])
+            try:
+                tokens.append(self._choose_alone(slot, logits[i : i + 1], history[slot, : positions[i]]))
+            except BaseException as error:  # whatever a request's own code raises ends that request alone
+                errors[slot] = self.ranks.sendable(error)
+                tokens.append(torch.full((1,), INVALID_TOKEN, dtype=torch.int64, device=logits.device))
+        return torch.cat(tokens), errors
+
+    def _masks(
         self, slots: np.ndarray, history: np.ndarray, positions: np.ndarray, coming: dict[int, int]
-    ) -> dict[int, BaseException]:
-        """Give guided rows the masks of their next choice; returns what their grammars raised, by slot."""
+    ) -> tuple[np.ndarray, dict[int, BaseException]]:
+        """Masks of the next choice of guided rows, and what their grammars raised, by slot."""
         masks = np.zeros((len(slots), -(-self.sampling.vocab_size // 32)), dtype=np.int32)
         errors: dict[int, BaseException] = {}
         for slot, position, mask in zip(slots.tolist(), positions.tolist(), masks):
@@ -157,10 +175,9 @@ class TokenSelector:
             try:
                 entry.rules.guided(entry.row).fill(generated, mask)
             except BaseException as error:  # as of a processor
-                errors[slot] = error
+                errors[slot] = self.ranks.sendable(error)
                 mask[:] = -1
-        self.sampling.put_masks(slots, masks)
-        return errors
+        return masks, errors
 
     def chosen(
         self,
@@ -196,9 +213,14 @@ class TokenSelector:
         Returns:
             The slots that stop, and what a criterion raised, by slot.
         """
+        return self.ranks.decide(lambda: self._asked(np.asarray(slots), history, lengths))
+
+    def _asked(
+        self, slots: np.ndarray, history: np.ndarray, lengths: np.ndarray
+    ) -> tuple[set[int], dict[int, BaseException]]:
         stopped: set[int] = set()
         errors: dict[int, BaseException] = {}
-        for slot in np.asarray(slots).tolist():
+        for slot in slots.tolist():
             try:
                 if slot in self._verified:
                     is_last = self._verified.pop(slot)
@@ -206,7 +228,7 @@ class TokenSelector:
                 elif is_stopped(self._rows[slot].rules, history[slot, : lengths[slot]], self.device):
                     stopped.add(slot)
             except BaseException as error:
-                errors[slot] = error
+                errors[slot] = self.ranks.sendable(error)
         return stopped, errors
 
     def propose(self, slot: int, history: np.ndarray, length: int) -> np.ndarray:
@@ -238,6 +260,11 @@ class TokenSelector:
             Exception: what a processor raised.
             InvalidScoresError: no token can be chosen.
         """
+        return self.ranks.decide(lambda: self._accepted(slot, candidates, logits, history, length))
+
+    def _accepted(
+        self, slot: int, candidates: np.ndarray, logits: torch.Tensor, history: np.ndarray, length: int
+    ) -> list[int]:
         rules = self._rows[slot].rules
         tokens = np.concatenate([history[slot, :length], candidates])
         if rules.plain is not None:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ..config import EngineConfig
+from ..ranks import ALONE, Alone
 from .pacing import bucket_sizes
 
 DEFAULT_MODEL_LEN = 32_768
@@ -86,10 +87,11 @@ class PageRoom:
     Args:
         reserve: these bytes, on every device.
         devices: where pages are.
+        ranks: that hold the model: pages may take what all of them have.
     """
 
-    def __init__(self, reserve: int, devices: Iterable[torch.device]) -> None:
-        self.reserve = reserve
+    def __init__(self, reserve: int, devices: Iterable[torch.device], ranks: Alone = ALONE) -> None:
+        self.reserve, self._ranks = reserve, ranks
         self._devices = [d for d in devices if d.type == "cuda"]
         self._note_taken()
 
@@ -119,7 +121,7 @@ class PageRoom:
             # PyTorch keeps more than steps need: another part of the process (a trainer) has left it there.
             torch.cuda.empty_cache()
             free, reserved = torch.cuda.mem_get_info(device)[0], torch.cuda.memory_reserved(device)
-        return free - max(0, self.reserve - max(0, reserved - self._before[device]))
+        return self._ranks.least(free - max(0, self.reserve - max(0, reserved - self._before[device])))
 
 
 CACHED_BYTES = 512 * 2**20

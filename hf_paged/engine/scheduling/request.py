@@ -146,6 +146,7 @@ class Request:
         output: what it gave, once it has ended; ``is_public``: whether its caller may know.
         uses_prefixes: whether cached prefixes may stand for the beginning of its prompt.
         most_pages: of each group of layers, what it holds at most.
+        message: for the other ranks of the model, where there are any.
     """
 
     number: int
@@ -174,6 +175,7 @@ class Request:
     started: float | None = None
     first_token: float | None = None
     prompt_logprobs: list[Any] | None = None
+    message: bytes = b""
 
     @property
     def live(self) -> list[Sequence]:

@@ -6,12 +6,14 @@ from transformers.utils import logging
 
 from ...fusion import FusedModel
 from ...mixed_precision import enables_autocast
-from ...transformers_internals import is_tested_version
+from ...transformers_internals import is_tested_version, tensor_parallel_group
 from ..config import EngineConfig
 from ..core import EngineCore, no_gradients
 from ..execution.compiled import as_written
 from ..execution.decode_graphs import capture_blocker
 from ..execution.model_fingerprint import read_buffers, written_buffers
+from ..group import RankGroup
+from ..ranks import ALONE, Alone
 from ..scheduling.page_budget import PageRoom, choose_num_pages, working_bytes
 from .compile_ahead import compile_ahead
 from .fusion_steps import fuse
@@ -20,17 +22,39 @@ from .self_check import probe, run_reference
 logger = logging.get_logger(__name__)
 
 
-def start(model: Any, config: EngineConfig, max_model_len: int) -> tuple[EngineCore, FusedModel | None]:
+def make_ranks(model: Any, config: EngineConfig) -> Alone:
+    """The processes that hold the model; all of them make an engine now.
+
+    Raises:
+        RankError: they have other options.
+        ValueError: an option is for whole models only.
+    """
+    process_group = tensor_parallel_group(model)
+    if process_group is None:
+        return ALONE
+    for name in ("fuse", "compile"):
+        if getattr(config, name):
+            raise ValueError(f"{name}=True cannot be: the model is sharded over processes. Leave it out.")
+    group = RankGroup(process_group)
+    group.meet(lambda: (repr(config), None))
+    return group
+
+
+def start(
+    model: Any, config: EngineConfig, max_model_len: int, ranks: Alone = ALONE
+) -> tuple[EngineCore, FusedModel | None]:
     """Check the model, see what a page costs, make the pages."""
     fused = None
     with no_gradients(), as_written(model):
-        compile_ahead(model, config, max_model_len)
+        if not ranks.is_joint:
+            compile_ahead(model, config, max_model_len)
         reference = run_reference(model) if config.self_check else None
         try:
             buffers = read_buffers(model)
             learned = probe(model, config, reference)
             written = written_buffers(model, buffers)
-            fused = _fuse(model, config, learned.needs_lengths, max_model_len)
+            if not ranks.is_joint:
+                fused = _fuse(model, config, learned.needs_lengths, max_model_len)
             pages_of_one = -(-max_model_len // config.page_size)
             num_pages = config.num_pages
             reserve = working_bytes(model, config) if any(d.type == "cuda" for d in learned.page_bytes) else 0
@@ -38,8 +62,8 @@ def start(model: Any, config: EngineConfig, max_model_len: int) -> tuple[EngineC
                 # One more: rows that share a prompt copy its last page before they write into it.
                 most = config.max_num_seqs * pages_of_one + 1
                 num_pages = choose_num_pages(learned.page_bytes, config.memory_fraction, most, reserve)
-            core = EngineCore(model, config, num_pages, max_model_len)
-            room = PageRoom(reserve, learned.page_bytes)
+            core = EngineCore(model, config, ranks.least(num_pages), max_model_len, ranks=ranks)
+            room = PageRoom(reserve, learned.page_bytes, ranks)
             core.commit_as_used(learned.kinds, room)
             core.runner.needs_lengths = core.cache.may_gather = learned.needs_lengths
             core.runner.ignore_buffers(written)

@@ -7,7 +7,14 @@ from transformers import PreTrainedModel
 from ...errors import UnsupportedModelError
 from ...hooks import reason_in_hooks, reason_in_modules
 from ...paging import PagePool
-from ...transformers_internals import hooks_of, is_sharded, overridden_step_method, uses_attention_interface
+from ...transformers_internals import (
+    heads_of_plan,
+    hooks_of,
+    is_sharded,
+    other_sharding,
+    overridden_step_method,
+    uses_attention_interface,
+)
 from ..execution.engine_cache import EngineCache
 
 
@@ -64,15 +71,35 @@ def _reason_in_weights(model: PreTrainedModel) -> str | None:
 
 
 def _sharding_reasons(model: PreTrainedModel) -> list[str]:
-    """Ranks that hold parts of a model must all run the same steps, and an engine's depend on when requests come."""
+    """Ranks that hold parts of a model must all run the same steps: those of transformers' tensor parallelism do."""
+    size = getattr(model, "_tp_size", None) or 1
+    if size > 1:
+        return _tensor_parallel_reasons(model, size)
     if is_sharded(model):
         return [
-            "its weights are sharded over processes (tensor parallelism, FSDP): all of them must run the same steps, "
-            "and the engine's depend on when requests come"
+            "its weights are sharded over processes (FSDP): all of them must run the same steps, and the engine's "
+            "depend on when requests come"
         ]
     if any(hasattr(tensor, "ds_id") for tensor in model.parameters()):
         return ["its weights are sharded by DeepSpeed"]
     return []
+
+
+def _tensor_parallel_reasons(model: PreTrainedModel, size: int) -> list[str]:
+    reasons = []
+    other = other_sharding(model)
+    if other is not None:
+        reasons.append(f"it is spread over processes by {other} beside tensor parallelism, which is served alone")
+    text = model.config.get_text_config(decoder=True)
+    for name in ("num_attention_heads", "num_key_value_heads") if heads_of_plan(model) else ():
+        heads = getattr(text, name, None)
+        if isinstance(heads, int) and heads % size:
+            reasons.append(f"its {heads} heads ({name}) cannot be divided among {size} processes")
+    for name, module in model.named_modules():
+        if type(module).__module__.startswith("peft."):
+            reasons.append(f"{name}, a {type(module).__name__} of PEFT, is in a model that is sharded over processes")
+            break
+    return reasons
 
 
 def _rope_reasons(config: Any) -> list[str]:

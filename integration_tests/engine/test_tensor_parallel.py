@@ -1,0 +1,141 @@
+"""A model that transformers has sharded over processes, on the CPU: tokens of one process on every rank, and errors
+that end the work on all of them."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tensor_parallel_worker as worker
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+LAST = {2: "one_forward_fails", 3: "one_is_killed"}
+
+
+@pytest.fixture(scope="module")
+def one() -> dict[str, Any]:
+    """The same scenes with the whole model."""
+    return json.loads(json.dumps(worker.Scenes(worker.make_model()).run()))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """What the processes wrote."""
+    folder = tmp_path_factory.mktemp("ranks")
+    worker.make_model().save_pretrained(folder / "model")
+    path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", Path(worker.__file__).parent)))
+    done = subprocess.run(
+        [sys.executable, worker.__file__, folder / "model", folder, *(f"{n}:{last}" for n, last in LAST.items())],
+        cwd=ROOT, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True, text=True, timeout=400, check=False,
+    )  # fmt: skip
+    for size in LAST:
+        codes = json.loads((folder / f"{size}.codes.json").read_text("utf-8"))
+        expected = [0] * (size - 1) + [-signal.SIGKILL if LAST[size] == "one_is_killed" else 0]
+        assert codes == expected, done.stderr[-4000:]
+    return folder
+
+
+@pytest.fixture(params=sorted(LAST))
+def ranks(request, folder) -> list[dict[str, Any]]:
+    """What each of the processes found."""
+    return [json.loads((folder / f"{request.param}.{i}.json").read_text("utf-8")) for i in range(request.param)]
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["mixed", "seed", "top", "prefix", "none", "weights", "later", "after it", "few pages", "own memory", "captured",
+     "patched", "streamed", "one call"],
+)  # fmt: skip
+def test_calls_give_the_tokens_of_one_process_on_every_rank(ranks, one, case):
+    expected = one[case]
+    assert [found[case] for found in ranks] == [expected] * len(ranks)
+
+
+def test_requests_of_the_first_rank_give_the_tokens_of_one_process(ranks, one):
+    """Random ones, in another order, while other ranks are slow."""
+    for case in ("random", "guided", "cancelled", "late"):
+        assert ranks[0][case] == one[case], case
+    assert one["cancelled"] == ["cancelled", True, True]
+    assert one["late"] == ["deadline", "the deadline of 0 seconds has passed."]
+    assert all(token % 2 for token in one["guided"])
+    assert [found["new tokens"] for found in ranks] == [ranks[0]["new tokens"]] * len(ranks)
+
+
+def test_code_of_a_request_is_that_of_the_first_rank(ranks, one):
+    """Its processors and criteria draw numbers that are others on each rank."""
+    assert [found["own code"] for found in ranks] == [ranks[0]["own code"]] * len(ranks)
+    # Those that draw no numbers. In which order others draw them depends on when requests come.
+    assert ranks[0]["own code"][2:] == one["own code"][2:]
+    expected = [None, "CannotBeSentError: 1 and 2", None, None, "CannotBeSentError: 1 and 2"]
+    assert [found["failed"][:5] for found in ranks] == [expected] * len(ranks)
+
+
+def test_pages_are_those_of_the_rank_with_least_memory(ranks, one):
+    assert one["preemptions"] > 0
+    assert all(found["preemptions"] > 0 for found in ranks)
+    assert len({found["pages"] for found in ranks}) == 1
+    page = 2 * 2 * 6 // len(ranks) * 8 * 8 * 4  # keys and values, layers, heads, head dim, tokens, bytes
+    least = (3 - (len(ranks) - 1)) * 200_000
+    assert ranks[0]["pages"] == least // 2 // page
+
+
+def test_prefixes_are_found_on_every_rank(ranks, one):
+    assert one["prefix"][2] == [40, 24]
+    assert [found["prefix"] for found in ranks] == [one["prefix"]] * len(ranks)
+
+
+def test_changes_of_weights_are_seen_by_all(one):
+    """And they change tokens: the comparison with one process says that every rank saw them."""
+    first, negated, on_one_layer, refreshed, woken, resumed, back = one["weights"]
+    assert first != negated != on_one_layer != refreshed
+    assert woken == refreshed
+    assert resumed == on_one_layer
+    assert back == first
+
+
+def test_a_step_that_fails_on_all_ranks_ends_its_requests_alone(ranks):
+    assert [found["failing step"] for found in ranks] == [["3 and 4"] * 2] * len(ranks)
+
+
+def test_wrong_use_raises_on_every_rank(ranks):
+    size = len(ranks)
+    for found in ranks:
+        for case in ("other prompts", "fewer prompts"):
+            assert found[case].startswith(f"RankError: rank 1 of {size} makes another call than rank 0"), case
+        assert found["bad prompt"].startswith("ValueError: prompt_ids[0] must be 0 to 101")
+        assert found["closed"] == "RequestError: the engine is closed: make another, hf_paged.Engine(model)."
+        assert found["same engine"]
+    assert ranks[0]["bad prompt of one"].startswith("RankError: the call is not served on rank 0: ValueError: prompt_")
+    for found in ranks[1:]:
+        assert found["bad prompt of one"].startswith(f"RankError: rank 0 of {size} has ended the call: ValueError: ")
+        assert found["submit"].startswith("RankError: submit() was called on rank ")
+    assert ranks[0]["salt"].startswith("RequestError: cache_salt=frozenset({1}) cannot be sent to the other ranks")
+
+
+def last(folder: Path, size: int) -> list[dict[str, Any]]:
+    return [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob(f"{size}.*.last.json"))]
+
+
+def test_a_forward_that_fails_on_one_rank_ends_the_engine_on_all(folder):
+    text = "RankError: rank 1 of 2 has failed in a step, and not all others have: CannotBeSentError: 5 and 6"
+    first, second = last(folder, 2)
+    assert first["errors"] == [text] * 3
+    for found in (first, second):
+        assert found["after"] == text
+        assert found["state"] == "broken"
+        assert found["seconds"] < 60
+
+
+def test_a_rank_that_is_killed_leaves_no_other_waiting(folder):
+    first, second = last(folder, 3)
+    text = "RankError: one of the 3 processes of the model has died"
+    assert all(error.startswith(text) for error in first["errors"])
+    for found in (first, second):
+        assert found["after"].startswith(text)
+        assert found["state"] == "broken"
+        assert found["seconds"] < 60
