@@ -288,25 +288,23 @@ print(torch.cuda.is_initialized())
 
 
 def test_a_fresh_process_serves_a_model_and_starts_no_gpu():
-    out = run_fresh("import torch, hf_paged, hf_paged_kernels\n" + STARTED + TINY_LLAMA + STARTED)
-    assert out.splitlines() == ["[]", "False", "[1, 5]", "[]", "False"]
-
-
-def test_importing_the_kernels_alone_needs_neither_transformers_nor_triton():
-    out = run_fresh("import hf_paged_kernels; print([name in sys.modules for name in ('transformers', 'triton')])")
-    assert out.strip() == "[False, False]"
-
-
-def test_importing_hf_paged_imports_no_triton():
-    """transformers' model classes import torch._dynamo, and that triton: whatever they import first is not ours."""
+    """Nor does it import triton. transformers' model classes import torch._dynamo, and that triton: what they import
+    first is not ours."""
     out = run_fresh(
+        "import torch\n"
         "from transformers import DynamicCache, GenerationMixin, PreTrainedModel\n"
         "from transformers import modeling_flash_attention_utils, masking_utils\n"
         "before = {name for name in sys.modules if name.partition('.')[0] == 'triton'}\n"
         "import hf_paged\n"
         "print({name for name in sys.modules if name.partition('.')[0] == 'triton'} - before)\n"
+        "import hf_paged_kernels\n" + STARTED + TINY_LLAMA + STARTED
     )
-    assert out.strip() == "set()"
+    assert out.splitlines() == ["set()", "[]", "False", "[1, 5]", "[]", "False"]
+
+
+def test_importing_the_kernels_alone_needs_neither_transformers_nor_triton():
+    out = run_fresh("import hf_paged_kernels; print([name in sys.modules for name in ('transformers', 'triton')])")
+    assert out.strip() == "[False, False]"
 
 
 def test_hub_kernels_are_still_absent_or_whole():

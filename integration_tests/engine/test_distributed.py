@@ -114,34 +114,32 @@ def test_a_seed_of_the_call_gives_the_samples_of_one_process(ranks):
     assert [found["one seed"] for found in ranks] == [worker.tokens(outputs)] * len(ranks)
 
 
-@pytest.mark.parametrize("killed", [0, 1])
-def test_a_process_that_is_killed_leaves_no_other_waiting(tmp_path, killed):
-    """Without a launcher, which would end the others. Process 0 holds what they find each other by."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2"}
-    command = [sys.executable, worker.__file__, "killed", str(tmp_path), str(killed)]
-    processes = [
-        subprocess.Popen(
-            command, cwd=ROOT, env=environment() | place | {"RANK": str(i), "LOCAL_RANK": str(i)},
-            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        )
-        for i in range(2)
-    ]  # fmt: skip
-    try:
-        errors = [process.communicate(timeout=240)[1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert processes[killed].returncode == -signal.SIGKILL, errors[killed][-3000:]
-    found = json.loads((tmp_path / f"{1 - killed}.json").read_text("utf-8"))
-    assert found["error"] != "no error"
+def test_a_process_that_is_killed_leaves_no_other_waiting(tmp_path):
+    """Process 0 holds what they find each other by."""
+    with socket.socket() as one, socket.socket() as two:
+        ports = []
+        for free in (one, two):
+            free.bind(("127.0.0.1", 0))
+            ports.append(str(free.getsockname()[1]))
+    command = [sys.executable, worker.__file__, "killed", str(tmp_path), *ports]
+    with subprocess.Popen(
+        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        start_new_session=True,
+    ) as process:  # fmt: skip
+        try:
+            out, errors = process.communicate(timeout=240)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    status = {(killed, rank): code for killed, rank, code in json.loads(out)}
+    assert set(status) == {(0, 0), (0, 1), (1, 0), (1, 1)}, errors[-3000:]
+    for killed in range(2):
+        assert status[killed, killed] == -signal.SIGKILL, errors[-3000:]
+        assert (tmp_path / f"{killed}-{1 - killed}").read_text("utf-8") not in ("", "no error")
 
 
-def test_processes_that_do_not_know_of_each_other_are_told(tmp_path):
-    done = launch(2, "no state")
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.count("accelerate's state has 1 processes, and 2 were started") == 2
+def test_processes_that_do_not_know_of_each_other_are_told(ranks):
+    assert all(f"accelerate's state has 1 processes, and {len(ranks)} were" in found["no state"] for found in ranks)
 
 
 def test_one_process_is_a_plain_call(one):

@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 import hf_paged
 
-NUM_REQUESTS = 200 if EVERYTHING else 48
+NUM_REQUESTS = 200 if EVERYTHING else 36
 NUM_PAGES = {"mistral": (13, 12), "qwen3_next": (24, 12)}
 """By page size 8 and 16; windows everywhere need fewer pages, states that nobody shares more."""
 LEAST_PREEMPTIONS = NUM_REQUESTS // 10

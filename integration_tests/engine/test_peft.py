@@ -56,6 +56,12 @@ BROKEN = {"SHADOW": (AttributeError, FutureWarning), "XLORA": KeyError}
 SOFT_PROMPTS = ("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "PREFIX_TUNING", "PROMPT_TUNING", "P_TUNING")
 
 
+@pytest.fixture(autouse=True)
+def _no_compiler(monkeypatch):
+    """Each layer of BOFT would try to build PEFT's CUDA kernel, and go on without."""
+    monkeypatch.setattr("peft.tuners.boft.layer.get_fbd_cuda", lambda: None)
+
+
 @pytest.fixture
 def reasons(monkeypatch):
     """Reasons for which calls went to transformers' own loop."""

@@ -1,15 +1,17 @@
-"""One of the processes of ``test_distributed.py``: prints what its calls gave, as a line of JSON.
+"""The processes of ``test_distributed.py``: what the calls of each gave is left as a file of JSON.
 
     torchrun --nproc_per_node 2 distributed_worker.py all results/
+    python distributed_worker.py killed results/ 29500 29501
 """
 
+import gc
 import json
 import os
 import signal
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate import PartialState
@@ -119,24 +121,48 @@ def run_all(rank: int, count: int) -> dict[str, Any]:
     return found
 
 
+def run_killed(ports: list[str]) -> None:
+    """Two processes for each port, of which the first, then the second is killed; prints the status of all.
+
+    Without a launcher, which would end the others. They are forks of this one: loading the libraries takes longest."""
+    gc.freeze()
+    status = {}
+    for killed, port in enumerate(ports):
+        for rank in range(2):
+            status[os.fork() or run_one(killed, rank, port)] = [killed, rank]
+    for _ in range(len(status)):
+        pid, code = os.wait()
+        status[pid].append(os.waitstatus_to_exitcode(code))
+    print(json.dumps(list(status.values())))
+
+
+def run_one(killed: int, rank: int, port: str) -> NoReturn:
+    """A process that does not return."""
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank)
+    }  # fmt: skip
+    PartialState(cpu=True)
+    with engine() as one:
+        if rank == killed:
+            one.submit = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
+        error = error_of(one, prompts(), generation_config=greedy())
+    Path(sys.argv[2], f"{killed}-{rank}").write_text(error, encoding="utf-8")
+    os._exit(0)
+
+
 def main() -> None:
     """Command line."""
-    case = sys.argv[1]
-    if case == "no state":
-        with engine() as one:
-            PartialState(cpu=False)
-            print(json.dumps({"error": error_of(one, prompts())}), flush=True)
-        return
+    if sys.argv[1] == "killed":
+        return run_killed(sys.argv[3:])
     state = PartialState(cpu=True)
-    if case == "all":
-        found = run_all(state.process_index, state.num_processes)
-    else:
-        with engine() as one:
-            if state.process_index == int(sys.argv[3]):
-                one.submit = lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL)
-            found = {"error": error_of(one, prompts(), generation_config=greedy())}
-    Path(sys.argv[2], f"{state.process_index}.json").write_text(json.dumps(found), encoding="utf-8")
+    index = state.process_index
+    found = run_all(index, state.num_processes)
     state.destroy_process_group()
+    PartialState._reset_state()
+    PartialState(cpu=False)  # knows of no other process on a CPU
+    with engine() as one:
+        found["no state"] = error_of(one, prompts())
+    Path(sys.argv[2], f"{index}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":
