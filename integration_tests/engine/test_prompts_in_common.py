@@ -4,7 +4,6 @@ import random
 
 import pytest
 import torch
-from amount import EVERYTHING
 from random_requests import tiny_model
 from small_engines import alone, config, prompt
 
@@ -69,18 +68,12 @@ def test_a_beginning_is_computed_once(family, budget):
         engine.check()
 
 
-NUM_PROMPTS = 90 if EVERYTHING else 45
-
-
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mistral"])
 @pytest.mark.parametrize("page_size", [8, 16])
 def test_random_beginnings_in_a_small_pool(family, page_size):
     """Cut and mixed at random, preempted, some more urgent than those before them."""
     model, draw = tiny_model(family), random.Random(page_size)
-    prompts = [
-        prompt(60, i // 6)[: draw.randint(20, 60)] + prompt(draw.randint(0, 12), 100 + i % 7)
-        for i in range(NUM_PROMPTS)
-    ]
+    prompts = [prompt(60, i // 6)[: draw.randint(20, 60)] + prompt(draw.randint(0, 12), 100 + i % 7) for i in range(90)]
     new = [draw.randint(1, 14) for _ in prompts]
     expected: dict[tuple[int, ...], list[int]] = {}
     for ids in prompts:

@@ -3,6 +3,7 @@
 
 import pytest
 import torch
+from amount import pairwise
 from helpers import DEVICE, TOLERANCE, error, make_pages, prefix_sums, softmax_attention
 from hf_paged_kernels.attention import reference
 from hf_paged_kernels.attention.flash_forward_triton import flash_attention_launch
@@ -216,10 +217,10 @@ def test_settings_given_by_hand(poison):
 
 
 @pytest.mark.parametrize("triton", [True, False], ids=["triton", "reference"])
-@pytest.mark.parametrize("page_dtype", [torch.int8, torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("window", [(None, 0), (20, 0)], ids=str)
-@pytest.mark.parametrize("q_lens", [[1, 1, 1], [40, 1, 3]], ids=["decode", "mixed"])
+@pairwise(
+    page_dtype=[torch.int8, torch.float8_e4m3fn], dtype=[torch.float32, torch.float16, torch.bfloat16],
+    window=[(None, 0), (20, 0)], q_lens=[[1, 1, 1], [40, 1, 3]],
+)  # fmt: skip
 def test_quantised_pages(triton, poison, page_dtype, dtype, window, q_lens):
     """Written by write_pages, read by paged_attention: exact attention over the dequantised numbers."""
     from hf_paged_kernels.attention.pages_triton import write_pages_launch

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from amount import pairwise
 from helpers import DEVICE, TOLERANCE, error, make_pages, prefix_sums, softmax_attention
 from hf_paged_kernels.attention import reference
 from hf_paged_kernels.attention.ops import paged_attention_op, split_plan_op
@@ -112,9 +113,7 @@ FEATURES = {
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("page_dtype", PAGE_DTYPES, ids=str)
-@pytest.mark.parametrize("regime", REGIMES)
-@pytest.mark.parametrize("features", FEATURES)
+@pairwise(page_dtype=PAGE_DTYPES, regime=REGIMES, features=FEATURES)
 def test_against_float64(kernel, poison, page_dtype, regime, features):
     options = dict(FEATURES[features])
     # Two of the many combinations: they are tried one by one below.
@@ -130,19 +129,22 @@ def test_against_float64(kernel, poison, page_dtype, regime, features):
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("page_dtype", PAGE_DTYPES, ids=str)
-@pytest.mark.parametrize("dims", [(16, 16), (20, 21), (24, 80), (64, 64), (128, 128), (256, 256)], ids=str)
-@pytest.mark.parametrize("regime", ["decode", "mixed"])
+@pairwise(
+    page_dtype=PAGE_DTYPES, dims=[(16, 16), (20, 21), (24, 80), (64, 64), (128, 128), (256, 256)],
+    regime=["decode", "mixed"],
+)  # fmt: skip
 def test_head_dims(kernel, poison, page_dtype, dims, regime):
     step = make_step(page_dtype, *REGIMES[regime], dims=dims)
     check(step, step.run(kernel))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("page_dtype", PAGE_DTYPES, ids=str)
-@pytest.mark.parametrize("heads", [(1, 1), (16, 1), (20, 1), (6, 3)], ids=str)
-@pytest.mark.parametrize(("page_size", "layout"), [(8, "page-head"), (16, "slot-head"), (256, "page-head")])
-def test_heads_and_pages(kernel, poison, page_dtype, heads, page_size, layout):
+@pairwise(
+    page_dtype=PAGE_DTYPES, heads=[(1, 1), (16, 1), (20, 1), (6, 3)],
+    pages=[(8, "page-head"), (16, "slot-head"), (256, "page-head")],
+)  # fmt: skip
+def test_heads_and_pages(kernel, poison, page_dtype, heads, pages):
+    page_size, layout = pages
     step = make_step(page_dtype, [1, 2, 1], [300, 33, 7], heads, (64, 64), page_size, layout=layout)
     check(step, step.run(kernel))
 

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from amount import pairwise
 from helpers import DEVICE
 from hf_paged_kernels.sampling import reference
 from hf_paged_kernels.sampling.choose_triton import sample_tokens_launch
@@ -153,9 +154,7 @@ def check(logits: torch.Tensor, parameters: list[dict[str, float]]) -> int:
     return num_close
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("vocab", [1, 5, 63, 1000, 4097])
-@pytest.mark.parametrize("spread", [0.5, 8.0])
+@pairwise(dtype=DTYPES, vocab=[1, 5, 63, 1000, 4097], spread=[0.5, 8.0])
 def test_all_parameters_next_to_each_other(poison, dtype, vocab, spread):
     parameters = [KINDS[name] for name in KINDS]
     logits = (torch.randn(len(parameters), vocab) * spread).to(dtype).to(DEVICE)
