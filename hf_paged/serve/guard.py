@@ -29,6 +29,7 @@ DROPPED: dict[str, dict[str, str]] = {
     CHAT: {
         "logit_bias": "the gateway does not pass it",
         "prompt_logprobs": "the gateway does not return them",
+        "generation_config": "send temperature, top_p, max_tokens and the other fields of the protocol",
         "priority": "the gateway does not pass it",
         "cache_salt": "the gateway does not pass it",
         "truncate_prompt_tokens": "send a shorter prompt",
@@ -37,6 +38,7 @@ DROPPED: dict[str, dict[str, str]] = {
         "logit_bias": "the gateway does not pass it",
         "logprobs": "the gateway does not return them; chat completions have them",
         "prompt_logprobs": "the gateway does not return them",
+        "generation_config": "send temperature, top_p, max_tokens and the other fields of the protocol",
         "suffix": "the model completes from the left alone",
         "include_stop_str_in_output": "the gateway does not pass it",
         "priority": "the gateway does not pass it",

@@ -123,6 +123,7 @@ def test_requests_that_are_not_read(head, status):
     [
         (guard.CHAT, {"logit_bias": {"5": 1}}, "logit_bias is not served here"),
         (guard.CHAT, {"logit_bias": {}, "priority": 0, "cache_salt": None}, None),
+        (guard.CHAT, {"generation_config": "{}"}, "generation_config is not served here"),
         (guard.CHAT, {"logprobs": True, "top_logprobs": 2}, None),
         (guard.CHAT, {"prompt_logprobs": 0}, "prompt_logprobs is not served here"),
         (guard.CHAT, {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}]}]}, None),
