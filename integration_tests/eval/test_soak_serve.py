@@ -9,7 +9,7 @@ import pytest
 from eval.soak_serve import FIELDS, Load, dechunked, faults_of, how_it_ended
 
 STREAM = b"".join(
-    b'data: {"choices":[{"text":"%b","finish_reason":%b}]}\n\n' % part for part in ((b"a", b"null"), (b"b", b'"length"'))
+    b'data: {"choices":[{"text":"%b","finish_reason":%b}]}\n\n' % p for p in ((b"a", b"null"), (b"b", b'"length"'))
 )
 EVENTS = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n"
 
