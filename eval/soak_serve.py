@@ -37,6 +37,8 @@ PHASES = {"healthy alone": 0.2, "all kinds": 0.45, "one engine killed": 0.35}
 """Parts of the time."""
 END_S = 120.0
 """A request that has not ended after so many seconds has no end."""
+NOTICED_S = 10.0
+"""Requests that begin so many seconds after an engine was killed must not fail any more."""
 SAMPLE_S = 5.0
 ENOUGH_SAMPLES = 30
 """For a line through a process' memory."""
@@ -65,6 +67,7 @@ class Record:
             an answer), "cut" (amid an answer), "none" (within :data:`END_S`).
         seconds, first_s: until its end, and until the first part of its answer.
         text: of the answer.
+        began: seconds since the load began.
     """
 
     role: str
@@ -73,6 +76,7 @@ class Record:
     seconds: float
     first_s: float | None = None
     text: str = ""
+    began: float = 0.0
 
 
 @dataclass
@@ -83,6 +87,7 @@ class Load:
     port: int
     rng: random.Random
     phase: str = ""
+    start: float = field(default_factory=time.monotonic)
     records: list[Record] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
     different: list[str] = field(default_factory=list)
@@ -107,7 +112,8 @@ class Load:
         except (asyncio.TimeoutError, TimeoutError):
             end, text = "none", ""
         seconds = time.monotonic() - start
-        self.records.append(Record(role, phase, end, seconds, first[0] - start if first else None, text[:200]))
+        first_s = first[0] - start if first else None
+        self.records.append(Record(role, phase, end, seconds, first_s, text[:200], start - self.start))
         if role == "healthy" and end == "done" and self.texts.setdefault(data.decode(), text) != text:
             self.different.append(text[:200])
         if end in ("closed", "refused", "error"):
@@ -307,6 +313,9 @@ def summary(records: list[Record]) -> dict[str, Any]:
     answer: dict[str, Any] = {"ends": {}}
     for (role, end), count in sorted(ends.items()):
         answer["ends"].setdefault(role, {})[end] = count
+    errors = Counter(re.sub(r"[0-9a-f]{8,}|\d+", "N", r.text)[:160] for r in records if r.end == "error")
+    if errors:
+        answer["errors"] = dict(errors.most_common(4))
     for name in ("seconds", "first_s"):
         times = [getattr(r, name) for r in records if r.role == "healthy" and r.end == "done" and getattr(r, name)]
         if times:
@@ -324,7 +333,7 @@ async def soak(server: "subprocess.Popen[str]", address: str, metrics: list[str]
     memory = Memory(processes)
     watch = asyncio.create_task(memory.watch())
     report: dict[str, Any] = {"phases": {}, "pages": {}}
-    alive = list(metrics)
+    alive, killed = list(metrics), 0.0
     began: dict[str, float] = {}
     for phase, part in PHASES.items():
         load.phase, before = phase, len(load.records)
@@ -334,8 +343,12 @@ async def soak(server: "subprocess.Popen[str]", address: str, metrics: list[str]
         if phase == "one engine killed":
             await asyncio.sleep(options.seconds * part / 7)
             os.kill(processes["engine 0"], signal.SIGKILL)
+            killed = time.monotonic() - load.start
             alive = metrics[1:]
         await work
+        if phase == "one engine killed":
+            late = [r for r in load.records[before:] if r.end == "error" and r.began > killed + NOTICED_S]
+            report["errors of late requests"] = len(late)
         report["pages"][phase] = await settled(alive)
         health = await asyncio.to_thread(urllib.request.urlopen, f"{address}/health", None, 30)
         report["phases"][phase] = summary(load.records[before:]) | {"health": json.loads(health.read())["status"]}
@@ -376,6 +389,8 @@ def faults_of(report: dict[str, Any]) -> list[str]:
         ends = report["phases"][phase]["ends"]["healthy"]
         if set(ends) != {"done"}:
             faults.append(f"healthy requests ended as {ends} in {phase!r}")
+    if report["errors of late requests"]:
+        faults.append(f"{report['errors of late requests']} requests failed long after an engine was killed")
     for name, line in report["memory"].items():
         if line["samples"] >= ENOUGH_SAMPLES:
             grown = line["mib_per_minute"] - 2 * line["standard_error"]

@@ -67,12 +67,13 @@ def test_faults():
     line = {"samples": 90, "last_mib": 500.0, "mib_per_minute": 0.5, "standard_error": 0.1}
     good = {
         "without an end": [], "different texts": [], "pages": {"all kinds": [engine]}, "exit status": 0,
+        "errors of late requests": 0,
         "phases": {name: {"ends": {"healthy": {"done": 5}}} for name in ("healthy alone", "all kinds")},
         "memory": {"engine 0": line},
     }  # fmt: skip
     assert faults_of(good) == []
     changes = [
-        ("without an end", [{}]), ("different texts", ["a"]), ("exit status", 1),
+        ("without an end", [{}]), ("different texts", ["a"]), ("exit status", 1), ("errors of late requests", 2),
         ("pages", {"all kinds": [engine | {"pages_used": 4}]}),
         ("pages", {"all kinds": [engine | {"requests_running": 1}]}),
         ("phases", good["phases"] | {"all kinds": {"ends": {"healthy": {"done": 5, "error": 1}}}}),
