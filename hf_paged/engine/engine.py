@@ -395,7 +395,7 @@ class Engine(EngineControls):
             wait_for_end(self, self._thread, self.ranks)
         else:
             self._close(drain)
-        if isinstance(self.ranks, RankGroup):
+        if isinstance(self.ranks, RankGroup) and self.mail.is_closed:  # Otherwise at the end of the step.
             self.ranks.leave()
 
     def _close(self, drain: bool) -> None:

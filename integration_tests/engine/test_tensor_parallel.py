@@ -40,17 +40,25 @@ def folder(tmp_path_factory) -> Path:
     return folder
 
 
+def read(folder: Path, size: int) -> list[dict[str, Any]]:
+    return [json.loads((folder / f"{size}.{i}.json").read_text("utf-8")) for i in range(size)]
+
+
 @pytest.fixture(params=sorted(LAST))
 def ranks(request, folder) -> list[dict[str, Any]]:
     """What each of the processes found."""
-    return [json.loads((folder / f"{request.param}.{i}.json").read_text("utf-8")) for i in range(request.param)]
+    return read(folder, request.param)
+
+
+@pytest.fixture
+def three(folder) -> list[dict[str, Any]]:
+    return read(folder, 3)
 
 
 @pytest.mark.parametrize(
     "case",
-    ["mixed", "seed", "top", "prefix", "none", "weights", "later", "after it", "few pages", "own memory", "captured",
-     "patched", "streamed", "one call"],
-)  # fmt: skip
+    ["mixed", "seed", "top", "prefix", "none", "weights", "later", "after it", "patched", "streamed", "one call"],
+)
 def test_calls_give_the_tokens_of_one_process_on_every_rank(ranks, one, case):
     expected = one[case]
     assert [found[case] for found in ranks] == [expected] * len(ranks)
@@ -75,13 +83,18 @@ def test_code_of_a_request_is_that_of_the_first_rank(ranks, one):
     assert [found["failed"][:5] for found in ranks] == [expected] * len(ranks)
 
 
-def test_pages_are_those_of_the_rank_with_least_memory(ranks, one):
+@pytest.mark.parametrize("case", ["few pages", "own memory", "captured"])
+def test_three_ranks_give_the_tokens_of_one_process(three, one, case):
+    """Of requests that lose their pages, and of steps that are launched ahead."""
+    assert [found[case] for found in three] == [one[case]] * 3
+
+
+def test_pages_are_those_of_the_rank_with_least_memory(three, one):
     assert one["preemptions"] > 0
-    assert all(found["preemptions"] > 0 for found in ranks)
-    assert len({found["pages"] for found in ranks}) == 1
-    page = 2 * 2 * 6 // len(ranks) * 8 * 8 * 4  # keys and values, layers, heads, head dim, tokens, bytes
-    least = (3 - (len(ranks) - 1)) * 200_000
-    assert ranks[0]["pages"] == least // 2 // page
+    assert all(found["preemptions"] > 0 for found in three)
+    page = 2 * 2 * 2 * 8 * 8 * 4  # keys and values, layers, heads of a rank, head dim, tokens, bytes
+    least = 1 * 200_000
+    assert [found["pages"] for found in three] == [least // 2 // page] * 3
 
 
 def test_prefixes_are_found_on_every_rank(ranks, one):
