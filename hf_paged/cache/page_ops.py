@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import torch
 from hf_paged_kernels.attention.ops import copy_pages_op
-from hf_paged_kernels.attention.reference import dequantize
+from hf_paged_kernels.attention.reference import dequantize, hadamard
+from hf_paged_kernels.settings import hadamard_bits
 
 from ..paging import GONE, LayerPages, PageGroup, SequenceTable
 from .step_plan import send_together
@@ -14,11 +15,18 @@ from .step_plan import send_together
 def gather(pages: LayerPages, page: torch.Tensor, offset: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values ``[tokens, H, D]`` in the model's dtype, from ``offset`` of each ``page``, both int64."""
     states = []
-    for stored, scale in ((pages.k, pages.k_scale), (pages.v, pages.v_scale)):
+    bits = hadamard_bits(pages.k.dtype, pages.k.shape[-1])
+    for stored, scale, rotated in ((pages.k, pages.k_scale, bits), (pages.v, pages.v_scale, 0)):
         # Not every device indexes quantised dtypes.
         raw = stored.view(torch.uint8) if pages.is_quantized else stored
         found = raw[page, :, offset].view(stored.dtype)
-        states.append(dequantize(found, None if scale is None else scale[page, :, offset], pages.model_dtype))
+        scales = None if scale is None else scale[page, :, offset]
+        if rotated:
+            # Rounded to the model's dtype once, after the way back.
+            state = hadamard(dequantize(found, scales, torch.float32), rotated).to(pages.model_dtype)
+        else:
+            state = dequantize(found, scales, pages.model_dtype)
+        states.append(state)
     return states[0], states[1]
 
 

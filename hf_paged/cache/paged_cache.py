@@ -32,7 +32,8 @@ class PagedCache(Cache):
         config: the model's config (``model.config``).
         page_size: tokens of a page: 8, 16, 32, 64, 128 or 256.
         kv_dtype: "auto": the dtype of the model's keys and values; "fp8" (e4m3) or "int8": quantised, with a float32
-            scale per token and head. The tokens of a first step attend to each other unquantised.
+            scale per token and head; "int8" holds keys rotated, so that outlier channels cost the others nothing
+            (docs/guides/quantised.md). The tokens of a first step attend to each other unquantised.
         num_pages: a budget of pages (see :class:`PagePool`); None: the pool grows as tokens come.
         pool: a :class:`PagePool` to share with other caches of the same model; the three arguments before are then the
             pool's, and must not be given.

@@ -424,6 +424,28 @@ def test_quantised_pages(poison, kv_dtype):
     assert (steps[0] - full).norm() > 1e-5 * full.norm()
 
 
+def test_outlier_channels_of_keys_cost_int8_pages_little(poison):
+    """Keys of which two channels are 100 times larger, taken back by the queries, in the kernel as by gathering."""
+    torch.manual_seed(1)
+    config = LlamaConfig(**{**SHAPE, "head_dim": 64})
+    m = LlamaForCausalLM._from_config(config, attn_implementation="paged_flash").eval()
+    with torch.no_grad():
+        for layer in m.model.layers:
+            attention = layer.self_attn
+            for projection, factor in ((attention.k_proj, 100.0), (attention.q_proj, 0.01)):
+                # Channels 5 and 37 turn together in the rotary embedding.
+                projection.weight.mul_(8).view(-1, 64, 64)[:, [5, 37]] *= factor
+        ids = torch.randint(1, 97, (2, 60))
+        expected = m(ids, use_cache=False).logits[:, 40:]
+        for attn in ("paged_flash", "sdpa"):
+            m.set_attn_implementation(attn)
+            cache = hf_paged.PagedCache(m.config, page_size=8, kv_dtype="int8")
+            m(ids[:, :40], **with_cache(cache))
+            logits = torch.cat([m(ids[:, t : t + 1], **with_cache(cache)).logits for t in range(40, 60)], 1)
+            # Without the rotation it is 0.28.
+            assert (logits - expected).norm() <= 0.1 * expected.norm()
+
+
 def test_caches_share_a_pool():
     m = model()
     pool = hf_paged.PagePool(8, 12)

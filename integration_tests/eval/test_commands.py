@@ -34,6 +34,8 @@ BAD_PATHS = [
     ("figures", ["--results", "{folder}", "--output", "{folder}/x.png"], "has no prefill_memory_h200.json"),
     ("generation", ["--model", MODEL, "--data", "nowhere.txt"], "--data"),
     ("generation", ["--model", "{folder}", "--data", TEXT], "--model"),
+    ("kv_schemes", ["--model", MODEL, "--data", "nowhere.txt"], "--data"),
+    ("kv_schemes", ["--model", "{folder}", "--data", TEXT], "--model"),
     ("page_picture", ["--output", "{folder}"], "is a folder"),
     ("perplexity", ["--model", MODEL, "--data", "nowhere.txt"], "--data"),
     ("perplexity", ["--model", "{folder}", "--data", TEXT], "--model"),

@@ -4,7 +4,7 @@
 import pytest
 import torch
 from amount import pairwise
-from helpers import DEVICE, TOLERANCE, error, make_pages, prefix_sums, softmax_attention
+from helpers import DEVICE, TOLERANCE, error, make_pages, prefix_sums, rotation, softmax_attention
 from hf_paged_kernels.attention import reference
 from hf_paged_kernels.attention.flash_forward_triton import flash_attention_launch
 from hf_paged_kernels.attention.paged_triton import paged_attention_launch
@@ -253,16 +253,18 @@ def test_quantised_pages(triton, poison, page_dtype, dtype, window, q_lens):
     for i, n in enumerate(q_lens):
         index = torch.tensor(slots[slot_at : slot_at + totals[i]], device=DEVICE)
         page, offset = index // page_size, index % page_size
-        stored = [
-            (pages.double()[page, :, offset] * scale[page, :, offset, None])
+        back_k, back_v = (
+            pages.double()[page, :, offset] * scale[page, :, offset, None]
             for pages, scale in ((k_pages, k_scale), (v_pages, v_scale))
-        ]
-        for back, original in zip(stored, (keys[i], values[i])):
+        )
+        turn = rotation(page_dtype, 32).to(DEVICE)
+        for back, original in ((back_k, keys[i].double() @ turn), (back_v, values[i])):
             # Half a step: 1 of 127, or 32 of 448, the spacing of e4m3 near its largest number.
             step = original.double().abs().amax(-1, keepdim=True) * (1 / 127 if page_dtype == torch.int8 else 32 / 448)
             assert ((back - original).abs() <= step * 0.501).all()
         expected, _ = softmax_attention(
-            q[at : at + n], *stored, left=window[0], right=window[1], softcap=None, sinks=None, scale=0.2
-        )
+            q[at : at + n], back_k @ turn.T, back_v, left=window[0], right=window[1], softcap=None, sinks=None,
+            scale=0.2,
+        )  # fmt: skip
         assert error(out[at : at + n], expected) <= TOLERANCE[dtype]
         at, slot_at = at + n, slot_at + totals[i]

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import pytest
 import torch
 from amount import pairwise
-from helpers import DEVICE, TOLERANCE, error, make_pages, prefix_sums, softmax_attention
+from helpers import DEVICE, TOLERANCE, error, held_keys, make_pages, prefix_sums, rotation, softmax_attention
 from hf_paged_kernels.attention import reference
-from hf_paged_kernels.attention.ops import paged_attention_op, split_plan_op
+from hf_paged_kernels.attention.ops import paged_attention_op, split_plan_op, write_pages_op
 from hf_paged_kernels.attention.paged_quantized_triton import quantized_paged_attention_launch
 from hf_paged_kernels.backend import uses_quantized_gluon
 from hf_paged_kernels.settings import QuantizedSettings, choose_quantized_hopper_settings, choose_quantized_settings
@@ -45,19 +45,27 @@ class Step:
             pytest.skip("no work for the Gluon kernel, which needs a Hopper GPU and short queries")
         return quantized_splits_launch(*arguments, settings=settings)
 
-    def expected(self, window=(None, 0), softcap=None, sinks=None, scale=None):
+    def rounded_queries(self):
+        """Float64 queries as the kernels round them: rotated as the keys are, their largest number brought to
+        2^14..2^15, in float16; and back."""
+        turn = rotation(self.pages[0].dtype, self.q.shape[-1]).to(DEVICE)
+        turned = self.q.double() @ turn
+        factor = 2.0 ** (14 - turned.abs().amax(-1, keepdim=True).clamp(min=1e-300).log2().floor())
+        return (turned * factor).half().double() / factor @ turn.T
+
+    def expected(self, window=(None, 0), softcap=None, sinks=None, scale=None, queries=None):
         """Float64 ``(out, lse)``, element by element from the definition."""
         results, at = [], 0
+        queries = self.q if queries is None else queries
         for row, (n, total) in enumerate(zip(self.q_lens, self.totals)):
             size = self.pages[0].shape[2]
             index = self.table[row, : -(-total // size)].long()
-            keys, values = (
-                (x[index].double() * s[index].double()[..., None]).transpose(1, 2).flatten(0, 1)[:total]
-                for x, s in zip(self.pages, self.scales)
-            )
+            keys = held_keys(self.pages[0][index], self.scales[0][index])
+            values = self.pages[1][index].double() * self.scales[1][index].double()[..., None]
+            keys, values = (x.transpose(1, 2).flatten(0, 1)[:total] for x in (keys, values))
             scaled = self.q.shape[-1] ** -0.5 if scale is None else scale
             result = softmax_attention(
-                self.q[at : at + n], keys, values, left=window[0], right=window[1], softcap=softcap, sinks=sinks,
+                queries[at : at + n], keys, values, left=window[0], right=window[1], softcap=softcap, sinks=sinks,
                 scale=scaled,
             )  # fmt: skip
             results.append(result)
@@ -90,8 +98,9 @@ def make_step(
 
 def check(step, result, **options):
     out, lse = result
-    expected, expected_lse = step.expected(**options)
+    expected, _ = step.expected(**options)
     assert error(out, expected) <= TOLERANCE[step.q.dtype]
+    _, expected_lse = step.expected(**options, queries=step.rounded_queries())
     assert torch.equal(lse.isinf().cpu(), expected_lse.isinf())
     seen = expected_lse.isfinite()
     assert torch.allclose(lse.double().cpu()[seen], expected_lse[seen], atol=1e-4, rtol=1e-5)
@@ -130,7 +139,7 @@ def test_against_float64(kernel, poison, page_dtype, regime, features):
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pairwise(
-    page_dtype=PAGE_DTYPES, dims=[(16, 16), (20, 21), (24, 80), (64, 64), (128, 128), (256, 256)],
+    page_dtype=PAGE_DTYPES, dims=[(16, 16), (20, 21), (24, 80), (80, 24), (64, 64), (128, 128), (256, 256)],
     regime=["decode", "mixed"],
 )  # fmt: skip
 def test_head_dims(kernel, poison, page_dtype, dims, regime):
@@ -179,10 +188,9 @@ def test_every_number_is_exact(kernel, poison, page_dtype):
     step = Step(q, [pages, pages], [scales, scales], table, [1] * 16, [1] * 16)
     out, _ = step.run(kernel)
     assert torch.equal(out[:, 0].float().cpu(), values.view(page_dtype).float())
-    # As keys: the score against the unit vector of one column is the number itself.
+    # As keys: the score against the query that is the unit vector of one column in the pages is the number itself.
     for column in (0, 1, 2, 3, 37, 62):
-        step.q = torch.zeros_like(q)
-        step.q[:, :, column] = 1.0
+        step.q = rotation(page_dtype, dim)[column].to(q).expand_as(q).contiguous()
         _, lse = step.run(kernel, scale=1.0)
         assert torch.allclose(lse[0].cpu(), values[:, column].view(page_dtype).float(), rtol=1e-6, atol=0)
 
@@ -229,6 +237,36 @@ def test_rows_of_zeros_among_tiny_values(kernel, poison, page_dtype):
     pages.view(torch.uint8)[first, :, 3] = 0
     scales[first, :, 3] = 1.0
     check(step, step.run(kernel))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("q_lens", [[1, 1], [40, 1]], ids=["decode", "mixed"])
+def test_an_outlier_channel_of_keys_does_not_cost_the_others(kernel, poison, q_lens):
+    """Keys of which one channel is 100 times larger, from writing them to attention; against the plain rule."""
+    totals, dim = [300, 40], 64
+    keys, values = ([torch.randn(n, 2, dim, device=DEVICE).half() for n in totals] for _ in "kv")
+    for key in keys:
+        key[..., 7] *= 100
+    k_pages, v_pages, table = make_pages(keys, values, 16)
+    at = [torch.arange(n, device=DEVICE) for n in totals]
+    slots = torch.cat([table[row, t // 16].long() * 16 + t % 16 for row, t in enumerate(at)])
+    pages = [torch.full(x.shape, 127, dtype=torch.int8, device=DEVICE) for x in (k_pages, v_pages)]
+    scales = [torch.full(x.shape[:3], float("nan"), device=DEVICE) for x in pages]
+    write_pages_op(torch.cat(keys), torch.cat(values), *pages, slots, *scales)
+    q = torch.randn(sum(q_lens), 4, dim, device=DEVICE).half()
+    q[..., 7] /= 100
+    step = Step(q, pages, scales, table, q_lens, totals)
+    out, _ = step.run(kernel)
+    exact, plain, at = [], [], 0
+    for n, key, value in zip(q_lens, keys, values):
+        codes, scale = reference.quantize(key, torch.int8)
+        for results, held in ((exact, key), (plain, codes.double() * scale.double()[..., None])):
+            results.append(softmax_attention(
+                q[at : at + n], held, value, left=None, right=0, softcap=None, sinks=None, scale=dim**-0.5
+            )[0])  # fmt: skip
+        at += n
+    assert error(out, torch.cat(exact)) < 0.05
+    assert error(torch.cat(plain), torch.cat(exact)) > 0.15
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -284,10 +322,9 @@ def test_error_is_within_twice_that_of_bfloat16(poison, page_dtype, dim, q_lens)
     at, peer = 0, []
     for row, (n, total) in enumerate(zip(q_lens, step.totals)):
         index = step.table[row, : -(-total // 16)].long()
-        k, v = (
-            reference.dequantize(x[index], s[index], torch.bfloat16).transpose(1, 2).flatten(0, 1)[:total]
-            for x, s in zip(step.pages, step.scales)
-        )
+        k = held_keys(step.pages[0][index], step.scales[0][index]).to(torch.bfloat16)
+        v = reference.dequantize(step.pages[1][index], step.scales[1][index], torch.bfloat16)
+        k, v = (x.transpose(1, 2).flatten(0, 1)[:total] for x in (k, v))
         q, k, v = (x.transpose(0, 1)[None] for x in (step.q[at : at + n], k, v))
         mask = torch.ones(n, total, dtype=torch.bool, device=DEVICE).tril(total - n)
         out_peer = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)

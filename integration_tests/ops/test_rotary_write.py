@@ -3,9 +3,9 @@
 
 import pytest
 import torch
-from helpers import DEVICE, TOLERANCE, error
+from helpers import DEVICE, TOLERANCE, error, held_keys
 from hf_paged_kernels.attention.pages_triton import write_pages_launch
-from hf_paged_kernels.attention.reference import dequantize, write_pages_reference
+from hf_paged_kernels.attention.reference import write_pages_reference
 from hf_paged_kernels.layers.ops import (
     decode_inputs_op,
     decode_rows_op,
@@ -112,8 +112,8 @@ def test_rotary_write(triton, poison, dtype, interleaved, norm, heads, dims, hal
 @both
 @pytest.mark.parametrize("pages_dtype", [torch.float8_e4m3fn, torch.int8], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("half", [8, 6])
-def test_quantised_pages(triton, poison, pages_dtype, dtype, half):
+@pytest.mark.parametrize(("half", "interleaved"), [(8, False), (6, False), (8, True), (6, True)])
+def test_quantised_pages(triton, poison, pages_dtype, dtype, half, interleaved):
     """Pages and scales are those of write_pages on the same rotated keys."""
     q, k, v = packed_qkv(4, 2, 16, 24, dtype)
     k[0, 1], v[2, 0] = 0.0, 0.0
@@ -122,7 +122,7 @@ def test_quantised_pages(triton, poison, pages_dtype, dtype, half):
     slots = torch.tensor(SLOTS, device=DEVICE)
     pages, plain = ([pool(2, 8, 16, pages_dtype), pool(2, 8, 24, pages_dtype)] for _ in range(2))
     scales, plain_scales = ([torch.full((4, 2, 8), float("nan"), device=DEVICE) for _ in range(2)] for _ in range(2))
-    arguments = (cos, sin, False, weight, weight, 1e-5, 0.0, True)
+    arguments = (cos, sin, interleaved, weight, weight, 1e-5, 0.0, True)
     run = rotary_write_launch if triton else rotary_write_reference
     out = run(q, k, v, *arguments, *pages, *scales, slots)
     # The keys as a query of the same numbers comes back, then the plain way into pages.
@@ -133,10 +133,10 @@ def test_quantised_pages(triton, poison, pages_dtype, dtype, half):
         assert torch.equal(new.view(torch.uint8), old.view(torch.uint8))
         assert torch.equal(scale.nan_to_num(-1.0), old_scale.nan_to_num(-1.0))
     written = [i for i, slot in enumerate(SLOTS) if slot >= 0]
-    assert error(out, expected_heads(q, cos, sin, False, weight, 1e-5, 0.0)) <= TOLERANCE[dtype]
-    stored = dequantize(at_slots(pages[0], 8), at_slots(scales[0][..., None], 8)[..., 0], torch.float32)
+    assert error(out, expected_heads(q, cos, sin, interleaved, weight, 1e-5, 0.0)) <= TOLERANCE[dtype]
+    stored = held_keys(at_slots(pages[0], 8), at_slots(scales[0][..., None], 8)[..., 0])
     bound = 0.05 if pages_dtype == torch.float8_e4m3fn else 0.02
-    assert error(stored, expected_heads(k, cos, sin, False, weight, 1e-5, 0.0)[written]) <= bound
+    assert error(stored, expected_heads(k, cos, sin, interleaved, weight, 1e-5, 0.0)[written]) <= bound
 
 
 def llama_angles(half):

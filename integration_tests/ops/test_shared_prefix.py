@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from helpers import DEVICE, TOLERANCE, error, make_pages, prefix_sums, softmax_attention
+from helpers import DEVICE, TOLERANCE, error, held_keys, make_pages, prefix_sums, softmax_attention
 from hf_paged_kernels import make_shared_prefix, paged_attention, shared_prefix_attention
 from hf_paged_kernels.attention import ops, reference
 from hf_paged_kernels.attention.shared_prefix import attend_shared_prefix, cut_runs, run_length
@@ -62,7 +62,9 @@ class Step:
             kv = []
             for name, pool in (("k_scale", self.k_pages), ("v_scale", self.v_pages)):
                 held = pool.double()[pages]
-                if self.scales:
+                if self.scales and name == "k_scale":
+                    held = held_keys(pool[pages], self.scales[name][pages])
+                elif self.scales:
                     held = held * self.scales[name].double()[pages][..., None]
                 kv.append(held.transpose(1, 2).flatten(0, 1)[:length])
             rows = slice(self.cu[i], self.cu[i + 1])

@@ -167,6 +167,8 @@ def small() -> None:
         )
     codes, scale = (pages.to(torch.float8_e4m3fn) for _ in "kv"), new(50, 2, 16, dtype=torch.float32)
     rotary_write_launch(q, k, k, cos, cos, False, norm, norm, 1e-5, 0.0, True, *codes, scale, scale.clone(), index)
+    codes = (pages.to(torch.int8) for _ in "kv")
+    rotary_write_launch(q, k, k, cos, cos, False, norm, norm, 1e-5, 0.0, True, *codes, scale, scale.clone(), index)
     write_pages_launch(k, k, pages, pages.clone(), index)
     for dtype in (torch.int8, torch.float8_e4m3fn):
         codes = pages.to(dtype), pages.to(dtype)

@@ -69,6 +69,23 @@ def make_pages(keys, values, page_size, layout="page-head", spare=3):
     return pools[0], pools[1], table.to(device)
 
 
+def rotation(page_dtype, dim):
+    """Float64 ``[dim, dim]``, orthogonal: keys in pages are multiplied by it. The identity but for INT8 pages."""
+    size = dim & -dim
+    if page_dtype != torch.int8 or size < 16:
+        return torch.eye(dim, dtype=torch.float64)
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.kron(torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64), matrix)
+    return torch.block_diag(*[matrix / size**0.5] * (dim // size))
+
+
+def held_keys(pages, scales):
+    """Float64 keys that quantised pages ``[..., D]`` and their scales ``[...]`` stand for."""
+    turned = pages.double() * scales.double()[..., None]
+    return turned @ rotation(pages.dtype, pages.shape[-1]).T.to(pages.device)
+
+
 def prefix_sums(lengths, device):
     """int32 prefix sums that start at 0."""
     return torch.tensor([0, *torch.tensor(lengths).cumsum(0).tolist()], dtype=torch.int32, device=device)

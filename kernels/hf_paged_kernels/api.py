@@ -172,7 +172,8 @@ def paged_attention(
         sinks: as in :func:`flash_attention`.
         scale: as in :func:`flash_attention`.
         k_scale: float32 ``[num_pages, Hk, page_size]`` for quantised pages; a key is ``page * scale``, multiplied
-            inside the kernel.
+            inside the kernel. INT8 pages hold keys rotated, as :func:`write_pages` writes them; queries are rotated
+            alike inside the kernel, in float32, and rounded once.
         v_scale: the same for values.
         plan: from :func:`make_split_plan`, made once for all layers of a step; None: made in the call where needed.
         return_lse: also return the log-sum-exp of the scaled scores, sinks included.
@@ -466,11 +467,15 @@ def write_pages(
         slot_mapping: int64 ``[T]``, ``page * page_size + offset`` of each token; -1: do not write. No slot twice.
         k_scale: float32 ``[num_pages, Hk, page_size]`` for float8_e4m3fn and int8 pages, written in place: one scale
             per token and head, its largest magnitude over 448 or 127; NaN where that holds a NaN or an infinity.
+            Keys for int8 pages are rotated first: each run of R channels is multiplied by the Hadamard matrix over
+            sqrt(R), in float32. R is the largest power of two that divides D; below 16 there is no rotation.
         v_scale: the same for values.
 
     Raises:
         ValueError: shapes, devices or slots that do not fit; TypeError: dtypes that are not supported. Slots are
             checked where pages are in :func:`paged_attention`.
+
+    Source of the rotation: Ashkboos et al., "QuaRot: Outlier-Free 4-Bit Inference in Rotated LLMs" (2024).
     """
     checks.once(_check_write, (k, v, k_pages, v_pages, slot_mapping, k_scale, v_scale))
     checks.refuse_tangents(k=k, v=v, k_pages=k_pages, v_pages=v_pages)

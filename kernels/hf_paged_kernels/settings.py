@@ -12,6 +12,15 @@ import torch
 LOG2_E = 1.4426950408889634
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.int8: 127.0}
 """Largest number of each quantised page dtype."""
+
+
+def hadamard_bits(page_dtype: torch.dtype, head_dim: int) -> int:
+    """Keys in pages are rotated in runs of 2^bits channels, 0: they are not; see ``pages_triton``.
+
+    INT8 pages: 2^bits is the largest power of two that divides ``head_dim``, if that is 16 or more.
+    """
+    bits = (head_dim & -head_dim).bit_length() - 1
+    return bits if page_dtype == torch.int8 and bits >= 4 else 0
 SHORT_QUERY = 16
 """Query tokens of a sequence up to which a step takes the split path: decode, and the verification of drafts."""
 SHORT_CONTEXT = 2048

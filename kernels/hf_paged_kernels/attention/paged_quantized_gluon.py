@@ -22,8 +22,14 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ..backend import QUANTIZED_ROWS, contiguous, contiguous_rows, device_guard, scale_strides
 from ..compat_gluon import barrier, load_async, view
 from ..launch_triton import Tile, launch
-from ..settings import LOG2_E, QuantizedHopperSettings, choose_quantized_hopper_settings, multiprocessors
-from . import paged_quantized_triton, split_plan_triton
+from ..settings import (
+    LOG2_E,
+    QuantizedHopperSettings,
+    choose_quantized_hopper_settings,
+    hadamard_bits,
+    multiprocessors,
+)
+from . import paged_quantized_triton, pages_triton, split_plan_triton
 from .hopper_gluon import ANY
 from .hopper_scheduler_gluon import split_bounds
 from .split_plan_triton import SplitPlan, empty_partials, make_split_plan_launch, merge_partials_launch
@@ -32,6 +38,7 @@ load_item = gluon.jit(split_plan_triton.load_item.fn)
 to_float16 = gluon.jit(paged_quantized_triton.to_float16.fn)
 split_pairs = gluon.jit(paged_quantized_triton.split_pairs.fn)
 normalize_rows = gluon.jit(paged_quantized_triton.normalize_rows.fn)
+butterflies = gluon.jit(pages_triton.butterflies.fn)
 HIGHEST = gl.constexpr(paged_quantized_triton.HIGHEST.value)
 ROWS = gl.constexpr(QUANTIZED_ROWS)
 
@@ -146,6 +153,7 @@ def _quantized_splits(
     DTYPE: gl.constexpr, PAGE_SIZE: gl.constexpr, GROUP: gl.constexpr, HEAD_DIM: gl.constexpr,
     BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, HAS_SOFTCAP: gl.constexpr, HAS_SINKS: gl.constexpr,
+    HADAMARD: gl.constexpr,
 ):  # fmt: skip
     """One program of one warp: every num_programs-th split of the plan, for one head each.
 
@@ -157,6 +165,7 @@ def _quantized_splits(
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([2, 0], [1, 1], [16, 8])
     R_LAYOUT: gl.constexpr = gl.SliceLayout(0, LAYOUT)
     Q_LAYOUT: gl.constexpr = gl.BlockedLayout([1, 8], [256 // HEAD_DIM, HEAD_DIM // 8], [1, 1], [1, 0])
+    H_LAYOUT: gl.constexpr = gl.BlockedLayout([1, HEAD_DIM // 8], [4, 8], [1, 1], [1, 0])
     pair_layout: gl.constexpr = gl.NVMMASharedLayout(SWIZZLE, 16, 2)
     piece_layout: gl.constexpr = gl.NVMMASharedLayout(SWIZZLE, 16, 4)
     k_pairs = gl.allocate_shared_memory(gl.int16, [STAGES, BLOCK_N, HEAD_DIM // 2], pair_layout)
@@ -207,9 +216,12 @@ def _quantized_splits(
         held = (query_tokens < query_len)[:, None]
         query_heads = gl.cast(head, gl.int64) * GROUP + query_rows % GROUP
         query_offsets = gl.cast(q_start + query_tokens, gl.int64) * stride_qt + query_heads * stride_qh
-        query, factor = normalize_rows(
-            gl.load(q + query_offsets[:, None] + query_columns[None, :], mask=held, other=0.0)
-        )
+        query = gl.load(q + query_offsets[:, None] + query_columns[None, :], mask=held, other=0.0).to(gl.float32)
+        if HADAMARD > 0:
+            # The bits of a column are taken where a thread holds both numbers: the lowest three, then the others.
+            query = gl.convert_layout(butterflies(query, 3), H_LAYOUT)
+            query = butterflies(query, HADAMARD - 3) * (2.0 ** (-0.5 * HADAMARD))
+        query, factor = normalize_rows(query)
         query = gl.convert_layout(query.permute((1, 0)), gl.DotOperandLayout(1, LAYOUT, 4))
         factor = gl.convert_layout(factor * scale_log2, R_LAYOUT)
         tokens = rows // GROUP
@@ -345,7 +357,8 @@ def quantized_splits_launch(
             DTYPE=gl.int8 if k_pages.dtype == torch.int8 else gl.float8e4nv, PAGE_SIZE=page_size, GROUP=group,
             HEAD_DIM=head_dim, BLOCK_N=s.block_n, STAGES=s.stages,
             HAS_LEFT=window_left is not None, HAS_RIGHT=window_right is not None, HAS_SOFTCAP=softcap is not None,
-            HAS_SINKS=sinks is not None, num_warps=1, maxnreg=s.max_registers,
+            HAS_SINKS=sinks is not None, HADAMARD=hadamard_bits(k_pages.dtype, head_dim),
+            num_warps=1, maxnreg=s.max_registers,
         )  # fmt: skip
     if split_plan.max_partials > 1:
         merge_partials_launch(partials, partial_lse, split_plan, cu_seqlens_q, sinks, out, lse, group, group)

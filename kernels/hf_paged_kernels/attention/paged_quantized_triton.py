@@ -17,6 +17,8 @@ and the two columns are taken apart there:
 
     memory     key n: | a b |  key n + 1: | c d |       registers     | a b | c d |  ->  | a c |  and  | b d |
 
+Queries of INT8 pages are rotated as their keys are (see ``pages_triton``).
+
 Decode and short queries walk through the splits of a plan (``split_plan_triton``), longer queries through blocks.
 """
 
@@ -26,7 +28,16 @@ import triton.language as tl
 
 from ..backend import contiguous, contiguous_rows, device_guard, on_nvidia, scale_strides
 from ..launch_triton import launch
-from ..settings import LOG2_E, QuantizedSettings, is_short_query, multiprocessors, next_power_of_2, quantized_settings
+from ..settings import (
+    LOG2_E,
+    QuantizedSettings,
+    hadamard_bits,
+    is_short_query,
+    multiprocessors,
+    next_power_of_2,
+    quantized_settings,
+)
+from .pages_triton import hadamard
 from .primitives_triton import (
     add_sink,
     find_sequence,
@@ -325,6 +336,7 @@ def _quantized_forward(
     HAS_SINKS: tl.constexpr,
     PAIRS: tl.constexpr,
     NATIVE: tl.constexpr,
+    HADAMARD: tl.constexpr,
 ):
     """One program: every num_programs-th tile of work, a split of a sequence or a block of queries, for one head."""
     rows = tl.arange(0, BLOCK_M)
@@ -378,7 +390,10 @@ def _quantized_forward(
             mask=row_valid[:, None] & (offs_d < HEAD_DIM)[None, :],
             other=0.0,
         )
-        query, factor = normalize_rows(query)
+        if HADAMARD > 0:
+            query, factor = normalize_rows(hadamard(query, HADAMARD))
+        else:
+            query, factor = normalize_rows(query)
         factor = factor * scale_log2
         head = tl.cast(kv_head, tl.int64)
         pages = (
@@ -521,6 +536,7 @@ def quantized_paged_attention_launch(
             HAS_SINKS=sinks is not None,
             PAIRS=pairs,
             NATIVE=on_nvidia(q),
+            HADAMARD=hadamard_bits(k_pages.dtype, head_dim),
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
         )  # fmt: skip

@@ -25,7 +25,17 @@ import triton.language as tl
 
 from ..backend import MAX_GRID, contiguous, contiguous_rows, device_guard, scale_strides
 from ..launch_triton import launch
-from ..settings import LOG2_E, SPLIT_LENGTH, AttentionSettings, cdiv, is_short_query, next_power_of_2, paged_settings
+from ..settings import (
+    LOG2_E,
+    SPLIT_LENGTH,
+    AttentionSettings,
+    cdiv,
+    hadamard_bits,
+    is_short_query,
+    next_power_of_2,
+    paged_settings,
+)
+from .pages_triton import hadamard
 from .primitives_triton import (
     add_sink,
     find_sequence,
@@ -183,6 +193,7 @@ def _paged_forward(
     HAS_SOFTCAP: tl.constexpr,
     HAS_SINKS: tl.constexpr,
     HAS_SCALES: tl.constexpr,
+    HADAMARD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     # Later blocks of a sequence see more keys: start them first.
@@ -232,6 +243,8 @@ def _paged_forward(
         mask=row_valid[:, None] & (offs_d < HEAD_DIM)[None, :],
         other=0.0,
     )
+    if HADAMARD > 0:
+        query = hadamard(query, HADAMARD).to(query.dtype)
     k_head = k_pages + tl.cast(kv_head, tl.int64) * stride_kh
     v_head = v_pages + tl.cast(kv_head, tl.int64) * stride_vh
     k_scale_head = k_scale
@@ -442,6 +455,7 @@ def paged_attention_launch(
             HAS_SOFTCAP=softcap is not None,
             HAS_SINKS=sinks is not None and not split,
             HAS_SCALES=k_scale is not None,
+            HADAMARD=hadamard_bits(k_pages.dtype, head_dim),
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,

@@ -4,6 +4,15 @@ With scales, pages are FP8 (e4m3) or INT8 and each (token, head) has a scale of 
 
     scale = max(abs(x)) / largest,    page = round(x / scale),    x = page * scale        largest: 448 or 127
 
+INT8 pages hold keys rotated, in runs of R channels, R the largest power of two that divides the head dim:
+
+    k' = k H / sqrt(R)     H: the Hadamard matrix, of +1 and -1        q' . k' = q . k, for q rotated alike
+
+A few channels of keys are often many times larger than the others and would alone choose the scale of a token; rotated
+they are spread over all of its channels (Ashkboos et al. 2024, "QuaRot"; Liu et al. 2024, "SpinQuant"). Values have no
+such channels, and FP8 numbers, whose steps grow with their size, lose by it: those are not rotated. The product is
+taken in float32, by the fast Walsh-Hadamard transform.
+
 Where x has a NaN or an infinity its scale is NaN: pages have no infinity, and INT8 no NaN.
 
 A token's slot is ``page * page_size + offset``; slot -1 is not written. Pages are addressed by strides, so
@@ -16,7 +25,7 @@ import triton.language as tl
 
 from ..backend import device_guard, layout, scale_strides
 from ..launch_triton import Launch, Launches, launch
-from ..settings import LARGEST, next_power_of_2
+from ..settings import LARGEST, hadamard_bits, next_power_of_2
 
 
 @triton.jit
@@ -43,6 +52,24 @@ def quantized(x, scale, LARGEST: tl.constexpr, ROUND: tl.constexpr):
         # The cast to int8 truncates: round half away from zero first.
         x = tl.where(x >= 0.0, tl.floor(x + 0.5), tl.ceil(x - 0.5))
     return x
+
+
+@triton.jit
+def butterflies(x, COUNT: tl.constexpr):
+    """COUNT steps of the fast Walsh-Hadamard transform of rows ``[N, R]``, each of which takes the lowest bit of the
+    column and makes it the highest: after log2(R) of them columns are back in their order."""
+    for _ in tl.static_range(COUNT):
+        a, b = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
+        x = tl.reshape(tl.permute(tl.join(a + b, a - b), (0, 2, 1)), (x.shape[0], x.shape[1]))
+    return x
+
+
+@triton.jit
+def hadamard(x, BITS: tl.constexpr):
+    """Rows ``[N, D]``, both powers of two, in float32, with each run of 2^BITS numbers rotated."""
+    SIZE: tl.constexpr = 2**BITS
+    y = tl.reshape(x.to(tl.float32), (x.shape[0] * x.shape[1] // SIZE, SIZE))
+    return tl.reshape(butterflies(y, BITS), (x.shape[0], x.shape[1])) * (SIZE**-0.5)
 
 
 @triton.jit
@@ -73,6 +100,7 @@ def _write_pages(
     BLOCK_D: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     LARGEST: tl.constexpr,
+    HADAMARD: tl.constexpr,
 ):
     """One program: one token of one head. LARGEST is the largest quantised number, 0 without quantisation."""
     token = tl.cast(tl.program_id(0), tl.int64)
@@ -85,6 +113,8 @@ def _write_pages(
     offs_d = tl.arange(0, BLOCK_D)
     offs_dv = tl.arange(0, BLOCK_DV)
     key = tl.load(k + token * stride_kt + head * stride_kh + offs_d, mask=offs_d < HEAD_DIM, other=0.0)
+    if HADAMARD > 0:
+        key = tl.reshape(hadamard(tl.reshape(key, (1, BLOCK_D)), HADAMARD), (BLOCK_D,))
     if LARGEST > 0:
         scales = page * stride_sp + head * stride_sh + slot * stride_ss
         scale = scale_of_bits(highest_bits(key, 0), LARGEST)
@@ -153,6 +183,7 @@ def prepare_write(
             BLOCK_D=next_power_of_2(head_dim),
             BLOCK_DV=next_power_of_2(v_dim),
             LARGEST=0.0 if k_scale is None else LARGEST[k_pages.dtype],
+            HADAMARD=hadamard_bits(k_pages.dtype, head_dim),
             num_warps=1,
         ))  # fmt: skip
     return write

@@ -16,6 +16,7 @@ from ..settings import (
     LONG_SPREAD,
     MAX_SPLITS,
     SHORTEST_SPLIT,
+    hadamard_bits,
     split_plan_size,
 )
 
@@ -263,6 +264,7 @@ def paged_attention_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sequence by sequence over gathered pages; arguments and results as ``paged_attention_launch``."""
     page_size = k_pages.shape[2]
+    rotated_q = hadamard(q, hadamard_bits(k_pages.dtype, q.shape[-1]))
     out = q.new_empty(*q.shape[:2], v_pages.shape[-1])
     lse = q.new_empty(q.shape[1], q.shape[0], dtype=torch.float32)
     bounds = cu_seqlens_q.tolist()
@@ -277,10 +279,12 @@ def paged_attention_reference(
         pages = page_table[i, first_page : -(-seq_len // page_size)].long()
         held = slice(first_key - first_page * page_size, seq_len - first_page * page_size)
         keys, values = (
-            dequantize(x[pages], None if s is None else s[pages], q.dtype).transpose(1, 2).flatten(0, 1)[held]
+            dequantize(x[pages], None if s is None else s[pages], rotated_q.dtype).transpose(1, 2).flatten(0, 1)[held]
             for x, s in ((k_pages, k_scale), (v_pages, v_scale))
         )
-        out[rows], lse[:, rows] = attend(q[rows], keys, values, window_left, window_right, softcap, sinks, scale)
+        out[rows], lse[:, rows] = attend(
+            rotated_q[rows], keys, values, window_left, window_right, softcap, sinks, scale
+        )
     return out, lse
 
 
@@ -297,7 +301,8 @@ def write_pages_reference(
     written = slot_mapping >= 0
     slots = slot_mapping[written]
     page, offset = slots // k_pages.shape[2], slots % k_pages.shape[2]
-    for new, pages, scales in ((k[written], k_pages, k_scale), (v[written], v_pages, v_scale)):
+    key = hadamard(k[written], hadamard_bits(k_pages.dtype, k.shape[-1]))
+    for new, pages, scales in ((key, k_pages, k_scale), (v[written], v_pages, v_scale)):
         if scales is not None:
             new, new_scales = quantize(new, pages.dtype)
             scales[page, :, offset] = new_scales
@@ -309,6 +314,22 @@ def _store(pages: torch.Tensor, page: torch.Tensor, offset: torch.Tensor, new: t
         # PyTorch has no indexed assignment of FP8 on CPU; the bytes are the same.
         pages, new = pages.view(torch.uint8), new.view(torch.uint8)
     pages[page, :, offset] = new
+
+
+def hadamard(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Each run of R = 2^bits numbers of ``[..., D]`` times the Hadamard matrix of that size over sqrt(R).
+
+    The matrix is symmetric and its own inverse: twice is once back. The result is at least float32; with 0 bits it is
+    ``x`` itself. The fast Walsh-Hadamard transform adds in the order of the kernels.
+    """
+    if bits == 0:
+        return x
+    size = 2**bits
+    y = x.to(torch.promote_types(x.dtype, torch.float32)).unflatten(-1, (-1, size))
+    for _ in range(bits):
+        a, b = y[..., 0::2], y[..., 1::2]
+        y = torch.cat([a + b, a - b], dim=-1)
+    return (y * size**-0.5).flatten(-2)
 
 
 def quantize(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

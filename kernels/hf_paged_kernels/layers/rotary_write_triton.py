@@ -9,18 +9,19 @@ Programs along the grid's second axis: tiles of query heads, of key heads, of va
 
     token t:   [ q heads 0..7 ][ q heads 8..15 ] ... [ k heads 0..7 ] ... [ v heads 0..7 ] ...
 
-Pages, slots and scales are those of :mod:`.pages_triton`.
+Pages, slots and scales are those of :mod:`.pages_triton`. Keys that get a Hadamard rotation are held in one part, in
+their order in memory, and each dimension's partner is read beside it.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from ..attention.pages_triton import highest_bits, quantized, scale_of_bits
+from ..attention.pages_triton import hadamard, highest_bits, quantized, scale_of_bits
 from ..backend import contiguous, device_guard, scale_strides
 from ..dependent_launch_triton import dependent_launch, start_next, wait_for_previous
 from ..launch_triton import launch
-from ..settings import LARGEST, cdiv, next_power_of_2
+from ..settings import LARGEST, cdiv, hadamard_bits, next_power_of_2
 
 TILE = 1024
 """Elements of a program's tile of heads."""
@@ -89,6 +90,15 @@ def _sum_of_squares(x):
 
 
 @triton.jit
+def _norm_scale(a, b, rest, eps, HEAD_DIM: tl.constexpr, HALF: tl.constexpr):
+    """What a norm multiplies heads with, [H, 1], from their parts."""
+    squares = _sum_of_squares(a) + _sum_of_squares(b)
+    if 2 * HALF < HEAD_DIM:
+        squares += _sum_of_squares(rest)
+    return tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+
+
+@triton.jit
 def _scaled(x, scale, weight, weight_offset, ROUND_FIRST: tl.constexpr):
     """``(weight_offset + weight) * (x * scale)``, rounded to the dtype of x."""
     out = x.to(tl.float32) * scale
@@ -125,10 +135,7 @@ def _rotated_heads(
         weight_a, weight_b, weight_rest = _load_heads(
             weight + tl.zeros((1, 1), tl.int32), True, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED
         )
-        squares = _sum_of_squares(a) + _sum_of_squares(b)
-        if 2 * HALF < HEAD_DIM:
-            squares += _sum_of_squares(rest)
-        scale = tl.rsqrt(squares / HEAD_DIM + eps)[:, None]
+        scale = _norm_scale(a, b, rest, eps, HEAD_DIM, HALF)
         a = _scaled(a, scale, weight_a, weight_offset, ROUND_FIRST)
         b = _scaled(b, scale, weight_b, weight_offset, ROUND_FIRST)
         rest = _scaled(rest, scale, weight_rest, weight_offset, ROUND_FIRST)
@@ -136,6 +143,53 @@ def _rotated_heads(
     turned_a = (wide_a * cosine - wide_b * sine).to(a.dtype)
     turned_b = (wide_b * cosine + wide_a * sine).to(b.dtype)
     return turned_a, turned_b, rest
+
+
+@triton.jit
+def _rotated_rows(
+    x,
+    mask,
+    cos,
+    sin,
+    stride_c,
+    stride_s,
+    weight,
+    eps,
+    weight_offset,
+    HEAD_DIM: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_HALF: tl.constexpr,
+    BLOCK_REST: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr,
+    ROUND_FIRST: tl.constexpr,
+):
+    """Heads [H, BLOCK_D] after norm and rotation where ``mask`` [H, 1] is set, not in parts as ``_rotated_heads``."""
+    offs = tl.arange(0, BLOCK_D)
+    inside, turns = offs < HEAD_DIM, offs < 2 * HALF
+    if INTERLEAVED:
+        is_first, partner, number = offs % 2 == 0, offs ^ 1, offs // 2
+    else:
+        is_first = offs < HALF
+        partner = tl.where(is_first, offs + HALF, offs - HALF)
+        number = tl.where(is_first, offs, offs - HALF)
+    number = tl.cast(number, tl.int64)
+    # A dimension that does not turn has the angle 0.
+    cosine = tl.load(cos + number * stride_c, mask=turns, other=1.0).to(tl.float32)[None, :]
+    sine = tl.load(sin + number * stride_s, mask=turns, other=0.0).to(tl.float32)[None, :]
+    own = tl.load(x + offs[None, :], mask=mask & inside[None, :], other=0.0)
+    other = tl.load(x + partner[None, :], mask=mask & turns[None, :], other=0.0)
+    if HAS_WEIGHT:
+        own_weight = tl.load(weight + offs, mask=inside, other=0.0)[None, :]
+        other_weight = tl.load(weight + partner, mask=turns, other=0.0)[None, :]
+        # Summed part by part: the bits of a key do not depend on what its pages hold.
+        a, b, rest = _load_heads(x, mask, HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED)
+        scale = _norm_scale(a, b, rest, eps, HEAD_DIM, HALF)
+        own = _scaled(own, scale, own_weight, weight_offset, ROUND_FIRST)
+        other = _scaled(other, scale, other_weight, weight_offset, ROUND_FIRST)
+    turned = other.to(tl.float32) * sine
+    return (own.to(tl.float32) * cosine + tl.where(is_first[None, :], -turned, turned)).to(own.dtype)
 
 
 @triton.jit
@@ -189,6 +243,8 @@ def _rotary_write(
     HAS_K_WEIGHT: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
     LARGEST: tl.constexpr,
+    HADAMARD: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     DEPENDENT: tl.constexpr,
 ):
     """One program: one token, and BLOCK_H of its query, key or value heads.
@@ -221,24 +277,41 @@ def _rotary_write(
         scales = page * stride_sp + kv_head * stride_sh + slot * stride_ss
         kv_head = kv_head[:, None]
         if tile < NUM_Q_TILES + NUM_KV_TILES:
-            key_a, key_b, key_rest = _rotated_heads(
-                k + token * stride_kt + kv_head * stride_kh, written[:, None], cos, sin, stride_cd, stride_sd,
-                k_weight, eps, weight_offset,
-                HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_K_WEIGHT, ROUND_FIRST,
-            )  # fmt: skip
-            if LARGEST > 0:
-                highest = tl.maximum(highest_bits(key_a, 1), highest_bits(key_b, 1))
-                if 2 * HALF < HEAD_DIM:
-                    highest = tl.maximum(highest, highest_bits(key_rest, 1))
-                key_scale = scale_of_bits(highest, LARGEST)
-                tl.store(k_scale + scales, key_scale, mask=written)
-                key_a = quantized(key_a, key_scale[:, None], LARGEST, k_pages.dtype.element_ty == tl.int8)
-                key_b = quantized(key_b, key_scale[:, None], LARGEST, k_pages.dtype.element_ty == tl.int8)
-                key_rest = quantized(key_rest, key_scale[:, None], LARGEST, k_pages.dtype.element_ty == tl.int8)
-            keys = k_pages + page * stride_kp + kv_head * stride_kph + slot * stride_ks
-            _store_heads(
-                keys, key_a, key_b, key_rest, written[:, None], HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED
-            )
+            if HADAMARD > 0:
+                key = _rotated_rows(
+                    k + token * stride_kt + kv_head * stride_kh, written[:, None], cos, sin, stride_cd, stride_sd,
+                    k_weight, eps, weight_offset,
+                    HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST, BLOCK_D, INTERLEAVED, HAS_K_WEIGHT, ROUND_FIRST,
+                )  # fmt: skip
+                mixed = hadamard(key, HADAMARD)
+                mixed_scale = scale_of_bits(highest_bits(mixed, 1), LARGEST)
+                tl.store(k_scale + scales, mixed_scale, mask=written)
+                mixed = quantized(mixed, mixed_scale[:, None], LARGEST, k_pages.dtype.element_ty == tl.int8)
+                columns = tl.arange(0, BLOCK_D)[None, :]
+                tl.store(
+                    k_pages + page * stride_kp + kv_head * stride_kph + slot * stride_ks + columns,
+                    mixed.to(k_pages.dtype.element_ty),
+                    mask=written[:, None] & (columns < HEAD_DIM),
+                )
+            else:
+                key_a, key_b, key_rest = _rotated_heads(
+                    k + token * stride_kt + kv_head * stride_kh, written[:, None], cos, sin, stride_cd, stride_sd,
+                    k_weight, eps, weight_offset,
+                    HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED, HAS_K_WEIGHT, ROUND_FIRST,
+                )  # fmt: skip
+                if LARGEST > 0:
+                    highest = tl.maximum(highest_bits(key_a, 1), highest_bits(key_b, 1))
+                    if 2 * HALF < HEAD_DIM:
+                        highest = tl.maximum(highest, highest_bits(key_rest, 1))
+                    key_scale = scale_of_bits(highest, LARGEST)
+                    tl.store(k_scale + scales, key_scale, mask=written)
+                    key_a = quantized(key_a, key_scale[:, None], LARGEST, k_pages.dtype.element_ty == tl.int8)
+                    key_b = quantized(key_b, key_scale[:, None], LARGEST, k_pages.dtype.element_ty == tl.int8)
+                    key_rest = quantized(key_rest, key_scale[:, None], LARGEST, k_pages.dtype.element_ty == tl.int8)
+                keys = k_pages + page * stride_kp + kv_head * stride_kph + slot * stride_ks
+                _store_heads(
+                    keys, key_a, key_b, key_rest, written[:, None], HEAD_DIM, HALF, BLOCK_HALF, BLOCK_REST, INTERLEAVED
+                )
         else:
             offs = tl.arange(0, BLOCK_DV)[None, :]
             inside = written[:, None] & (offs < V_DIM)
@@ -302,6 +375,8 @@ def rotary_write_launch(
             HAS_K_WEIGHT=k_weight is not None,
             ROUND_FIRST=round_first,
             LARGEST=0.0 if k_scale is None else LARGEST[k_pages.dtype],
+            HADAMARD=hadamard_bits(k_pages.dtype, head_dim),
+            BLOCK_D=next_power_of_2(head_dim),
             num_warps=4,
             **dependent_launch(q.device),
         )  # fmt: skip
