@@ -82,6 +82,7 @@ def attention() -> None:
     """The Gluon kernel of each head dim, decode and prefill; the portable one."""
     from hf_paged_kernels.attention.flash_backward_triton import flash_attention_backward_launch
     from hf_paged_kernels.attention.flash_forward_triton import flash_attention_launch
+    from hf_paged_kernels.attention.hopper_backward_gluon import hopper_backward_launch
     from hf_paged_kernels.attention.hopper_gluon import hopper_flash_launch, hopper_paged_launch
     from hf_paged_kernels.attention.merge_states_triton import merge_attention_states_launch
     from hf_paged_kernels.attention.paged_triton import paged_attention_launch
@@ -102,6 +103,11 @@ def attention() -> None:
     q, k, lse = new(1, 300, 8, 128), new(1, 300, 2, 128), new(1, 8, 300, dtype=torch.float32)
     flash_attention_launch(q, k, k, None, None, 300, *options)
     flash_attention_backward_launch(q, k, k, q, lse, q, None, None, None, None, 0, None, new(8), 0.1)
+    for dim in (64, 128):
+        x, y = new(1, 300, 8, dim), new(1, 300, 2, dim)
+        hopper_backward_launch(x, y, y, x, lse, x, None, None, None, None, 0, 0.1)
+        cu = torch.tensor([0, 100, 300], dtype=torch.int32)
+        hopper_backward_launch(x[0], y[0], y[0], x[0], lse[0], x[0], lse[0], cu, cu, 50, 0, 0.1)
     merge_attention_states_launch(q[0], lse[0], q[0], lse[0])
 
 

@@ -14,6 +14,7 @@ from .settings import SHORT_QUERY
 
 TRITON_DEVICES = ("cuda", "xpu")
 GLUON_HEAD_DIMS = (64, 128, 256)
+GLUON_BACKWARD_HEAD_DIMS = (64, 128)
 QUANTIZED_ROWS = 8
 """Query rows of a sequence and key/value head up to which quantised pages take the Gluon kernel: the least that the
 tensor cores take as columns."""
@@ -151,7 +152,32 @@ def _suits_gluon(q: Layout, k: Layout, v: Layout) -> bool:
         and head_dim == v_shape[-1]
         and head_dim in GLUON_HEAD_DIMS
         and group <= 64
-        and all(_is_in_sixteens(strides, dtype.itemsize) for _, strides, *_ in (q, k, v))
+        and all(is_in_sixteens(strides, dtype.itemsize) for _, strides, *_ in (q, k, v))
+    )
+
+
+def uses_gluon_backward(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+) -> bool:
+    """Whether the backward pass takes the Gluon kernel: where the forward pass does, and for what it computes.
+
+    Softcap, sinks, float16, other head dims, and more rows than a descriptor counts are left to portable Triton.
+    """
+    return (
+        softcap is None
+        and sinks is None
+        and q.dtype == torch.bfloat16
+        and uses_gluon(q, k, v, scale)
+        and q.shape[-1] in GLUON_BACKWARD_HEAD_DIMS
+        and q.numel() > 0
+        and k.numel() > 0
+        and q.numel() < 2**30 * q.shape[-1]
+        and (q.ndim == 3 or q.shape[0] <= MAX_GRID)
     )
 
 
@@ -173,13 +199,13 @@ def uses_quantized_gluon(
         and max_query_len <= SHORT_QUERY
         and max_query_len * (q.shape[1] // k_pages.shape[1]) <= QUANTIZED_ROWS
         and all(
-            x.data_ptr() % 16 == 0 and _is_in_sixteens(x.stride(), x.element_size())
+            x.data_ptr() % 16 == 0 and is_in_sixteens(x.stride(), x.element_size())
             for x in (k_pages, v_pages, k_scale, v_scale)
         )
     )
 
 
-def _is_in_sixteens(strides: tuple[int, ...], element_size: int) -> bool:
+def is_in_sixteens(strides: tuple[int, ...], element_size: int) -> bool:
     """Rows of 16-byte multiples, as TMA descriptors need them."""
     elements = 16 // element_size
     return strides[-1] == 1 and all(s > 0 and s % elements == 0 for s in strides[:-1])

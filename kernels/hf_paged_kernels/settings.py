@@ -307,6 +307,10 @@ def hopper_settings(
     }[head_dim]
 
 
+HOPPER_BACKWARD_ROWS = {64: 128, 128: 64}
+"""Queries of a step of the Gluon backward kernel, by head dim."""
+
+
 @dataclass(frozen=True, slots=True)
 class QuantizedHopperSettings:
     """Settings of the Gluon decode over FP8 and INT8 pages: keys of a tile, tiles in shared memory, programs launched

@@ -17,7 +17,7 @@ keys with the window turned around, so the runs are the forward's::
 dq is a sum over key blocks, so a second kernel owns BLOCK_M queries of one head and walks their keys as the forward
 does. It computes P and dP once more, seven matmuls in all instead of five, but no two programs add to the same numbers:
 the gradients have the same bits every time. Adding dq by atomics in the first kernel was slower at every length
-measured (eval/results/backward_h200.md).
+measured (eval/results/backward_h200.md). On Hopper GPUs ``hopper_backward_gluon`` sums dq in order and is faster.
 
 With DESCRIPTORS, tiles come through tensor descriptors (TMA on Hopper): a few instructions for a tile instead of an
 address a thread. A masked tile of a packed sequence still takes pointers, since a descriptor would read its neighbour.
@@ -31,6 +31,7 @@ from ..backend import MAX_GRID, contiguous, contiguous_rows, device_guard, layou
 from ..launch_triton import Launch, Launches, Tile
 from ..settings import LOG2_E, AttentionSettings, BackwardSettings, cdiv, flash_backward_settings, next_power_of_2
 from .flash_backward_parts_triton import (
+    count_blocks,
     find_block,
     find_stats,
     find_tokens,
@@ -93,7 +94,8 @@ def _flash_backward_keys(
 ):
     """dk and dv of BLOCK_N keys, queries in the runs above. Strides: batch, token, head."""
     # Longest first: under a causal mask the first key blocks are seen by the most queries.
-    sequence, batch_index, block, _ = find_block(cu_seqlens_k, num_seqs, first_batch, BLOCK_N, VARLEN)
+    place, places = tl.program_id(0), tl.num_programs(0)
+    sequence, batch_index, block, _ = find_block(cu_seqlens_k, num_seqs, first_batch, place, places, BLOCK_N, VARLEN)
     q_start, num_queries = find_tokens(cu_seqlens_q, seqlen_q, sequence, VARLEN)
     k_start, num_keys = find_tokens(cu_seqlens_k, seqlen_k, sequence, VARLEN)
     first_key = block * BLOCK_N
@@ -226,7 +228,10 @@ def _flash_backward_queries(
     gradient is a sum over all rows of nothing but deltas.
     """
     # Longest first: under a causal mask the last queries have the most keys.
-    sequence, batch_index, block, blocks = find_block(cu_seqlens_q, num_seqs, first_batch, BLOCK_M, VARLEN)
+    place, places = tl.program_id(0), tl.num_programs(0)
+    sequence, batch_index, block, blocks = find_block(
+        cu_seqlens_q, num_seqs, first_batch, place, places, BLOCK_M, VARLEN
+    )
     q_start, num_queries = find_tokens(cu_seqlens_q, seqlen_q, sequence, VARLEN)
     k_start, num_keys = find_tokens(cu_seqlens_k, seqlen_k, sequence, VARLEN)
     first_row = (blocks - 1 - block) * BLOCK_M
@@ -344,7 +349,7 @@ def flash_attention_backward_launch(
     batch, seqlen_q = (1, q.shape[0]) if varlen else q.shape[:2]
     num_seqs = batch if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
     # Zeros: no program writes the slots between two packed sequences.
-    num_slots = 16 * cdiv(_grid(4, seqlen_q, 1, 1, num_seqs, varlen)[0], 4)
+    num_slots = 16 * cdiv(count_blocks(4, seqlen_q, num_seqs, varlen), 4)
     rows = q.new_zeros((2 + (sinks is not None), batch, q.shape[-2], num_slots), dtype=torch.float32)
     lse_log2, delta, *more = rows.unbind()
     sums = more[0] if more else None
@@ -434,10 +439,10 @@ def _prepare(
     for first_batch in range(0, batch, MAX_GRID):
         batches = min(MAX_GRID, batch - first_batch)
         sum_rows = Launch(
-            row_sums, _grid(64, seqlen_q, num_q_heads, batches, num_seqs, varlen),
-            out, dout, lse, dlse, lse_log2, delta, sums, cu_seqlens_q, num_seqs, seqlen_q, first_batch,
+            row_sums, (count_blocks(64, seqlen_q, num_seqs, varlen) * num_q_heads, 1, batches),
+            out, dout, lse, dlse, lse_log2, delta, sums, cu_seqlens_q, num_seqs, num_q_heads, seqlen_q, first_batch,
             out.stride()[:3], dout.stride()[:3], *lse.stride()[:2], lse_log2.stride()[:2],
-            V_DIM=v_dim, BLOCK_M=64, BLOCK_DV=block_dv, VARLEN=varlen, HAS_DLSE=dlse is not None,
+            V_DIM=v_dim, BLOCK_M=64, BLOCK_DV=block_dv, VARLEN=varlen, HAS_DLSE=dlse is not None, ALIGN=4,
         )  # fmt: skip
         keys = Launch(
             _flash_backward_keys, _grid(s.keys.block_n, seqlen_k, num_kv_heads, batches, num_seqs, varlen),
@@ -456,8 +461,7 @@ def _prepare(
 
 
 def _grid(block: int, seqlen: int, num_heads: int, batch: int, num_seqs: int, varlen: bool) -> tuple[int, int, int]:
-    """Blocks of the first axis belong to sequences; packed, an upper bound that needs no length: ``find_sequence``."""
-    return (seqlen // block + num_seqs if varlen else cdiv(seqlen, block)), num_heads, batch
+    return count_blocks(block, seqlen, num_seqs, varlen), num_heads, batch
 
 
 def _tiles(settings: AttentionSettings) -> dict[str, int]:

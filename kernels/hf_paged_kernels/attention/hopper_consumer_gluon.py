@@ -99,7 +99,7 @@ def _step(
 
 
 @gluon.jit
-def _clear_rows(pieces, first_piece, first_row, HALVES: gl.constexpr, CHUNKS: gl.constexpr, CHUNK: gl.constexpr):
+def clear_rows(pieces, first_piece, first_row, HALVES: gl.constexpr, CHUNKS: gl.constexpr, CHUNK: gl.constexpr):
     """Zero the rows from ``first_row`` on in one chunk of a tile of values.
 
     They belong to no sequence or to another; a weight of 0 would not silence a NaN there.
@@ -230,7 +230,7 @@ def consume(tensors, WHICH: gl.constexpr, OPTIONS: gl.constexpr):
                 if num_keys < high * BLOCK_N:
                     first_row = num_keys - (high - 1) * BLOCK_N
                     chunk = (stop - 1 - (high - 1) * BLOCK_N) // CHUNK
-                    _clear_rows(
+                    clear_rows(
                         v_pieces, last * (HALVES * CHUNKS) + chunk, first_row - chunk * CHUNK, HALVES, CHUNKS, CHUNK
                     )
             weights = gl.convert_layout(p.to(dtype), P_LAYOUT)

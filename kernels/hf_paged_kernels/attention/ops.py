@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..backend import uses_gluon, uses_quantized_gluon, uses_triton
+from ..backend import uses_gluon, uses_gluon_backward, uses_quantized_gluon, uses_triton
 from ..eager import eager_op
 from . import reference
 
@@ -73,6 +73,10 @@ def flash_attention_backward_op(
     )  # fmt: skip
     if not uses_triton(q):
         return reference.flash_attention_backward_reference(*arguments)
+    if uses_gluon_backward(q, k, v, softcap, sinks, scale):
+        from .hopper_backward_gluon import hopper_backward_launch
+
+        return hopper_backward_launch(*arguments[:11], scale)
     from .flash_backward_triton import flash_attention_backward_launch
 
     return flash_attention_backward_launch(*arguments)
