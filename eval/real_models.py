@@ -56,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     data = str(cached("brown", args.cache) / "all.jsonl") if args.data is None else args.data
     plan = _plan(args, folder)
     about = {
+        "model": args.model,  # not where its files lie on this machine
         "data": f"{data} ({ITEMS['brown'].title})" if args.data is None else data,
         "command": "python -m eval.real_models " + shlex.join(arguments),
     }
