@@ -16,6 +16,8 @@ HEAD_BYTES = 65_536
 HEAD_SECONDS = 30.0
 """How long a client may take to send the head of its first request; the gateway closes idle connections."""
 BODY_SECONDS = 60.0
+MOST_DIGITS = 18
+"""Of a length; Python refuses to read one of thousands."""
 BUFFER = 1 << 18
 """Bytes that wait for a slow client before the gateway is not read any more."""
 
@@ -132,7 +134,8 @@ async def read_request(
         return None
     lines = head[:-4].decode("latin-1").split("\r\n")
     parts = lines[0].split(" ")
-    if len(parts) != 3 or not parts[2].startswith("HTTP/1."):
+    # A line feed alone would end the line for the gateway, and what follows would be a header for it alone.
+    if len(parts) != 3 or parts[2] not in ("HTTP/1.1", "HTTP/1.0") or not lines[0].isprintable():
         raise Refused(400, "HTTP/1.1 is accepted.")
     headers: dict[str, str] = {}
     for line in lines[1:]:
@@ -147,8 +150,8 @@ async def read_request(
     length = headers.get("content-length", "0")
     if not (length.isascii() and length.isdigit()):
         raise Refused(400, "Content-Length must be a number.")
-    if int(length) > most_bytes:
-        raise Refused(413, f"a body must have at most {most_bytes} bytes, got {length}.")
+    if len(length) > MOST_DIGITS or int(length) > most_bytes:
+        raise Refused(413, f"a body must have at most {most_bytes} bytes, got {length[:MOST_DIGITS]}.")
     path = parts[1].split("?")[0]
     if path not in SERVED:
         raise Refused(404, f"{path[:200]} is not served: {', '.join(SERVED)} are.")

@@ -100,6 +100,7 @@ def test_requests_are_read():
         ("POST /health HTTP/1.1\nContent-Length : 4\n\n", 400),
         ("POST /health HTTP/1.1\nA: b\n c: d\n\n", 400),
         ("POST /health HTTP/1.1\nExpect: 100-continue\nContent-Length: 4\n\n", 417),
+        ("POST /health HTTP/1.1\nContent-Length: " + "9" * 5000 + "\n\n", 413),
         ("PRI * HTTP/2.0\n\n", 400),
         ("nonsense\n\n", 400),
         ("POST /workers HTTP/1.1\nContent-Length: 4\n\n", 404),
@@ -116,6 +117,21 @@ def test_requests_that_are_not_read(head, status):
     with pytest.raises(guard.Refused) as raised:
         read(request(head, b"abcd"))
     assert raised.value.status == status
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "POST /health HTTP/1.1\nContent-Length:4",
+        "POST /health?a\nb HTTP/1.1",
+        "\nPOST /health HTTP/1.1",
+        "POST /health HTTP/1.1\r",
+    ],
+)
+def test_a_line_that_the_gateway_would_end_elsewhere_is_not_passed(line):
+    with pytest.raises(guard.Refused) as raised:
+        read(f"{line}\r\nHost: a\r\n\r\nabcd".encode())
+    assert raised.value.status == 400
 
 
 @pytest.mark.parametrize(
