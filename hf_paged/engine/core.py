@@ -73,7 +73,8 @@ class EngineCore:
         self.model, self.config, self.clock, self.max_model_len = model, config, clock, max_model_len
         self.ranks = ranks
         self.device = model.get_input_embeddings().weight.device
-        self.num_parameters = sum(p.numel() for p in model.parameters())
+        # Shards may be of different sizes, and how many tokens a step has follows from this.
+        self.num_parameters = ranks.least(sum(p.numel() for p in model.parameters()))
         self.vocab_size = model.config.get_text_config(decoder=True).vocab_size
         self.pool = PagePool(config.page_size, None, config.kv_dtype)
         num_slots = config.max_num_seqs

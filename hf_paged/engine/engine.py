@@ -421,7 +421,6 @@ class Engine(EngineControls):
             self.ranks.fail(f"has left its engine: {type(error).__name__}: {error}")
         self.close()
 
-
     def __reduce__(self) -> Any:
         raise TypeError(
             "an Engine cannot be pickled or copied, it has a thread, locks and pages of this process: send the model, "

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import tensor_parallel_worker as worker
 
+import hf_paged
+from hf_paged.engine.ranks import Alone
+
 ROOT = Path(__file__).resolve().parent.parent.parent
 LAST = {2: "one_forward_fails", 3: "one_is_killed"}
 
@@ -95,6 +98,18 @@ def test_pages_are_those_of_the_rank_with_least_memory(three, one):
     page = 2 * 2 * 2 * 8 * 8 * 4  # keys and values, layers, heads of a rank, head dim, tokens, bytes
     least = 1 * 200_000
     assert [found["pages"] for found in three] == [least // 2 // page] * 3
+
+
+def test_the_tokens_of_a_step_are_those_of_the_smallest_shard(monkeypatch):
+    class Others(Alone):
+        def least(self, number: int) -> int:
+            return min(number, 1000)
+
+    model = worker.make_model()
+    assert sum(weight.numel() for weight in model.parameters()) > 1000
+    monkeypatch.setattr("hf_paged.engine.engine.make_ranks", lambda *_: Others())
+    with hf_paged.Engine(model) as engine:
+        assert engine.core.num_parameters == 1000
 
 
 def test_prefixes_are_found_on_every_rank(ranks, one):
