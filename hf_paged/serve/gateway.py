@@ -36,8 +36,8 @@ SEVERAL_ENGINES = (
     "--health-success-threshold", "1",
 )  # fmt: skip
 """Requests go where their beginning is cached, unless that engine has much more to do; one whose engine is gone before
-its first token is tried once more elsewhere. The gateway's own protection from overload is off: it leaves out an engine
-that has a queue while another has none, and counts one that has ended as such."""
+its first token is tried once more elsewhere. The gateway's own protection from overload is off: it is taken to leave
+out an engine that has a queue while another has none, and to count one that has ended as such."""
 
 
 class Gateway:
