@@ -100,12 +100,12 @@ class Engine(EngineControls):
         self._thread: threading.Thread | None = None
         self._stop: str | None = None
         self._in_step = False
-        register(self)
         if isinstance(self.ranks, RankGroup):
-            self.ranks.watch(watcher(weakref.ref(self)))
-            if not self.ranks.leads:
-                self._thread = loop_thread(self)
-                self._thread.start()
+            self.ranks.tell(watcher(weakref.ref(self)))
+        register(self)
+        if not self.ranks.leads:
+            self._thread = loop_thread(self)
+            self._thread.start()
 
     @property
     def core(self) -> EngineCore:

@@ -68,7 +68,7 @@ def wait_for_end(engine: Joint, thread: threading.Thread | None, group: RankGrou
 
 
 def watcher(reference: "weakref.ref[Joint]") -> Callable[[RankError | None], bool]:
-    """What :meth:`RankGroup.watch` calls."""
+    """What :meth:`RankGroup.tell` is given."""
 
     def on_failure(error: RankError | None) -> bool:
         engine = reference()

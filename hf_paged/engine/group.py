@@ -82,6 +82,7 @@ class RankGroup(Alone):
         self._step_failure: str | None = None
         self._leaves = threading.Event()
         self._wake = threading.Event()
+        self._on_failure: Callable[[RankError | None], bool] | None = None
         self._watcher: threading.Thread | None = None
         self._coming: tuple[torch.Tensor, Any] | None = None
         self._call_lock = threading.Lock()
@@ -178,17 +179,23 @@ class RankGroup(Alone):
 
     # Failures
 
-    def watch(self, on_failure: Callable[[RankError], bool]) -> None:
-        """Look after the others from now on.
+    def watch(self) -> None:
+        """Look after the others from now on."""
+        self._watcher = threading.Thread(target=self._keep_watch, name="hf_paged ranks", daemon=True)
+        self._watcher.start()
+
+    def tell(self, on_failure: Callable[[RankError | None], bool]) -> None:
+        """The engine has started: it is told of failures.
 
         Args:
             on_failure: called once, in a thread, with what has ended the work together; also when this rank says so.
                 Called before that with None now and then: False: this rank has left.
+
+        Raises:
+            RankError: another rank's engine has not started.
         """
-        self._watcher = threading.Thread(
-            target=self._keep_watch, args=(on_failure,), name="hf_paged ranks", daemon=True
-        )
-        self._watcher.start()
+        self._on_failure = on_failure
+        self.check()
 
     def fail(self, what: str) -> None:
         """Tell all ranks that this one cannot go on."""
@@ -229,11 +236,18 @@ class RankGroup(Alone):
             with contextlib.suppress(RuntimeError):
                 self.process_group._get_backend(torch.device("cuda")).abort()
 
-    def _keep_watch(self, on_failure: Callable[[Any], bool]) -> None:
-        told = False
+    def _end_together(self) -> None:
+        """Tell the engine of :attr:`failure`. Before there is one the model's communication goes on: where the engine
+        starts on no rank, callers go on with the model."""
+        if self._on_failure is not None:
+            self.abort()
+            self._on_failure(self.failure)
+
+    def _keep_watch(self) -> None:
         while True:
             self._wake.wait(WATCH_S)
-            if not told and self._own_failure is None and not self._leaves.is_set() and not on_failure(None):
+            is_held = self._on_failure is None or self._on_failure(None)
+            if self._own_failure is None and not self._leaves.is_set() and not is_held:
                 self.fail("has let go of its engine")
             state = FAILED if self._own_failure is not None else LEAVES if self._leaves.is_set() else ALIVE
             message = state + (self._own_failure or "").encode()[: WATCH_BYTES - 1]
@@ -253,16 +267,14 @@ class RankGroup(Alone):
                         f"one of the {self.size} processes of the model has died: its connections are closed. Start "
                         f"all of them again."
                     )
-                self.abort()
-                on_failure(self.failure)
+                self._end_together()
                 return
             found = [bytes(state.numpy()).rstrip(b"\0") or ALIVE for state in states]
             failures = [text[1:].decode(errors="replace") for text in found if text[:1] == FAILED]
             if failures:
                 if self.failure is None:
                     self.failure = RankError(failures[0])
-                self.abort()
-                on_failure(self.failure)
+                self._end_together()
                 return
             if any(text[:1] == LEAVES for text in found):
                 return

@@ -117,6 +117,11 @@ def test_prefixes_are_found_on_every_rank(ranks, one):
     assert [found["prefix"] for found in ranks] == [one["prefix"]] * len(ranks)
 
 
+def test_an_engine_that_does_not_start_on_one_rank_starts_on_none(three):
+    told = "RankError: rank 2 of 3 could not start its engine: no page"
+    assert [found["failing start"] for found in three] == [told, told, "OSError: no page"]
+
+
 def test_changes_of_weights_are_seen_by_all(one):
     """And they change tokens: the comparison with one process says that every rank saw them."""
     first, negated, on_one_layer, refreshed, woken, resumed, back = one["weights"]

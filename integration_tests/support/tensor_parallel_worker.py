@@ -32,6 +32,7 @@ import hf_paged
 from hf_paged.engine import following
 from hf_paged.engine import group as group_module
 from hf_paged.engine.scheduling import page_budget
+from hf_paged.engine.startup import start
 
 OPTIONS: dict[str, Any] = dict(page_size=8, num_pages=96, max_num_seqs=8, max_batch_tokens=32, seed=7)
 NUM_RANDOM = 12
@@ -162,6 +163,8 @@ class Scenes:
         if self.size != 2:  # Three ranks are enough for these.
             self.few_pages()
             self.captured()
+        if self.size == 3:
+            self.failing_start()
         self.patched()
         return self.found
 
@@ -294,6 +297,19 @@ class Scenes:
         self.found["failing step"] = [str(output.error) for output in outputs]
         engine._core.runner.forward = run
         self.found["after it"] = tokens(engine.generate(prompts(2), generation_config=config(6)))
+
+    def failing_start(self) -> None:
+        """An engine starts on two ranks, and not on the last, which goes on without one."""
+
+        def fail(*_: Any) -> int:
+            raise OSError("no page")
+
+        real = start.choose_num_pages
+        if self.rank == 2:
+            start.choose_num_pages = fail
+        self.found["failing start"] = error_of(lambda: self.engine(num_pages=None))
+        start.choose_num_pages = real
+        self.meet()
 
     def few_pages(self) -> None:
         with self.engine(num_pages=14, max_num_seqs=4, swap_space_gib=0.001 * self.size) as engine:

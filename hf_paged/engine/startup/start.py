@@ -37,6 +37,7 @@ def make_ranks(model: Any, config: EngineConfig) -> Alone:
             raise ValueError(f"{name}=True cannot be: the model is sharded over processes. Leave it out.")
     group = RankGroup(process_group)
     group.meet(lambda: (repr(config), None))
+    group.watch()
     return group
 
 
