@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from hf_paged_kernels.attention.ops import paged_attention_op, write_pages_op
+from hf_paged_kernels.backend import contiguous_rows
 from hf_paged_kernels.checks import check_pages
 from torch.utils.weak import WeakTensorKeyDictionary
 
@@ -118,7 +119,7 @@ def attend_batched(
     # Decode: one new token a sequence, written and read in place through the block table.
     k_pages, v_pages = (kwargs[name].transpose(1, 2) for name in ("k_cache", "v_cache"))
     check_pages(k_pages, v_pages)
-    q, k, v = (x.squeeze(0).transpose(0, 1).to(k_pages.dtype) for x in (query, new_key, new_value))
+    q, k, v = (contiguous_rows(x.squeeze(0).transpose(0, 1).to(k_pages.dtype)) for x in (query, new_key, new_value))
     table, page_size = kwargs["block_table"], k_pages.shape[2]
     rows = decode_rows(
         kwargs["cu_seq_lens_q"], module.layer_idx, table, kwargs["cu_seq_lens_k"], page_size, options.left

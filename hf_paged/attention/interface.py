@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from hf_paged_kernels.attention.ops import flash_attention_op, paged_attention_op
+from hf_paged_kernels.backend import contiguous_rows
 from hf_paged_kernels.checks import check_softcap, resolve_scale
 
 from ..cache.lazy_states import LazyStates, StepLayer
@@ -154,6 +155,7 @@ def _over_pages(
     if mask is not None and mask.dtype == torch.int32:
         raise ValueError("packed sequences (restarting position_ids) cannot be added to a cache: pass use_cache=False.")
     update.check_window(options.window)
+    query = contiguous_rows(query)
     out = update.decode(query, update.place(mask), *options.bounds)
     if out is not None:
         return out
@@ -208,5 +210,5 @@ def _over_step(
             f"layer {layer.index} attends over {options.window or 'all'} tokens, the config says {layer.window}: the "
             f"engine cannot serve this model, use its generate()."
         )
-    out = layer.attend(query.transpose(1, 2).flatten(0, 1), *options.bounds)
+    out = layer.attend(contiguous_rows(query.transpose(1, 2).flatten(0, 1)), *options.bounds)
     return out.view(query.shape[0], query.shape[2], *out.shape[1:])

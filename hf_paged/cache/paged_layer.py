@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from hf_paged_kernels.backend import contiguous_rows
 from transformers import PreTrainedConfig
 from transformers.cache_utils import CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
@@ -77,7 +78,7 @@ class PagedLayer(CacheLayerMixin):
         self._flush()
         planner, group, index = self.planner, self.group, self.index
         planner.check_new_states(key_states, value_states)
-        key_states, value_states = in_one_dtype(key_states, value_states)
+        key_states, value_states = map(contiguous_rows, in_one_dtype(key_states, value_states))
         update = planner.pending[index] = LayerUpdate(planner, group, index, key_states, value_states)
         start = update.start
         num_seqs, _, num_new, _ = key_states.shape

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from hf_paged_kernels.attention.ops import paged_attention_op, write_pages_op
+from hf_paged_kernels.backend import contiguous_rows
 from hf_paged_kernels.layers.ops import rotary_write_op
 from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionAndFullAttentionLayer, LinearAttentionLayer
 
@@ -52,7 +53,7 @@ class EngineLayer(CacheLayerMixin):
         step = self.cache.step.on(key_states.device)
         pages = self.group.layer(self.index, key_states, value_states)
         pages.check_like(key_states, value_states)
-        key, value = (x.transpose(1, 2).flatten(0, 1) for x in (key_states, value_states))
+        key, value = (contiguous_rows(x.transpose(1, 2).flatten(0, 1)) for x in (key_states, value_states))
         mapping = step.groups[self.number].slot_mapping
         write_pages_op(key, value, pages.k, pages.v, mapping, pages.k_scale, pages.v_scale)
         return LazyStates.pair(self, 1, step.num_keys, key_states, value_states)
