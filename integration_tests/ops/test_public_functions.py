@@ -240,6 +240,20 @@ def test_strides_of_any_kind_give_the_same():
         assert torch.allclose(kernels.flash_attention(**strided), expected, atol=1e-6)
 
 
+@pytest.mark.parametrize("is_triton", [False, True], ids=["reference", "triton"])
+def test_a_window_of_all_an_int_can_say_is_none(monkeypatch, is_triton):
+    """Positions are added to it: with 2**31 - 1 that was negative, and keys had no gradients."""
+    monkeypatch.setattr("hf_paged_kernels.attention.ops.uses_triton", lambda _: is_triton)
+    q, k, v = (x.requires_grad_() for x in dense().values())
+    for most in (2**30, 2**31 - 1, 2**31, 2**40):
+        for causal, window in ((True, most), (True, (most, 0)), (False, most), (False, (most, most))):
+            got, expected = (
+                torch.autograd.grad(kernels.flash_attention(q, k, v, causal=causal, window=w).square().sum(), (q, k, v))
+                for w in (window, None)
+            )
+            assert all(x.any() and torch.equal(x, y) for x, y in zip(got, expected))
+
+
 def test_settings_are_powers_of_two_and_shrink_with_the_card():
     for head_dim in (16, 64, 80, 128, 192, 256, 512):
         for element_size in (2, 4):

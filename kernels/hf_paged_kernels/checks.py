@@ -185,7 +185,7 @@ def resolve_window(window: object, causal: bool) -> tuple[int | None, int | None
                 f"window must be None, a number of tokens (1 or more, the query itself counted) or a pair "
                 f"(left, right) of neighbours seen, got {window!r}."
             )
-        left = right = tokens - 1
+        left = right = _neighbours(tokens - 1)
     if causal:
         right = 0
     return left, right
@@ -193,7 +193,8 @@ def resolve_window(window: object, causal: bool) -> tuple[int | None, int | None
 
 def _neighbours(tokens: object) -> int | None:
     tokens = None if tokens is None else integer("window", tokens)
-    return None if tokens is None or tokens < 0 else tokens
+    # No sequence is that long; positions plus the window stay within the int32 of kernels.
+    return None if tokens is None or not 0 <= tokens < 2**30 else tokens
 
 
 def check_softcap(softcap: float | None) -> float | None:
