@@ -10,6 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils._pytree import tree_map_only
 
+from ..errors import UnsupportedModelError
+
 
 class StatesSource(Protocol):
     """Where the keys and values of a layer are in the running step."""
@@ -79,5 +81,11 @@ class LazyStates(torch.Tensor):
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        for parameter, given in zip(func._schema.arguments, args):
+            if isinstance(given, LazyStates) and parameter.alias_info is not None and parameter.alias_info.is_write:
+                raise UnsupportedModelError(
+                    f"{func} changes keys or values in place behind the cache, which holds them in pages: write it out "
+                    f"of place (x = x.add(y)), or pass past_key_values=DynamicCache(config=model.config)."
+                )
         args, kwargs = tree_map_only(LazyStates, LazyStates.dense, (args, kwargs or {}))
         return func(*args, **kwargs)

@@ -307,6 +307,11 @@ def test_states_look_dense_to_other_code(poison):
         assert torch.equal(got + 0, torch.cat(expected, 2))
         assert torch.equal(torch.nn.functional.pad(got, [0, 3])[..., :16], torch.cat(expected, 2))
     assert "LazyStates(keys" in repr(returned[0])
+    assert torch.equal(torch.empty(2, 2, 12, 16).copy_(returned[0]), torch.cat([key for key, _ in states], 2))
+    # What is gathered is a copy: a change of it would be lost.
+    for change in (lambda x: x.add_(1), lambda x: x.contiguous().clamp_(0, 1), lambda x: x.__imul__(2)):
+        with pytest.raises(hf_paged.UnsupportedModelError, match=r"aten\.\w+_\..* changes keys or values in place"):
+            change(returned[1])
 
 
 def test_generation_in_inference_mode_then_outside():
