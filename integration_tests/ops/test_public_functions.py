@@ -240,6 +240,28 @@ def test_strides_of_any_kind_give_the_same():
         assert torch.allclose(kernels.flash_attention(**strided), expected, atol=1e-6)
 
 
+def test_short_sequences_take_the_portable_backward_pass(monkeypatch):
+    """In the Gluon one each has a whole block of dq in float32: 64 rows at head dim 128, 128 at 64."""
+    monkeypatch.setattr(backend, "has_gluon", lambda device: True)
+
+    def is_gluon(lengths, dim, packed):
+        q = torch.empty(sum(lengths), 2, dim, dtype=torch.bfloat16)
+        if packed:
+            cu = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+            return backend.uses_gluon_backward(q, q, q, None, None, 1.0, cu)
+        q = q.view(len(lengths), -1, 2, dim)
+        return backend.uses_gluon_backward(q, q, q, None, None, 1.0)
+
+    assert is_gluon([32] * 5, 128, False)
+    assert not is_gluon([31] * 5, 128, False)
+    assert is_gluon([64] * 5, 64, False)
+    assert not is_gluon([16] * 1000, 64, False)
+    assert is_gluon([64] * 5, 128, True)
+    assert is_gluon([700, 1, 3, 129], 64, True)
+    assert not is_gluon([16] * 1000, 64, True)
+    assert not is_gluon([600] + [4] * 100, 128, True)
+
+
 @pytest.mark.parametrize("is_triton", [False, True], ids=["reference", "triton"])
 def test_a_window_of_all_an_int_can_say_is_none(monkeypatch, is_triton):
     """Positions are added to it: with 2**31 - 1 that was negative, and keys had no gradients."""

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .settings import SHORT_QUERY
+from .settings import HOPPER_BACKWARD_ROWS, SHORT_QUERY, cdiv
 
 TRITON_DEVICES = ("cuda", "xpu")
 GLUON_HEAD_DIMS = (64, 128, 256)
@@ -163,10 +163,12 @@ def uses_gluon_backward(
     softcap: float | None,
     sinks: torch.Tensor | None,
     scale: float,
+    cu_seqlens_q: torch.Tensor | None = None,
 ) -> bool:
     """Whether the backward pass takes the Gluon kernel: where the forward pass does, and for what it computes.
 
-    Softcap, sinks, float16, other head dims, and more rows than a descriptor counts are left to portable Triton.
+    Softcap, sinks, float16, other head dims, and more rows than a descriptor counts are left to portable Triton. So are
+    short sequences: each takes whole blocks of rows of dq in float32, many times the memory of its queries.
     """
     return (
         softcap is None
@@ -178,7 +180,15 @@ def uses_gluon_backward(
         and k.numel() > 0
         and q.numel() < 2**30 * q.shape[-1]
         and (q.ndim == 3 or q.shape[0] <= MAX_GRID)
+        and _fills_blocks(q, None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1)
     )
+
+
+def _fills_blocks(q: torch.Tensor, num_packed: int | None) -> bool:
+    """Whether blocks of the Gluon backward kernel have at most twice the rows of ``q``."""
+    rows, seqlen_q = HOPPER_BACKWARD_ROWS[q.shape[-1]], q.shape[-3]
+    blocks = cdiv(seqlen_q, rows) if num_packed is None else seqlen_q // rows + num_packed
+    return blocks * rows <= 2 * seqlen_q
 
 
 def uses_quantized_gluon(

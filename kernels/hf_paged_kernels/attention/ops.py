@@ -73,7 +73,7 @@ def flash_attention_backward_op(
     )  # fmt: skip
     if not uses_triton(q):
         return reference.flash_attention_backward_reference(*arguments)
-    if uses_gluon_backward(q, k, v, softcap, sinks, scale):
+    if uses_gluon_backward(q, k, v, softcap, sinks, scale, cu_seqlens_q):
         from .hopper_backward_gluon import hopper_backward_launch
 
         return hopper_backward_launch(*arguments[:11], scale)
