@@ -145,6 +145,8 @@ class EngineCore:
             reason = "the model computes keys behind the cache"
         if self.ranks.is_joint and not self.ranks.can_capture and capture is None:
             reason = "the model's processes communicate over a backend whose work no graph can hold (NCCL's can)"
+        if capture is None:
+            reason = self.ranks.first_text(reason)  # on all ranks or on none
         if reason is None:
             # A pool of memory for each kind: what a decode step gave is read when a chunk of the same step has run.
             captures = [self._on_all_ranks(capture or CudaCapture(self.config.compile)) for _ in range(2)]

@@ -171,8 +171,8 @@ def _announce(name: str, address: str, metrics: Sequence[str | None]) -> None:
 
 
 def _num_ranks() -> int:
-    """Processes that torchrun has started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    """Processes that torchrun has started. It sets LOCAL_RANK; a cluster's job may have a WORLD_SIZE of its own."""
+    return int(os.environ["WORLD_SIZE"]) if "LOCAL_RANK" in os.environ else 1
 
 
 def _device_of(options: argparse.Namespace) -> str:

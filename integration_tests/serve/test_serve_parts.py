@@ -181,3 +181,17 @@ def test_a_refusal_is_an_answer():
     assert head.startswith(b"HTTP/1.1 413 ")
     assert f"Content-Length: {len(body)}".encode() in head
     assert json.loads(body)["error"]["message"] == "too much"
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [({}, 1), ({"WORLD_SIZE": "4"}, 1), ({"WORLD_SIZE": "4", "RANK": "1", "LOCAL_RANK": "1"}, 4)],
+)
+def test_only_torchrun_shards_the_model(names, expected, monkeypatch):
+    from hf_paged.serve import command
+
+    for name in ("WORLD_SIZE", "RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in names.items():
+        monkeypatch.setenv(name, value)
+    assert command._num_ranks() == expected
