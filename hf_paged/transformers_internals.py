@@ -84,6 +84,21 @@ def require_attr(owner: Any, name: str) -> Any:
         ) from None
 
 
+def written_arguments(operator: Any, args: tuple[Any, ...]) -> list[Any]:
+    """The arguments that a PyTorch operator changes in place."""
+    aliases = [parameter.alias_info for parameter in operator._schema.arguments]
+    return [given for alias, given in zip(aliases, args) if alias is not None and alias.is_write]
+
+
+def abort_communication(process_group: torch.distributed.ProcessGroup) -> None:
+    """End what waits in a group's communication on GPUs.
+
+    Raises:
+        RuntimeError: the backend cannot.
+    """
+    process_group._get_backend(torch.device("cuda")).abort()
+
+
 def is_tested_version() -> bool:
     """Whether transformers is not newer than what the test suite was run on."""
     return Version(transformers.__version__).release[:2] <= Version(TESTED[1]).release
@@ -118,6 +133,8 @@ NEEDED: dict[Any, tuple[str, ...]] = {
     torch.Tensor: ("_version",),
     torch.nn.Module: ("_compiled_call_impl",),
     torch._C: ("_AutoDispatchBelowAutograd",),
+    torch.ops.aten.add_.Tensor: ("_schema",),
+    torch.distributed.ProcessGroup: ("_get_backend",),
 }  # fmt: skip
 """Every name that is used somewhere below, looked up at import."""
 
@@ -908,7 +925,7 @@ def tensor_parallel_group(model: PreTrainedModel) -> Any:
     if (getattr(model, "_tp_size", None) or 1) <= 1:
         return None
     manager = getattr(model, "_mesh_manager", None)  # from 5.19 on
-    mesh = model._device_mesh if manager is None else manager.get_mesh("tp")
+    mesh = getattr(model, "_device_mesh", None) if manager is None else manager.get_mesh("tp")
     return (mesh["tp"] if mesh.ndim > 1 else mesh).get_group()
 
 

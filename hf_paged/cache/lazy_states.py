@@ -11,6 +11,7 @@ import torch
 from torch.utils._pytree import tree_map_only
 
 from ..errors import UnsupportedModelError
+from ..transformers_internals import written_arguments
 
 
 class StatesSource(Protocol):
@@ -81,8 +82,8 @@ class LazyStates(torch.Tensor):
     def __torch_dispatch__(
         cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        for parameter, given in zip(func._schema.arguments, args):
-            if isinstance(given, LazyStates) and parameter.alias_info is not None and parameter.alias_info.is_write:
+        for given in written_arguments(func, args):
+            if isinstance(given, LazyStates):
                 raise UnsupportedModelError(
                     f"{func} changes keys or values in place behind the cache, which holds them in pages: write it out "
                     f"of place (x = x.add(y)), or pass past_key_values=DynamicCache(config=model.config)."

@@ -48,8 +48,8 @@ class EngineControls(EngineViews):
     def resume(self) -> None:
         """Go on after :meth:`pause`."""
         with self.drive:
-            self._loop.check_open()
-            if self._loop.is_asleep and self.ranks.leads:
+            self.loop.check_open()
+            if self.loop.is_asleep and self.ranks.leads:
                 raise RequestError("the engine sleeps: call wake().")
             self._command("resume")
         with self.mail.changed:
@@ -101,13 +101,13 @@ class EngineControls(EngineViews):
     def wake(self) -> None:
         """Go on after :meth:`sleep`."""
         with self.drive:
-            self._loop.check_open()
+            self.loop.check_open()
             self._command("wake")
             self.resume()
 
     def _command(self, name: str, *arguments: Any) -> Any:
         """Have the loop do this between two steps, on all ranks; the first rank's call counts, others' do nothing."""
-        return self._loop.command(name, *arguments) if self.ranks.leads else None
+        return self.loop.command(name, *arguments) if self.ranks.leads else None
 
     @contextlib.contextmanager
     def _between_steps(self, name: str) -> Iterator[None]:
@@ -123,6 +123,6 @@ class EngineControls(EngineViews):
                     f"{name}() was called inside a step, by a request's own code (a logits processor or a criterion): "
                     f"call it from outside."
                 )
-            self._loop.check_open()
+            self.loop.check_open()
             yield
-            self._loop.note_counts()
+            self.loop.note_counts()

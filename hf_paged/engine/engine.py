@@ -95,7 +95,7 @@ class Engine(EngineControls):
                 self.ranks.fail(f"could not start its engine: {error}")
             raise
         self.drive, self.mail = TurnLock(), Mailbox()
-        self._loop = StepLoop(self._core, self.mail, self.fused)
+        self.loop = StepLoop(self._core, self.mail, self.fused)
         self.admission = Admission(self._core)
         self._thread: threading.Thread | None = None
         self._stop: str | None = None
@@ -199,7 +199,7 @@ class Engine(EngineControls):
         **options: Any,
     ) -> Request:
         """What :meth:`submit` hands over."""
-        self._loop.check_open()
+        self.loop.check_open()
         return self.admission.request(
             prompt_ids, request_id=request_id, priority=priority, deadline_s=deadline_s, cache_salt=cache_salt,
             batch=_batch, rules=rules, seed=seed, **options,
@@ -211,7 +211,7 @@ class Engine(EngineControls):
         Raises:
             RankError: the ranks do not have the same requests.
         """
-        joint, requests = self._loop.joint, list[Request]()
+        joint, requests = self.loop.joint, list[Request]()
         assert joint is not None, "the model is whole"
         group = joint.group
 
@@ -222,7 +222,7 @@ class Engine(EngineControls):
         numbers = group.meet(prepared)
         if not group.leads:
             with self.mail.changed:
-                self._loop.check_open()
+                self.loop.check_open()
                 joint.claim(numbers, requests)
         group.pass_together()
         group.decide_call(lambda: self.hand_over(requests))
@@ -240,9 +240,9 @@ class Engine(EngineControls):
         for request in requests if self.ranks.is_joint else ():
             request.message = packed(request)
         with self.mail.changed:
-            self._loop.check_open()
+            self.loop.check_open()
             for request in requests if is_limited else ():
-                self._loop.check_room(request)
+                self.loop.check_room(request)
             self.mail.put(requests, self.admission.rename)
             self.wake_loop()
 
@@ -275,13 +275,13 @@ class Engine(EngineControls):
     @property
     def num_new_tokens(self) -> int:
         """New tokens since the start."""
-        return self._loop.counters.new_tokens
+        return self.loop.counters.new_tokens
 
     def advance(self) -> None:
         """Launch a step if no other thread does and none is on its way."""
         if not self.background and self.drive.acquire(blocking=False):
             try:
-                if not self._in_step and (self._loop.pending is None or self._loop.pending.has_arrived):
+                if not self._in_step and (self.loop.pending is None or self.loop.pending.has_arrived):
                     self.step()
             finally:
                 self.drive.release()
@@ -305,8 +305,8 @@ class Engine(EngineControls):
         if not self.background and self.drive.acquire(blocking=False):
             try:
                 if not self._in_step:
-                    self._loop.intake(self._core.clock())
-                    self._loop.publish()
+                    self.loop.intake(self._core.clock())
+                    self.loop.publish()
             finally:
                 self.drive.release()
         return True
@@ -333,8 +333,8 @@ class Engine(EngineControls):
                 self._thread = None
                 return False
             timeout = 1.0
-            if self._loop.deadlines:
-                timeout = min(timeout, max(0.0, self._loop.deadlines[0][0] - self._core.clock()))
+            if self.loop.deadlines:
+                timeout = min(timeout, max(0.0, self.loop.deadlines[0][0] - self._core.clock()))
             self.mail.changed.wait(timeout)
         return True
 
@@ -353,12 +353,12 @@ class Engine(EngineControls):
             self._in_step = True
             try:
                 with held_interrupts(), no_gradients(), self._core.on_device():
-                    moved = self._loop.step(news)
+                    moved = self.loop.step(news)
             finally:
                 self._in_step = False
                 if self._stop is not None and not self.mail.is_closed:
-                    self._loop.command("close_now", self._stop)
-            error = self._loop.take_error()
+                    self.loop.command("close_now", self._stop)
+            error = self.loop.take_error()
             if error is not None and not self.background:
                 raise error
             return moved
@@ -375,11 +375,11 @@ class Engine(EngineControls):
         self._thread, self._in_step = None, False
         if not is_busy or self.mail.is_closed:
             return
-        self._loop.broken, self.mail.is_closed = RequestError(FORKED), True
+        self.loop.broken, self.mail.is_closed = RequestError(FORKED), True
         for request in list(self.mail.unfinished.values()):
             if request.output is None:
-                self._core.endings.end_unaccounted(request, self._loop.broken)
-        self._loop.publish()
+                self._core.endings.end_unaccounted(request, self.loop.broken)
+        self.loop.publish()
 
     # Life
 
@@ -407,13 +407,13 @@ class Engine(EngineControls):
                 return
             with held_interrupts(), contextlib.suppress(RankError):  # The others have ended already.
                 if not self.mail.is_closed:
-                    self._loop.command("close_now", "cancelled")
+                    self.loop.command("close_now", "cancelled")
         thread = self._thread
         if thread is not None and thread is not threading.current_thread():
             thread.join()
 
     def __enter__(self) -> "Engine":
-        self._loop.check_open()
+        self.loop.check_open()
         return self
 
     def __exit__(self, kind: Any, error: Any, *traceback: object) -> None:

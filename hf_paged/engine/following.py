@@ -25,8 +25,11 @@ class Joint(Protocol):
 
     drive: TurnLock
     mail: Mailbox
-    _loop: StepLoop
-    _core: EngineCore
+    loop: StepLoop
+
+    @property
+    def core(self) -> EngineCore:
+        """The sequences and steps."""
 
     def step_with(self, news: StepNews | None) -> bool:
         """Run a step."""
@@ -38,17 +41,17 @@ def follow(engine: Joint, group: RankGroup) -> bool:
         news = group.receive_news(1.0)
     except RankError as error:
         with engine.drive:
-            engine._loop.mark_broken(error)
+            engine.loop.mark_broken(error)
         return False
     if news is None:
         return True
     if news.command is None:
         engine.step_with(news)
     else:
-        with engine.drive, no_gradients(), engine._core.on_device(), contextlib.suppress(Exception):
+        with engine.drive, no_gradients(), engine.core.on_device(), contextlib.suppress(Exception):
             # What it raises it has noted; before the next step all ranks compare that.
-            engine._loop.command(news.command[0], *news.command[1])
-            engine._loop.note_counts()
+            engine.loop.command(news.command[0], *news.command[1])
+            engine.loop.note_counts()
     if not engine.mail.is_closed:
         return True
     group.leave()
@@ -86,11 +89,11 @@ def _end_with_ranks(engine: Joint, error: RankError) -> None:
     end = time.monotonic() + STUCK_WAIT_S
     while not engine.drive.acquire(blocking=False):
         if engine.mail.is_closed or time.monotonic() > end:
-            engine._loop.abandon(error)
+            engine.loop.abandon(error)
             return
         time.sleep(0.02)
     try:
         if not engine.mail.is_closed:
-            engine._loop.mark_broken(error)
+            engine.loop.mark_broken(error)
     finally:
         engine.drive.release()

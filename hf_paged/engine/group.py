@@ -30,6 +30,7 @@ import torch
 from torch import distributed
 
 from ..errors import RankError, RequestError
+from ..transformers_internals import abort_communication
 from .ranks import Alone
 
 T = TypeVar("T")
@@ -234,7 +235,7 @@ class RankGroup(Alone):
         """End what the model's own communication waits for, where the backend can (NCCL): streams go on."""
         if self.can_capture:
             with contextlib.suppress(RuntimeError):
-                self.process_group._get_backend(torch.device("cuda")).abort()
+                abort_communication(self.process_group)
 
     def _end_together(self) -> None:
         """Tell the engine of :attr:`failure`. Before there is one the model's communication goes on: where the engine

@@ -92,22 +92,22 @@ class EngineViews:
     drive: TurnLock
     mail: Mailbox
     _core: EngineCore
-    _loop: StepLoop
+    loop: StepLoop
 
     def stats(self) -> EngineStats:
         """What the engine holds and has done. Waits for nothing: while a step runs, as of the end of the one before."""
         if self.drive.acquire(blocking=False):
             try:
-                self._loop.note_counts()
+                self.loop.note_counts()
             finally:
                 self.drive.release()
         with self.mail.changed:
-            seen, num_unfinished = self._loop.seen, len(self.mail.unfinished)
+            seen, num_unfinished = self.loop.seen, len(self.mail.unfinished)
         return engine_stats(seen, num_unfinished)
 
     def health(self) -> EngineHealth:
         """Whether the engine serves. Waits for nothing."""
-        loop = self._loop
+        loop = self.loop
         began = loop.step_began
         return EngineHealth(
             state=self._state(),
@@ -148,7 +148,7 @@ class EngineViews:
     def trace(self, path: str | Path) -> Path:
         """Write what the engine did: ``.json`` (Chrome trace), ``.csv`` (steps), or ``.png`` (matplotlib)."""
         with self.drive:
-            return self._loop.trace.write(path)
+            return self.loop.trace.write(path)
 
     def check(self) -> None:
         """Prove that every page and slot is owned or free (AssertionError if not)."""
@@ -156,7 +156,7 @@ class EngineViews:
             self._core.check()
 
     def _state(self) -> str:
-        loop = self._loop
+        loop = self.loop
         if loop.broken is not None:
             return "broken"
         if self.mail.is_closed:

@@ -445,7 +445,7 @@ def test_requests_that_have_ended_are_not_kept_for_their_deadlines(engine):
     first = engine.submit(PROMPT, generation_config=config(100), deadline_s=80)
     for _ in range(25):
         engine.submit(PROMPT, generation_config=config(1), deadline_s=86400).result(timeout_s=30)
-    assert len(engine._loop.deadlines) < 20
+    assert len(engine.loop.deadlines) < 20
     first.cancel()
     late = engine.submit(PROMPT, generation_config=config(100), logits_processor=[Slow()], deadline_s=0.1)
     assert late.result(timeout_s=30).finish_reason == "deadline"

@@ -37,7 +37,7 @@ def draw(seed: int, count: int = 24) -> tuple[list[list[int]], list[int]]:
 
 def steps_of(engine: hf_paged.Engine) -> list[tuple[int, int]]:
     """Rows that decoded and prompt tokens of each step."""
-    return [(step.num_decode, step.num_tokens - step.num_decode) for step in engine._loop.trace.steps]
+    return [(step.num_decode, step.num_tokens - step.num_decode) for step in engine.loop.trace.steps]
 
 
 @pytest.mark.parametrize("least", [1, LEAST, BUDGET])
@@ -59,8 +59,8 @@ def test_all_steps_have_about_as_many_tokens(model, seed):
     with make_engine(model, 1) as engine:
         engine.generate(prompts, generation_config=[config(n) for n in new])
         # Behind the first ones, while requests are still handed over.
-        steps = list(engine._loop.trace.steps)[8:]
-        mean = sum(map(len, [*prompts, *map(range, new)])) / len(engine._loop.trace.steps)
+        steps = list(engine.loop.trace.steps)[8:]
+        mean = sum(map(len, [*prompts, *map(range, new)])) / len(engine.loop.trace.steps)
         assert max(abs(step.num_tokens - mean) for step in steps) < 0.3 * mean
         # For that, requests wait between two tokens of theirs.
         assert any(step.num_rows < step.running for step in steps)
@@ -78,8 +78,8 @@ def test_lengths_that_leave_no_time(model, new):
         outputs = engine.generate(prompts, generation_config=[config(n) for n in new])
         engine.check()
         assert [output.token_ids for output in outputs] == [alone(model, p, config(n)) for p, n in zip(prompts, new)]
-        assert max(step.num_tokens for step in engine._loop.trace.steps) <= BUDGET
-        assert len(engine._loop.trace.steps) <= max(new) + 12
+        assert max(step.num_tokens for step in engine.loop.trace.steps) <= BUDGET
+        assert len(engine.loop.trace.steps) <= max(new) + 12
 
 
 @pytest.mark.parametrize("options", [dict(max_num_seqs=8), dict(num_pages=100), dict(num_pages=30)], ids=str)
@@ -90,7 +90,7 @@ def test_nobody_waits_where_there_is_no_room_for_all(model, options):
         engine.check()
         assert [output.token_ids for output in outputs] == [alone(model, p, config(n)) for p, n in zip(prompts, new)]
         # Every request that has a slot takes part, from when all have been handed over till the rest has room.
-        steps = list(engine._loop.trace.steps)[6:]
+        steps = list(engine.loop.trace.steps)[6:]
         steps = [step for step in steps if step.waiting > 8] or steps
         assert len(steps) > 20
         assert all(step.num_rows >= step.running for step in steps)
@@ -103,14 +103,14 @@ def test_who_comes_later_ends_the_wait(model):
         submitted, own = [], engine.step
 
         def step() -> bool:
-            if len(engine._loop.trace.steps) == 12:
+            if len(engine.loop.trace.steps) == 12:
                 submitted.append(engine.submit(prompt(7), generation_config=config(30)))
             return own()
 
         engine.step = step
         outputs = engine.generate(prompts, generation_config=[config(n) for n in new])
         engine.check()
-        steps = list(engine._loop.trace.steps)
+        steps = list(engine.loop.trace.steps)
         assert any(step.num_rows < step.running for step in steps[8:12])
         assert all(step.num_rows >= step.running for step in steps[16:])
         assert submitted[0].result().token_ids == alone(model, prompt(7), config(30))

@@ -131,7 +131,7 @@ def test_beside_a_running_request(change, kind):
         for _ in range(5):
             engine.step()
         core = engine._core
-        engine._loop.collect_pending()
+        engine.loop.collect_pending()
         before = core.slots.tokens(handle._request.sequences[0].slot).tolist()
         assert 1 < len(before) - len(PROMPT) < 10
         change(model)

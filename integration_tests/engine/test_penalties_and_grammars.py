@@ -197,7 +197,7 @@ def test_steps_run_ahead_with_grammars(model):
         ahead = 0
         while not all(handle.is_done for handle in handles):
             engine.step()
-            ahead += engine._loop.pending is not None
+            ahead += engine.loop.pending is not None
         assert ahead > 10
         for i in range(2):
             alone = engine.submit(prompt(5, i), generation_config=options, logits_processor=[unchanged], **kept)

@@ -30,7 +30,7 @@ def make_engine(model, **options) -> hf_paged.Engine:
 
 def steps_of(engine: hf_paged.Engine) -> list[tuple[int, int]]:
     """Rows that decoded and prompt tokens of each step."""
-    return [(step.num_decode, step.num_tokens - step.num_decode) for step in engine._loop.trace.steps]
+    return [(step.num_decode, step.num_tokens - step.num_decode) for step in engine.loop.trace.steps]
 
 
 def begin_decoding(engine: hf_paged.Engine, new: int = 40) -> hf_paged.RequestHandle:

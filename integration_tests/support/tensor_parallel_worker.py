@@ -183,13 +183,13 @@ class Scenes:
     def requests(self, engine: hf_paged.Engine) -> None:
         """Submitted on the first rank, when they like; the others are slow now and then."""
         pause = random.Random(self.rank)
-        step = engine._loop._run_step
+        step = engine.loop._run_step
 
         def slow(*arguments: Any) -> bool:
             time.sleep(pause.choice([0, 0, 0, 0.01]))
             return step(*arguments)
 
-        engine._loop._run_step = slow
+        engine.loop._run_step = slow
         if self.rank == 0:
             generator = np.random.default_rng(11)
             asked = [draw(generator, False) for _ in range(NUM_RANDOM)]
@@ -215,7 +215,7 @@ class Scenes:
             late = engine.submit(prompts()[2], generation_config=config(80), deadline_s=0.0).result()
             self.found["late"] = [late.finish_reason, str(late.error)]
         self.meet()
-        engine._loop._run_step = step
+        engine.loop._run_step = step
 
     def code_of_requests(self, engine: hf_paged.Engine) -> None:
         """Processors and criteria that differ among the ranks: the first one's count."""

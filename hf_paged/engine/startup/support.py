@@ -72,7 +72,7 @@ def _reason_in_weights(model: PreTrainedModel) -> str | None:
 
 def _sharding_reasons(model: PreTrainedModel) -> list[str]:
     """Ranks that hold parts of a model must all run the same steps: those of transformers' tensor parallelism do."""
-    size = getattr(model, "_tp_size", None) or 1
+    size = getattr(model, "tp_size", None) or 1
     if size > 1:
         return _tensor_parallel_reasons(model, size)
     if is_sharded(model):
