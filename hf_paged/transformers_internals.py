@@ -925,7 +925,7 @@ def tensor_parallel_group(model: PreTrainedModel) -> Any:
     if (getattr(model, "_tp_size", None) or 1) <= 1:
         return None
     manager = getattr(model, "_mesh_manager", None)  # from 5.19 on
-    mesh = getattr(model, "_device_mesh", None) if manager is None else manager.get_mesh("tp")
+    mesh: Any = getattr(model, "_device_mesh", None) if manager is None else manager.get_mesh("tp")
     return (mesh["tp"] if mesh.ndim > 1 else mesh).get_group()
 
 
