@@ -16,7 +16,7 @@ KERNELS = {
     "attention": "_flash_backward_keys _flash_backward_queries _flash_forward _hopper_backward _hopper_forward "
     "_merge_partials _merge_splits _merge_states _paged_forward _plan_splits finish_queries row_sums",
     "quantised": "_merge_partials _plan_splits _quantized_forward _quantized_splits",
-    "linear": "_decode_linear _rms_norm _skinny_linear _skinny_linear_mma",
+    "linear": "_decode_linear _lora_expand _lora_shrink _rms_norm _skinny_linear _skinny_linear_mma",
     "small": "_copy_pages _decode_inputs _decode_rows _gated_activation _rms_norm _rotary_write _write_pages",
     "sampling": "_finish_rows _pick_rows _scan_tiles _weigh_tiles",
 }

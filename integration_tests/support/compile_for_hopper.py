@@ -124,7 +124,7 @@ def quantised() -> None:
 
 
 def linear() -> None:
-    """Linear layers of few and of more tokens, plain, gated and in parts."""
+    """Linear layers of few and of more tokens, plain, gated and in parts; adapters."""
     from hf_paged_kernels.linear.decode_gluon import decode_linear_launch, linear_parts_launch
     from hf_paged_kernels.linear.decode_settings import choose_decode_linear
     from hf_paged_kernels.linear.skinny_gluon import skinny_linear_launch
@@ -150,6 +150,24 @@ def linear() -> None:
                         linear_parts_launch(x, weight, bias, chosen)
                     else:
                         decode_linear_launch(x, weight, bias, chosen, gated)
+
+
+    _lora()
+
+
+def _lora() -> None:
+    """Adapters of different requests, in steps of few and of many tokens."""
+    from hf_paged_kernels.linear.lora import lora_table
+    from hf_paged_kernels.linear.lora_triton import lora_linear_launch
+
+    for dtype in (torch.bfloat16, torch.float32) if EVERYTHING else (torch.float32,):
+        for rank, tokens in ((16, 24), (12, 24), (64, 300), (256, 300)) if EVERYTHING else ((256, 300),):
+            a, b = [new(rank, 4096, dtype=dtype)] * 2, [new(6144, rank, dtype=dtype)] * 2
+            index = torch.zeros(tokens, dtype=torch.int32)
+            lora_linear_launch(
+                new(tokens, 4096), new(tokens, 6144), index, index, new(3, dtype=torch.float64),
+                lora_table(a, b, index.device), a, b,
+            )  # fmt: skip
 
 
 def small() -> None:
