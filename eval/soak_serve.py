@@ -2,8 +2,9 @@
 
     python -m eval.soak_serve --seconds 600 --output eval/results/soak_serve.json
 
-Starts ``hf-paged serve --replicas 2`` with the small model on the CPU. Healthy clients ask alone first; then beside
-clients that leave, send nonsense, ask for too much, or read slowly. Then one engine is killed, and in the end the
+Starts ``hf-paged serve --replicas 2`` with the small model on the CPU, and fills the prefix cache of both engines:
+pages get memory when they are first used, which is no growth. Healthy clients ask alone first; then beside clients that
+leave, send nonsense, ask for too much, or read slowly. Then one engine is killed, and in the end the
 server gets SIGTERM, both under load. Exit status 1: a request had no end, a healthy one another text than before, a
 page was lost, or memory grew.
 """
@@ -42,6 +43,8 @@ NOTICED_S = 10.0
 SAMPLE_S = 5.0
 ENOUGH_SAMPLES = 30
 """For a line through a process' memory."""
+FULL, FILLING = 0.95, 400
+"""The part of an engine's pages that are cached once its cache counts as filled, and the prompts that may take."""
 GROWTH = 0.05
 """The part of its memory by which a process may grow in ten minutes, as the fitted line has it."""
 PROMPTS = [f"def f{i}(x):\n    " for i in range(8)]
@@ -108,7 +111,7 @@ class Load:
         phase, start = self.phase, time.monotonic()
         first: list[float] = []
         try:
-            end, text = await asyncio.wait_for(self._ask(data, patience, pace, start, first), END_S)
+            end, text = await asyncio.wait_for(self.ask(data, patience, pace, start, first), END_S)
         except (asyncio.TimeoutError, TimeoutError):
             end, text = "none", ""
         seconds = time.monotonic() - start
@@ -127,19 +130,19 @@ class Load:
         path = "/v1/completions"
         if role == "leaves":
             body |= {"max_tokens": 200, "stream": rng.random() < 0.5, "temperature": 1.0, "n": rng.choice([1, 1, 3])}
-            return self._post(path, json.dumps(body).encode()), rng.choice([0.0, 0.05, 0.3, 1.0]), 0.0
+            return self.post(path, json.dumps(body).encode()), rng.choice([0.0, 0.05, 0.3, 1.0]), 0.0
         if role == "slow":
-            return self._post(path, json.dumps(body | {"max_tokens": 100, "stream": True}).encode()), None, 0.05
+            return self.post(path, json.dumps(body | {"max_tokens": 100, "stream": True}).encode()), None, 0.05
         if role == "too much":
             kind = rng.randrange(3)
             if kind == 0:
-                return self._post(path, json.dumps(body | {"prompt": "x = 1\n" * 5000}).encode()), None, 0.0
+                return self.post(path, json.dumps(body | {"prompt": "x = 1\n" * 5000}).encode()), None, 0.0
             if kind == 1:
-                return self._post(path, b" " * (8 * 2**20 + 1), whole=False), None, 0.0
-            return self._post(path, json.dumps(body | {"max_tokens": 10**7, "n": 16}).encode()), None, 0.0
+                return self.post(path, b" " * (8 * 2**20 + 1), whole=False), None, 0.0
+            return self.post(path, json.dumps(body | {"max_tokens": 10**7, "n": 16}).encode()), None, 0.0
         if role == "nonsense":
             return *self._nonsense(body), 0.0
-        return self._post(path, json.dumps(body).encode()), None, 0.0
+        return self.post(path, json.dumps(body).encode()), None, 0.0
 
     def _nonsense(self, body: dict[str, Any]) -> tuple[bytes, float | None]:
         """A request with wrong fields, a body that is no JSON, or bytes that are no request, whose client leaves."""
@@ -155,17 +158,18 @@ class Load:
             data = data[: rng.randrange(len(data))]
         elif kind == 2:
             data = bytes(byte if rng.random() < 0.95 else rng.randrange(256) for byte in data)
-        request = self._post("/v1/chat/completions" if chat else "/v1/completions", data)
+        request = self.post("/v1/chat/completions" if chat else "/v1/completions", data)
         if kind == 3:
             at = rng.randrange(len(request))
             request = request[:at] + rng.randbytes(rng.randrange(40)) + request[at + rng.randrange(40) :]
         return request, 1.0 if kind == 3 else None
 
-    def _post(self, path: str, data: bytes, whole: bool = True) -> bytes:
+    def post(self, path: str, data: bytes, whole: bool = True) -> bytes:
+        """A request's bytes; ``whole``: its body is among them."""
         head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\nContent-Type: application/json\r\n"
         return f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + (data if whole else b"")
 
-    async def _ask(
+    async def ask(
         self, data: bytes, patience: float | None, pace: float, start: float, first: list[float]
     ) -> tuple[str, str]:
         """Send a request and read its answer; returns how it ended, and its text."""
@@ -294,6 +298,20 @@ async def settled(addresses: list[str]) -> list[dict[str, float]]:
         await asyncio.sleep(0.5)
 
 
+async def fill(load: Load, addresses: list[str]) -> list[dict[str, float]]:
+    """Have every engine cache as many prefixes as it can; returns what each holds."""
+    rng = random.Random(1)
+    for _ in range(FILLING // 8):
+        prompts = ["".join(rng.choice("abcdefghijklmnopqrstuvwxyz = (.)\n") for _ in range(600)) for _ in range(8)]
+        bodies = [json.dumps({"model": "small", "prompt": prompt, "max_tokens": 1}).encode() for prompt in prompts]
+        requests = (load.post("/v1/completions", body) for body in bodies)
+        await asyncio.gather(*(load.ask(data, None, 0.0, time.monotonic(), []) for data in requests))
+        found = await settled(addresses)
+        if all(m["pages_cached"] >= FULL * m["pages"] for m in found):
+            break
+    return found
+
+
 def children_of(parent: int) -> dict[str, int]:
     """The server's processes by what they are."""
     found: dict[str, int] = {}
@@ -332,7 +350,7 @@ async def soak(server: "subprocess.Popen[str]", address: str, metrics: list[str]
     processes = children_of(server.pid)
     memory = Memory(processes)
     watch = asyncio.create_task(memory.watch())
-    report: dict[str, Any] = {"phases": {}, "pages": {}}
+    report: dict[str, Any] = {"phases": {}, "pages": {"filled": await fill(load, metrics)}}
     alive, killed = list(metrics), 0.0
     began: dict[str, float] = {}
     for phase, part in PHASES.items():

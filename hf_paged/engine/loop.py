@@ -23,7 +23,8 @@ from .waiting import Mailbox
 logger = logging.get_logger(__name__)
 
 MOST_ENDED = 16
-"""Ended requests among those with a deadline, beyond as many as have not ended, before they are taken out."""
+"""Ended requests among those with a deadline, beyond as many as have not ended, before they are taken out; all are once
+none is left that has not ended."""
 
 
 class StepLoop:
@@ -289,7 +290,7 @@ class StepLoop:
             for request in core.endings.finished:
                 request.is_public = True
             core.endings.finished.clear()
-            if len(self.deadlines) > 2 * self._num_deadlines + MOST_ENDED:
+            if len(self.deadlines) > (2 * self._num_deadlines + MOST_ENDED if self._num_deadlines else 0):
                 self.deadlines = [entry for entry in self.deadlines if entry[2].output is None]
                 heapq.heapify(self.deadlines)
             for request in self.mail.streams:

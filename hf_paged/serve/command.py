@@ -71,6 +71,8 @@ def serve_command(parser: argparse.ArgumentParser, options: argparse.Namespace) 
             max_num_seqs=options.max_num_seqs, max_waiting=options.max_waiting, max_model_len=options.max_model_len,
             max_batch_tokens=max(EngineConfig().max_batch_tokens, options.max_num_seqs),
             memory_fraction=options.memory_fraction, kv_dtype=options.kv_dtype,
+            # Records that nobody can ask for would be memory that grows for the first 100,000 requests.
+            trace_steps=1 if options.trace is None else EngineConfig().trace_steps,
         )  # fmt: skip
         trust = options.trust_remote_code
         tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=trust)

@@ -98,13 +98,17 @@ class Servicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         """
         while True:
             await wait_async(self.engine, lambda: any(self._with_news()))
-            now = time.monotonic()
-            with self.engine.mail.changed:
-                found = list(self._with_news())
-            if now >= self._next_messages:
-                self._next_messages = now + MESSAGE_S * len(self._streams)
-            for stream in found:
-                stream.news.set()
+            self._wake_streams()
+
+    def _wake_streams(self) -> None:
+        """A method of its own: variables of the pump would keep streams that have ended until there is news again."""
+        now = time.monotonic()
+        with self.engine.mail.changed:
+            found = list(self._with_news())
+        if now >= self._next_messages:
+            self._next_messages = now + MESSAGE_S * len(self._streams)
+        for stream in found:
+            stream.news.set()
 
     def _with_news(self) -> Iterator[_Stream]:
         """Requests to wake now; ``mail.changed`` is held."""
