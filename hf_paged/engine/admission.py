@@ -12,8 +12,9 @@ import torch
 
 from ..errors import RequestError
 from .core import EngineCore
+from .execution.adapters import ModelAdapters
 from .sampling.request_params import RequestParams, check_token_ids
-from .scheduling.request import Request, Sequence
+from .scheduling.request import ACTIVE, Adapter, Request, Sequence
 
 SEEDS = 1 << 62
 
@@ -66,6 +67,7 @@ class Admission:
         batch: OfflineBatch | None,
         rules: RequestParams | None,
         seed: int | None,
+        adapter: Adapter = ACTIVE,
         **rules_options: Any,
     ) -> Request:
         """A request that can be served; the arguments are those of :meth:`Engine.submit`.
@@ -85,6 +87,7 @@ class Admission:
         if deadline_s is not None and not (isinstance(deadline_s, Real) and deadline_s >= 0):
             raise ValueError(f"deadline_s must be None or a number of seconds of at least 0, got {deadline_s!r}.")
         hash(cache_salt)
+        self.check_adapter(adapter)
         number = next(self.numbers if batch is None or batch.numbers is None else batch.numbers)
         if rules is None:
             own_seed = self.core.config.seed
@@ -105,7 +108,8 @@ class Admission:
             prompt=prompt,
             rules=rules,
             priority=float(priority),
-            salt=cache_salt,
+            # Another version of an adapter is a change of the model, after which no page is found any more.
+            salt=cache_salt if adapter is ACTIVE else ("adapter", adapter, cache_salt),
             submitted=now,
             key=(came - float(priority) * self.core.config.ageing_s, length, number),
             deadline=None if deadline_s is None else now + float(deadline_s),
@@ -113,9 +117,36 @@ class Admission:
             is_offline=batch is not None and rules.mode == "rows" and rules.ends_by_length,
             uses_prefixes=rules.num_prompt_logprobs is None,
             most_pages=most_pages,
+            adapter=adapter,
         )
         request.sequences = [Sequence(request, index) for index in range(rules.num_sequences)]
         return request
+
+    def check_adapter(self, adapter: Adapter) -> None:
+        """
+        Raises:
+            ValueError, TypeError: it is no adapter that is loaded.
+            RequestError: rows of it cannot be computed beside others.
+        """
+        if adapter is ACTIVE:
+            return
+        if not (adapter is None or isinstance(adapter, str)):
+            raise TypeError(f"adapter must be the name of one, or None for the base model, got {adapter!r}.")
+        core = self.core
+        if core.ranks.is_joint:
+            raise RequestError(f"adapter={adapter!r} cannot be served: the model is sharded over processes.")
+        if core.config.compile:
+            raise RequestError(
+                f"adapter={adapter!r} cannot be served: compiled modules run what is active on the model. Leave "
+                f"EngineConfig(compile=) out."
+            )
+        current = core.runner.adapters
+        if current is None or not current.is_current(adapter):
+            current = ModelAdapters(core.model, core.runner.misfit)
+        reason = current.reason_against(adapter)
+        if reason is not None:
+            is_known = adapter is None or adapter in current.refusals
+            raise RequestError(reason) if is_known else ValueError(reason)
 
     def rename(self, request: Request) -> str:
         """Another name for a request whose own was made here."""

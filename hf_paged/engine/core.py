@@ -18,12 +18,14 @@ import numpy as np
 import torch
 from hf_paged_kernels.settings import longest_short_query
 
+from ..errors import RequestError
 from ..mixed_precision import enables_autocast
 from ..paging import PagePool
 from .async_copy import HostCopy, send
 from .collect import Collector
 from .config import EngineConfig
 from .endings import Endings
+from .execution.adapters import ModelAdapters
 from .execution.chunk_graphs import ChunkGraphs, chunk_sizes
 from .execution.compiled import CompiledModules
 from .execution.decode_graphs import Capture, CaptureError, CudaCapture, DecodeGraphs, Out, capture_blocker
@@ -36,7 +38,7 @@ from .sampling.request_params import num_logits_of
 from .sampling.token_selector import TokenSelector, merged
 from .scheduling.pacing import mixed_prompt_tokens, offline_step_tokens
 from .scheduling.page_budget import PageRoom, split_pages
-from .scheduling.request import Request, Sequence
+from .scheduling.request import ACTIVE, Request, Sequence
 from .scheduling.scheduler import Scheduler
 from .scheduling.slot_pages import SlotPages
 from .scheduling.slots import Slots
@@ -59,6 +61,7 @@ class EngineCore:
     Attributes:
         endings: ends requests, and has those that have ended.
         runs_ahead: a step may be launched before the tokens of the one ahead of it are on the host.
+        named: new requests that name an adapter, until :meth:`settle_adapters`.
     """
 
     def __init__(
@@ -117,6 +120,8 @@ class EngineCore:
             clock=clock,
         )
         self.wants_prompt = np.zeros(num_slots, dtype=bool)
+        self.named: list[Request] = []
+        self._settled: ModelAdapters | None = None
         # On a CPU there is nothing to hide: a step has run when it was launched.
         self.runs_ahead = not on_host and not self.cache.has_states
         self.endings = Endings(self.scheduler, self.swapping, lambda: self.clock(), ranks)
@@ -202,11 +207,60 @@ class EngineCore:
         rules = sequence.request.rules
         self.selector.admit(sequence.slot, rules, sequence.index, self.slots.tokens(sequence.slot))
         self.tables.stale[sequence.slot] = True
+        self._set_adapter(sequence)
         self.wants_prompt[sequence.slot] = rules.num_prompt_logprobs is not None and sequence.index == 0
 
     def _release(self, sequence: Sequence) -> None:
         self.selector.release(sequence.slot)
         self.wants_prompt[sequence.slot] = False
+
+    # Adapters that requests name
+
+    def has_unsettled_adapters(self) -> bool:
+        """Whether :meth:`settle_adapters` has something to do."""
+        adapters = self.runner.adapters
+        return bool(self.named) or adapters is not self._settled or (adapters is not None and bool(adapters.blocker))
+
+    def settle_adapters(self) -> None:
+        """Before a step: requests whose adapter cannot be computed (any more) end, slots know those of the others. No
+        step may be on its way."""
+        named, self.named = self.named, []
+        runner = self.runner
+        if named and runner.adapters is None:
+            runner.use_adapters(ModelAdapters(self.model, runner.misfit))
+        if runner.adapters is not self._settled:
+            runner.try_adapters()
+        adapters = runner.adapters
+        if adapters is None:
+            self._settled = None
+            return
+        if adapters is not self._settled or adapters.blocker is not None:
+            named = [request for request in self._unfinished() if request.adapter is not ACTIVE]
+        for request in named:
+            reason = adapters.reason_against(request.adapter)
+            if reason is not None:
+                self.endings.end_request(request, "error", RequestError(reason))
+        if adapters.blocker is not None:
+            # No request names one any more: what is active on the model runs as it is.
+            runner.misfit = adapters.misfit
+            runner.use_adapters(None)
+        self._settled = runner.adapters
+        for sequence in self.slots.sequences:
+            if sequence is not None:
+                self._set_adapter(sequence)
+
+    def leave_adapters(self) -> None:
+        """Run what is active on the model as it is, unless a request names an adapter; steps are captured again."""
+        if self.runner.adapters is not None and all(request.adapter is ACTIVE for request in self._unfinished()):
+            self.runner.use_adapters(None)
+
+    def _unfinished(self) -> list[Request]:
+        return [*self.scheduler.running, *self.scheduler.waiting]
+
+    def _set_adapter(self, sequence: Sequence) -> None:
+        adapters = self.runner.adapters
+        if adapters is not None:
+            self.tables.set_adapter(sequence.slot, adapters.number(sequence.request.adapter))
 
     def forget_swapped(self) -> None:
         """Drop what is in host memory: those requests are computed again."""

@@ -36,7 +36,7 @@ from .process import held_interrupts, register, wait_if_exiting
 from .sampling.grammar import Grammar
 from .sampling.request_params import RequestParams
 from .scheduling.page_budget import model_length
-from .scheduling.request import Request, RequestOutput
+from .scheduling.request import ACTIVE, Adapter, Request, RequestOutput
 from .startup.start import make_ranks, start
 from .startup.support import is_supported
 from .turn_lock import TurnLock
@@ -137,6 +137,7 @@ class Engine(EngineControls):
         logit_bias: Mapping[int, float] | None = None,
         grammar: Grammar | None = None,
         cache_salt: Any = None,
+        adapter: Adapter = ACTIVE,
         rules: RequestParams | None = None,
         _batch: OfflineBatch | None = None,
     ) -> RequestHandle:
@@ -160,6 +161,8 @@ class Engine(EngineControls):
             grammar: makes a matcher for each sequence, see ``GrammarMatcher``; tokens that it does not accept are not
                 chosen.
             cache_salt: cached prefixes are shared only among requests with an equal salt.
+            adapter: the name of a LoRA adapter of PEFT that is loaded into the model, see :meth:`adapters`; None: the
+                base model, without any. Not given: what is active on the model when a step runs.
             rules: made beforehand, in the place of the arguments from ``generation_config`` to ``grammar``.
 
         Raises:
@@ -173,7 +176,7 @@ class Engine(EngineControls):
             self._check_leads("submit()")
         request = self.prepare(
             prompt_ids, request_id=request_id, priority=priority, deadline_s=deadline_s, cache_salt=cache_salt,
-            _batch=_batch, rules=rules, seed=seed, generation_config=generation_config,
+            adapter=adapter, _batch=_batch, rules=rules, seed=seed, generation_config=generation_config,
             logits_processor=logits_processor, stopping_criteria=stopping_criteria,
             prefix_allowed_tokens_fn=prefix_allowed_tokens_fn, tokenizer=tokenizer, logprobs=logprobs,
             prompt_logprobs=prompt_logprobs, presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
@@ -193,6 +196,7 @@ class Engine(EngineControls):
         priority: float = 0,
         deadline_s: float | None = None,
         cache_salt: Any = None,
+        adapter: Adapter = ACTIVE,
         seed: int | None = None,
         rules: RequestParams | None = None,
         _batch: OfflineBatch | None = None,
@@ -202,7 +206,7 @@ class Engine(EngineControls):
         self.loop.check_open()
         return self.admission.request(
             prompt_ids, request_id=request_id, priority=priority, deadline_s=deadline_s, cache_salt=cache_salt,
-            batch=_batch, rules=rules, seed=seed, **options,
+            batch=_batch, rules=rules, seed=seed, adapter=adapter, **options,
         )  # fmt: skip
 
     def submit_together(self, make: Callable[[], list[Request]]) -> list[RequestHandle]:
@@ -252,6 +256,7 @@ class Engine(EngineControls):
         *,
         generation_config: GenerationConfig | Sequence[GenerationConfig] | None = None,
         progress: bool = False,
+        adapter: Adapter | Sequence[Adapter] = ACTIVE,
         **options: Any,
     ) -> list[RequestOutput]:
         """Serve many prompts; outputs come in the order of the prompts. A failed request has its error in its output.
@@ -265,12 +270,13 @@ class Engine(EngineControls):
             prompts: token ids.
             generation_config: one for all, or one for each.
             progress: show a bar.
+            adapter: as for :meth:`submit`; one for all, or one for each.
             options: as for :meth:`submit`, the same for all.
 
         Raises:
             RequestError, ValueError, TypeError: a prompt cannot be served; none of them is then.
         """
-        return generate(self, prompts, generation_config, progress, **options)
+        return generate(self, prompts, generation_config, progress, adapter=adapter, **options)
 
     @property
     def num_new_tokens(self) -> int:

@@ -15,7 +15,7 @@ from .in_flight import InFlightStep
 from .joint_steps import JointSteps
 from .news import StepNews
 from .scheduling.page_budget import give_back_unused
-from .scheduling.request import Request, RequestOutput
+from .scheduling.request import ACTIVE, Request, RequestOutput
 from .scheduling.step import ScheduledStep
 from .trace import Counters, RequestRecord, StepRecord, Trace
 from .waiting import Mailbox
@@ -127,6 +127,9 @@ class StepLoop:
         if not self.intake(start, news) or self.is_paused or self.mail.is_closed:
             self.publish()
             return False
+        if core.has_unsettled_adapters():
+            self.collect_pending()
+            core.settle_adapters()
         if not core.can_plan_ahead():
             self.collect_pending()
         work = core.plan(is_ahead=self.pending is not None)
@@ -200,6 +203,8 @@ class StepLoop:
             self._look_for_changes(incoming)
         for request in incoming:
             self.core.scheduler.add(request)
+            if request.adapter is not ACTIVE:
+                self.core.named.append(request)
             if request.deadline is not None:
                 self._num_deadlines += 1
                 if news is None:
@@ -259,6 +264,7 @@ class StepLoop:
             )
         self.collect_pending()
         if not keep_graphs:
+            core.leave_adapters()
             core.runner.drop_graphs()
         core.preempt_all(allow_swap=False)
         core.drop_prefixes()

@@ -14,7 +14,7 @@ from .config import EngineConfig
 from .core import EngineCore
 from .handle import RequestHandle
 from .ranks import Alone
-from .scheduling.request import Request, RequestOutput
+from .scheduling.request import ACTIVE, Adapter, Request, RequestOutput
 from .waiting import Steps, wait_for
 
 PROGRESS_S = 0.5
@@ -63,6 +63,7 @@ def generate(
     *,
     batch: OfflineBatch | None = None,
     check: Callable[[], None] | None = None,
+    adapter: Adapter | Sequence[Adapter] = ACTIVE,
     **options: Any,
 ) -> list[RequestOutput]:
     """See :meth:`Engine.generate`.
@@ -72,15 +73,15 @@ def generate(
         check: called now and then; what it raises ends the call.
     """
     prompts = list(prompts)
-    configs = configs_of(prompts, generation_config)
+    configs, adapters = configs_of(prompts, generation_config), adapters_of(prompts, adapter)
     handles: list[RequestHandle] = []
     batch = OfflineBatch(engine.core.clock()) if batch is None else batch
     coming: list[RequestHandle] = []
     if engine.ranks.is_joint:
-        return _generate_together(engine, prompts, configs, progress, batch, **options)
+        return _generate_together(engine, prompts, configs, adapters, progress, batch, **options)
     try:
-        for number, (prompt, config) in enumerate(zip(prompts, configs), 1):
-            coming.append(engine.submit(prompt, generation_config=config, _batch=batch, **options))
+        for number, (prompt, config, own) in enumerate(zip(prompts, configs, adapters), 1):
+            coming.append(engine.submit(prompt, generation_config=config, adapter=own, _batch=batch, **options))
             # What is enough for a step runs while the others are prepared.
             if batch.num_tokens >= engine.config.max_batch_tokens or number == len(prompts):
                 engine.hand_over(batch.take())
@@ -106,6 +107,7 @@ def _generate_together(
     engine: OfflineEngine,
     prompts: Sequence[Any],
     configs: Sequence[Any],
+    adapters: Sequence[Adapter],
     progress: bool,
     batch: OfflineBatch,
     **options: Any,
@@ -114,8 +116,8 @@ def _generate_together(
 
     def make() -> list[Request]:
         return [
-            engine.prepare(prompt, generation_config=config, _batch=batch, **options)
-            for prompt, config in zip(prompts, configs)
+            engine.prepare(prompt, generation_config=config, adapter=own, _batch=batch, **options)
+            for prompt, config, own in zip(prompts, configs, adapters)
         ]
 
     handles = engine.submit_together(make)
@@ -145,6 +147,19 @@ def configs_of(
             f"generation_config must be one, or one for each of {len(prompts)} prompts, got {len(configs)}."
         )
     return configs
+
+
+def adapters_of(prompts: Sequence[Any], adapter: Adapter | Sequence[Adapter]) -> list[Adapter]:
+    """One for each prompt.
+
+    Raises:
+        ValueError: their number is another.
+    """
+    if not isinstance(adapter, (list, tuple)):
+        return [adapter] * len(prompts)  # type: ignore[list-item]
+    if len(adapter) != len(prompts):
+        raise ValueError(f"adapter must be one, or one for each of {len(prompts)} prompts, got {len(adapter)}.")
+    return list(adapter)
 
 
 def _show_progress(

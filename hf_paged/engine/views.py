@@ -6,6 +6,7 @@ from typing import Any
 
 from .config import EngineConfig
 from .core import EngineCore
+from .execution.adapters import ModelAdapters
 from .loop import StepLoop
 from .scheduling.request import Request, State
 from .trace import EngineStats, engine_stats
@@ -104,6 +105,14 @@ class EngineViews:
         with self.mail.changed:
             seen, num_unfinished = self.loop.seen, len(self.mail.unfinished)
         return engine_stats(seen, num_unfinished)
+
+    def adapters(self) -> dict[str, str | None]:
+        """The adapters that are loaded into the model, by name: why requests cannot name them, None: they can.
+
+        LoRA of linear layers can be named, of any rank and scaling, with ``use_rslora`` or without.
+        """
+        found = ModelAdapters(self.model)
+        return {name: found.reason_against(name) for name in found.refusals}
 
     def health(self) -> EngineHealth:
         """Whether the engine serves. Waits for nothing."""

@@ -18,6 +18,7 @@ from ..async_copy import send
 from ..sampling.slot_sampling import SlotSampling
 from ..scheduling.slots import Slots
 from ..scheduling.step import ScheduledStep
+from .adapters import ModelAdapters
 from .chunk_graphs import ON_DEVICE, ChunkGraphs, Layout
 from .compiled import CompiledModules, as_written
 from .decode_graphs import DecodeGraphs, is_short_of_memory
@@ -26,6 +27,9 @@ from .model_fingerprint import ModelFingerprint
 from .step_inputs import DeviceSlotState, GroupInputs, StepInputs
 
 logger = logging.get_logger(__name__)
+
+TRIED_TOKENS = 16
+"""Different tokens that show which layers see some of them only: of a router's experts, most see none."""
 
 
 @dataclass(slots=True)
@@ -85,12 +89,16 @@ class Runner:
         graphs, chunk_graphs: decode steps, and steps over chunks of prompts, captured as CUDA graphs. None: none are.
         compiled: modules that torch.compile compiles, None: none are.
         fused: modules that run fused, None: none do.
+        adapters: what computes rows with adapters of their own, None: no request has named one.
+        misfit: of the model and adapters, see :class:`ModelAdapters`.
     """
 
     graphs: DecodeGraphs | None = None
     chunk_graphs: ChunkGraphs | None = None
     compiled: CompiledModules | None = None
     fused: FusedModel | None = None
+    adapters: ModelAdapters | None = None
+    misfit: str | None = None
 
     def __init__(
         self, model: Any, cache: EngineCache, slots: Slots, tables: DeviceSlotState, sampling: SlotSampling
@@ -103,6 +111,7 @@ class Runner:
         self.attention = AttentionChoice(model, "paged_flash")
         # Where each index is needed is the model's business: those on the host are good everywhere.
         self.is_spread = num_devices(model) > 1
+        self.vocab_size = model.config.get_text_config(decoder=True).vocab_size
         self._fingerprint = ModelFingerprint(model, tables.device)
         self._as_written = as_written(model)
 
@@ -164,6 +173,29 @@ class Runner:
         self.fused = fused
         self._look_again()
 
+    def use_adapters(self, adapters: ModelAdapters | None) -> None:
+        """Compute rows with adapters of their own from now on, or no longer: steps are captured again."""
+        for graphs in (self.graphs, self.chunk_graphs):
+            if graphs is not None:
+                graphs.drop()
+        self.adapters = adapters
+        if adapters is not None:
+            adapters.prepare()
+        self.tables.has_adapters = adapters is not None and bool(adapters.forwards)
+
+    def try_adapters(self) -> None:
+        """Find out by a forward of no request whether the model's layers see tokens as :attr:`adapters` needs it."""
+        adapters = self.adapters
+        if adapters is None or not adapters.forwards or self.cache.has_states or self.needs_lengths:
+            return
+        try:
+            ids = torch.arange(TRIED_TOKENS, device=self.tables.device) % self.vocab_size
+            self._forward_nothing(ids, self.tables.pages.page_size)
+        except UnsupportedModelError:
+            self.misfit = adapters.misfit
+            if self.misfit is None:
+                raise
+
     # Graphs
 
     def use_graphs(self, graphs: DecodeGraphs, chunk_graphs: ChunkGraphs) -> None:
@@ -207,20 +239,12 @@ class Runner:
         """
         if self.cache.has_states or self.needs_lengths:
             return False
-        device, page_size = self.tables.device, self.tables.pages.page_size
+        page_size = self.tables.pages.page_size
+        ids = torch.zeros(num_tokens, dtype=torch.int64, device=self.tables.device)
         widest = self.tables.page_tables[0].shape[1] if self.tables.page_tables else 0
-        ids = torch.zeros(1, num_tokens, dtype=torch.int64, device=device)
-        last = torch.tensor([num_tokens - 1], device=device)
-        bounds = torch.tensor([0, num_tokens], dtype=torch.int32, device=device)
-        no_keys = torch.zeros(1, dtype=torch.int32, device=device)
         try:
             for width in {min(widest, SHORT_CONTEXT // page_size), widest}:
-                table = torch.zeros(1, width, dtype=torch.int32, device=device)
-                groups = [GroupInputs(table, torch.full_like(ids[0], -1)) for _ in self.tables.page_tables]
-                longest, no_slots = width * page_size, np.empty(0, np.int64)
-                self.forward(
-                    StepInputs(no_slots, ids, ids, no_keys, bounds, num_tokens, longest, longest, groups), last
-                )  # fmt: skip
+                self._forward_nothing(ids, width * page_size)
             has_room = True
         except Exception as error:
             if not is_short_of_memory(error):
@@ -233,6 +257,23 @@ class Runner:
         for number in range(len(self.tables.page_tables)):
             self.cache.copy_pages(number, [0], [0])
         return has_room
+
+    def _forward_nothing(self, ids: torch.Tensor, longest: int) -> None:
+        """The model's forward over tokens ``[n]`` of no request, with room for ``longest`` keys."""
+        tables, device, num_tokens = self.tables, self.tables.device, len(ids)
+        last = torch.tensor([num_tokens - 1], device=device)
+        bounds = torch.tensor([0, num_tokens], dtype=torch.int32, device=device)
+        no_keys = torch.zeros(1, dtype=torch.int32, device=device)
+        table = torch.zeros(1, longest // tables.pages.page_size, dtype=torch.int32, device=device)
+        groups = [GroupInputs(table, torch.full_like(ids, -1)) for _ in tables.page_tables]
+        no_adapters = torch.full((num_tokens,), -1, dtype=torch.int32, device=device) if tables.has_adapters else None
+        self.forward(
+            StepInputs(
+                np.empty(0, np.int64), ids[None], torch.zeros_like(ids)[None], no_keys, bounds, num_tokens, longest,
+                longest, groups, adapters=no_adapters,
+            ),
+            last,
+        )  # fmt: skip
 
     def drop_graphs(self) -> None:
         """Forget what was captured: pages or modules are about to change."""
@@ -253,6 +294,9 @@ class Runner:
     def _look_again(self) -> None:
         self._fingerprint = ModelFingerprint(self.model, self.tables.device, self._fingerprint.written)
         self._as_written = as_written(self.model)
+        self.misfit = None
+        if self.adapters is not None:
+            self.use_adapters(ModelAdapters(self.model))
 
     # Changes of the model
 
@@ -361,6 +405,11 @@ class Runner:
             stack.enter_context(self.attention.here())
             if self.compiled is None:
                 stack.enter_context(self._as_written)
+            if self.adapters is not None and inputs.adapters is not None:
+                kept_rows = None if keep is None or not self.takes_logits_to_keep else inputs.adapters[keep]
+                if keep is not None and not len(keep):
+                    kept_rows = inputs.adapters[-1:] if self.takes_logits_to_keep else None
+                stack.enter_context(self.adapters.active(inputs.adapters, kept_rows))
             for modules in (self.fused, self.compiled):
                 if modules is not None:
                     stack.enter_context(modules.active(self.cache))

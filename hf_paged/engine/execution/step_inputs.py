@@ -53,6 +53,7 @@ class StepInputs:
         shares_new_keys: rows may see keys that others of them write in this step: runs of one sequence, prompts that
             begin alike.
         cpu_groups: rows that attend together on a CPU, by group of layers and window; filled by the layers.
+        adapters: int32 ``[num_tokens]``, see :attr:`DeviceSlotState.adapters`; None: no request names an adapter.
     """
 
     slots: np.ndarray
@@ -66,6 +67,7 @@ class StepInputs:
     groups: list[GroupInputs]
     shares_new_keys: bool = False
     cpu_groups: dict[tuple[int, int | None], list[RowGroup]] = field(default_factory=dict)
+    adapters: torch.Tensor | None = None
     _copies: dict[torch.device, "StepInputs"] = field(default_factory=dict)
     _split_plans: StepSplitPlans = field(default_factory=StepSplitPlans)
 
@@ -119,6 +121,8 @@ class DeviceSlotState:
         last_token: int64 ``[num_slots + 1]``.
         page_tables: int32 ``[num_slots + 1, width]`` for each group of layers.
         stale: bool ``[num_slots]`` on the host: the device's ``computed`` and ``last_token`` are not the host's.
+        adapters: int32 ``[num_slots + 1]``: the number of each slot's adapter (:mod:`.adapters`), -1: none.
+        has_adapters: steps compute with them.
     """
 
     def __init__(self, slots: Slots, pages: SlotPages, device: torch.device) -> None:
@@ -130,6 +134,9 @@ class DeviceSlotState:
         # On CPU the host's tables are the device's.
         self.page_tables = [torch.from_numpy(table.rows).to(device) for table in pages.tables]
         self._range = torch.arange(slots.num_slots + 1, dtype=torch.int32, device=device)
+        self._host_adapters = np.full(slots.num_slots + 1, -1, dtype=np.int32)
+        self.adapters = torch.from_numpy(self._host_adapters).to(device)
+        self.has_adapters = self._has_new_adapters = False
 
     def sync(self) -> None:
         """Send the page-table entries that changed."""
@@ -138,6 +145,18 @@ class DeviceSlotState:
             if changes is not None:
                 rows, columns, values = self._send(np.stack(changes))
                 tensor.index_put_((rows, columns), values.to(tensor.dtype))
+        if self._has_new_adapters:
+            self.adapters.copy_(self._send(self._host_adapters))
+            self._has_new_adapters = False
+
+    def set_adapter(self, slot: int, number: int) -> None:
+        """Compute a slot with the adapter of this number from the next step on."""
+        self._host_adapters[slot] = number
+        self._has_new_adapters = self.device.type != "cpu"
+
+    def _adapters_of(self, slots: torch.Tensor) -> torch.Tensor | None:
+        """Of tokens, by their slots on the device."""
+        return self.adapters[slots] if self.has_adapters else None
 
     def _send(self, array: np.ndarray) -> torch.Tensor:
         return send(array, self.device)
@@ -182,7 +201,7 @@ class DeviceSlotState:
         longest = (self.page_tables[0].shape[1] if self.page_tables else 0) * page_size
         return StepInputs(
             np.empty(0, dtype=np.int64), ids.view(1, -1), positions.view(1, -1), seq_lens,
-            self._range[: num_rows + 1], 1, longest, num_rows * longest, groups,
+            self._range[: num_rows + 1], 1, longest, num_rows * longest, groups, adapters=self._adapters_of(slots),
         )  # fmt: skip
 
     def chunk_inputs(self, buffer: torch.Tensor, layout: Layout) -> StepInputs:
@@ -210,7 +229,7 @@ class DeviceSlotState:
         return StepInputs(
             np.empty(0, dtype=np.int64), ids.view(1, -1), positions.view(1, -1), lengths.to(torch.int32),
             torch.nn.functional.pad(ends, (1, 0)).to(torch.int32), layout.row_tokens, longest,
-            len(slots) * longest, groups, shares_new_keys=True,
+            len(slots) * longest, groups, shares_new_keys=True, adapters=self._adapters_of(slot_of),
         )  # fmt: skip
 
     def decode_inputs(self, slots: np.ndarray, batched: bool = False) -> StepInputs:
@@ -226,6 +245,7 @@ class DeviceSlotState:
         return StepInputs(
             slots, ids.view(shape), positions.view(shape), (positions + 1).to(torch.int32),
             self._range[: len(slots) + 1], 1, int(lengths.max()), int(lengths.sum()), groups,
+            adapters=self._adapters_of(index),
         )  # fmt: skip
 
     def inputs(self, work: ScheduledStep) -> StepInputs:
@@ -253,7 +273,10 @@ class DeviceSlotState:
         groups = self._groups(index, int(self.pages.num_pages[slots].max(initial=1)), positions, sent_row)
         seq_lens = self._send(lengths.astype(np.int32))
         num_keys, longest = int(lengths.sum()), int(lengths.max())
+        adapters = self._adapters_of(index[sent_row])
         if first is not None:
+            if first.adapters is not None and adapters is not None:
+                adapters = torch.cat([first.adapters, adapters])
             ids, positions = torch.cat([first.input_ids[0], ids]), torch.cat([first.position_ids[0], positions])
             seq_lens = torch.cat([first.seq_lens, seq_lens])
             width = groups[0].page_table.shape[1] if groups else 0
@@ -270,7 +293,7 @@ class DeviceSlotState:
         cu_seqlens = np.concatenate([[0], counts.cumsum()]).astype(np.int32)
         return StepInputs(
             slots, ids.view(1, -1), positions.view(1, -1), seq_lens, self._send(cu_seqlens), int(counts.max()),
-            longest, num_keys, groups, shares_new_keys=len(rest) > 1,
+            longest, num_keys, groups, shares_new_keys=len(rest) > 1, adapters=adapters,
         )  # fmt: skip
 
     def _groups(

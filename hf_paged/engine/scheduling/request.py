@@ -14,6 +14,20 @@ Key = tuple[float, int, int]
 """Seconds, new tokens of an offline batch's request as a negative number, order of submission."""
 
 
+class ActiveAdapters(enum.Enum):
+    """Stands for what is active on the model, where a request names no adapter."""
+
+    ACTIVE = "what is active on the model"
+
+    def __repr__(self) -> str:
+        return self.name
+
+
+ACTIVE = ActiveAdapters.ACTIVE
+Adapter = str | ActiveAdapters | None
+"""The name of a LoRA adapter; None: the base model."""
+
+
 class State(enum.Enum):
     """Where a request is in its life."""
 
@@ -147,6 +161,7 @@ class Request:
         uses_prefixes: whether cached prefixes may stand for the beginning of its prompt.
         most_pages: of each group of layers, what it holds at most.
         message: for the other ranks of the model, where there are any.
+        adapter: that its rows are computed with.
     """
 
     number: int
@@ -176,6 +191,7 @@ class Request:
     first_token: float | None = None
     prompt_logprobs: list[Any] | None = None
     message: bytes = b""
+    adapter: Adapter = ACTIVE
 
     @property
     def live(self) -> list[Sequence]:

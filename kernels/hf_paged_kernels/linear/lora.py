@@ -60,7 +60,7 @@ def lora_linear_op(
     Returns:
         ``[T, N]``, contiguous, of the dtype of ``base``.
     """
-    if not uses_triton(x):
+    if not uses_triton(x) or not uses_triton(a[0]):
         return lora_linear_reference(x, base, adapters, pairs, scaling, a, b)
     from .lora_triton import lora_linear_launch
 
