@@ -9,6 +9,7 @@ Needs the extra ``serve``; importing this package does not.
 """
 
 import importlib.metadata
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from .limits import Limits
@@ -64,6 +65,7 @@ def serve(
     api_key: str | None = None,
     metrics_port: int | None = None,
     limits: Limits | None = None,
+    adapters: Sequence[str] = (),
 ) -> "Server":
     """Serve an engine that this process goes on using; returns once the server answers.
 
@@ -76,6 +78,8 @@ def serve(
         api_key: that clients must send; needed where ``host`` is not of this machine alone.
         metrics_port: of this process' Prometheus metrics, on loopback; None: there are none.
         limits: of what a request may ask for.
+        adapters: LoRA adapters (:meth:`Engine.adapters`) that clients ask for as models of these names. With some, the
+            model under its own name is the base model; otherwise it is what is active on it.
 
     Returns:
         The running server: ``with serve(...) as server``, or :meth:`Server.close`.
@@ -91,5 +95,5 @@ def serve(
 
     return Server(
         engine, tokenizer, host=host, port=port, gateway=gateway, model_name=model_name, api_key=api_key,
-        metrics_port=metrics_port, limits=limits or Limits(),
+        metrics_port=metrics_port, limits=limits or Limits(), adapters=adapters,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging
 
@@ -38,6 +38,10 @@ def add_serve_parser(commands: Any) -> None:
     parser.add_argument("--replicas", type=int, default=1, help="engines behind the gateway, each a process and a GPU")
     parser.add_argument("--api-key", help=f"that clients must send (better: the variable {KEY})")
     parser.add_argument("--served-model-name", help="what clients call the model (default: MODEL)")
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=PATH",
+        help="a LoRA adapter of PEFT, folder or hub id, which clients ask for as the model NAME; may be repeated",
+    )  # fmt: skip
     parser.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
     parser.add_argument("--dtype", default="auto", help="of the weights, as for from_pretrained")
     parser.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
@@ -78,7 +82,8 @@ def serve_command(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         tokenizer = AutoTokenizer.from_pretrained(options.model, trust_remote_code=trust)
         if options.replicas > 1:
             return _serve_replicas(parser, options, tokenizer, _device_of(options), limits)
-        engine = Engine(_load(options), config)
+        adapters = _adapters_of(options)
+        engine = Engine(_load(options, adapters), config)
     except (ValueError, TypeError, OSError, ImportError, UnsupportedModelError) as error:
         parser.error(f"{options.model!r}: {' '.join(str(error).split())}")
     if not engine.ranks.leads:
@@ -89,6 +94,9 @@ def serve_command(parser: argparse.ArgumentParser, options: argparse.Namespace) 
         return 0
     with engine:
         if not options.no_warm_up:
+            if adapters:
+                # What is captured from here on has them.
+                engine.generate([[0]], adapter=None, generation_config=GenerationConfig(max_new_tokens=1))
             engine.warm_up()
 
         def make() -> Server:
@@ -96,6 +104,7 @@ def serve_command(parser: argparse.ArgumentParser, options: argparse.Namespace) 
                 engine, tokenizer, host=options.host, port=options.port, gateway=options.gateway,
                 model_name=options.served_model_name or options.model,
                 api_key=options.api_key or os.environ.get(KEY), metrics_port=options.metrics_port, limits=limits,
+                adapters=list(adapters),
             )  # fmt: skip
 
         def announce(server: Server) -> None:
@@ -123,6 +132,8 @@ def _check_together(options: argparse.Namespace) -> None:
         raise ValueError("--trace is of one engine: leave --replicas out.")
     if options.replicas > 1 and _num_ranks() > 1:
         raise ValueError("--replicas cannot be under torchrun, whose processes run one sharded model: leave it out.")
+    if options.adapter and (options.replicas > 1 or _num_ranks() > 1):
+        raise ValueError("--adapter is served by one engine in one process: leave --replicas out, and torchrun.")
     if options.replicas > 1 and options.gateway == "none":
         raise ValueError('--replicas needs a gateway; without one, start the command several times, each with "none".')
 
@@ -181,15 +192,51 @@ def _device_of(options: argparse.Namespace) -> str:
     return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _load(options: argparse.Namespace) -> Any:
-    """The model, on its device; under ``torchrun`` this process' part of it."""
+def _adapters_of(options: argparse.Namespace) -> dict[str, str]:
+    """Names and paths of adapters.
+
+    Raises:
+        ValueError: they are not given as NAME=PATH, or two have one name.
+    """
+    found: dict[str, str] = {}
+    for given in options.adapter:
+        name, separator, path = given.partition("=")
+        if not (separator and name and path) or name in found:
+            raise ValueError(f"--adapter must be NAME=PATH, each name once, got {given!r}.")
+        found[name] = path
+    return found
+
+
+def _with_adapters(model: Any, adapters: dict[str, str]) -> Any:
+    """The model with these in it.
+
+    Raises:
+        ImportError: PEFT is not installed.
+    """
+    try:
+        from peft import PeftModel
+    except ImportError:
+        raise ImportError("--adapter needs PEFT: pip install peft") from None
+    made: Any = None
+    for name, path in adapters.items():
+        # In the model's dtype, not in float32 as for training.
+        if made is None:
+            made = PeftModel.from_pretrained(model, path, adapter_name=name, autocast_adapter_dtype=False)
+        else:
+            made.load_adapter(path, adapter_name=name, autocast_adapter_dtype=False)
+    return made.eval().get_base_model()
+
+
+def _load(options: argparse.Namespace, adapters: dict[str, str]) -> Any:
+    """The model with its adapters, on its device; under ``torchrun`` this process' part of it."""
     num_processes = _num_ranks()
     kwargs: dict[str, Any] = {
         "dtype": options.dtype, "attn_implementation": "paged_flash", "trust_remote_code": options.trust_remote_code
     }  # fmt: skip
     if num_processes == 1:
         device = _device_of(options)
-        return AutoModelForCausalLM.from_pretrained(options.model, **kwargs).to(device).eval()
+        model = AutoModelForCausalLM.from_pretrained(options.model, **kwargs).to(device).eval()
+        return _with_adapters(model, adapters) if adapters else model
     if options.device is not None:
         raise ValueError(
             f"--device={options.device} cannot be chosen under torchrun: each of the {num_processes} processes has one."

@@ -49,6 +49,7 @@ class Gateway:
         host, port: where it listens; port 0: any free one.
         api_key: that clients must send, None: none.
         limits: of requests.
+        has_replicas: requests for a model may go to several of them.
         status: a file with the answer to ``/health``, None: the gateway's own.
         start: makes a child process in a thread that lives as long as this.
 
@@ -68,13 +69,14 @@ class Gateway:
         port: int,
         api_key: str | None,
         limits: Limits,
+        has_replicas: bool = False,
         status: Path | None = None,
         start: Callable[..., "subprocess.Popen[bytes]"] = subprocess.Popen,
     ) -> None:
         self._children: list[subprocess.Popen[bytes]] = []
         self._start = start
         try:
-            bound = self._start_both(engine_ports, folder, host, port, api_key, limits, status)
+            bound = self._start_both(engine_ports, folder, host, port, api_key, limits, has_replicas, status)
             self.address = f"http://{bracketed(host)}:{bound}"
             self._wait_for_answer(f"http://{_reachable(host)}:{bound}", api_key)
         except BaseException:
@@ -89,6 +91,7 @@ class Gateway:
         port: int,
         api_key: str | None,
         limits: Limits,
+        has_replicas: bool,
         status: Path | None,
     ) -> int:
         """Start the gateway and the guard; returns the guard's port."""
@@ -105,7 +108,7 @@ class Gateway:
             "--disable-circuit-breaker",
             # A long step is no end: whether engines serve is asked by this process.
             "--worker-wedge-secs", "120",
-            *(ONE_ENGINE if len(engine_ports) == 1 else SEVERAL_ENGINES),
+            *(SEVERAL_ENGINES if has_replicas else ONE_ENGINE),
         ]  # fmt: skip
         if api_key:
             command += ["--api-key", api_key]

@@ -137,8 +137,9 @@ class Replicas:
                 self._replicas.append(Replica(index, own, ports[index], metrics[index], variables))
             self._wait_for_engines()
             self._gateway = Gateway(
-                ports[:count], self._folder, host=host, port=port, api_key=api_key, limits=limits, status=self._status
-            )
+                ports[:count], self._folder, host=host, port=port, api_key=api_key, limits=limits, has_replicas=True,
+                status=self._status,
+            )  # fmt: skip
             self.address = self._gateway.address
         except BaseException:
             self.close(drain_s=0)

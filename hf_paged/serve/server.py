@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import Any, Protocol
 
@@ -18,6 +18,7 @@ from smg_grpc_proto import vllm_engine_pb2_grpc
 from transformers.utils import logging
 
 from ..engine import Engine
+from ..engine.scheduling.request import ACTIVE
 from .gateway import DRAIN_S, LOOPBACK, POLL_S, Gateway, bracketed, check_address
 from .limits import Limits
 from .metrics import Metrics
@@ -50,31 +51,38 @@ class Server:
         api_key: str | None,
         metrics_port: int | None,
         limits: Limits,
+        adapters: Sequence[str] = (),
     ) -> None:
         if not engine.background:
             raise ValueError("a served engine runs its steps by itself: make it with background=True.")
         check_address(host, port, gateway, api_key)
         self.engine, self.limits = engine, limits
         self.model_name = model_name or getattr(engine.model.config, "name_or_path", "") or "model"
+        _check_adapters(engine, adapters, self.model_name, gateway)
         self._metrics = Metrics(engine)
         self.metrics_address = None
         self._folder = tempfile.mkdtemp(prefix="hf-paged-serve-")
         self._gateway: Gateway | None = None
         self._is_closed = False
-        self._servicer = Servicer(
-            engine, tokenizer, self.model_name, facts_of(engine, tokenizer), limits, self._metrics, self._folder
-        )
-        self._service = _Service(self._servicer, host if gateway == "none" else LOOPBACK, port * (gateway == "none"))
+        # The protocol has no place for an adapter: each is a model with a service of its own on the same engine.
+        models = [(self.model_name, None if adapters else ACTIVE), *((name, name) for name in adapters)]
+        facts = facts_of(engine, tokenizer)
+        self._servicers = [
+            Servicer(engine, tokenizer, name, facts, limits, self._metrics, self._folder, adapter)
+            for name, adapter in models
+        ]
+        listens = (host, port) if gateway == "none" else (LOOPBACK, 0)
+        self._services = [_Service(servicer, *listens) for servicer in self._servicers]
         try:
             if metrics_port is not None:
                 self.metrics_address = f"http://{LOOPBACK}:{self._metrics.listen(metrics_port)}/metrics"
             tokenizer.save_pretrained(self._folder)
-            grpc_port = self._service.start()
-            self.address = f"{host}:{grpc_port}"
+            grpc_ports = [service.start() for service in self._services]
+            self.address = f"{host}:{grpc_ports[0]}"
             if gateway == "smg":
                 self._gateway = Gateway(
-                    [grpc_port], self._folder, host=host, port=port, api_key=api_key, limits=limits,
-                    start=lambda *arguments, **options: self._service.call(
+                    grpc_ports, self._folder, host=host, port=port, api_key=api_key, limits=limits,
+                    start=lambda *arguments, **options: self._services[0].call(
                         lambda: subprocess.Popen(*arguments, **options)
                     ),
                 )  # fmt: skip
@@ -87,7 +95,7 @@ class Server:
     def is_running(self) -> bool:
         """Whether the engine serves, and the gateway, if there is one, runs."""
         gateway_runs = self._gateway is None or self._gateway.is_running
-        return not self._is_closed and self._servicer.is_healthy() and gateway_runs
+        return not self._is_closed and self._servicers[0].is_healthy() and gateway_runs
 
     def wait(self, stop: threading.Event | None = None) -> None:
         """Return once ``stop`` is set.
@@ -109,15 +117,18 @@ class Server:
         """
         if self._is_closed:
             return
-        self._is_closed = self._servicer.is_draining = True
+        self._is_closed = True
+        for servicer in self._servicers:
+            servicer.is_draining = True
         end = time.monotonic() + drain_s
         if self._gateway is not None:
             self._gateway.refuse_connections()
-        while self._servicer.num_requests and time.monotonic() < end:
+        while any(servicer.num_requests for servicer in self._servicers) and time.monotonic() < end:
             time.sleep(POLL_S)
         if self._gateway is not None:
             self._gateway.close()
-        self._service.stop()
+        for service in self._services:
+            service.stop()
         self._metrics.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -193,6 +204,23 @@ class _Service:
         await self._ending.wait()
         await server.stop(grace=0.5)
         pump.cancel()
+
+
+def _check_adapters(engine: Engine, adapters: Sequence[str], model_name: str, gateway: str) -> None:
+    """
+    Raises:
+        ValueError: they cannot be served under their names.
+    """
+    if isinstance(adapters, str):
+        raise ValueError(f"adapters must be a list of names, got {adapters!r}.")
+    if adapters and gateway == "none":
+        raise ValueError(
+            f"adapters={list(adapters)} cannot be served without a gateway: vLLM's gRPC protocol has no field for them."
+        )
+    if len({model_name, *adapters}) != len(adapters) + 1:
+        raise ValueError(f"adapters and the model must have different names, got {[model_name, *adapters]}.")
+    for name in (None, *adapters) if adapters else ():
+        engine.admission.check_adapter(name)
 
 
 def facts_of(engine: Engine, tokenizer: Any) -> ModelFacts:

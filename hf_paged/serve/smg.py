@@ -13,6 +13,7 @@ from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_proto import vllm_engine_pb2_grpc
 
 from ..engine import Engine, RequestHandle, RequestOutput, TokenEvent, TokenEvents
+from ..engine.scheduling.request import ACTIVE, Adapter
 from ..engine.waiting import wait_async
 from ..errors import QueueFullError, RequestError
 from .grammar import Grammars
@@ -64,6 +65,7 @@ class Servicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         limits: of requests.
         metrics: are told of requests.
         tokenizer_path: a folder with the tokenizer's files, for a gateway on this machine.
+        adapter: that its requests run with.
     """
 
     def __init__(
@@ -75,7 +77,9 @@ class Servicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         limits: Limits,
         metrics: Metrics,
         tokenizer_path: str,
+        adapter: Adapter = ACTIVE,
     ) -> None:
+        self._adapter = adapter
         self.tokenizer_path = tokenizer_path
         self.engine, self.tokenizer, self.model_name, self.facts = engine, tokenizer, model_name, facts
         self.limits, self.metrics, self.is_draining = limits, metrics, False
@@ -172,7 +176,9 @@ class Servicer(vllm_engine_pb2_grpc.VllmEngineServicer):
             except (TimeoutError, asyncio.TimeoutError):
                 seconds = self.limits.grammar_seconds
                 raise ValueError(f"{constraint[0]} takes more than {seconds} s to prepare: simplify it.") from None
-        handle = self.engine.submit(prompt, request_id=request.request_id or None, **arguments)
+        handle = self.engine.submit(
+            prompt, request_id=request.request_id or None, adapter=self._adapter, **arguments
+        )
         return _Stream(handle, len(prompt), request.stream)
 
     def _prompt_of(self, request: pb.GenerateRequest) -> list[int]:

@@ -564,3 +564,28 @@ def test_graphs_and_modes_of_an_engine():
         engine.generate([PROMPT] * 4, generation_config=config(4))
         after = engine._core.runner.graphs._replays
         assert all(after[size] is graph for size, graph in graphs.items())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("fuse", [False, None])
+def test_on_a_gpu(fuse):
+    """Captured decode steps and chunks, whose rows have other adapters in each replay."""
+    model = adapted().to("cuda")
+    prompts = [prompt(length, seed) for seed, length in enumerate((70, 3, 40, 9, 1, 17, 26, 55))]
+    expected = {}
+    for name in NAMES:
+        with chosen(model, name) as base:
+            expected[name] = [
+                base.generate(torch.tensor([ids], device="cuda"), generation_config=config(12))[0, len(ids) :].tolist()
+                for ids in prompts
+            ]
+    options = hf_paged.EngineConfig(num_pages=256, page_size=8, max_num_seqs=8, max_batch_tokens=64, fuse=fuse)
+    with hf_paged.Engine(model.get_base_model(), options) as engine:
+        engine.generate(prompts[:1], adapter=None, generation_config=config(2))
+        engine.warm_up()
+        for shift in range(4):
+            names = [NAMES[(shift + i) % 4] for i in range(len(prompts))]
+            outputs = engine.generate(prompts, generation_config=config(12), adapter=names)
+            assert tokens_of(outputs) == [expected[name][i] for i, name in enumerate(names)]
+        assert engine._core.runner.graphs._replays
+        engine.check()

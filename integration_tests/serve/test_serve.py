@@ -552,3 +552,100 @@ def test_grammars_in_both_notations(engine, tokenizer):
     for text in ("root ::= (", "::=", "start: ("):
         with pytest.raises(ValueError, match=r"grammar (cannot be read|is not accepted)"):
             grammars.prepared("grammar", text)
+
+
+# LoRA adapters
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    """A model with two adapters that change its tokens."""
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(SMALL_MODEL, dtype=torch.float32)
+    targets = ["q_proj", "v_proj", "down_proj"]
+    made = peft.get_peft_model(base, peft.LoraConfig(r=4, target_modules=targets), adapter_name="first")
+    made.add_adapter("second", peft.LoraConfig(r=8, target_modules=targets))
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+    return made.eval()
+
+
+def texts_by_adapter(adapted, tokenizer, count=8):
+    """What ``generate`` gives with each adapter active, and with none."""
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    config = GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=1)
+
+    def text():
+        return tokenizer.decode(adapted.get_base_model().generate(ids, generation_config=config)[0, ids.shape[1] :])
+
+    found = {}
+    for name in ("first", "second"):
+        adapted.set_adapter(name)
+        found[name] = text()
+    with adapted.disable_adapter():
+        found["small"] = text()
+    assert len(set(found.values())) == 3
+    return found
+
+
+def test_adapters_are_models_of_their_names(adapted, tokenizer):
+    expected = texts_by_adapter(adapted, tokenizer)
+    names = ["first", "second"]
+    with hf_paged.Engine(adapted.get_base_model(), hf_paged.EngineConfig(num_pages=2000, max_num_seqs=16)) as engine:
+        with (
+            serve(engine, tokenizer, port=0, model_name="small", adapters=names, api_key="secret") as server,
+            client_of(server) as client,
+        ):
+            assert sorted(model.id for model in client.models.list().data) == sorted(expected)
+
+            def ask(name):
+                return client.completions.create(model=name, prompt=PROMPT, max_tokens=8, temperature=0).choices[0].text
+
+            with concurrent.futures.ThreadPoolExecutor(12) as pool:
+                asked = [*expected] * 4
+                assert list(pool.map(ask, asked)) == [expected[name] for name in asked]
+            chunks = client.completions.create(model="second", prompt=PROMPT, max_tokens=8, temperature=0, stream=True)
+            assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == expected["second"]
+            with pytest.raises(openai.NotFoundError):
+                ask("third")
+            adapted.delete_adapter("second")
+            with pytest.raises(openai.BadRequestError, match="adapter='second' is not loaded"):
+                ask("second")
+            assert ask("first") == expected["first"]
+        for options, message in (
+            (dict(adapters=["third"]), "adapter='third' is not loaded"),
+            (dict(adapters=["first"], gateway="none"), "no field for them"),
+            (dict(adapters=["first"], model_name="first"), "different names"),
+            (dict(adapters="first"), "list of names"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                serve(engine, tokenizer, port=0, **options)
+        engine.check()
+
+
+def test_the_command_serves_adapters(tmp_path, tokenizer):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_pretrained(SMALL_MODEL, dtype=torch.float32)
+    made = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]), adapter_name="first")
+    made.add_adapter("second", peft.LoraConfig(r=8, target_modules=["v_proj"]))
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.randn_like(parameter) * 0.3)
+    made.eval().save_pretrained(tmp_path)
+    expected = texts_by_adapter(made, tokenizer)
+    options = [f"--adapter={name}={tmp_path / name}" for name in ("first", "second")]
+    with started("--served-model-name=small", "--dtype=float32", *options) as child:
+        found = next(filter(None, (re.search(r"is served at (http\S+)", line) for line in child.stdout)))
+        with openai.OpenAI(base_url=found[1], api_key="none", timeout=240) as client:
+            for name, text in expected.items():
+                answer = client.completions.create(model=name, prompt=PROMPT, max_tokens=8, temperature=0)
+                assert answer.choices[0].text == text
+        child.send_signal(signal.SIGTERM)
+        assert child.wait(120) == 0
+    with started("--adapter=first") as child:
+        assert child.wait(120) == 2

@@ -51,6 +51,7 @@ def test_health_is_that_of_the_file(tmp_path, status):
         (["--replicas", "2", "--gateway", "none"], "--replicas needs a gateway"),
         (["--replicas", "2", "--trace", "a.json"], "--trace is of one engine"),
         (["--trace", "a.txt"], "--trace must end in .json or .csv, got 'a.txt'"),
+        (["--replicas", "2", "--adapter", "a=b"], "--adapter is served by one engine"),
         (["--gateway", "dynamo"], 'gateway "dynamo" is not served'),
     ],
     ids=str,
