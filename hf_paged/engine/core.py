@@ -226,33 +226,37 @@ class EngineCore:
         step may be on its way."""
         named, self.named = self.named, []
         runner = self.runner
-        if named and runner.adapters is None:
-            runner.use_adapters(ModelAdapters(self.model, runner.misfit))
-        if runner.adapters is not self._settled:
-            runner.try_adapters()
-        adapters = runner.adapters
-        if adapters is None:
-            self._settled = None
-            return
-        if adapters is not self._settled or adapters.blocker is not None:
+        if runner.adapters is None or runner.adapters is not self._settled or runner.adapters.blocker is not None:
             named = [request for request in self._unfinished() if request.adapter is not ACTIVE]
-        for request in named:
-            reason = adapters.reason_against(request.adapter)
-            if reason is not None:
-                self.endings.end_request(request, "error", RequestError(reason))
-        if adapters.blocker is not None:
-            # No request names one any more: what is active on the model runs as it is.
-            runner.misfit = adapters.misfit
-            runner.use_adapters(None)
+        if named and runner.adapters is None:
+            self._read_adapters(named)
+        adapters = runner.adapters
+        if adapters is not None:
+            for request in named:
+                reason = adapters.reason_against(request.adapter)
+                if reason is not None:
+                    self.endings.end_request(request, "error", RequestError(reason))
+            if adapters.blocker is not None:
+                # No request names one any more: what is active on the model runs as it is.
+                runner.misfit = adapters.misfit
+                runner.use_adapters(None)
         self._settled = runner.adapters
         for sequence in self.slots.sequences:
             if sequence is not None:
                 self._set_adapter(sequence)
 
-    def leave_adapters(self) -> None:
-        """Run what is active on the model as it is, unless a request names an adapter; steps are captured again."""
-        if self.runner.adapters is not None and all(request.adapter is ACTIVE for request in self._unfinished()):
-            self.runner.use_adapters(None)
+    def _read_adapters(self, named: list[Request]) -> None:
+        """Compute with the adapters that the model has now; where that fails, the requests that name one end."""
+        runner = self.runner
+        try:
+            runner.use_adapters(ModelAdapters(self.model, runner.misfit))
+            runner.try_adapters()
+        except Exception as error:
+            if runner.adapters is not None and runner.adapters.misfit is not None:
+                return  # A reason for each of them.
+            for request in named:
+                self.endings.end_request(request, "error", error)
+            runner.use_adapters(None)
 
     def _unfinished(self) -> list[Request]:
         return [*self.scheduler.running, *self.scheduler.waiting]

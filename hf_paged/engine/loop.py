@@ -264,7 +264,6 @@ class StepLoop:
             )
         self.collect_pending()
         if not keep_graphs:
-            core.leave_adapters()
             core.runner.drop_graphs()
         core.preempt_all(allow_swap=False)
         core.drop_prefixes()

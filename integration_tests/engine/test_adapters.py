@@ -166,12 +166,23 @@ def test_samples_beams_and_drafts(kind):
             assert drafted.result().token_ids == expected_tokens(model, name, repetitive, config(12))
 
 
-@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "mistral", "qwen3_next"])
+OTHER_LAYERS = {
+    "qwen3_next": (["q_proj", "o_proj", "out_proj"], ["v_proj"], ["o_proj", "v_proj"]),
+    "mixtral": (["q_proj", "o_proj"], ["v_proj"], ["o_proj", "v_proj"]),
+    "gpt2": (["c_attn", "c_proj"], ["c_fc"], ["c_attn"]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out")
+@pytest.mark.parametrize("family", ["qwen3", "gemma3_text", "mistral", *OTHER_LAYERS])
 def test_families(family):
-    """Norms per head, windows of every second layer and of all, recurrent states."""
-    attention = {"a": ["q_proj", "o_proj", "out_proj"], "b": ["v_proj"], "c": ["o_proj", "v_proj"]}
-    some = {name: dict(r=5, lora_alpha=15, target_modules=targets) for name, targets in attention.items()}
-    model = adapted(family, **(some if family == "qwen3_next" else {}))
+    """Norms per head, windows of every second layer and of all, recurrent states, experts that no adapter changes,
+    layers whose weights lie the other way."""
+    some = {
+        name: dict(r=5, lora_alpha=15, target_modules=targets)
+        for name, targets in zip("abc", OTHER_LAYERS.get(family, ()))
+    }
+    model = adapted(family, **some)
     prompts = [prompt(length, seed) for seed, length in enumerate((33, 5, 18))]
     names = ["a", None, "c"]
     with plain_engine(model.get_base_model()) as engine:
@@ -527,32 +538,58 @@ def test_arguments_are_checked():
         engine.submit(PROMPT, adapter="c")
 
 
-def test_layers_that_do_not_see_each_token_are_refused():
-    """Experts of a router compute some of the tokens, in an order of their own."""
+class Experts(nn.Module):
+    """Computes some of the tokens, as a router's experts do."""
 
-    class Experts(nn.Module):
-        def __init__(self, size):
-            super().__init__()
-            self.one = nn.Linear(size, size, bias=False)
+    def __init__(self, inner, size):
+        super().__init__()
+        self.inner, self.one = inner, nn.Linear(size, size, bias=False)
 
-        def forward(self, x):
-            some = (x[..., 0] > 0).flatten()
-            out = x.flatten(0, -2).clone()
-            out[some] = out[some] + self.one(x.flatten(0, -2)[some])
-            return out.view_as(x)
+    def forward(self, x):
+        x = self.inner(x)
+        some = x[..., 0] > 0
+        out = x.clone()
+        out[some] = out[some] + self.one(x[some])
+        return out
 
+
+@pytest.mark.parametrize("is_tried", [True, False])
+def test_layers_that_do_not_see_each_token_are_refused(monkeypatch, is_tried):
+    """Before a request runs; where that has not shown it, the step does."""
     base = tiny_model("llama")
-    base.model.layers[1].mlp.act_fn = nn.Sequential(base.model.layers[1].mlp.act_fn, Experts(128))
-    size = base.model.layers[1].mlp.up_proj.out_features
-    base.model.layers[1].mlp.act_fn[1].one = nn.Linear(size, size, bias=False)
-    model = peft.get_peft_model(base, peft.LoraConfig(target_modules=["one"], init_lora_weights=False)).eval()
+    mlp = base.model.layers[1].mlp
+    mlp.act_fn = Experts(mlp.act_fn, mlp.up_proj.out_features)
+    peft.get_peft_model(base, peft.LoraConfig(target_modules=["one"], init_lora_weights=False)).eval()
+    expected = alone(base, PROMPT, config(4))
     with plain_engine(base) as engine:
+        if not is_tried:
+            monkeypatch.setattr(engine._core.runner, "try_adapters", lambda: None)
         output = engine.submit(PROMPT, adapter="default", generation_config=config(4)).result()
-        assert "act_fn.1.one computes" in str(output.error)
+        assert "act_fn.one computes" in str(output.error)
+        assert engine.generate([PROMPT], generation_config=config(4))[0].token_ids == expected
         with pytest.raises(hf_paged.RequestError, match="which tokens they are of is not known"):
             engine.submit(PROMPT, adapter="default")
-        assert engine.generate([PROMPT], generation_config=config(4))[0].token_ids == alone(base, PROMPT, config(4))
-    del model
+
+
+def test_adapters_that_cannot_be_read_end_their_requests_alone(monkeypatch):
+    model = adapted()
+    with plain_engine(model.get_base_model()) as engine:
+        other = engine.submit(PROMPT, generation_config=config(8))
+        named = engine.submit(PROMPT, adapter="b", generation_config=config(8))
+        with monkeypatch.context() as patch:
+            patch.setattr(engine._core.runner, "try_adapters", lambda: 1 / 0)
+            assert isinstance(named.result().error, ZeroDivisionError)
+        assert other.result().token_ids == expected_tokens(model, "a")
+        again = engine.submit(PROMPT, adapter="b", generation_config=config(8)).result()
+        assert again.token_ids == expected_tokens(model, "b")
+
+
+def test_sharded_models_are_refused(monkeypatch):
+    with plain_engine(adapted().get_base_model()) as engine:
+        monkeypatch.setattr(type(engine._core.ranks), "is_joint", True)
+        for name in ("a", None):
+            with pytest.raises(hf_paged.RequestError, match="the model is sharded over processes"):
+                engine.admission.check_adapter(name)
 
 
 def test_graphs_and_modes_of_an_engine():

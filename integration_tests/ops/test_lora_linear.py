@@ -142,6 +142,10 @@ def test_no_backward():
     out = lora_linear_op(x.requires_grad_(), *rest)
     with pytest.raises(RuntimeError, match="no_grad"):
         out.sum().backward()
+    x, *rest, a, b = inputs(3, 32, 24, [4], torch.float32)
+    out = lora_linear_op(x, *rest, [a[0].requires_grad_()], b)
+    with pytest.raises(RuntimeError, match="no_grad"):
+        out.sum().backward()
 
 
 @pytest.mark.gpu

@@ -78,6 +78,9 @@ def is_plain(arguments: tuple) -> bool:
             # A tensor may stand for the negative of its memory: the imaginary part of a conjugate.
             if x.is_neg():
                 return False
+        elif kind is list:
+            if not (x and isinstance(x[0], torch.Tensor) and is_plain(tuple(x))):
+                return False
         elif kind not in PLAIN:
             return False
     return not arguments[0].is_meta

@@ -89,7 +89,8 @@ class Runner:
         graphs, chunk_graphs: decode steps, and steps over chunks of prompts, captured as CUDA graphs. None: none are.
         compiled: modules that torch.compile compiles, None: none are.
         fused: modules that run fused, None: none do.
-        adapters: what computes rows with adapters of their own, None: no request has named one.
+        adapters: what computes rows with adapters of their own, None: no request has named one, or the model was
+            looked at again since.
         misfit: of the model and adapters, see :class:`ModelAdapters`.
     """
 
@@ -184,17 +185,16 @@ class Runner:
         self.tables.has_adapters = adapters is not None and bool(adapters.forwards)
 
     def try_adapters(self) -> None:
-        """Find out by a forward of no request whether the model's layers see tokens as :attr:`adapters` needs it."""
+        """A forward of no request, which shows whether the model's layers see tokens as :attr:`adapters` needs it.
+
+        Raises:
+            UnsupportedModelError: they do not.
+        """
         adapters = self.adapters
         if adapters is None or not adapters.forwards or self.cache.has_states or self.needs_lengths:
             return
-        try:
-            ids = torch.arange(TRIED_TOKENS, device=self.tables.device) % self.vocab_size
-            self._forward_nothing(ids, self.tables.pages.page_size)
-        except UnsupportedModelError:
-            self.misfit = adapters.misfit
-            if self.misfit is None:
-                raise
+        ids = torch.arange(TRIED_TOKENS, device=self.tables.device) % self.vocab_size
+        self._forward_nothing(ids, self.tables.pages.page_size)
 
     # Graphs
 
@@ -296,7 +296,7 @@ class Runner:
         self._as_written = as_written(self.model)
         self.misfit = None
         if self.adapters is not None:
-            self.use_adapters(ModelAdapters(self.model))
+            self.use_adapters(None)  # They may be others.
 
     # Changes of the model
 
