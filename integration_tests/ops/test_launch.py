@@ -11,7 +11,8 @@ pytest.importorskip("triton")
 SCRIPT = Path(__file__).parents[1] / "support" / "launch_on_stub.py"
 ROOT = Path(__file__).parents[2]
 KERNELS = {
-    "public": "_hopper_backward _hopper_forward _merge_partials _plan_splits _write_pages finish_queries row_sums",
+    "public": "Series _hopper_backward _hopper_forward _merge_partials _plan_splits _write_pages "
+    "finish_queries row_sums",
     "small": "_copy_pages _decode_inputs _decode_rows _gated_activation _rms_norm _rotary_write _write_pages",
 }
 

@@ -66,6 +66,29 @@ class CheckedLaunch(launches.Launch):
             compare(self.kernel, self.grid, arguments, self.constants, lambda: again(*tensors))
 
 
+class CheckedSeries(launches.Series):
+    """What it launches by addresses is what its launches are on tensors."""
+
+    __slots__ = ()
+
+    def start_on(self, tensors):
+        super().start_on(tensors)
+        if not IS_COMPARED:
+            return
+        IS_COMPARED.clear()
+        super().start_on(tensors)
+        number = len(self.launches)
+        expected = [plain(call) for call in list(stub.calls)[-number:]]
+        num_calls = stub.num_calls
+        assert self.start([x.data_ptr() for x in tensors])
+        assert stub.num_calls == num_calls + number
+        assert [plain(call) for call in list(stub.calls)[-number:]] == expected
+        assert not self.start([x.data_ptr() + 4 for x in tensors])
+        assert stub.num_calls == num_calls + number
+        IS_COMPARED.append(True)
+        COMPARED.append("Series")
+
+
 def public() -> None:
     """The public functions: later calls bind nothing again, and read nothing back."""
     from eval.bench_host_time import kernel_calls
@@ -93,7 +116,7 @@ def public() -> None:
 if __name__ == "__main__":
     stub = pretend_hopper()
     JITFunction.run = counted_run
-    launches.launch, launches.Launch = checked_launch, CheckedLaunch
+    launches.launch, launches.Launch, launches.Series = checked_launch, CheckedLaunch, CheckedSeries
     if sys.argv[1] == "public":
         public()
     else:

@@ -1,5 +1,6 @@
 """Which implementation a tensor takes, and the device a launch runs under."""
 
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -99,6 +100,11 @@ def contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def new_like(tensor: torch.Tensor) -> torch.Tensor:
+    """Memory of a contiguous tensor of the same shape and dtype: ``new_empty(shape)`` in half the host's time."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+
 def contiguous_rows(tensor: torch.Tensor) -> torch.Tensor:
     """A tensor whose rows (last dimension) a kernel reads one element after the other; itself where they lie so."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
@@ -135,7 +141,7 @@ def uses_gluon(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) 
     return (
         has_gluon(q.device)
         and scale > 0
-        and _suits_gluon(layout(q), layout(k), layout(v))
+        and _suits_gluon(*[(x.shape, x.stride(), x.dtype, x.device) for x in (q, k, v)])
         and (q.data_ptr() | k.data_ptr() | v.data_ptr()) % 16 == 0
     )
 
@@ -173,20 +179,30 @@ def uses_gluon_backward(
     return (
         softcap is None
         and sinks is None
-        and q.dtype == torch.bfloat16
         and uses_gluon(q, k, v, scale)
-        and q.shape[-1] in GLUON_BACKWARD_HEAD_DIMS
-        and q.numel() > 0
-        and k.numel() > 0
-        and q.numel() < 2**30 * q.shape[-1]
-        and (q.ndim == 3 or q.shape[0] <= MAX_GRID)
-        and _fills_blocks(q, None if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1)
+        and _suits_gluon_backward(q.shape, k.shape, q.dtype, None if cu_seqlens_q is None else len(cu_seqlens_q) - 1)
     )
 
 
-def _fills_blocks(q: torch.Tensor, num_packed: int | None) -> bool:
-    """Whether blocks of the Gluon backward kernel have at most twice the rows of ``q``."""
-    rows, seqlen_q = HOPPER_BACKWARD_ROWS[q.shape[-1]], q.shape[-3]
+@lru_cache(1024)
+def _suits_gluon_backward(
+    q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: torch.dtype, num_packed: int | None
+) -> bool:
+    """The part of :func:`uses_gluon_backward` that asks for shapes only."""
+    head_dim, num_numbers = q_shape[-1], math.prod(q_shape)
+    return (
+        dtype == torch.bfloat16
+        and head_dim in GLUON_BACKWARD_HEAD_DIMS
+        and 0 < num_numbers < 2**30 * head_dim
+        and 0 not in k_shape
+        and (len(q_shape) == 3 or q_shape[0] <= MAX_GRID)
+        and _fills_blocks(q_shape, num_packed)
+    )
+
+
+def _fills_blocks(q_shape: tuple[int, ...], num_packed: int | None) -> bool:
+    """Whether blocks of the Gluon backward kernel have at most twice the rows of the queries."""
+    rows, seqlen_q = HOPPER_BACKWARD_ROWS[q_shape[-1]], q_shape[-3]
     blocks = cdiv(seqlen_q, rows) if num_packed is None else seqlen_q // rows + num_packed
     return blocks * rows <= 2 * seqlen_q
 

@@ -16,7 +16,7 @@ All private names of Triton are in this file.
 import ast
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -296,6 +296,60 @@ class OpenLaunch(NamedTuple):
 def current_stream() -> int:
     """That of the current device, for :meth:`OpenLaunch.start`."""
     return driver.active.get_current_stream(driver.active.get_current_device())
+
+
+class Places:
+    """Where the memory of a :class:`Series` stands, by names.
+
+    Args:
+        given: names of the tensors of a call, without those that are None.
+        made: names of what a call adds, with spaces between.
+    """
+
+    def __init__(self, given: list[str], made: str) -> None:
+        self.places = {name: i for i, name in enumerate([*given, *made.split()])}
+
+    def __call__(self, names: str) -> tuple[int, ...]:
+        """Places of ``names``, with spaces between; those that are None are left out."""
+        return tuple(self.places[name] for name in names.split() if name in self.places)
+
+
+class Series:
+    """Launches one after the other, of which only the memory differs from call to call: each address is read once.
+
+    Args:
+        launches: each with the places of its tensors, by the order of its arguments, in the memory of a call.
+    """
+
+    __slots__ = ("launches", "opened")
+
+    def __init__(self, *launches: tuple[Launch, tuple[int, ...]]) -> None:
+        self.launches = launches
+        self.opened: list[tuple[OpenLaunch, tuple[int, ...]]] | None = None
+
+    def start(self, pointers: list[int]) -> bool:
+        """Launch on memory at these addresses.
+
+        False, and nothing is done, where that takes tensors: see :meth:`start_on`.
+        """
+        low = 0
+        for pointer in pointers:
+            low |= pointer
+        if self.opened is None or low & 15 or any(is_watched(x.kernel) for x, _ in self.launches):
+            return False
+        stream = driver.active.get_current_stream(self.launches[0][0].device)
+        for opened, places in self.opened:
+            opened.start(stream, *[pointers[i] for i in places])
+        return True
+
+    def start_on(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Launch on these tensors, and know their launches by address from now on."""
+        for launch, places in self.launches:
+            launch(*[tensors[i] for i in places])
+        opened = [(launch.with_memory(*[OPEN for _ in places]), places) for launch, places in self.launches]
+        known = [(launch, places) for launch, places in opened if launch is not None]
+        if len(known) == len(opened):
+            self.opened = known
 
 
 _MEMORY: Any = object()

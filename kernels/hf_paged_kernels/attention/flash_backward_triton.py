@@ -23,12 +23,14 @@ With DESCRIPTORS, tiles come through tensor descriptors (TMA on Hopper): a few i
 address a thread. A masked tile of a packed sequence still takes pointers, since a descriptor would read its neighbour.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from ..backend import MAX_GRID, contiguous, contiguous_rows, device_guard, layout
-from ..launch_triton import Launch, Launches, Tile
+from ..backend import MAX_GRID, contiguous, contiguous_rows, device_guard, new_like
+from ..launch_triton import Launch, Launches, Places, Series, Tile
 from ..settings import LOG2_E, AttentionSettings, BackwardSettings, cdiv, flash_backward_settings, next_power_of_2
 from .flash_backward_parts_triton import (
     count_blocks,
@@ -320,7 +322,7 @@ def flash_attention_backward_launch(
     sinks: torch.Tensor | None,
     scale: float,
     settings: BackwardSettings | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Launch the backward kernels on checked arguments; shapes as in :func:`hf_paged_kernels.flash_attention`.
 
     Args:
@@ -333,51 +335,69 @@ def flash_attention_backward_launch(
         settings: tile sizes; the default comes from :func:`hf_paged_kernels.settings.flash_backward_settings`.
 
     Returns:
-        ``(dq, dk, dv, dsinks)`` contiguous; dsinks float32 ``[Hq]``, empty without sinks.
+        ``(dq, dk, dv, dsinks)`` contiguous; dsinks float32 ``[Hq]``, None without sinks.
     """
-    varlen = cu_seqlens_q is not None
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    if q.numel() == 0 or k.numel() == 0:
-        # Without keys a sink's weight is 1 and meets no value: only dlse is left, and it does not depend on q.
-        dsinks = q.new_zeros(0, dtype=torch.float32)
-        if sinks is not None:
-            dsinks = torch.zeros_like(sinks, dtype=torch.float32) if dlse is None else _sum_of_tokens(dlse)
-        return dq.zero_(), dk.zero_(), dv.zero_(), dsinks
-    out, dout, lse = contiguous_rows(out), contiguous_rows(dout), lse.contiguous()
-    cu_seqlens_q, cu_seqlens_k, dlse = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k), contiguous(dlse)
-    # Packed: one batch whose tokens cu_seqlens divides.
-    batch, seqlen_q = (1, q.shape[0]) if varlen else q.shape[:2]
-    num_seqs = batch if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    # Zeros: no program writes the slots between two packed sequences.
-    num_slots = 16 * cdiv(count_blocks(4, seqlen_q, num_seqs, varlen), 4)
-    rows = q.new_zeros((2 + (sinks is not None), batch, q.shape[-2], num_slots), dtype=torch.float32)
-    lse_log2, delta, *more = rows.unbind()
-    sums = more[0] if more else None
+    dq, dk, dv = new_like(q), new_like(k), new_like(v)
     tensors = (q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k)
     is_aligned = (q.data_ptr() | k.data_ptr() | v.data_ptr() | dout.data_ptr()) % 16 == 0
     key = (
-        *map(layout, tensors), is_aligned, sinks is None, window_left, window_right, softcap, scale, settings
+        *[x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors], is_aligned, sinks is None,
+        window_left, window_right, softcap, scale, settings,
     )  # fmt: skip
-    launches = _backward.get(key)
-    if launches is None:
-        s = settings or flash_backward_settings(q.device, q.shape[-1], v.shape[-1], q.element_size())
-        launches = _backward.keep(key, _prepare(
-            *tensors, dq, dk, dv, lse_log2, delta, sums, window_left, window_right, softcap, scale, s
+    prepared = _backward.get(key)
+    if prepared is None:
+        if q.numel() == 0 or k.numel() == 0:
+            # Without keys a sink's weight is 1 and meets no value: only dlse is left, and it does not depend on q.
+            dsinks = None
+            if sinks is not None:
+                dsinks = torch.zeros_like(sinks, dtype=torch.float32) if dlse is None else _sum_of_tokens(dlse)
+            return dq.zero_(), dk.zero_(), dv.zero_(), dsinks
+        read = (
+            contiguous_rows(out), lse.contiguous(), contiguous_rows(dout), contiguous(dlse), contiguous(cu_seqlens_q),
+            contiguous(cu_seqlens_k),
+        )  # fmt: skip
+        if any(a is not b for a, b in zip(read, tensors[3:])):
+            return flash_attention_backward_launch(
+                q, k, v, *read, window_left, window_right, softcap, sinks, scale, settings
+            )
+        prepared = _backward.keep(key, _prepare(
+            *tensors, is_aligned, sinks is not None, window_left, window_right, softcap, scale,
+            settings or flash_backward_settings(q.device, q.shape[-1], v.shape[-1], q.element_size()),
         ))  # fmt: skip
+    # lse in base 2, delta, and with sinks their sums, one after the other.
+    memory = (q.new_zeros if prepared.has_gaps else q.new_empty)(prepared.size, dtype=torch.float32)
+    at, stats = memory.data_ptr(), prepared.stats
+    given = [x for x in (*tensors, dq, dk, dv) if x is not None]
+    pointers = [*[x.data_ptr() for x in given], at, at + 4 * stats, at + 8 * stats]
     with device_guard(q):
-        for sum_rows, keys, queries, query_tiles, key_tiles in launches:
-            sum_rows(out, dout, lse, dlse, lse_log2, delta, sums, cu_seqlens_q)
-            tiles: tuple = (q, dout, lse_log2, delta) if query_tiles else ()
-            keys(q, k, v, dout, dk, dv, lse_log2, delta, *tiles, cu_seqlens_q, cu_seqlens_k)
-            tiles = (k, v) if key_tiles else ()
-            queries(q, k, v, dout, dq, lse_log2, delta, sums, *tiles, cu_seqlens_q, cu_seqlens_k)
-    dsinks = q.new_empty(0, dtype=torch.float32)
-    if sinks is not None:
-        dsinks = -_sum_of_tokens(torch.exp2(sinks.float()[:, None] * LOG2_E - lse_log2) * sums)
-    return dq, dk, dv, dsinks
+        for series in prepared.series:
+            if not series.start(pointers):
+                series.start_on([*given, *memory.split(stats)])
+    if sinks is None:
+        return dq, dk, dv, None
+    lse_log2, _, sums = memory.view(3, *prepared.shape)
+    return dq, dk, dv, -_sum_of_tokens(torch.exp2(sinks.float()[:, None] * LOG2_E - lse_log2) * sums)
 
 
 _backward = Launches()
+
+
+class _Prepared(NamedTuple):
+    """Of a backward pass.
+
+    Attributes:
+        series: the launches of each part of the batch.
+        shape: of lse in base 2, of delta, and with sinks of their sums: batch, heads, slots.
+        stats: numbers in that shape.
+        size: numbers in all of these.
+        has_gaps: slots are left that no program writes and a kernel may read. They must be zeros.
+    """
+
+    series: list[Series]
+    shape: tuple[int, int, int]
+    stats: int
+    size: int
+    has_gaps: bool
 
 
 def _prepare(
@@ -390,34 +410,37 @@ def _prepare(
     dlse: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    lse_log2: torch.Tensor,
-    delta: torch.Tensor,
-    sums: torch.Tensor | None,
+    is_aligned: bool,
+    has_sinks: bool,
     window_left: int | None,
     window_right: int | None,
     softcap: float | None,
     scale: float,
     settings: BackwardSettings,
-) -> list[tuple[Launch, Launch, Launch, bool, bool]]:
-    """``(row sums, keys, queries, has tiles of queries, has tiles of keys)`` for each part of the batch."""
+) -> _Prepared:
+    """Row sums, the kernel of keys, the kernel of queries. ``is_aligned``: the addresses suit descriptors."""
     s, varlen = settings, cu_seqlens_q is not None
+    tensors = dict(
+        q=q, k=k, v=v, out=out, lse=lse, dout=dout, dlse=dlse, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
+    )
+    places = Places([name for name, x in tensors.items() if x is not None], "dq dk dv lse_log2 delta sums")
+    dq, dk, dv = (x.new_empty(x.shape, device="meta") for x in (q, k, v))
     if varlen:
-        # [1, T, H, D] and [1, H, T].
+        # One batch whose tokens cu_seqlens divides: [1, T, H, D] and [1, H, T].
         q, k, v, out, dout, dq, dk, dv, lse = (x.unsqueeze(0) for x in (q, k, v, out, dout, dq, dk, dv, lse))
     batch, seqlen_q, num_q_heads, head_dim = q.shape
     seqlen_k, num_kv_heads, v_dim = v.shape[1:]
     num_seqs = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else batch
     block_d, block_dv = (max(16, next_power_of_2(dim)) for dim in (head_dim, v_dim))
+    num_fours = count_blocks(4, seqlen_q, num_seqs, varlen)
+    slots = 16 * cdiv(num_fours, 4)
+    stats = torch.empty(batch, num_q_heads, slots, dtype=torch.float32, device="meta")
+    sums = stats if has_sinks else None
     query_tiles = key_tiles = None
-    if s.descriptors:
+    if s.descriptors and is_aligned:
         rows, columns = s.keys.block_m, s.queries.block_n
-        query_tiles = _describe(
-            (q, (1, rows, 1, block_d)), (dout, (1, rows, 1, block_dv)),
-            (lse_log2.flatten(0, 1), (1, rows)), (delta.flatten(0, 1), (1, rows)),
-        )  # fmt: skip
+        lines = stats.flatten(0, 1), (1, rows)
+        query_tiles = _describe((q, (1, rows, 1, block_d)), (dout, (1, rows, 1, block_dv)), lines, lines)
         key_tiles = _describe((k, (1, columns, 1, block_d)), (v, (1, columns, 1, block_dv)))
 
     lengths = (cu_seqlens_q, cu_seqlens_k, num_seqs, seqlen_q, seqlen_k)
@@ -435,29 +458,37 @@ def _prepare(
         HAS_SOFTCAP=softcap is not None,
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
     )
-    launches = []
+    with_sums = " sums" if has_sinks else ""
+    query_names = " q dout lse_log2 delta" if query_tiles else ""
+    key_names = " k v" if key_tiles else ""
+    series = []
     for first_batch in range(0, batch, MAX_GRID):
         batches = min(MAX_GRID, batch - first_batch)
         sum_rows = Launch(
             row_sums, (count_blocks(64, seqlen_q, num_seqs, varlen) * num_q_heads, 1, batches),
-            out, dout, lse, dlse, lse_log2, delta, sums, cu_seqlens_q, num_seqs, num_q_heads, seqlen_q, first_batch,
-            out.stride()[:3], dout.stride()[:3], *lse.stride()[:2], lse_log2.stride()[:2],
+            out, dout, lse, dlse, stats, stats, sums, cu_seqlens_q, num_seqs, num_q_heads, seqlen_q, first_batch,
+            out.stride()[:3], dout.stride()[:3], *lse.stride()[:2], stats.stride()[:2],
             V_DIM=v_dim, BLOCK_M=64, BLOCK_DV=block_dv, VARLEN=varlen, HAS_DLSE=dlse is not None, ALIGN=4,
         )  # fmt: skip
         keys = Launch(
             _flash_backward_keys, _grid(s.keys.block_n, seqlen_k, num_kv_heads, batches, num_seqs, varlen),
-            q, k, v, dout, dk, dv, lse_log2, delta, *(query_tiles or (None,) * 4), *lengths, first_batch,
-            *(x.stride()[:3] for x in (q, k, v, dout, dk, dv)), lse_log2.stride()[:2], *scores,
+            q, k, v, dout, dk, dv, stats, stats, *(query_tiles or (None,) * 4), *lengths, first_batch,
+            *(x.stride()[:3] for x in (q, k, v, dout, dk, dv)), stats.stride()[:2], *scores,
             DESCRIPTORS=query_tiles is not None, **common, **_tiles(s.keys),
         )  # fmt: skip
         queries = Launch(
             _flash_backward_queries, _grid(s.queries.block_m, seqlen_q, num_q_heads, batches, num_seqs, varlen),
-            q, k, v, dout, dq, lse_log2, delta, sums, *(key_tiles or (None,) * 2), *lengths, first_batch,
-            *(x.stride()[:3] for x in (q, k, v, dout, dq)), lse_log2.stride()[:2], *scores,
+            q, k, v, dout, dq, stats, stats, sums, *(key_tiles or (None,) * 2), *lengths, first_batch,
+            *(x.stride()[:3] for x in (q, k, v, dout, dq)), stats.stride()[:2], *scores,
             DESCRIPTORS=key_tiles is not None, **common, **_tiles(s.queries),
         )  # fmt: skip
-        launches.append((sum_rows, keys, queries, query_tiles is not None, key_tiles is not None))
-    return launches
+        series.append(Series(
+            (sum_rows, places("out dout lse dlse lse_log2 delta" + with_sums + " cu_seqlens_q")),
+            (keys, places("q k v dout dk dv lse_log2 delta" + query_names + " cu_seqlens_q cu_seqlens_k")),
+            (queries, places("q k v dout dq lse_log2 delta" + with_sums + key_names + " cu_seqlens_q cu_seqlens_k")),
+        ))  # fmt: skip
+    size = (2 + has_sinks) * stats.numel()
+    return _Prepared(series, (batch, num_q_heads, slots), stats.numel(), size, varlen or 4 * num_fours != slots)
 
 
 def _grid(block: int, seqlen: int, num_heads: int, batch: int, num_seqs: int, varlen: bool) -> tuple[int, int, int]:
@@ -475,10 +506,10 @@ def _tiles(settings: AttentionSettings) -> dict[str, int]:
 
 
 def _describe(*tensors: tuple[torch.Tensor, tuple[int, ...]]) -> list[Tile] | None:
-    """A descriptor for each (tensor, block), or None if one of them is not aligned to 16 bytes in every dimension."""
+    """A descriptor for each (tensor, block), or None if the strides of one are not multiples of 16 bytes."""
     for x, _ in tensors:
         steps = [stride * x.element_size() for stride in x.stride()[:-1]]
-        if x.data_ptr() % 16 or x.stride(-1) != 1 or any(step <= 0 or step % 16 for step in steps):
+        if x.stride(-1) != 1 or any(step <= 0 or step % 16 for step in steps):
             return None
     return [Tile(x, x.shape, x.stride(), block) for x, block in tensors]
 

@@ -21,14 +21,16 @@ tickets only, which have started, so that one can always go on. Programs that st
 queries, a step behind one another.
 """
 
+from typing import Any, NamedTuple
+
 import torch
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, tma
 
-from ..backend import contiguous, contiguous_rows, device_guard, is_in_sixteens, layout
+from ..backend import contiguous, contiguous_rows, device_guard, is_in_sixteens, new_like
 from ..compat_gluon import add_async, bulk_writes_done, load_async, store_async, view
-from ..launch_triton import Launch, Launches, Tile
+from ..launch_triton import Launch, Launches, Places, Series, Tile
 from ..settings import HOPPER_BACKWARD_ROWS, LOG2_E
 from . import primitives_triton
 from .flash_backward_parts_triton import count_blocks, finish_queries, row_sums
@@ -266,6 +268,17 @@ L2_BUDGET = 32 * 2**20
 _backward = Launches()
 
 
+class _Prepared(NamedTuple):
+    """Of a backward pass: its launches, the numbers of their float32 memory where delta and dq's sums begin and where
+    it ends, and the numbers of turns."""
+
+    series: Series
+    delta: int
+    sums: int
+    size: int
+    turns: int
+
+
 def hopper_backward_launch(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -279,38 +292,44 @@ def hopper_backward_launch(
     window_left: int | None,
     window_right: int | None,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Arguments and results of ``flash_attention_backward_launch``, without softcap and sinks; not empty."""
-    varlen = cu_seqlens_q is not None
-    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
-    out, dout, lse = contiguous_rows(out), contiguous_rows(dout), lse.contiguous()
-    if dout.data_ptr() % 16 or not is_in_sixteens(dout.stride(), dout.element_size()):
-        dout = dout.contiguous()
-    cu_seqlens_q, cu_seqlens_k, dlse = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k), contiguous(dlse)
-    # Packed: one batch whose tokens cu_seqlens divides.
-    batch, seqlen_q = (1, q.shape[0]) if varlen else q.shape[:2]
-    num_heads, head_dim = q.shape[-2:]
-    num_seqs = batch if cu_seqlens_q is None else cu_seqlens_q.shape[0] - 1
-    rows = HOPPER_BACKWARD_ROWS[head_dim]
-    num_blocks = count_blocks(rows, seqlen_q, num_seqs, varlen)
-    slots = num_blocks * rows
-    lse_log2, delta = q.new_empty((2, batch, num_heads, slots), dtype=torch.float32).unbind()
-    sums = q.new_empty((batch, num_heads, slots, head_dim), dtype=torch.float32)
-    # A ticket, and for each block of queries the block of keys whose turn it is.
-    turns = q.new_zeros(4 + batch * num_heads * num_blocks, dtype=torch.int32)
     tensors = (q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k)
-    key = (*map(layout, tensors), window_left, window_right, scale)
-    launches = _backward.get(key)
-    if launches is None:
-        launches = _backward.keep(key, _prepare(
-            *tensors, dq, dk, dv, lse_log2, delta, sums, turns, window_left, window_right, scale
-        ))  # fmt: skip
-    sum_rows, keys, finish = launches
+    options = window_left, window_right, scale
+    key = (*[x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors], *options)
+    prepared = _backward.get(key)
+    if prepared is None or dout.data_ptr() % 16:
+        read = _readable(out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k)
+        if any(a is not b for a, b in zip(read, tensors[3:])):
+            return hopper_backward_launch(q, k, v, *read, *options)
+        prepared = _backward.keep(key, _prepare(*tensors, *options))
+    dq, dk, dv = new_like(q), new_like(k), new_like(v)
+    # lse in base 2, delta, and dq's sums, one after the other.
+    memory = q.new_empty(prepared.size, dtype=torch.float32)
+    # A ticket, and for each block of queries the block of keys whose turn it is.
+    turns = q.new_zeros(prepared.turns, dtype=torch.int32)
+    at = memory.data_ptr()
+    given = [x for x in (*tensors, dq, dk, dv, turns) if x is not None]
+    pointers = [x.data_ptr() for x in given]
     with device_guard(q):
-        sum_rows(out, dout, lse, dlse, lse_log2, delta, cu_seqlens_q)
-        keys(q, k, v, dout, lse_log2, delta, sums, dk, dv, turns, cu_seqlens_q, cu_seqlens_k)
-        finish(sums, dq, cu_seqlens_q, cu_seqlens_k)
-    return dq, dk, dv, q.new_empty(0, dtype=torch.float32)
+        if not prepared.series.start([*pointers, at, at + 4 * prepared.delta, at + 4 * prepared.sums]):
+            prepared.series.start_on([*given, memory, memory[prepared.delta :], memory[prepared.sums :]])
+    return dq, dk, dv, None
+
+
+def _readable(
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+) -> tuple[Any, Any, Any, Any, Any, Any]:
+    """The tensors as kernels read them: dout by TMA, others element by element; themselves where they lie so."""
+    out, dout = contiguous_rows(out), contiguous_rows(dout)
+    if dout.data_ptr() % 16 or not is_in_sixteens(dout.stride(), dout.element_size()):
+        dout = dout.clone(memory_format=torch.contiguous_format)
+    return out, lse.contiguous(), dout, contiguous(dlse), contiguous(cu_seqlens_q), contiguous(cu_seqlens_k)
 
 
 def _prepare(
@@ -323,31 +342,31 @@ def _prepare(
     dlse: torch.Tensor | None,
     cu_seqlens_q: torch.Tensor | None,
     cu_seqlens_k: torch.Tensor | None,
-    dq: torch.Tensor,
-    dk: torch.Tensor,
-    dv: torch.Tensor,
-    lse_log2: torch.Tensor,
-    delta: torch.Tensor,
-    sums: torch.Tensor,
-    turns: torch.Tensor,
     window_left: int | None,
     window_right: int | None,
     scale: float,
-) -> tuple[Launch, Launch, Launch]:
+) -> _Prepared:
     """Row sums, the kernel of keys, dq out of its sums."""
     varlen = cu_seqlens_q is not None
+    tensors = dict(
+        q=q, k=k, v=v, out=out, lse=lse, dout=dout, dlse=dlse, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k
+    )
+    places = Places([name for name, x in tensors.items() if x is not None], "dq dk dv turns lse_log2 delta sums")
+    dq, dk, dv = (x.new_empty(x.shape, device="meta") for x in (q, k, v))
     if varlen:
-        # [1, T, H, D] and [1, H, T].
+        # One batch whose tokens cu_seqlens divides: [1, T, H, D] and [1, H, T].
         q, k, v, out, dout, dq, dk, dv, lse = (x.unsqueeze(0) for x in (q, k, v, out, dout, dq, dk, dv, lse))
     batch, seqlen_q, num_heads, head_dim = q.shape
     seqlen_k, num_kv_heads = k.shape[1:3]
     num_seqs = cu_seqlens_q.shape[0] - 1 if cu_seqlens_q is not None else batch
-    rows, slots = HOPPER_BACKWARD_ROWS[head_dim], sums.shape[2]
+    rows = HOPPER_BACKWARD_ROWS[head_dim]
+    num_blocks = count_blocks(rows, seqlen_q, num_seqs, varlen)
+    slots = num_blocks * rows
+    lines, sums = (torch.empty(batch * num_heads, slots, *x, device="meta") for x in ((), (head_dim,)))
     q_tile, dout_tile = (Tile(x, x.shape, x.stride(), (1, rows, 1, 64), LAYOUT) for x in (q, dout))
     k_tile, v_tile = (Tile(x, x.shape, x.stride(), (1, 64, 1, 64), LAYOUT) for x in (k, v))
-    lines = [x.flatten(0, 1) for x in (lse_log2, delta)]
-    lse_tile, delta_tile = (Tile(x, x.shape, x.stride(), (1, rows), LINE) for x in lines)
-    sums_rows = sums.flatten(0, 2)
+    line_tile = Tile(lines, lines.shape, lines.stride(), (1, rows), LINE)
+    sums_rows = sums.flatten(0, 1)
     sums_tile = Tile(sums_rows, sums_rows.shape, sums_rows.stride(), (64, 32), SUMS)
     columns = num_kv_heads * batch
     section = max(1, min(columns, L2_BUDGET // (8 * head_dim * seqlen_q)))
@@ -355,21 +374,28 @@ def _prepare(
     windows = window_left or 0, window_right or 0
     flags = dict(HAS_LEFT=window_left is not None, HAS_RIGHT=window_right is not None)
     sum_rows = Launch(
-        row_sums, (slots // rows * num_heads, 1, batch),
-        out, dout, lse, dlse, lse_log2, delta, None, cu_seqlens_q, num_seqs, num_heads, seqlen_q, 0,
-        out.stride()[:3], dout.stride()[:3], *lse.stride()[:2], lse_log2.stride()[:2],
+        row_sums, (num_blocks * num_heads, 1, batch),
+        out, dout, lse, dlse, lines, lines, None, cu_seqlens_q, num_seqs, num_heads, seqlen_q, 0,
+        out.stride()[:3], dout.stride()[:3], *lse.stride()[:2], (num_heads * slots, slots),
         V_DIM=head_dim, BLOCK_M=rows, BLOCK_DV=head_dim, VARLEN=varlen, HAS_DLSE=dlse is not None, ALIGN=rows,
     )  # fmt: skip
     keys = Launch(
         _hopper_backward, (key_blocks * columns,),
-        q_tile, k_tile, v_tile, dout_tile, lse_tile, delta_tile, sums_tile, dk, dv, turns, cu_seqlens_q, cu_seqlens_k,
+        q_tile, k_tile, v_tile, dout_tile, line_tile, line_tile, sums_tile, dk, dv, lines, cu_seqlens_q, cu_seqlens_k,
         num_seqs, seqlen_q, seqlen_k, key_blocks, columns, num_kv_heads, num_heads // num_kv_heads, section, slots,
         *dk.stride()[:3], scale, scale * LOG2_E, *windows,
         HEAD_DIM=head_dim, BLOCK_M=rows, STAGES=2, VARLEN=varlen, **flags, num_warps=4,
     )  # fmt: skip
     finish = Launch(
-        finish_queries, (slots // rows * num_heads, 1, batch),
-        sums, dq, cu_seqlens_q, cu_seqlens_k, num_seqs, num_heads, seqlen_q, seqlen_k, 0, sums.stride()[:2],
-        dq.stride()[:3], scale, *windows, HEAD_DIM=head_dim, BLOCK_M=rows, VARLEN=varlen, **flags,
+        finish_queries, (num_blocks * num_heads, 1, batch),
+        sums, dq, cu_seqlens_q, cu_seqlens_k, num_seqs, num_heads, seqlen_q, seqlen_k, 0,
+        (num_heads * slots * head_dim, slots * head_dim), dq.stride()[:3], scale, *windows,
+        HEAD_DIM=head_dim, BLOCK_M=rows, VARLEN=varlen, **flags,
     )  # fmt: skip
-    return sum_rows, keys, finish
+    series = Series(
+        (sum_rows, places("out dout lse dlse lse_log2 delta cu_seqlens_q")),
+        (keys, places("q k v dout lse_log2 delta sums dk dv turns cu_seqlens_q cu_seqlens_k")),
+        (finish, places("sums dq cu_seqlens_q cu_seqlens_k")),
+    )
+    stats = lines.numel()
+    return _Prepared(series, stats, 2 * stats, (2 + head_dim) * stats, 4 + batch * num_heads * num_blocks)

@@ -32,7 +32,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
-from ..backend import contiguous, contiguous_rows, device_guard, layout
+from ..backend import contiguous, contiguous_rows, device_guard, layout, new_like
 from ..dependent_launch_triton import has_dependent_launch
 from ..launch_triton import Launch, Launches, Part, Tile, new_counter
 from ..settings import (
@@ -252,13 +252,14 @@ def hopper_flash_launch(
     """Dense ``[B, L, H, D]`` or packed ``[T, H, D]``; arguments and result as of ``flash_attention_launch``."""
     cu_seqlens_q, cu_seqlens_k, sinks = contiguous(cu_seqlens_q), contiguous(cu_seqlens_k), contiguous(sinks)
     packed = cu_seqlens_q is not None
-    out = q.new_empty(q.shape)
+    out = new_like(q)
     lse = q.new_empty(
         (q.shape[1], q.shape[0]) if packed else (q.shape[0], q.shape[2], q.shape[1]), dtype=torch.float32
     )
+    tensors = (q, k, v, cu_seqlens_q, cu_seqlens_k, sinks)
     key = (
-        layout(q), layout(k), layout(v), layout(cu_seqlens_q), layout(cu_seqlens_k), layout(sinks), max_seqlen_q,
-        window_left, window_right, softcap, scale, settings,
+        *[x if x is None else (x.shape, x.stride(), x.dtype, x.device) for x in tensors],
+        max_seqlen_q, window_left, window_right, softcap, scale, settings,
     )  # fmt: skip
     forward = _flash.get(key)
     if forward is None:

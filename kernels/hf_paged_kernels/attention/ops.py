@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ..backend import uses_gluon, uses_gluon_backward, uses_quantized_gluon, uses_triton
-from ..eager import eager_op
+from ..eager import computes_now, eager_op
 from . import reference
 
 
@@ -67,7 +67,30 @@ def flash_attention_backward_op(
     sinks: torch.Tensor | None,
     scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """See ``flash_attention_backward_launch`` for the arguments."""
+    """See ``flash_attention_backward_launch`` for the arguments; ``dsinks`` is empty without sinks."""
+    dq, dk, dv, dsinks = _compute_gradients(
+        q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, window_left, window_right, softcap, sinks, scale,
+    )  # fmt: skip
+    return dq, dk, dv, q.new_empty(0, dtype=torch.float32) if dsinks is None else dsinks
+
+
+def _compute_gradients(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    dout: torch.Tensor,
+    dlse: torch.Tensor | None,
+    cu_seqlens_q: torch.Tensor | None,
+    cu_seqlens_k: torch.Tensor | None,
+    window_left: int | None,
+    window_right: int | None,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """See ``flash_attention_backward_launch``."""
     arguments = (
         q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, window_left, window_right, softcap, sinks, scale,
     )  # fmt: skip
@@ -246,11 +269,15 @@ def _flash_attention_backward(
     window_left, window_right, softcap, scale = ctx.options
     if dout is None:
         dout = torch.zeros_like(out)
-    dq, dk, dv, dsinks = flash_attention_backward_op(
+    arguments = (
         q, k, v, out, lse, dout, dlse, cu_seqlens_q, cu_seqlens_k, window_left, window_right, softcap, sinks, scale,
     )  # fmt: skip
+    compute = _compute_gradients if computes_now(arguments) else flash_attention_backward_op
+    dq, dk, dv, dsinks = compute(*arguments)
+    if sinks is not None and dsinks is not None:
+        dsinks = dsinks.to(sinks.dtype)
     # In the order of the op's arguments.
-    return dq, dk, dv, None, None, None, None, None, None, None if sinks is None else dsinks.to(sinks.dtype), None
+    return dq, dk, dv, None, None, None, None, None, None, None if sinks is None else dsinks, None
 
 
 class _FlashAttention(torch.autograd.function._SingleLevelFunction):

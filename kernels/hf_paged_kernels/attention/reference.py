@@ -223,14 +223,14 @@ def flash_attention_backward_reference(
     softcap: float | None,
     sinks: torch.Tensor | None,
     scale: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Sequence by sequence; arguments and results as ``flash_attention_backward_launch``.
 
     What the forward pass left, ``out`` and ``lse``, is computed again, without their rounding.
     """
     rest = (window_left, window_right, softcap, sinks, scale)
     dq, dk, dv = (x.new_zeros(x.shape) for x in (q, k, v))
-    dsinks = q.new_zeros(q.shape[-2] if sinks is not None else 0, dtype=torch.float32)
+    dsinks = None if sinks is None else q.new_zeros(q.shape[-2], dtype=torch.float32)
     if cu_seqlens_q is None or cu_seqlens_k is None:
         # Indices of one sequence after another: of q, dout, dq; of k, v, dk, dv; of dlse.
         sequences: list[Any] = [(b, b, b) for b in range(q.shape[0])]
@@ -241,7 +241,7 @@ def flash_attention_backward_reference(
         row_dlse = None if dlse is None else dlse[row]
         grads = attend_backward(q[i], k[j], v[j], dout[i], row_dlse, *rest)
         dq[i], dk[j], dv[j] = grads[:3]
-        if sinks is not None:
+        if dsinks is not None:
             dsinks += grads[3]
     return dq, dk, dv, dsinks
 
