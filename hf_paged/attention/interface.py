@@ -113,6 +113,7 @@ def _attend(
     """Attention by the path for what was given: ``[B, L, Hq, Dv]``."""
     update, layer = _source_of(key)
     if layer is not None:
+        key.refuse_changes()  # type: ignore[attr-defined]
         return _over_step(query, layer, value, attention_mask, options)
     if is_batching_cache(cache) or kwargs.get("write_index") is not None:
         return attend_batched(module, query, key, value, cache, options, kwargs)
@@ -125,6 +126,8 @@ def _attend(
     if update is not None and isinstance(value, LazyStates):
         if kwargs.get("cu_seq_lens_q") is not None:
             raise ValueError("packed sequences (cu_seq_lens_q) cannot be added to a cache: pass use_cache=False.")
+        key.refuse_changes()  # type: ignore[attr-defined]
+        value.refuse_changes()
         return _over_pages(query, update, value, attention_mask, options)
     if kwargs.get("cu_seq_lens_q") is not None:
         missing = [name for name in VARLEN if kwargs.get(name) is None]
@@ -204,6 +207,7 @@ def _over_step(
             f"layer {layer.index} attends with a mask, or with values of its own making, which the engine cannot "
             f"serve: use the model's generate()."
         )
+    value.refuse_changes()
     is_wider = layer.window is not None and (options.window is None or options.window > layer.window)
     if is_wider and layer.longest > layer.window:  # type: ignore[operator]
         raise UnsupportedModelError(

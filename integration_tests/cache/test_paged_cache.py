@@ -4,6 +4,7 @@ import copy
 import gc
 import random
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from transformers import (
 )
 
 import hf_paged
+from hf_paged.attention.interface import paged_flash_attention
 from hf_paged.cache.lazy_states import LazyStates
 from hf_paged.cache.paged_layer import PagedLayer
 from hf_paged.paging import GONE
@@ -312,6 +314,61 @@ def test_states_look_dense_to_other_code(poison):
     for change in (lambda x: x.add_(1), lambda x: x.contiguous().clamp_(0, 1), lambda x: x.__imul__(2)):
         with pytest.raises(hf_paged.UnsupportedModelError, match=r"aten\.\w+_\..* changes keys or values in place"):
             change(returned[1])
+
+
+WRITES = {
+    "slice": lambda x: x.__setitem__((slice(None), slice(None), 0), 0),
+    "index": lambda x: x[0].__setitem__(torch.tensor([1]), 0.0),
+    "transpose": lambda x: x.transpose(1, 2).mul_(2),
+    "flatten": lambda x: x.flatten().zero_(),
+    "reshape": lambda x: x.reshape(2, 2, -1).zero_(),
+    "unbind": lambda x: x.unbind(0)[1].add_(1),
+    "copy": lambda x: x.narrow(2, 0, 1).copy_(torch.full((2, 2, 1, 16), float("nan"))),
+    "detach": lambda x: x.detach()[0].mul_(2),
+    "masked": lambda x: x[0].masked_fill_(torch.ones(16, dtype=torch.bool), 1),
+    "out": lambda x: torch.add(x[0], 1, out=x[1]),
+    "foreach": lambda x: torch._foreach_add_([x[0]], 1),
+}
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("write", WRITES)
+def test_a_write_through_a_view_of_keys_or_values_is_refused(write, mode):
+    """It would be lost: attention reads pages. In a first step what is shown is what the model brought."""
+    config = model().config
+    config._attn_implementation = "paged_flash"
+    module = SimpleNamespace(is_causal=True, config=config)
+    new = lambda: torch.randn(2, 2, 3, 16)  # noqa: E731
+    for which, kind in enumerate(("keys", "values")):
+        for steps_before in (0, 1):
+            cache = hf_paged.PagedCache(config, page_size=8)
+            with mode():
+                for _ in range(steps_before):
+                    attend(module, new(), *cache.update(new(), new(), 0))
+                states = cache.update(new(), new(), 0)
+                WRITES[write](states[which])
+                for read in (lambda: attend(module, new(), *states), lambda: states[which] + 1):  # noqa: B023
+                    with pytest.raises(hf_paged.UnsupportedModelError, match=f"a view of the {kind} was written, beh"):
+                        read()
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_a_view_of_keys_that_is_only_read_is_no_change(mode):
+    config = model().config
+    config._attn_implementation = "paged_flash"
+    module = SimpleNamespace(is_causal=True, config=config)
+    cache = hf_paged.PagedCache(config, page_size=8)
+    with mode():
+        for length in (3, 1):
+            key, value = cache.update(torch.randn(2, 2, length, 16), torch.full((2, 2, length, 16), float("nan")), 0)
+            views = key.transpose(1, 2), value[:, :, 0], key.flatten()
+            assert all(bool(x.sum().isnan()) == (i == 1) for i, x in enumerate(views))
+            (key * 2).add_(1)
+            assert attend(module, torch.randn(2, 2, length, 16), key, value).shape == (2, length, 2, 16)
+
+
+def attend(module, query, key, value):
+    return paged_flash_attention(module, query, key, value, None, scaling=0.25, position_ids=None)[0]
 
 
 def test_generation_in_inference_mode_then_outside():
