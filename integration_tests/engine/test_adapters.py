@@ -252,8 +252,20 @@ def replaced(model):
     model.eval()
 
 
+def swapped(model):
+    """As PEFT's hot swap does: the weights of another adapter, of another rank, in the same parameters."""
+    generator = torch.Generator().manual_seed(9)
+    for module in model.modules():
+        if isinstance(module, peft.tuners.lora.LoraLayer) and "b" in module.scaling:
+            for matrix, shape in (
+                (module.lora_A["b"], (2, module.in_features)), (module.lora_B["b"], (module.out_features, 2))
+            ):  # fmt: skip
+                torch.utils.swap_tensors(matrix.weight, nn.Parameter(torch.randn(shape, generator=generator) * 0.5))
+            module.scaling["b"] = 1.5
+
+
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("change", [doubled, rescaled, moved, replaced])
+@pytest.mark.parametrize("change", [doubled, rescaled, moved, replaced, swapped])
 def test_an_adapter_that_changes(kind, change):
     model = adapted()
     with KINDS[kind](model.get_base_model()) as engine:

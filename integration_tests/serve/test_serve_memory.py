@@ -118,9 +118,9 @@ def test_nothing_is_kept_of_requests_that_have_ended():
             for number in range(3):
                 await ask_all(server.address, rng, f"round{number}")
                 end = time.monotonic() + 60
-                while (server._servicer.num_requests or engine.snapshot().requests) and time.monotonic() < end:
+                while (server._servicers[0].num_requests or engine.snapshot().requests) and time.monotonic() < end:
                     await asyncio.sleep(0.01)
-                assert server._servicer.num_requests == 0
+                assert server._servicers[0].num_requests == 0
                 assert 0 < engine.stats().pages_cached <= NUM_PAGES
                 await asyncio.to_thread(engine.drop_prefixes)
                 assert engine.stats().pages_used == 0
