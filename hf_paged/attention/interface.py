@@ -159,10 +159,11 @@ def _over_pages(
         raise ValueError("packed sequences (restarting position_ids) cannot be added to a cache: pass use_cache=False.")
     update.check_window(options.window)
     query = contiguous_rows(query)
-    out = update.decode(query, update.place(mask), *options.bounds)
+    plan = update.place(mask)
+    out = update.decode(query, plan, *options.bounds)
     if out is not None:
         return out
-    plan = update.write(mask)
+    update.write_to(plan)
     packed_query = plan.pack(query)
     if not packed_query.shape[0] and plan.padding_index is None:
         return query.new_zeros(*query.shape[:1], query.shape[2], query.shape[1], value.shape[-1])

@@ -62,8 +62,13 @@ class LayerUpdate:
         return plan
 
     def write(self, mask: torch.Tensor | None) -> PagedStepPlan:
-        """Write the tokens to their places, once; see :meth:`place`."""
+        """Place the tokens and write them, once; see :meth:`place`."""
         plan = self.place(mask)
+        self.write_to(plan)
+        return plan
+
+    def write_to(self, plan: PagedStepPlan) -> None:
+        """Write the tokens to the places that :meth:`place` has given them, once."""
         if not self.written:
             pages = self.pages
             write_pages_op(
@@ -71,7 +76,6 @@ class LayerUpdate:
                 pages.v_scale,
             )  # fmt: skip
             self._note_written()
-        return plan
 
     def decode(self, query: torch.Tensor, plan: PagedStepPlan, *options: Any) -> torch.Tensor | None:
         """Write and attend at once, where ``plan`` is one of :class:`DecodeStep`: ``[B, 1, Hq, D]``; None: not done."""

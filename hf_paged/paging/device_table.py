@@ -29,9 +29,11 @@ class DeviceTable:
             self._sent = torch.zeros(num_seqs, capacity, dtype=torch.int32)
         rows, columns = (self._sent[:, :width] != table).nonzero(as_tuple=True)
         if len(rows):
-            values = table[rows, columns]
-            place = tuple(x.to(self.device, non_blocking=True) for x in (rows, columns))
-            self._tensor.index_put_(place, values.to(self.device, non_blocking=True))
+            # One transfer; the pinned memory, new each time, is used again only when the copy is done.
+            changes = torch.stack([rows, columns, table[rows, columns].long()])
+            changes = changes.pin_memory() if self.device.type == "cuda" else changes
+            *place, values = changes.to(self.device, non_blocking=True).unbind()
+            self._tensor.index_put_(tuple(place), values.int())
             self._sent[:, :width] = table
             self.num_sent += len(rows)
         return self._tensor[:, :width]

@@ -10,12 +10,20 @@ pytestmark = pytest.mark.quick
 
 @pytest.mark.parametrize("device", ["meta-like", pytest.param("cuda", marks=pytest.mark.gpu)])
 def test_the_mirror_follows(device, monkeypatch):
+    copies: list[torch.Tensor] = []
     table = DeviceTable(torch.device("cuda" if device == "cuda" else "cpu"))
     if device != "cuda":
         # The logic of a device on CPU tensors: only the short cut for CPU is off.
         monkeypatch.setattr(table, "device", type("Device", (), {"type": "other"})())
         to = torch.Tensor.to
-        monkeypatch.setattr(torch.Tensor, "to", lambda x, *a, **k: x if a and a[0] is table.device else to(x, *a, **k))
+
+        def counted(x, *args, **keywords):
+            if not args or args[0] is not table.device:
+                return to(x, *args, **keywords)
+            copies.append(x)
+            return x
+
+        monkeypatch.setattr(torch.Tensor, "to", counted)
         zeros = torch.zeros
         monkeypatch.setattr(torch, "zeros", lambda *a, device=None, **k: zeros(*a, **k))
     generator = torch.Generator().manual_seed(0)
@@ -33,8 +41,11 @@ def test_the_mirror_follows(device, monkeypatch):
             changes = 1
             host = host.clone()
             host[row, column] += 1
+        copies.clear()
         sent = table.update(host)
         assert torch.equal(sent.cpu(), host)
+        if device != "cuda":
+            assert len(copies) == (table.num_sent > before)
         if step % 7 and step % 11:
             assert table.num_sent - before == changes
 

@@ -32,6 +32,30 @@ def test_tensors_that_travel_together_arrive_as_they_are_and_aligned(device):
             assert sent.data_ptr() % 16 == 0 or not len(x)
 
 
+def test_attention_places_a_layer_of_a_step_once(monkeypatch):
+    """The first step of a padded batch, and a decode step."""
+    from host import with_cache
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from hf_paged.cache.step_planner import LayerUpdate
+
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=64, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2,
+    )  # fmt: skip
+    model = LlamaForCausalLM._from_config(config, attn_implementation="paged_flash").eval()
+    cache, placed, place = hf_paged.PagedCache(config), [], LayerUpdate.place
+    monkeypatch.setattr(LayerUpdate, "place", lambda self, mask: placed.append(self.index) or place(self, mask))
+    mask = torch.ones(2, 6, dtype=torch.long)
+    mask[0, :2] = 0
+    for length in (6, 1):
+        placed.clear()
+        with torch.no_grad():
+            model(torch.randint(1, 97, (2, length)), attention_mask=mask, **with_cache(cache))
+        assert placed == [0, 1, 2]
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+
+
 @pytest.mark.gpu
 def test_a_decode_step_without_padding_waits_for_nothing():
     from transformers import Qwen3Config

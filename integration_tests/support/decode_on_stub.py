@@ -4,6 +4,7 @@ import sys
 from collections import Counter
 
 import torch
+from hf_paged_kernels import backend
 from hf_paged_kernels.attention import ops
 from hf_paged_kernels.attention.decode_step import DecodeStep
 from transformers import Qwen3Config
@@ -79,6 +80,15 @@ def launches(wide: bool, window: int | None, with_sinks: bool) -> None:
     assert step.attend(*(x.float() for x in (q, k, v)), *(x.float() for x in pools), *options) is None
     with torch.utils._python_dispatch.TorchDispatchMode():
         assert step.attend(q, k, v, *pools, *options) is None
+    # A refusal is remembered for layers alike.
+    asked = []
+    own = backend.uses_gluon
+    backend.uses_gluon = lambda *args: asked.append(args) or own(*args)
+    narrow = [x[..., :80].contiguous() for x in (q, k, v)], [x[..., :80].contiguous() for x in pools]
+    for _ in range(3):
+        assert step.attend(*narrow[0], *narrow[1], *options) is None
+    backend.uses_gluon = own
+    assert len(asked) == 1
 
 
 def counted(layers: int) -> tuple[int, Counter]:

@@ -36,7 +36,7 @@ class DecodeStep:
     ) -> None:
         self.page_table, self.seq_lens, self.cu_seqlens_q = page_table, seq_lens, cu_seqlens_q
         self.slot_mapping = slot_mapping
-        self._opened: dict[tuple, _Opened] = {}
+        self._opened: dict[tuple, _Opened | None] = {}
         self._plans: dict[int | None, torch.Tensor] = {}
 
     def attend(
@@ -76,6 +76,12 @@ class DecodeStep:
             )  # fmt: skip
             opened = self._opened.get(key)
             if opened is None:
+                # A refusal holds for all layers like this one; what is not compiled yet may be so for the next.
+                if key in self._opened:
+                    return None
+                if not self._serves(q, k, k_pages, v_pages, sinks, scale):
+                    self._opened[key] = None
+                    return None
                 opened = self._open(q, k, v, k_pages, v_pages, window_left, window_right, softcap, sinks, scale)
                 if opened is None:
                     return None
@@ -94,6 +100,25 @@ class DecodeStep:
                 opened.merge.start(stream, *more, to)
         return out
 
+    def _serves(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        k_pages: torch.Tensor,
+        v_pages: torch.Tensor,
+        sinks: torch.Tensor | None,
+        scale: float,
+    ) -> bool:
+        """Whether these kernels are for layers like this one, whose memory is aligned."""
+        return (
+            q.shape[0] == self.slot_mapping.shape[0]
+            and q.shape[2] == k.shape[2] == 1
+            and q.numel() > 0
+            and self.page_table.stride(-1) == 1
+            and (sinks is None or sinks.is_contiguous())
+            and backend.uses_gluon(q.squeeze(2), k_pages, v_pages, scale)
+        )
+
     def _open(
         self,
         q: torch.Tensor,
@@ -107,19 +132,14 @@ class DecodeStep:
         sinks: torch.Tensor | None,
         scale: float,
     ) -> _Opened | None:
-        """The launches for layers like this one; None where these kernels do not serve it, or are not compiled."""
+        """The launches for layers like this one; None where they are not compiled."""
         from ..launch_triton import OPEN
         from .hopper_gluon import prepare_paged
         from .pages_triton import prepare_write
         from .split_plan_triton import empty_partials, make_split_plan_launch
 
         table, lens, cu_seqlens_q, slots = self.page_table, self.seq_lens, self.cu_seqlens_q, self.slot_mapping
-        if q.shape[0] != slots.shape[0] or not q.shape[2] == k.shape[2] == 1 or not q.numel():
-            return None
         q, k, v = q.squeeze(2), k.squeeze(2), v.squeeze(2)
-        is_contiguous = table.stride(-1) == 1 and (sinks is None or sinks.is_contiguous())
-        if not is_contiguous or not backend.uses_gluon(q, k_pages, v_pages, scale):
-            return None
         out, lse = q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
         options = window_left, window_right, softcap, sinks, scale
         step = prepare_paged(q, k_pages, v_pages, out, lse, table, lens, cu_seqlens_q, 1, *options)
