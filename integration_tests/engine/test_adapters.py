@@ -619,6 +619,30 @@ def test_graphs_and_modes_of_an_engine():
         assert all(after[size] is graph for size, graph in graphs.items())
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter is for machines without a GPU")
+def test_the_kernels_of_a_gpu_in_an_engine(monkeypatch):
+    """In Triton's interpreter: matrices are found by their addresses, in each adapter's own layers."""
+    pytest.importorskip("triton")
+    from hf_paged_kernels.linear import lora, lora_triton
+
+    launches, own = [], lora_triton.lora_linear_launch
+    monkeypatch.setattr(lora, "uses_triton", lambda tensor: True)
+    monkeypatch.setattr(lora_triton, "lora_linear_launch", lambda *args: launches.append(1) or own(*args))
+    model = adapted()
+    model.base_model.set_adapter(["a", "c"])
+    both = alone(model.get_base_model(), PROMPT, config(4))
+    expected = [expected_tokens(model, name, PROMPT, config(4)) for name in NAMES]
+    with make_engine(model.get_base_model(), num_pages=64) as engine:
+        active = engine.submit(PROMPT, generation_config=config(4))
+        outputs = engine.generate([PROMPT] * 4, generation_config=config(4), adapter=NAMES)
+        assert tokens_of(outputs) == expected
+        assert active.result().token_ids == both
+        replaced(model)
+        outputs = engine.generate([PROMPT] * 4, generation_config=config(4), adapter=NAMES)
+        assert tokens_of(outputs) == [expected_tokens(model, name, PROMPT, config(4)) for name in NAMES]
+    assert launches
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("fuse", [False, None])
 def test_on_a_gpu(fuse):
