@@ -1,10 +1,17 @@
 """Warming up: every kernel runs, and on a GPU nothing is compiled afterwards."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hf_paged_kernels import flash_attention, paged_attention, write_pages
 from hf_paged_kernels.warm_up import AttentionKind, warm_up
 
+ROOT = Path(__file__).parents[2]
 NAMES = [
     "flash_attention", "write_pages", "copy_pages", "paged_attention, prefill", "paged_attention, decode",
     "merge_attention_states",
@@ -16,6 +23,24 @@ NAMES = [
 def test_every_kernel_runs(page_dtype, features):
     kind = AttentionKind(4, 2, 16, 24, 8, torch.float32, page_dtype, **features)
     assert list(warm_up(kind, "cpu")) == NAMES
+
+
+def test_nothing_is_compiled_afterwards_on_a_stub(tmp_path):
+    """In a process of its own: here, kernels are interpreted. A kind that was not warmed up is compiled."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "TRITON_CACHE_DIR": str(tmp_path),
+        "CUDA_VISIBLE_DEVICES": "",
+    }  # fmt: skip
+    script = ROOT / "integration_tests" / "support" / "warm_up_on_stub.py"
+    done = subprocess.run(
+        [sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=550
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    at_warm_up, afterwards, of_another_kind = json.loads(done.stdout.splitlines()[-1])
+    assert at_warm_up >= len(NAMES)
+    assert afterwards == []
+    assert of_another_kind > 0
 
 
 @pytest.mark.gpu
