@@ -220,6 +220,7 @@ class Engine(EngineControls):
         group = joint.group
 
         def prepared() -> tuple[Any, list[int]]:
+            self.loop.check_open()
             requests.extend(make())
             return [likeness(request) for request in requests], [request.number for request in requests]
 
@@ -379,6 +380,8 @@ class Engine(EngineControls):
         is_busy = bool(self.mail.unfinished) or (self.drive.is_held and not self._in_step) or self.ranks.is_joint
         self.drive, self.mail.changed = TurnLock(), threading.Condition(threading.Lock())
         self._thread, self._in_step = None, False
+        if isinstance(self.ranks, RankGroup):
+            self.ranks.hold()
         if not is_busy or self.mail.is_closed:
             return
         self.loop.broken, self.mail.is_closed = RequestError(FORKED), True

@@ -9,7 +9,9 @@ decided on the first rank, and sent. Keys and values of a rank are those of its 
     rank 1               generate()    +--> plan -> forward -> tokens -> results
 
 Three gloo groups, whatever the model's backend is, so that three threads have one each: *steps* for the thread that
-runs steps, *calls* for threads in ``generate()``, and *watch* for a thread that tells the others of failures.
+runs steps, *calls* for threads in ``generate()``, and *watch* for a thread that tells the others of failures. torch's
+list of groups does not know them: it gives a name a second time once a group is destroyed, and ranks would look for one
+another at the addresses of the old one.
 
 Errors. A step that raises on all ranks ends its requests, as in one process. One that raises on some leaves the others
 in the middle of the model's own communication, which nothing can complete: the engine ends on all ranks, with that
@@ -49,9 +51,14 @@ SHORT_WAITS = ((0.0005, 2e-5), (0.01, 1e-4), (0.1, 5e-4), (2.0, 1e-3))
 """Seconds for which a wait sleeps so long at a time; after the last one 5 ms."""
 
 HEAD = 2048
-"""Bytes that a message takes at least."""
+"""Bytes that a message takes at least; a longer one goes in two parts."""
+LENGTH_BYTES = 8
+"""Of these, before the message."""
 WATCH_BYTES = 1024
 ALIVE, LEAVES, FAILED = b"\0", b"\1", b"\2"
+
+HELD: list[dict[str, Any]] = []
+"""Groups of a forked child."""
 
 
 class RankGroup(Alone):
@@ -68,20 +75,23 @@ class RankGroup(Alone):
 
     def __init__(self, process_group: Any) -> None:
         self.process_group = process_group
-        members = distributed.get_process_group_ranks(process_group)
-        self.rank, self.size, self._source = distributed.get_rank(process_group), len(members), members[0]
+        self.rank, self.size = process_group.rank(), process_group.size()
         self.leads = self.rank == 0
         self.can_capture = distributed.get_backend(process_group) == "nccl"
-        self._groups = [
-            distributed.new_group(members, backend="gloo", timeout=LONGEST_WAIT, use_local_synchronization=True)
-            for _ in range(3)
-        ]
-        self._steps, self._calls, self._watched = self._groups
+        store = process_group.get_group_store()
+        number = store.add(f"hf_paged/{self.rank}", 1)  # of this rank's groups over the same process group
+        self._groups = {
+            name: distributed.ProcessGroupGloo(
+                distributed.PrefixStore(f"hf_paged/{number}/{name}", store), self.rank, self.size, LONGEST_WAIT
+            )
+            for name in ("steps", "calls", "watch")
+        }
         self.failure: RankError | None = None
         self._own_failure: str | None = None
         self._failed_since: float | None = None
         self._step_failure: str | None = None
         self._leaves = threading.Event()
+        self._has_ended = threading.Event()
         self._wake = threading.Event()
         self._on_failure: Callable[[RankError | None], bool] | None = None
         self._watcher: threading.Thread | None = None
@@ -92,7 +102,7 @@ class RankGroup(Alone):
 
     def decide(self, make: Callable[[], T]) -> T:
         """See :meth:`Alone.decide`."""
-        return self._decide(make, self._steps, None)
+        return self._decide(make, self._group("steps"), None)
 
     def sendable(self, error: BaseException) -> BaseException:
         """See :meth:`Alone.sendable`."""
@@ -100,29 +110,29 @@ class RankGroup(Alone):
 
     def least(self, number: int) -> int:
         """See :meth:`Alone.least`."""
-        return min(self._gather(number, self._steps, None))
+        return min(self._gather(number, self._group("steps"), None))
 
     def first_text(self, text: str | None) -> str | None:
         """See :meth:`Alone.first_text`."""
-        return next((found for found in self._gather(text, self._steps, None) if found is not None), None)
+        return next((found for found in self._gather(text, self._group("steps"), None) if found is not None), None)
 
     def gather(self, status: Any) -> list[Any]:
         """The ``status`` of all ranks, small, on all ranks."""
-        return self._gather(status, self._steps, None)
+        return self._gather(status, self._group("steps"), None)
 
     def send_news(self, news: Any) -> None:
         """The first rank tells the others what comes next."""
-        self._broadcast(dumps(news), self._steps, None)
+        self._broadcast(dumps(news), self._group("steps"), None)
 
     def receive_news(self, timeout_s: float) -> Any:
         """What comes next, as the first rank says; None: nothing has come in ``timeout_s`` seconds."""
         if self._coming is None:
-            self._coming = self._begin(self._steps)
+            self._coming = self._begin(self._group("steps"))
         head, work = self._coming
         if not self._is_done(work, timeout_s):
             return None
         self._coming = None
-        return pickle.loads(self._rest(head, self._steps, None))
+        return pickle.loads(self._rest(head, self._group("steps"), None))
 
     def note_step(self, failure: str | None) -> None:
         """What the last step has raised on this rank; None: nothing."""
@@ -153,7 +163,10 @@ class RankGroup(Alone):
             error = raised
         end = time.monotonic() + (CALL_WAIT_S if timeout_s is None else timeout_s)
         with self._call_lock:
-            found = self._gather((own, None if error is None else words_of(error)), self._calls, end)
+            if error is not None and not self._groups:
+                raise error
+            group = self._group("calls")
+            found = self._gather((own, None if error is None else words_of(error)), group, end)
             if error is not None:
                 if any(failure is None for _, failure in found):
                     raise RankError(f"the call is not served on rank {self.rank}: {words_of(error)}") from error
@@ -166,17 +179,17 @@ class RankGroup(Alone):
                         f"rank {rank} of {self.size} makes another call than rank 0: every rank of a sharded model "
                         f"must make the same calls with the same prompts and options, in the same order."
                     )
-            return self._decide(lambda: said, self._calls, end)
+            return self._decide(lambda: said, group, end)
 
     def pass_together(self) -> None:
         """Go on once all ranks are here, in a call."""
         with self._call_lock:
-            self._gather(None, self._calls, time.monotonic() + CALL_WAIT_S)
+            self._gather(None, self._group("calls"), time.monotonic() + CALL_WAIT_S)
 
     def decide_call(self, make: Callable[[], T]) -> T:
         """See :meth:`Alone.decide_call`."""
         with self._call_lock:
-            return self._decide(make, self._calls, time.monotonic() + CALL_WAIT_S)
+            return self._decide(make, self._group("calls"), time.monotonic() + CALL_WAIT_S)
 
     # Failures
 
@@ -225,11 +238,16 @@ class RankGroup(Alone):
         ) from error
 
     def leave(self) -> None:
-        """End in order: the others look no longer after this rank, nor this one after them."""
+        """End in order: the others look no longer after this rank, nor this one after them. Connections are closed,
+        unless a rank has failed: what waits for that one holds them as long as the process lives."""
         self._leaves.set()
         self._wake.set()
-        if self._watcher is not None and self._watcher is not threading.current_thread():
-            self._watcher.join(10.0)
+        if self._watcher is not None and self._watcher.is_alive():  # Not in a forked child.
+            self._has_ended.wait(10.0)
+
+    def hold(self) -> None:
+        """In a forked child: threads that a group waits for when it is destroyed are not there."""
+        HELD.append(self._groups)
 
     def abort(self) -> None:
         """End what the model's own communication waits for, where the backend can (NCCL): streams go on."""
@@ -245,18 +263,29 @@ class RankGroup(Alone):
             self._on_failure(self.failure)
 
     def _keep_watch(self) -> None:
+        try:
+            self._look_after_others()
+            if self.failure is None:
+                self._leaves.wait()
+                self._groups.clear()
+        finally:
+            self._has_ended.set()
+        if self.failure is not None:
+            threading.Event().wait()  # A group is destroyed once nothing waits in it; so these never are.
+
+    def _look_after_others(self) -> None:
         while True:
             self._wake.wait(WATCH_S)
             is_held = self._on_failure is None or self._on_failure(None)
             if self._own_failure is None and not self._leaves.is_set() and not is_held:
                 self.fail("has let go of its engine")
             state = FAILED if self._own_failure is not None else LEAVES if self._leaves.is_set() else ALIVE
-            message = state + (self._own_failure or "").encode()[: WATCH_BYTES - 1]
+            message = state + _cut(self._own_failure or "", WATCH_BYTES - 1)
             mine = torch.zeros(WATCH_BYTES, dtype=torch.uint8)
             mine[: len(message)] = torch.frombuffer(bytearray(message), dtype=torch.uint8)
             states = [torch.empty_like(mine) for _ in range(self.size)]
             try:
-                work = distributed.all_gather(states, mine, group=self._watched, async_op=True)
+                work = self._groups["watch"].allgather([states], [mine])
                 while not work.is_completed():
                     time.sleep(0.02)
                 work.wait()
@@ -282,6 +311,12 @@ class RankGroup(Alone):
 
     # Messages
 
+    def _group(self, name: str) -> Any:
+        group = self._groups.get(name)
+        if group is None:
+            raise RankError("this rank has left its engine.")
+        return group
+
     def _decide(self, make: Callable[[], T], group: Any, end: float | None) -> T:
         if not self.leads:
             value, error = pickle.loads(self._broadcast(None, group, end))
@@ -298,14 +333,20 @@ class RankGroup(Alone):
         return value
 
     def _gather(self, item: Any, group: Any, end: float | None) -> list[Any]:
-        mine = torch.zeros(HEAD, dtype=torch.uint8)
-        raw = dumps(item)
-        if len(raw) > HEAD:
-            raise AssertionError(f"what ranks gather has at most {HEAD} bytes, got {len(raw)}")
-        mine[: len(raw)] = torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+        message = dumps(item)
+        heads = self._all_gather(_head_of(message), group, end)
+        lengths = [_length_of(head) for head in heads]
+        most = max(lengths)
+        rests = [torch.empty(0, dtype=torch.uint8)] * self.size
+        if most > HEAD:  # All ranks have seen the same lengths.
+            rests = self._all_gather(_bytes(message[HEAD - LENGTH_BYTES :], most - HEAD), group, end)
+        raws = [bytes(head.numpy())[LENGTH_BYTES:] + bytes(rest.numpy()) for head, rest in zip(heads, rests)]
+        return [pickle.loads(raw[: length - LENGTH_BYTES]) for raw, length in zip(raws, lengths)]
+
+    def _all_gather(self, mine: torch.Tensor, group: Any, end: float | None) -> list[torch.Tensor]:
         found = [torch.empty_like(mine) for _ in range(self.size)]
-        self._wait(lambda: distributed.all_gather(found, mine, group=group, async_op=True), end)
-        return [pickle.loads(bytes(one.numpy())) for one in found]
+        self._wait(lambda: group.allgather([found], [mine]), end)
+        return found
 
     def _broadcast(self, message: bytes | None, group: Any, end: float | None) -> bytes:
         head, work = self._begin(group, message)
@@ -313,25 +354,19 @@ class RankGroup(Alone):
         return self._rest(head, group, end, message)
 
     def _begin(self, group: Any, message: bytes | None = None) -> tuple[torch.Tensor, Any]:
-        """Send or receive the beginning of a message, eight bytes of length before it."""
+        """Send or receive the beginning of a message."""
         self.check()
-        head = torch.zeros(HEAD, dtype=torch.uint8)
-        if message is not None:
-            start = len(message).to_bytes(8, "little") + message[: HEAD - 8]
-            head[: len(start)] = torch.frombuffer(bytearray(start), dtype=torch.uint8)
+        head = _head_of(message or b"")
         with self._told():
-            return head, distributed.broadcast(head, self._source, group=group, async_op=True)
+            return head, _send(head, group)
 
     def _rest(self, head: torch.Tensor, group: Any, end: float | None, message: bytes | None = None) -> bytes:
-        raw = bytes(head.numpy())
-        length = int.from_bytes(raw[:8], "little")
-        if length <= HEAD - 8:
-            return raw[8 : 8 + length]
-        rest = torch.empty(length - (HEAD - 8), dtype=torch.uint8)
-        if message is not None:
-            rest[:] = torch.frombuffer(bytearray(message[HEAD - 8 :]), dtype=torch.uint8)
-        self._wait(lambda: distributed.broadcast(rest, self._source, group=group, async_op=True), end)
-        return raw[8:] + bytes(rest.numpy())
+        raw, length = bytes(head.numpy())[LENGTH_BYTES:], _length_of(head)
+        if length <= HEAD:
+            return raw[: length - LENGTH_BYTES]
+        rest = _bytes((message or b"")[HEAD - LENGTH_BYTES :], length - HEAD)
+        self._wait(lambda: _send(rest, group), end)
+        return raw + bytes(rest.numpy())
 
     def _wait(self, begin: Callable[[], Any], end: float | None) -> None:
         self.check()
@@ -376,6 +411,33 @@ class RankGroup(Alone):
                     f"({str(error).splitlines()[0]:.200}). Start all of them again."
                 )
             raise RankError(str(self.failure)) from error
+
+
+def _bytes(message: bytes, count: int) -> torch.Tensor:
+    """``count`` bytes that begin with a message, uint8 ``[count]``."""
+    return torch.frombuffer(bytearray(message.ljust(count, b"\0")[:count]), dtype=torch.uint8)
+
+
+def _head_of(message: bytes) -> torch.Tensor:
+    """The beginning of a message, its length in bytes before it, uint8 ``[HEAD]``."""
+    return _bytes(len(message).to_bytes(LENGTH_BYTES, "little") + message[: HEAD - LENGTH_BYTES], HEAD)
+
+
+def _length_of(head: torch.Tensor) -> int:
+    """Bytes of a message and of what says its length."""
+    return LENGTH_BYTES + int.from_bytes(bytes(head[:LENGTH_BYTES].numpy()), "little")
+
+
+def _send(tensor: torch.Tensor, group: Any) -> Any:
+    """Begin to send the first rank's tensor into that of the others."""
+    options = distributed.BroadcastOptions()
+    options.rootRank = 0
+    return group.broadcast([tensor], options)
+
+
+def _cut(text: str, count: int) -> bytes:
+    """The beginning of a text in UTF-8, at most ``count`` bytes of whole characters."""
+    return text.encode(errors="replace")[:count].decode(errors="ignore").encode()
 
 
 class _Pickler(pickle.Pickler):

@@ -17,6 +17,12 @@ from hf_paged.engine.ranks import Alone
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 LAST = {2: "one_forward_fails", 3: "one_is_killed"}
+LAUNCHES = [
+    *((size, "run", last) for size, last in LAST.items()),
+    (2, "states", "first_is_killed"), (3, "states", "end"),
+]  # fmt: skip
+"""Processes, the scenes that they run first, and the one behind which they are of no use."""
+KILLED = {"one_is_killed": 2, "first_is_killed": 0}
 
 
 @pytest.fixture(scope="module")
@@ -31,20 +37,22 @@ def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("ranks")
     worker.make_model().save_pretrained(folder / "model")
     path = os.pathsep.join(map(str, (ROOT, ROOT / "kernels", Path(worker.__file__).parent)))
+    asked = [":".join(map(str, launch)) for launch in LAUNCHES]
     done = subprocess.run(
-        [sys.executable, worker.__file__, folder / "model", folder, *(f"{n}:{last}" for n, last in LAST.items())],
+        [sys.executable, worker.__file__, folder / "model", folder, *asked],
         cwd=ROOT, env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
-    for size in LAST:
-        codes = json.loads((folder / f"{size}.codes.json").read_text("utf-8"))
-        expected = [0] * (size - 1) + [-signal.SIGKILL if LAST[size] == "one_is_killed" else 0]
+    for size, _, last in LAUNCHES:
+        codes = json.loads((folder / f"{size}.{last}.codes.json").read_text("utf-8"))
+        expected = [-signal.SIGKILL if rank == KILLED.get(last) else 0 for rank in range(size)]
         assert codes == expected, done.stderr[-4000:]
     return folder
 
 
-def read(folder: Path, size: int) -> list[dict[str, Any]]:
-    return [json.loads((folder / f"{size}.{i}.json").read_text("utf-8")) for i in range(size)]
+def read(folder: Path, size: int, name: str = "run") -> list[dict[str, Any]]:
+    """What the processes found that have written it."""
+    return [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob(f"{size}.*.{name}.json"))]
 
 
 @pytest.fixture(params=sorted(LAST))
@@ -80,6 +88,8 @@ def test_requests_of_the_first_rank_give_the_tokens_of_one_process(ranks, one):
 def test_code_of_a_request_is_that_of_the_first_rank(ranks, one):
     """Its processors and criteria draw numbers that are others on each rank."""
     assert [found["own code"] for found in ranks] == [ranks[0]["own code"]] * len(ranks)
+    # Of one prompt it is known in which order they are drawn.
+    assert [found["numbers of one"] for found in ranks] == [one["numbers of one"]] * len(ranks)
     # Those that draw no numbers. In which order others draw them depends on when requests come.
     assert ranks[0]["own code"][2:] == one["own code"][2:]
     expected = [None, "CannotBeSentError: 1 and 2", None, None, "CannotBeSentError: 1 and 2"]
@@ -132,7 +142,9 @@ def test_changes_of_weights_are_seen_by_all(one):
 
 
 def test_a_step_that_fails_on_all_ranks_ends_its_requests_alone(ranks):
-    assert [found["failing step"] for found in ranks] == [["3 and 4"] * 2] * len(ranks)
+    error = f"3 and {worker.LONG}"
+    assert [found["failing step"] for found in ranks] == [[error] * 2] * len(ranks)
+    assert [found["told changes"] for found in ranks] == [[]] * len(ranks)
 
 
 def test_wrong_use_raises_on_every_rank(ranks):
@@ -150,25 +162,44 @@ def test_wrong_use_raises_on_every_rank(ranks):
     assert ranks[0]["salt"].startswith("RequestError: cache_salt=frozenset({1}) cannot be sent to the other ranks")
 
 
-def last(folder: Path, size: int) -> list[dict[str, Any]]:
-    return [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob(f"{size}.*.last.json"))]
-
-
 def test_a_forward_that_fails_on_one_rank_ends_the_engine_on_all(folder):
-    text = "RankError: rank 1 of 2 has failed in a step, and not all others have: CannotBeSentError: 5 and 6"
-    first, second = last(folder, 2)
-    assert first["errors"] == [text] * 3
+    words = f"CannotBeSentError: 5 and {worker.LONG}"[:400]
+    text = f"RankError: rank 1 of 2 has failed in a step, and not all others have: {words}"
+    first, second = read(folder, 2, "one_forward_fails")
+    # The others are told as many bytes as there is room for, and no part of a character.
+    told = first["after"]
+    assert text.startswith(told)
+    assert 1020 <= len(told.removeprefix("RankError: ").encode()) <= 1023
+    assert first["errors"] == [told] * 3
+    assert second["after"] in (text, told)
     for found in (first, second):
-        assert found["after"] == text
         assert found["state"] == "broken"
         assert found["seconds"] < 60
 
 
 def test_a_rank_that_is_killed_leaves_no_other_waiting(folder):
-    first, second = last(folder, 3)
+    first, second = read(folder, 3, "one_is_killed")
     text = "RankError: one of the 3 processes of the model has died"
     assert all(error.startswith(text) for error in first["errors"])
     for found in (first, second):
         assert found["after"].startswith(text)
         assert found["state"] == "broken"
         assert found["seconds"] < 60
+
+
+def test_the_first_rank_is_killed_and_leaves_no_other_waiting(folder):
+    (second,) = read(folder, 2, "first_is_killed")
+    assert second["after"].startswith("RankError: one of the 2 processes of the model has died")
+    assert second["state"] == "broken"
+    assert second["seconds"] < 60
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_any_order_of_calls_and_faults_and_engines_leave_no_descriptors(folder, size):
+    """The state machine of ``engine_machine`` over all ranks; it asserts there."""
+    found = read(folder, size, "states")
+    assert len(found) == size
+    for rank in found:
+        counts = rank["descriptors"]
+        assert len(counts) >= 5
+        assert max(counts) == counts[0], "connections of engines that are closed"

@@ -1,6 +1,6 @@
 """The processes of ``test_tensor_parallel.py``: they write what their calls gave, as JSON.
 
-    python tensor_parallel_worker.py MODEL results/ 2:one_forward_fails 3:one_is_killed
+    python tensor_parallel_worker.py MODEL results/ 2:run:one_forward_fails 3:states:first_is_killed
 
 The test runs the same scenes in its own process, with the whole model.
 """
@@ -20,6 +20,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from amount import EVERYTHING
+from engine_machine import PROMPTS, EngineMachine, Part, Reference, seed_of
+from engine_machine import config as config_of_mode
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import rule, run_state_machine_as_test
 from random_requests import AddToToken, StopAtSum, draw
 from small_engines import run_again
 from tiny_models import build, randomise, tiny_config
@@ -36,6 +42,9 @@ from hf_paged.engine.startup import start
 
 OPTIONS: dict[str, Any] = dict(page_size=8, num_pages=96, max_num_seqs=8, max_batch_tokens=32, seed=7)
 NUM_RANDOM = 12
+LONG = "\U0001f600" * 400
+"""Text of 1,600 bytes in UTF-8."""
+NUM_MACHINES = {2: 40, 3: 40} if EVERYTHING else {2: 4, 3: 2}
 
 
 def make_model(heads: int = 12, kv_heads: int = 6) -> Any:
@@ -138,12 +147,16 @@ class Scenes:
     Args:
         model: whole or sharded.
         rank, size: of this process.
-        meet: waits for the other processes, over a group of the test's own.
+        group: of the test's own, over which the processes wait for one another; None: there is one.
     """
 
-    def __init__(self, model: Any, rank: int = 0, size: int = 1, meet: Callable[[], Any] = lambda: None) -> None:
-        self.model, self.rank, self.size, self.meet = model, rank, size, meet
+    def __init__(self, model: Any, rank: int = 0, size: int = 1, group: Any = None) -> None:
+        self.model, self.rank, self.size, self.group = model, rank, size, group
         self.found: dict[str, Any] = {}
+
+    def meet(self) -> None:
+        if self.group is not None:
+            distributed.barrier(group=self.group)
 
     def engine(self, **options: Any) -> hf_paged.Engine:
         return hf_paged.Engine(self.model, hf_paged.EngineConfig(**(OPTIONS | options)))
@@ -226,6 +239,8 @@ class Scenes:
             engine.generate(prompts(4), generation_config=config(12), stopping_criteria=[StopAtSum()]),
         ]
         self.found["own code"] = [tokens(outputs) for outputs in made]
+        alone = engine.generate(prompts(1), generation_config=config(6), logits_processor=[DrawsNumbers(self.rank)])
+        self.found["numbers of one"] = tokens(alone)
         failed = engine.generate(prompts(6), generation_config=config(4), logits_processor=[Fails()])
         self.found["failed"] = [None if output.error is None else str(output.error) for output in failed]
 
@@ -289,13 +304,17 @@ class Scenes:
             nonlocal calls
             calls += 1
             if calls == 3:
-                raise CannotBeSentError(3, 4)
+                raise CannotBeSentError(3, LONG)
             return run(*arguments, **options)
 
-        engine._core.runner.forward = forward
+        runner = engine._core.runner
+        change, changes = runner.change, iter([None, None, None, LONG])  # Told to the others with the failure.
+        runner.forward, runner.change = forward, lambda look_closely: next(changes, None)
         outputs = engine.generate(prompts(2), generation_config=config(6))
         self.found["failing step"] = [str(output.error) for output in outputs]
-        engine._core.runner.forward = run
+        engine.generate(prompts(1), generation_config=config(1))
+        self.found["told changes"] = list(changes)
+        runner.forward, runner.change = run, change
         self.found["after it"] = tokens(engine.generate(prompts(2), generation_config=config(6)))
 
     def failing_start(self) -> None:
@@ -359,6 +378,26 @@ class Scenes:
         out = model.generate(ids[:1, -3:], max_new_tokens=5, custom_generate=hf_paged.generate)
         self.found["one call"] = out.tolist()
 
+    def states(self) -> None:
+        """Any order of calls and faults; an engine for each."""
+        part = RankPart(self)
+        if self.rank:
+            part.obey()
+        else:
+            reference = Reference(make_model())
+            run_state_machine_as_test(
+                lambda: ShardedMachine(part, reference),
+                settings=settings(
+                    max_examples=NUM_MACHINES[self.size], stateful_step_count=25, phases=[Phase.generate],
+                    derandomize=True, database=None, deadline=None, suppress_health_check=list(HealthCheck),
+                ),
+            )  # fmt: skip
+            while len(part.descriptors) < 5:
+                part.order("open")
+                part.order("close")
+            part.finish()
+        self.found["descriptors"] = part.descriptors
+
     # Last ones: the processes are of no use behind them
 
     def one_forward_fails(self) -> None:
@@ -368,15 +407,26 @@ class Scenes:
         engine.generate(prompts(2), generation_config=config(3))
         if self.rank == self.size - 1:
             layer = self.model.model.layers[1]
-            layer.mlp.down_proj.forward = lambda *arguments: (_ for _ in ()).throw(CannotBeSentError(5, 6))
+            layer.mlp.down_proj.forward = lambda *arguments: (_ for _ in ()).throw(CannotBeSentError(5, LONG))
         self.last(engine)
 
     def one_is_killed(self) -> None:
         """The last rank, in the middle of a step."""
+        self.kill(self.size - 1)
+
+    def first_is_killed(self) -> None:
+        """The rank that decides."""
+        self.kill(0)
+
+    def end(self) -> None:
+        """In order."""
+        distributed.destroy_process_group()
+
+    def kill(self, rank: int) -> None:
         following.STUCK_WAIT_S = 1.0
         engine = self.engine()
         engine.generate(prompts(2), generation_config=config(3))
-        if self.rank == self.size - 1:
+        if self.rank == rank:
             layer = self.model.model.layers[1]
             layer.mlp.down_proj.forward = lambda *arguments: os.kill(os.getpid(), signal.SIGKILL)
         self.last(engine)
@@ -396,7 +446,90 @@ class Scenes:
         engine.close()
 
 
-def run_rank(path: str, folder: Path, last: str) -> None:
+class RankPart(Part):
+    """A rank's part in the state machine.
+
+    Args:
+        scenes: of this rank.
+    """
+
+    def __init__(self, scenes: Scenes) -> None:
+        super().__init__(scenes.model, 1000.0 * scenes.rank)
+        self.scenes, self.descriptors = scenes, list[int]()
+
+    def open(self) -> None:
+        super().open()
+        # Steps run where the machine is, so that what comes between two of them is the same in every run.
+        self.engine.background = not self.engine.ranks.leads
+        pause, run = random.Random(self.scenes.rank), self.engine.core.run
+
+        def slow(work: Any) -> Any:
+            time.sleep(pause.choice([0, 0, 0, 0, 0.003]))
+            return run(work)
+
+        self.engine.core.run = slow
+
+    def generate(self, asked: list[tuple[int, int, str, list[list[int]]]]) -> None:
+        """A call of all ranks."""
+        for prompt, new, mode, wanted in asked:
+            output = self.engine.generate(
+                [PROMPTS[prompt]], generation_config=config_of_mode(new, mode), seed=seed_of(mode)
+            )[0]
+            if output.error is None:
+                assert [sequence.token_ids for sequence in output.sequences] == wanted
+            else:
+                assert "a forward that fails" in str(output.error)
+
+    def close(self) -> None:
+        super().close()
+        self.descriptors.append(len(os.listdir("/proc/self/fd")))
+
+    def obey(self) -> None:
+        """Do what the first rank does, until it has no more; see :meth:`order`."""
+        while (order := self._say(None)) is not None:
+            self._do(*order)
+
+    def order(self, name: str, *arguments: Any) -> None:
+        """Call a method on all ranks."""
+        self._say((name, arguments))
+        self._do(name, arguments)
+
+    def finish(self) -> None:
+        """There are no more orders."""
+        self._say(None)
+
+    def _say(self, order: Any) -> Any:
+        said = [order]
+        distributed.broadcast_object_list(said, 0, group=self.scenes.group)
+        return said[0]
+
+    def _do(self, name: str, arguments: Any) -> None:
+        failures: list[str | None] = [None] * self.scenes.size
+        try:
+            getattr(self, name)(*arguments)
+            failure = None
+        except BaseException:
+            failure = f"rank {self.scenes.rank}: {traceback.format_exc()}"
+        distributed.all_gather_object(failures, failure, group=self.scenes.group)
+        assert not any(failures), "".join(failure for failure in failures if failure)
+
+
+class ShardedMachine(EngineMachine):
+    """The first rank's, which gives the others orders."""
+
+    part: RankPart
+
+    def act(self, name: str, *arguments: Any) -> None:
+        self.part.order(name, *arguments)
+
+    @rule(
+        prompt=st.integers(0, len(PROMPTS) - 1), new=st.sampled_from([1, 6]), mode=st.sampled_from(["greedy", "sample"])
+    )
+    def generate_on_all_ranks(self, prompt, new, mode):
+        self.act("generate", [(prompt, new, mode, self.reference.tokens(prompt, new, mode))])
+
+
+def run_rank(path: str, folder: Path, first: str, last: str) -> None:
     """Of the process that the environment says."""
     faulthandler.dump_traceback_later(150, exit=True)
     size = int(os.environ["WORLD_SIZE"])
@@ -404,16 +537,14 @@ def run_rank(path: str, folder: Path, last: str) -> None:
         path, dtype="float32", distributed_config=DistributedConfig(tp_size=size)
     ).eval()
     rank = distributed.get_rank()
-    group = distributed.new_group(backend="gloo")
-    scenes = Scenes(model, rank, size, lambda: distributed.barrier(group=group))
-    found = scenes.run()
-    (folder / f"{size}.{rank}.json").write_text(json.dumps(found), encoding="utf-8")
-    scenes.found = {}
-    getattr(scenes, last)()
-    (folder / f"{size}.{rank}.last.json").write_text(json.dumps(scenes.found), encoding="utf-8")
+    scenes = Scenes(model, rank, size, distributed.new_group(backend="gloo"))
+    for name in (first, last):
+        scenes.found = {}
+        getattr(scenes, name)()
+        (folder / f"{size}.{rank}.{name}.json").write_text(json.dumps(scenes.found), encoding="utf-8")
 
 
-def fork_ranks(size: int, path: str, folder: Path, last: str) -> list[int]:
+def fork_ranks(size: int, path: str, folder: Path, first: str, last: str) -> list[int]:
     """Run ``size`` processes, which have imported everything already; returns how they have ended."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -425,7 +556,7 @@ def fork_ranks(size: int, path: str, folder: Path, last: str) -> list[int]:
             place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": size, "RANK": rank}
             os.environ |= {name: str(value) for name, value in place.items()} | {"LOCAL_RANK": str(rank)}
             try:
-                run_rank(path, folder, last)
+                run_rank(path, folder, first, last)
                 os._exit(0)  # A thread may wait in the model's communication for a rank that is gone.
             except BaseException:
                 traceback.print_exc()
@@ -438,9 +569,9 @@ def main() -> None:
     """Command line."""
     path, folder, *asked = sys.argv[1:]
     for one in asked:
-        size, last = one.split(":")
-        codes = fork_ranks(int(size), path, Path(folder), last)
-        Path(folder, f"{size}.codes.json").write_text(json.dumps(codes), encoding="utf-8")
+        size, first, last = one.split(":")
+        codes = fork_ranks(int(size), path, Path(folder), first, last)
+        Path(folder, f"{size}.{last}.codes.json").write_text(json.dumps(codes), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -36,8 +36,12 @@ def make_ranks(model: Any, config: EngineConfig) -> Alone:
         if getattr(config, name):
             raise ValueError(f"{name}=True cannot be: the model is sharded over processes. Leave it out.")
     group = RankGroup(process_group)
-    group.meet(lambda: (repr(config), None))
     group.watch()
+    try:
+        group.meet(lambda: (repr(config), None))
+    except BaseException:
+        group.leave()
+        raise
     return group
 
 
