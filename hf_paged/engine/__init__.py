@@ -5,6 +5,7 @@ from .distributed import generate_distributed
 from .engine import Engine
 from .events import TokenEvent, TokenEvents
 from .handle import RequestHandle
+from .page_events import PageEventBatch, PageEvents, PagesCleared, PagesRemoved, PagesStored
 from .scheduling.request import RequestOutput, RequestTiming, SequenceOutput
 from .startup.support import is_supported
 from .trace import EngineStats
@@ -16,6 +17,11 @@ __all__ = [
     "EngineHealth",
     "EngineSnapshot",
     "EngineStats",
+    "PageEventBatch",
+    "PageEvents",
+    "PagesCleared",
+    "PagesRemoved",
+    "PagesStored",
     "RequestHandle",
     "RequestOutput",
     "RequestSnapshot",

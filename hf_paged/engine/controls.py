@@ -6,6 +6,7 @@ from typing import Any
 
 from ..errors import RequestError
 from .core import no_gradients
+from .page_events import PageEvents
 from .process import wait_if_exiting
 from .ranks import Alone
 from .views import EngineViews
@@ -85,6 +86,28 @@ class EngineControls(EngineViews):
         """Forget every cached prefix; running requests keep their pages."""
         with self._between_steps("drop_prefixes"):
             self._command("drop_prefixes")
+
+    def page_events(self, *, max_pending: int = 65_536) -> PageEvents:
+        """Listen to what enters and leaves the prefix cache; several may. Waits for the running step.
+
+        The first batch names all that is cached by now; then each step that changes something gives one. A page is
+        cached as long as the full pages of its tokens are; where all layers have sliding windows, some of it.
+
+        Args:
+            max_pending: pages of batches that wait for the listener; more are dropped and counted, and it gets all that
+                is cached anew once it has taken what waits.
+
+        Raises:
+            RequestError: the engine is closed, or a request's own code asks.
+            ValueError: ``max_pending`` is less than 1.
+        """
+        if max_pending < 1:
+            raise ValueError(f"max_pending must be at least 1 page, got {max_pending!r}.")
+        with self._between_steps("page_events"):
+            listener = PageEvents(self.mail, max_pending)
+            with self.mail.changed:
+                self.loop.pages.add(listener)
+        return listener
 
     def sleep(self, *, keep_graphs: bool = False) -> None:
         """Give the memory of the pages back, and pause.

@@ -14,6 +14,7 @@ from .group import RankGroup
 from .in_flight import InFlightStep
 from .joint_steps import JointSteps
 from .news import StepNews
+from .page_events import PagePublisher
 from .scheduling.page_budget import give_back_unused
 from .scheduling.request import ACTIVE, Request, RequestOutput
 from .scheduling.step import ScheduledStep
@@ -43,6 +44,7 @@ class StepLoop:
         seen: of the end of the last step, for statistics.
         step_began: when the running step did, None: none runs.
         joint: what other processes are told, and tell, of a sharded model's steps; None: there are none.
+        pages: tells those who listen what the prefix cache holds.
     """
 
     def __init__(self, core: EngineCore, mail: Mailbox, fused: FusedModel | None) -> None:
@@ -58,6 +60,7 @@ class StepLoop:
         self._to_raise: BaseException | None = None
         self.step_began: float | None = None
         self.joint = JointSteps(core.ranks, mail) if isinstance(core.ranks, RankGroup) else None
+        self.pages = PagePublisher(core.pool.prefixes, core.config.page_size)
         self.note_counts()
 
     def note_counts(self) -> None:
@@ -190,7 +193,7 @@ class StepLoop:
         """
         if news is None:
             incoming, cancels = self.mail.take()
-            late = self._take_late(now)
+            late = _take_late(self.deadlines, now)
             if self.joint is not None:
                 scheduler = self.core.scheduler
                 has_work = bool(self.pending or scheduler.running or scheduler.waiting) and not self.is_paused
@@ -212,20 +215,13 @@ class StepLoop:
         for request in cancels:
             self.core.endings.end_request(request, "cancelled")
         # Those that have come too late already have been taken in.
-        for request in late + (self._take_late(now) if self.joint is None else []):
+        for request in late + (_take_late(self.deadlines, now) if self.joint is None else []):
             assert request.deadline is not None
             seconds = request.deadline - request.submitted
             self.core.endings.end_request(
                 request, "deadline", RequestError(f"the deadline of {seconds:.3g} seconds has passed.")
             )
         return True
-
-    def _take_late(self, now: float) -> list[Request]:
-        """Requests whose deadline has passed."""
-        late = []
-        while self.deadlines and self.deadlines[0][0] <= now:
-            late.append(heapq.heappop(self.deadlines)[2])
-        return late
 
     def _look_for_changes(self, incoming: list[Request]) -> None:
         """Drop what was computed with other weights than the model has now."""
@@ -253,6 +249,9 @@ class StepLoop:
             elif self.joint is not None:
                 self.joint.note_failure(error, in_step=False)
             raise
+        finally:
+            if self.pages.has_news():
+                self.publish()
 
     def start_over(self, change: str | None, keep_graphs: bool = False) -> None:
         """Drop captured steps and prefixes; running requests compute their tokens again."""
@@ -274,10 +273,14 @@ class StepLoop:
         if core.endings.finished and not core.scheduler.running and core.holds_computed():
             # Before a caller knows that nothing runs, and may write to the weights.
             core.runner.remember_values()
-        if not core.endings.finished and not self.mail.streams and not self.mail.sleepers:
+        # A rank that does not answer may hold the lock of steps, and with it the prefix cache.
+        tells_pages = self.broken is None and self.pages.has_news()
+        if not core.endings.finished and not self.mail.streams and not self.mail.sleepers and not tells_pages:
             self.seen = self.counters.snapshot(self.core)
             return
         with self.mail.changed:
+            if tells_pages:
+                self.pages.publish()
             for request in core.endings.finished:
                 self.mail.unfinished.pop(request.request_id, None)
                 self.mail.streams.pop(request, None)
@@ -299,10 +302,7 @@ class StepLoop:
                 self.deadlines = [entry for entry in self.deadlines if entry[2].output is None]
                 heapq.heapify(self.deadlines)
             for request in self.mail.streams:
-                for sequence in request.sequences:
-                    tokens = core.slots.tokens(sequence.slot) if sequence.slot >= 0 else sequence.tokens
-                    sequence.stream.extend(tokens[len(request.prompt) + len(sequence.stream) :].tolist())
-                    sequence.stream_end = sequence.finish_reason
+                _fill_streams(request, core)
             sleepers, self.mail.sleepers = self.mail.sleepers, []
             self.mail.changed.notify_all()
         self.mail.wake_sleepers(sleepers)
@@ -425,6 +425,22 @@ class StepLoop:
         self.publish()
         with self.mail.changed:
             self.mail.changed.notify_all()
+
+
+def _take_late(deadlines: list[tuple[float, int, Request]], now: float) -> list[Request]:
+    """Take requests whose deadline has passed out of a heap."""
+    late = []
+    while deadlines and deadlines[0][0] <= now:
+        late.append(heapq.heappop(deadlines)[2])
+    return late
+
+
+def _fill_streams(request: Request, core: EngineCore) -> None:
+    """Let those who read a request's tokens as they come have the new ones."""
+    for sequence in request.sequences:
+        tokens = core.slots.tokens(sequence.slot) if sequence.slot >= 0 else sequence.tokens
+        sequence.stream.extend(tokens[len(request.prompt) + len(sequence.stream) :].tolist())
+        sequence.stream_end = sequence.finish_reason
 
 
 def _step_record(

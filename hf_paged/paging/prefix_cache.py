@@ -54,16 +54,21 @@ class PrefixCacheStats:
 
 
 @dataclass(slots=True, eq=False, repr=False)
-class _Node:
-    """One logical page of a prefix: its tokens, after those of ``parent``."""
+class PrefixNode:
+    """One logical page of a prefix: its tokens, after those of ``parent``.
 
-    parent: "_Node | None"
+    Attributes:
+        event_hash: its name in page events, None: no event has named it.
+    """
+
+    parent: "PrefixNode | None"
     salt: Hashable
     tokens: tuple[int, ...]
     key: int
     depth: int
     pages: list[int | None]
-    children: "dict[_Node, None]" = field(default_factory=dict)
+    children: "dict[PrefixNode, None]" = field(default_factory=dict)
+    event_hash: int | None = None
 
 
 def _hash(parent: Hashable, tokens: tuple[int, ...]) -> int:
@@ -81,6 +86,10 @@ class PrefixCache:
         page_size: tokens of a page.
         allocators: per group of layers, the allocator of its pages.
         windows: per group, the tokens that a query sees, itself counted, or None for all.
+
+    Attributes:
+        changes: (True, node) for each node that came, (False, node) for each that went, (False, None): all went. A
+            reader takes them out; None: there is none, and nothing is written.
 
     Raises:
         ValueError: an argument is not one of those described.
@@ -101,11 +110,12 @@ class PrefixCache:
         self.allocators = tuple(allocators)
         self.windows = tuple(windows)
         # Nodes of one key: several only when their hashes collide.
-        self._nodes: dict[int, list[_Node]] = {}
+        self._nodes: dict[int, list[PrefixNode]] = {}
         # Every node, least recently used first, children before their parents.
-        self._order: OrderedDict[_Node, None] = OrderedDict()
+        self._order: OrderedDict[PrefixNode, None] = OrderedDict()
         # Per group, page -> the node that holds it.
-        self._holders: tuple[dict[int, _Node], ...] = tuple({} for _ in allocators)
+        self._holders: tuple[dict[int, PrefixNode], ...] = tuple({} for _ in allocators)
+        self.changes: list[tuple[bool, PrefixNode | None]] | None = None
         self._queries = self._hits = self._tokens_asked = self._tokens_found = 0
         self._pages_cached = self._evictions = 0
 
@@ -133,6 +143,10 @@ class PrefixCache:
             evictions=self._evictions,
         )
 
+    def nodes(self) -> Iterator[PrefixNode]:
+        """Every node, parents before their children; chains in one piece."""
+        return reversed(self._order)
+
     def held(self, group: int) -> Iterator[int]:
         """Every page reference that the cache holds of a group, for :meth:`PageAllocator.check`."""
         return iter(self._holders[group])
@@ -141,8 +155,8 @@ class PrefixCache:
         """Prove the books of the cache itself (AssertionError if wrong); the allocators prove the owners."""
         assert sorted(map(id, self._order)) == sorted(id(n) for nodes in self._nodes.values() for n in nodes)
         assert all(self._nodes.values()), "a key without nodes"
-        held: list[dict[int, _Node]] = [{} for _ in self.allocators]
-        seen: set[_Node] = set()
+        held: list[dict[int, PrefixNode]] = [{} for _ in self.allocators]
+        seen: set[PrefixNode] = set()
         for node in self._order:
             assert node.parent is None or (node.parent in self._order and node in node.parent.children), "a lost parent"
             assert node.parent not in seen, "a parent is less recently used than its child"
@@ -193,9 +207,9 @@ class PrefixCache:
         """Whether the first page of ``tokens`` is there."""
         return bool(self._find_chain(tokens, 1, salt))
 
-    def _find_chain(self, tokens: Sequence[int], num_pages: int, salt: Hashable) -> list[_Node]:
+    def _find_chain(self, tokens: Sequence[int], num_pages: int, salt: Hashable) -> list[PrefixNode]:
         """The cached nodes of the first ``num_pages`` pages, as far as they go."""
-        chain: list[_Node] = []
+        chain: list[PrefixNode] = []
         for i in range(num_pages):
             page_tokens = tuple(tokens[i * self.page_size : (i + 1) * self.page_size])
             parent = chain[-1] if chain else None
@@ -208,7 +222,7 @@ class PrefixCache:
                 break
         return chain
 
-    def _usable_length(self, chain: Sequence[_Node]) -> int:
+    def _usable_length(self, chain: Sequence[PrefixNode]) -> int:
         """The largest n for which every group has the pages that a query after n pages sees."""
         usable = 0
         # Per group, how many pages up to here are there without a gap.
@@ -299,21 +313,23 @@ class PrefixCache:
                 allocator.drop(page)
             raise
 
-    def _add_node(self, parent: _Node | None, tokens: tuple[int, ...], salt: Hashable) -> _Node:
+    def _add_node(self, parent: PrefixNode | None, tokens: tuple[int, ...], salt: Hashable) -> PrefixNode:
         """A node without pages; the caller touches it."""
         key = _hash(parent.key if parent else salt, tokens)
         depth = parent.depth + 1 if parent else 0
-        node = _Node(parent, salt, tokens, key, depth, pages=[None] * len(self.allocators))
+        node = PrefixNode(parent, salt, tokens, key, depth, pages=[None] * len(self.allocators))
         self._nodes.setdefault(key, []).append(node)
         if parent is not None:
             parent.children[node] = None
+        if self.changes is not None:
+            self.changes.append((True, node))
         return node
 
-    def _touch(self, nodes: Iterable[_Node]) -> None:
+    def _touch(self, nodes: Iterable[PrefixNode]) -> None:
         """Make nodes and all before them in their chains the most recently used, children before their parents."""
-        touched: dict[_Node, None] = {}
+        touched: dict[PrefixNode, None] = {}
         for node in nodes:
-            current: _Node | None = node
+            current: PrefixNode | None = node
             while current is not None and current not in touched:
                 touched[current] = None
                 current = current.parent
@@ -342,7 +358,7 @@ class PrefixCache:
             raise ValueError(f"count must be at least 0, got {count}.")
         pages_before = sum(self.num_pages)
         freed = 0
-        passed_over: list[_Node] = []
+        passed_over: list[PrefixNode] = []
         while freed < count and self._order and self._holders[group]:
             node, _ = self._order.popitem(last=False)
             frees = self._would_free(node, group)
@@ -379,13 +395,15 @@ class PrefixCache:
             holders.clear()
         self._nodes.clear()
         self._order.clear()
+        if self.changes is not None:
+            self.changes.append((False, None))
 
-    def _would_free(self, node: _Node, group: int) -> bool:
+    def _would_free(self, node: PrefixNode, group: int) -> bool:
         """Whether the node holds a page of ``group`` that has no other owner."""
         page = node.pages[group]
         return page is not None and not self.allocators[group].is_shared(page)
 
-    def _drop_with_descendants(self, node: _Node) -> None:
+    def _drop_with_descendants(self, node: PrefixNode) -> None:
         """Forget a node and all that continue it."""
         subtree = [node]
         for current in subtree:
@@ -395,15 +413,17 @@ class PrefixCache:
             if current in self._order:
                 self._drop(current)
 
-    def _drop(self, node: _Node) -> None:
+    def _drop(self, node: PrefixNode) -> None:
         """Forget a node that nothing continues, and those before it that hold no page and led only here."""
-        last: _Node | None = node
+        last: PrefixNode | None = node
         while last is not None:
             for allocator, holders, page in zip(self.allocators, self._holders, last.pages):
                 if page is not None:
                     allocator.drop(page)
                     del holders[page]
             self._order.pop(last, None)
+            if self.changes is not None:
+                self.changes.append((False, last))
             same_key = self._nodes[last.key]
             same_key.remove(last)
             if not same_key:

@@ -26,7 +26,13 @@ if sys.platform == "linux":
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)
 """
 """Begins a child's program: it ends when the thread that started it does (PR_SET_PDEATHSIG), however that ends."""
-GATEWAY = ENDS_WITH_PARENT + "from smg.cli import main\nmain(sys.argv[1:])\n"
+GATEWAY = ENDS_WITH_PARENT + """
+import smg.launch_router
+from smg.cli import main
+# It would name the gateway's own address, before which there is no guard.
+smg.launch_router.print_banner = lambda *arguments: None
+main(sys.argv[1:])
+"""
 ONE_ENGINE = ("--disable-retries", "--health-check-interval-secs", "5")
 """What one engine refuses, it would refuse again."""
 SEVERAL_ENGINES = (

@@ -202,6 +202,7 @@ class _Service:
         pump = asyncio.create_task(self._servicer.pump())
         self._bound.set_result(port)
         await self._ending.wait()
+        self._servicer.end_subscriptions()
         await server.stop(grace=0.5)
         pump.cancel()
 

@@ -11,8 +11,19 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from smg_grpc_proto import vllm_engine_pb2 as pb
 from smg_grpc_proto import vllm_engine_pb2_grpc
+from smg_grpc_proto.generated import common_pb2
 
-from ..engine import Engine, RequestHandle, RequestOutput, TokenEvent, TokenEvents
+from ..engine import (
+    Engine,
+    PageEventBatch,
+    PageEvents,
+    PagesCleared,
+    PagesStored,
+    RequestHandle,
+    RequestOutput,
+    TokenEvent,
+    TokenEvents,
+)
 from ..engine.scheduling.request import ACTIVE, Adapter
 from ..engine.waiting import wait_async
 from ..errors import QueueFullError, RequestError
@@ -87,6 +98,7 @@ class Servicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         self._next_messages = 0.0
         self._workers = ThreadPoolExecutor(2, thread_name_prefix="hf-paged-grammar")
         self._streams: dict[str, _Stream] = {}
+        self._listeners: set[PageEvents] = set()
         self._started = time.time()
 
     @property
@@ -297,6 +309,27 @@ class Servicer(vllm_engine_pb2_grpc.VllmEngineServicer):
         )  # fmt: skip
         return pb.GetLoadsResponse(dp_rank_count=1, loads=[load])
 
+    async def SubscribeKvEvents(
+        self, request: common_pb2.SubscribeKvEventsRequest, context: grpc.aio.ServicerContext
+    ) -> AsyncIterator[common_pb2.KvEventBatch]:
+        """What enters and leaves the prefix cache. No history is kept: whatever number a client wants to go on from, it
+        gets all that is cached by now first."""
+        events = await asyncio.to_thread(self.engine.page_events)
+        self._listeners.add(events)
+        try:
+            while not events.has_ended():
+                await wait_async(self.engine, events.has_news)
+                for batch in events.take():
+                    yield _kv_batch(batch, self._adapter)
+        finally:
+            self._listeners.discard(events)
+            events.close()
+
+    def end_subscriptions(self) -> None:
+        """Let clients that listen to page events have their end, which nothing else brings."""
+        for events in list(self._listeners):
+            events.close()
+
 
 class HealthServicer(health_pb2_grpc.HealthServicer):
     """The usual health service of gRPC, about a :class:`Servicer`."""
@@ -316,6 +349,37 @@ class HealthServicer(health_pb2_grpc.HealthServicer):
 
 
 # Messages
+
+
+def _kv_batch(batch: PageEventBatch, adapter: Adapter) -> common_pb2.KvEventBatch:
+    """Page events in the protocol: of pages that requests with ``adapter`` find, since that is a model of its own."""
+    message = common_pb2.KvEventBatch(sequence_number=batch.sequence, timestamp=batch.timestamp)
+    for event in batch.events:
+        salt = event.salt if isinstance(event, PagesStored) else None
+        if isinstance(event, PagesStored) and adapter is not ACTIVE:
+            if not isinstance(salt, tuple) or salt[:2] != ("adapter", adapter):
+                continue
+            salt = salt[2]
+        entry = message.events.add(event_id=0 if batch.is_snapshot else batch.sequence)
+        if isinstance(event, PagesCleared):
+            entry.cleared.SetInParent()
+        elif isinstance(event, PagesStored):
+            size = event.page_size
+            entry.stored.MergeFrom(
+                common_pb2.KvBlocksStored(
+                    parent_block_hash=event.parent_hash, cache_salt=None if salt is None else str(salt),
+                    tier=common_pb2.KV_CACHE_TIER_DEVICE, locality=common_pb2.KV_CACHE_LOCALITY_LOCAL,
+                )
+            )  # fmt: skip
+            for i, name in enumerate(event.hashes):
+                tokens = event.token_ids[i * size : (i + 1) * size]
+                entry.stored.blocks.add(block_hash=name, token_ids=tokens, block_size=size)
+        else:
+            entry.removed.MergeFrom(common_pb2.KvBlocksRemoved(block_hashes=event.hashes))
+    if batch.is_snapshot:
+        num_blocks = sum(len(entry.stored.blocks) for entry in message.events)
+        message.snapshot.MergeFrom(common_pb2.KvSnapshotChunk(index=0, count=1, blocks=num_blocks))
+    return message
 
 
 def _by_sequence(events: list[TokenEvent]) -> list[tuple[int, list[TokenEvent]]]:
