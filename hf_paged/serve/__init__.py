@@ -32,8 +32,8 @@ def check_gateway(gateway: str) -> None:
     """
     if gateway == "dynamo":
         raise ValueError(
-            'gateway "dynamo" is not served: its workers register with a runtime of their own, which hf_paged does not '
-            f"speak. Use one of {GATEWAYS}."
+            'gateway "dynamo" is not served: its workers register with a runtime of its own (ai-dynamo-runtime) as a '
+            f"dynamo.common.backend.LLMEngine, and there is no such adapter here. Use one of {GATEWAYS}."
         )
     if gateway not in GATEWAYS:
         raise ValueError(f"gateway must be one of {GATEWAYS}, got {gateway!r}.")
