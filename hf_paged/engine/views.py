@@ -109,9 +109,10 @@ class EngineViews:
     def adapters(self) -> dict[str, str | None]:
         """The adapters that are loaded into the model, by name: why requests cannot name them, None: they can.
 
-        LoRA of linear layers can be named, of any rank and scaling, with ``use_rslora`` or without.
+        LoRA of linear layers can be named, of any rank and scaling, with ``use_rslora`` or without. That a model is
+        sharded, or ``EngineConfig(compile=True)``, :meth:`Engine.submit` refuses besides.
         """
-        found = ModelAdapters(self.model)
+        found = ModelAdapters(self.model, self._core.runner.misfit)
         return {name: found.reason_against(name) for name in found.refusals}
 
     def health(self) -> EngineHealth:

@@ -14,8 +14,8 @@ class PagesStored:
     """Pages that follow one another were cached.
 
     Attributes:
-        hashes: names of the pages, 64 bits with a sign: of a page's tokens, all tokens before it and the salt. The same
-            in every process.
+        hashes: names of the pages, 64 bits with a sign: of a page's tokens, all tokens before it and ``repr`` of the
+            salt. The same in every process, where that is.
         parent_hash: name of the page before the first one; None: the first one begins a sequence.
         token_ids: ``len(hashes) * page_size`` tokens.
         page_size: tokens of a page.

@@ -581,6 +581,7 @@ def test_layers_that_do_not_see_each_token_are_refused(monkeypatch, is_tried):
         assert engine.generate([PROMPT], generation_config=config(4))[0].token_ids == expected
         with pytest.raises(hf_paged.RequestError, match="which tokens they are of is not known"):
             engine.submit(PROMPT, adapter="default")
+        assert "which tokens they are of is not known" in engine.adapters()["default"]
 
 
 def test_adapters_that_cannot_be_read_end_their_requests_alone(monkeypatch):

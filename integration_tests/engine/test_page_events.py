@@ -218,7 +218,6 @@ def test_a_listener_waits_in_a_thread_of_its_own():
         thread = threading.Thread(target=listen)
         thread.start()
         engine.submit([5] * 20, generation_config=config(8)).result()
-        assert not listener.wait(0.0) or replica.sequence is not None
     thread.join(60)
     assert not thread.is_alive()
     replica.apply(listener.take())

@@ -196,3 +196,25 @@ def test_only_torchrun_shards_the_model(names, expected, monkeypatch):
     for name, value in names.items():
         monkeypatch.setenv(name, value)
     assert command._num_ranks() == expected
+
+
+def test_page_events_of_an_adapter_are_those_of_its_requests():
+    """Pages of other adapters are not of its model; names that it never gave are of no harm in what has gone."""
+    from hf_paged import PageEventBatch, PagesRemoved, PagesStored
+    from hf_paged.engine.scheduling.request import ACTIVE
+    from hf_paged.serve.smg import _kv_batch
+
+    salts = (("adapter", "a", None), ("adapter", "a", "tenant"), ("adapter", "b", None), ("adapter", None, None), "own")
+    stored = [PagesStored((i,), None, (7, 8), 2, salt) for i, salt in enumerate(salts)]
+    batch = PageEventBatch(3, 0.5, (*stored, PagesRemoved((0, 2))))
+
+    def found(adapter):
+        events = _kv_batch(batch, adapter).events
+        assert [list(event.removed.block_hashes) for event in events if event.HasField("removed")] == [[0, 2]]
+        blocks = [event.stored for event in events if event.HasField("stored")]
+        return [(x.blocks[0].block_hash, x.cache_salt if x.HasField("cache_salt") else None) for x in blocks]
+
+    assert found("a") == [(0, None), (1, "tenant")]
+    assert found("b") == [(2, None)]
+    assert found(None) == [(3, None)]
+    assert [name for name, _ in found(ACTIVE)] == [0, 1, 2, 3, 4]

@@ -86,7 +86,7 @@ def make_environment(folder: Path, versions: dict[str, str]) -> Path:
         venv.create(folder, with_pip=True, clear=True)
         pip = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
         subprocess.run([*pip, f"torch=={versions['torch']}", f"transformers=={versions['transformers']}"], check=True)
-        subprocess.run([*pip, "-e", f"{ROOT}[test]", "accelerate", "peft"], check=True)
+        subprocess.run([*pip, "-e", f"{ROOT}[test]", "accelerate"], check=True)
         # Last and alone: torch names the one triton that it was built with.
         subprocess.run([*pip, "--no-deps", f"triton=={versions['triton']}"], check=True)
         done.touch()

@@ -406,9 +406,9 @@ class Runner:
             if self.compiled is None:
                 stack.enter_context(self._as_written)
             if self.adapters is not None and inputs.adapters is not None:
-                kept_rows = None if keep is None or not self.takes_logits_to_keep else inputs.adapters[keep]
-                if keep is not None and not len(keep):
-                    kept_rows = inputs.adapters[-1:] if self.takes_logits_to_keep else None
+                kept_rows = None
+                if keep is not None and self.takes_logits_to_keep:
+                    kept_rows = inputs.adapters[keep] if len(keep) else inputs.adapters[-1:]
                 stack.enter_context(self.adapters.active(inputs.adapters, kept_rows))
             for modules in (self.fused, self.compiled):
                 if modules is not None:

@@ -1,7 +1,7 @@
 """Low-rank products of tokens that have different adapters, in Triton: shrink, then expand.
 
-    shrink   parts[s, t, r] = sum_k x[t, k] A[r, k]        k in the s-th run of SPLIT_K columns
-    expand   out[t, n] = base[t, n] + scaling sum_r (sum_s parts[s, t, r]) B[n, r]
+    shrink   partials[s, t, r] = sum_k x[t, k] A[r, k]        k in the s-th run of SPLIT_K columns
+    expand   out[t, n] = base[t, n] + scaling sum_r (sum_s partials[s, t, r]) B[n, r]
 
 A program has a tile of tokens, and goes through the pairs of matrices; it computes with those that tokens of the tile
 have, for all of the tile, and keeps the rows that are theirs::
@@ -31,7 +31,7 @@ FEW_TOKENS = 128
 
 @triton.jit
 def _pairs_of(adapters, pairs, tokens, num_tokens):
-    """The pair of each token, -1: none; the caller masks what it loads by it."""
+    """The adapter of each token and its pair, -1: none."""
     adapter = tl.load(adapters + tokens, mask=tokens < num_tokens, other=-1)
     return adapter, tl.load(pairs + adapter, mask=adapter >= 0, other=-1)
 
@@ -53,7 +53,7 @@ def _lora_shrink(
     pairs,
     table,
     first,
-    parts,
+    partials,
     num_tokens,
     num_pairs,
     stride_x,
@@ -92,7 +92,7 @@ def _lora_shrink(
     # int64: runs times tokens times ranks.
     row = tl.program_id(1).to(tl.int64) * num_tokens + tokens
     tl.store(
-        parts + row[:, None] * MAX_R + ranks[None, :], total, mask=(own >= 0)[:, None] & (ranks < MAX_R)[None, :]
+        partials + row[:, None] * MAX_R + ranks[None, :], total, mask=(own >= 0)[:, None] & (ranks < MAX_R)[None, :]
     )
 
 
@@ -104,7 +104,7 @@ def _lora_expand(
     scaling,
     table,
     first,
-    parts,
+    partials,
     out,
     num_tokens,
     num_pairs,
@@ -135,7 +135,7 @@ def _lora_expand(
                 for split in range(NUM_SPLITS):
                     row = tl.cast(split, tl.int64) * num_tokens + tokens
                     low += tl.load(
-                        parts + row[:, None] * MAX_R + ranks[None, :], mask=mine[:, None] & held[None, :], other=0.0
+                        partials + row[:, None] * MAX_R + ranks[None, :], mask=mine[:, None] & held[None, :], other=0.0
                     )
                 weights = tl.load(
                     matrix + columns.to(tl.int64)[:, None] * rank + ranks[None, :],
@@ -175,19 +175,19 @@ def lora_linear_launch(
     block_r = min(MAX_BLOCK_R, max(16, next_power_of_2(max_r)))
     block_t = 16 if num_tokens <= FEW_TOKENS else 64
     num_splits, tiles = cdiv(k, SPLIT_K), cdiv(num_tokens, block_t)
-    parts = torch.empty(num_splits, num_tokens, max_r, dtype=torch.float32, device=x.device)
+    partials = torch.empty(num_splits, num_tokens, max_r, dtype=torch.float32, device=x.device)
     # Reads of 16 bytes need rows that begin at multiples of so many. What K is the compiler sees.
     is_aligned = all(matrix.data_ptr() % 16 == 0 for matrix in (*a, *b)) and all(len(matrix) % 8 == 0 for matrix in a)
     shared = dict(MAX_R=max_r, BLOCK_T=block_t, BLOCK_R=block_r, ALIGNED=is_aligned, num_warps=4)
     with device_guard(x):
         launch(
             _lora_shrink, (tiles, num_splits, cdiv(max_r, block_r)),
-            x, adapters, pairs, table, a[0], parts, num_tokens, len(a), x.stride(0), k,
+            x, adapters, pairs, table, a[0], partials, num_tokens, len(a), x.stride(0), k,
             BLOCK_K=BLOCK_K, SPLIT_K=SPLIT_K, **shared,
         )  # fmt: skip
         launch(
             _lora_expand, (tiles, cdiv(n, BLOCK_N)),
-            base, adapters, pairs, scaling, table, a[0], parts, out, num_tokens, len(a), base.stride(0), n,
+            base, adapters, pairs, scaling, table, a[0], partials, out, num_tokens, len(a), base.stride(0), n,
             NUM_SPLITS=num_splits, BLOCK_N=BLOCK_N, **shared,
         )  # fmt: skip
     return out
