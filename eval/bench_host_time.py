@@ -9,12 +9,14 @@ are not, so compare with the same command at another commit on the same machine.
 
 import cProfile
 import pstats
+import statistics
 import time
 from collections.abc import Callable
 
 import hf_paged_kernels as kernels
 import torch
 import torch.nn.functional as F
+from tqdm import tqdm
 from transformers import AttentionInterface, DynamicCache, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
@@ -106,19 +108,26 @@ def on_one_thread(call: Callable[[], object]) -> Callable[[], object]:
     return inner
 
 
-def microseconds(call: Callable[[], object], wait: Callable[[], object], times: int) -> float:
-    """Median time until a call returns. The device is waited for now and then: a full queue makes launches wait."""
-    for _ in range(10):
-        call()
-    wait()
-    taken = []
-    for i in range(times):
-        start = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - start)
-        if i % 20 == 19:
-            wait()
-    return sorted(taken)[times // 2] * 1e6
+ROUNDS = 10
+
+
+def microseconds(calls: dict[str, Callable[[], object]], wait: Callable[[], object], times: int) -> dict[str, float]:
+    """Median time until each call returns, of ``times`` or a few more. Calls are made in turns: hosts change their
+    speed within a minute. The device is waited for now and then: a full queue makes launches wait."""
+    taken: dict[str, list[float]] = {title: [] for title in calls}
+    for _ in tqdm(range(ROUNDS), "rounds", leave=False):
+        for title, call in calls.items():
+            with torch.set_grad_enabled("backward" in title):
+                for _ in range(10):
+                    call()
+                wait()
+                for i in range(-(-times // ROUNDS)):
+                    start = time.perf_counter()
+                    call()
+                    taken[title].append(time.perf_counter() - start)
+                    if i % 20 == 19:
+                        wait()
+    return {title: statistics.median(values) * 1e6 for title, values in taken.items()}
 
 
 def main() -> None:
@@ -149,10 +158,8 @@ def main() -> None:
         pstats.Stats(profile).sort_stats("tottime").print_stats(40)
         return
     print(f"host time of a call on {name}, torch {torch.__version__}\n\n| call | us |\n|---|---|")
-    for title, call in made.items():
-        needs_grad = "backward" in title
-        with torch.set_grad_enabled(needs_grad):
-            print(f"| {title} | {microseconds(call, wait, arguments.times):.0f} |", flush=True)
+    for title, us in microseconds(made, wait, arguments.times).items():
+        print(f"| {title} | {us:.0f} |")
 
 
 if __name__ == "__main__":

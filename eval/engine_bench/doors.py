@@ -146,17 +146,16 @@ def plain(model: Any, sizes: Sizes, limit_s: float, options: dict[str, Any]) -> 
     del options
     deadline, rows = Deadline(limit_s), []
     for count, length in ((1, sizes.short_prompt), (8, sizes.short_prompt), (8, sizes.plain_long_prompt)):
-        row: dict[str, Any] = {"rows": count, "prompt": length}
         batch = padded_batch(count, length, length, sizes.tokens, model.device)
-        for name in ("paged_flash", "sdpa"):
-            if deadline.has_passed:
-                return {"ways": rows, "cut": True}
-            with attention(model, name):
-                generate(model, batch, 3)
-                one = timed(partial(generate, model, batch, 1))
-                more = [timed(partial(generate, model, batch, 1 + sizes.plain_new)) for _ in range(3)]
-            row[name] = (statistics.median(more) - one) / sizes.plain_new * 1e3
-        rows.append(row)
+
+        def token_ms(batch: dict[str, torch.Tensor] = batch) -> float:
+            one = timed(partial(generate, model, batch, 1))
+            return (timed(partial(generate, model, batch, 1 + sizes.plain_new)) - one) / sizes.plain_new * 1e3
+
+        beside = _beside_sdpa(model, token_ms, deadline)
+        if beside is None:
+            return {"ways": rows, "cut": True}
+        rows.append({"rows": count, "prompt": length} | beside)
     return {"ways": rows, "cut": False}
 
 
@@ -169,19 +168,41 @@ def training(model: Any, sizes: Sizes, limit_s: float, options: dict[str, Any]) 
         for count, length in sizes.training:
             ids = torch.randint(1, sizes.tokens, (count, length), device=model.device)
             for autocast in (False, True):
-                row: dict[str, Any] = {"rows": count, "length": length, "autocast": autocast}
-                for name in ("paged_flash", "sdpa", "paged_flash", "sdpa"):
-                    if deadline.has_passed:
-                        return {"ways": rows, "cut": True}
-                    with attention(model, name):
-                        _training_step(model, ids, autocast)
-                        taken = [timed(partial(_training_step, model, ids, autocast)) for _ in range(5)]
-                    row[name] = min(row.get(name, float("inf")), statistics.median(taken) * 1e3)
-                rows.append(row)
+                step = partial(_training_step, model, ids, autocast)
+                beside = _beside_sdpa(model, lambda step=step: timed(step) * 1e3, deadline)  # type: ignore[misc]
+                if beside is None:
+                    return {"ways": rows, "cut": True}
+                rows.append({"rows": count, "length": length, "autocast": autocast} | beside)
     finally:
         model.zero_grad(set_to_none=True)
         model.requires_grad_(False).eval()
     return {"ways": rows, "cut": False}
+
+
+ROUNDS = 8
+
+
+def _beside_sdpa(model: Any, measure: Callable[[], float], deadline: Deadline) -> dict[str, Any] | None:
+    """Medians of ``measure`` with "paged_flash" and with "sdpa", in turns: hosts change their speed within a minute.
+
+    Also all of both, and ``ratio``, the median of the rounds' ratios. None: the deadline passed in the first round.
+    """
+    taken: dict[str, list[float]] = {"paged_flash": [], "sdpa": []}
+    for number in range(1 + ROUNDS):
+        if deadline.has_passed:
+            break
+        for name, values in taken.items():
+            with attention(model, name):
+                value = measure()
+            if number:  # the first one has new shapes
+                values.append(value)
+    if not taken["sdpa"]:
+        return None
+    ratios = [ours / sdpa for ours, sdpa in zip(*taken.values(), strict=True)]
+    return {
+        **{name: statistics.median(values) for name, values in taken.items()},
+        "ratio": statistics.median(ratios), "rounds": taken,
+    }  # fmt: skip
 
 
 def _training_step(model: Any, ids: torch.Tensor, autocast: bool) -> None:

@@ -258,16 +258,19 @@ def _listed(seconds: list[float]) -> str:
     return ", ".join(f"{value:.2f}" for value in seconds)
 
 
+IN_TURNS = "Both in turns: medians, and the median of the rounds' ratios."
+
+
 def _plain(models: dict[str, Any]) -> list[str]:
     rows = _beside_sdpa(models, "plain", lambda one: f"{one['rows']} x {one['prompt']:,}")
     columns = ("model", "rows x prompt", "paged_flash, ms a token", "sdpa", "ratio")
-    return _table("Plain generate()", columns, rows, "Greedy, transformers' own loop; without the prompt.")
+    return _table("Plain generate()", columns, rows, "Greedy, transformers' own loop; without the prompt. " + IN_TURNS)
 
 
 def _training(models: dict[str, Any]) -> list[str]:
     step = lambda one: f"{one['rows']} x {one['length']:,}{', autocast' if one['autocast'] else ''}"  # noqa: E731
     columns = ("model", "step", "paged_flash, ms", "sdpa, ms", "ratio")
-    note = "Forward and backward with a loss, no optimiser; better of two medians."
+    note = "Forward and backward with a loss, no optimiser. " + IN_TURNS
     return _table("Training", columns, _beside_sdpa(models, "training", step), note)
 
 
@@ -278,8 +281,8 @@ def _beside_sdpa(models: dict[str, Any], name: str, said: Callable[[dict[str, An
         if "error" in part:
             rows.append([model, *figures(part, *[("", "")] * 4)])
         for one in part.get("ways", []):
-            ours, sdpa = one["paged_flash"], one["sdpa"]
-            rows.append([model, said(one), f"{ours:.1f}", f"{sdpa:.1f}", f"{ours / sdpa:.2f}"])
+            numbers = f"{one['paged_flash']:.1f}", f"{one['sdpa']:.1f}", f"{one['ratio']:.2f}"
+            rows.append([model, said(one), *numbers])
     return rows
 
 
