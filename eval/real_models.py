@@ -110,6 +110,8 @@ def _plan(args: argparse.Namespace, folder: str) -> Plan:
             "window",
             "stride",
             "prompts",
+            "num_long",
+            "long_lengths",
             "new_tokens",
             "draws",
             "lengths",
@@ -125,7 +127,14 @@ def _plan(args: argparse.Namespace, folder: str) -> Plan:
     for path in changes.get("paths", ()):
         check_path(path)
     plan = replace(plan, **changes)
-    if plan.num_long >= plan.prompts:
+    if not 0 <= changes.get("num_long", 0) <= plan.prompts:
+        raise ValueError(f"num_long={plan.num_long} (--num-long) must be 0 to {plan.prompts}, the number of --prompts")
+    if plan.num_long and not 1 <= plan.long_lengths[0] <= plan.long_lengths[1]:
+        raise ValueError(
+            f"long_lengths={plan.long_lengths} (--long-lengths) must be the tokens of the shortest and the longest "
+            "long prompt, such as 600 900"
+        )
+    if "num_long" not in changes and plan.num_long >= plan.prompts:
         plan = replace(plan, num_long=plan.prompts // 4)
     return plan.fit(max_positions(load_pretrained(AutoConfig, folder)))
 
@@ -156,6 +165,8 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--stride", type=int, help="tokens from window to window")
     report.add_argument("--paths", nargs="+", help="of eval.perplexity")
     report.add_argument("--prompts", type=int, help="prompts of the greedy texts")
+    report.add_argument("--num-long", type=int, help="long prompts among them")
+    report.add_argument("--long-lengths", type=int, nargs=2, help="tokens of the shortest and the longest of these")
     report.add_argument("--new-tokens", type=int, help="new tokens of each")
     report.add_argument("--draws", type=int, help="samples of each setting")
     report.add_argument("--lengths", type=int, nargs="+", help="tokens of the prompts with a passage")

@@ -37,50 +37,49 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
-def interval_chart(rows: Sequence[tuple[str, float, float, int]], axis: str, limits: tuple[float, float]) -> str:
+def interval_chart(
+    rows: Sequence[tuple[str, float, float, int]], axis: str, rows_axis: str, limits: tuple[float, float]
+) -> str:
     """A dot and an interval for each row.
 
     Args:
         rows: (name, value, half width of the interval, index of the colour).
-        axis: name of the horizontal axis.
+        axis, rows_axis: names of the horizontal axis, and of what the rows are.
         limits: a band that is shaded: within it a difference is small.
     """
-    label_width = 14 + 7.2 * max(len(name) for name, *_ in rows)
-    width, row_height, top = label_width + 520, 26, 10
+    # Names stand above their intervals: beside them they would leave a narrow window no room for the plot.
+    width, left, plot_width, row_height, strip, top = 430.0, 22.0, 386.0, 42, 20, 26
     low = min(limits[0], *(value - half for _, value, half, _ in rows))
     high = max(limits[1], *(value + half for _, value, half, _ in rows))
     marks = ticks(low, high)
     low, high = marks[0], marks[-1]
-    bottom = top + row_height * len(rows) + 6
+    bottom = top + row_height * len(rows)
 
     def place(value: float) -> float:
-        return label_width + 20 + (value - low) / (high - low) * 470
+        return left + (value - low) / (high - low) * plot_width
 
-    parts = [
-        f"<rect x='{place(limits[0]):.1f}' y='{top}' width='{place(limits[1]) - place(limits[0]):.1f}' "
-        f"height='{bottom - top:.1f}' fill='#e9f2ec'/>"
-    ]
-    for mark in marks:
-        parts += [
-            _line(place(mark), top, place(mark), bottom),
-            _text(place(mark), bottom + 18, f"{mark:g}", "middle", FAINT),
-        ]
-    parts.append(_line(place(0), top, place(0), bottom, INK))
+    parts = [_text(6, 16, rows_axis, colour=FAINT)]
     for index, (name, value, half, colour) in enumerate(rows):
-        y = top + row_height * (index + 0.5) + 3
+        end = top + row_height * (index + 1)
+        begin, middle = end - strip, end - strip / 2
         paint = COLOURS[colour % len(COLOURS)]
         parts += [
-            _text(label_width, y + 4, name, "end"),
-            _line(place(value - half), y, place(value + half), y, paint, 2),
-            f"<circle cx='{place(value):.1f}' cy='{y:.1f}' r='4' fill='{paint}'/>",
+            _text(6, begin - 5, name),
+            f"<rect x='{place(limits[0]):.1f}' y='{begin}' width='{place(limits[1]) - place(limits[0]):.1f}' "
+            f"height='{strip}' fill='#e9f2ec'/>",
+            *(_line(place(mark), begin, place(mark), end) for mark in marks),
+            _line(place(0), begin, place(0), end, INK),
+            _line(place(value - half), middle, place(value + half), middle, paint, 2),
+            f"<circle cx='{place(value):.1f}' cy='{middle:.1f}' r='4' fill='{paint}'/>",
         ]
-    parts.append(_text(label_width + 255, bottom + 42, axis, "middle"))
-    return _svg(width, bottom + 52, axis, parts)
+    parts += [_text(place(mark), bottom + 18, f"{mark:g}", "middle", FAINT) for mark in marks]
+    parts.append(_text(left + plot_width / 2, bottom + 40, axis, "middle"))
+    return _svg(width, bottom + 50, axis, parts)
 
 
 def curve_chart(curves: Sequence[tuple[str, Sequence[float]]], x_axis: str, y_axis: str) -> str:
     """Curves over 0, 1, 2, ..., from 0 to 1, named in a legend below."""
-    width, left, top, plot_width, plot_height = 720.0, 64.0, 12.0, 630.0, 270.0
+    width, left, top, plot_width, plot_height = 430.0, 64.0, 12.0, 346.0, 270.0
     bottom = top + plot_height
     last = max(len(values) for _, values in curves) - 1
     parts = []
@@ -124,7 +123,8 @@ def heat_map(
 ) -> str:
     """A table of shares from 0 to 1 as colours; each cell holds its number. `axes`: names of columns and of rows."""
     cell_width, cell_height, left, top = 58.0, 30.0, 74.0, 34.0
-    width = max(left + cell_width * len(columns) + 16, left + 9 * len(name))
+    # Maps with few columns are as wide as their names need, all alike, so that they stand in columns.
+    width = max(left + cell_width * len(columns) + 16, left + 9 * max(20, len(name)))
     bottom = top + cell_height * len(rows)
     parts = [_text(left, 20, name, more="font-weight='600'")]
     for i, row in enumerate(values):

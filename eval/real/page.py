@@ -15,10 +15,10 @@ h1{font-size:1.5rem;line-height:1.25;margin:0 0 .8rem}h2{font-size:1.15rem;margi
 .verdict strong{color:var(--c);font-size:1.15rem}ul{margin:.6rem 0 0;padding:0;list-style:none}
 li{padding:.15rem 0 .15rem 1.6rem;text-indent:-1.6rem}li b{display:inline-block;width:1.6rem;text-indent:0}
 .ok{color:#2d7a43}.no{color:#b3361f}.small{color:#5c6b7a;font-size:.88rem;overflow-wrap:anywhere}
-figure{margin:1.4rem 0}figure .plot{overflow-x:auto}.plot svg{width:100%;height:auto;min-width:26rem;display:block}
+figure{margin:1.4rem 0}.plot svg{width:100%;height:auto;display:block}
+.pair{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,24rem),1fr));gap:0 2rem}
 figcaption{font-size:.92rem;color:#3c4956;margin-bottom:.5rem}
 .maps{display:flex;flex-wrap:wrap;gap:1rem}.maps svg{min-width:0;flex:0 1 auto;width:min(100%,27rem)}
-
 .table{overflow-x:auto}table{border-collapse:collapse;font-size:.8rem;font-variant-numeric:tabular-nums}
 th,td{padding:.25rem .45rem;border-bottom:1px solid #dfe5ea;text-align:right;white-space:nowrap}
 th{vertical-align:bottom;white-space:normal}td:first-child,th:first-child{text-align:left}
@@ -38,12 +38,14 @@ def html(report: dict[str, Any]) -> str:
         f"<h1>{escape(title(report))}</h1>",
         f"<div class='verdict' style='--c:{colour}'><strong>{escape(headline(report))}</strong><ul>{items}</ul></div>",
         "<p class='small'>" + "<br>".join(escape(line.replace("`", "")) for line in about_lines(report)) + "</p>",
-        *(
-            f"<figure><figcaption>{escape(caption)}</figcaption><div class='{kind}'>{picture}</div></figure>"
-            for caption, picture in pictures(report)
-            for kind in ["maps" if picture.count("<svg") > 1 else "plot"]
-        ),
     ]
+    figures = [
+        f"<figure><figcaption>{escape(caption)}</figcaption><div class='{kind}'>{picture}</div></figure>"
+        for caption, picture in pictures(report)
+        for kind in ["maps" if picture.count("<svg") > 1 else "plot"]
+    ]
+    # The first two stand side by side where there is room.
+    parts += ["<div class='pair'>" + "".join(figures[:2]) + "</div>", *figures[2:]]
     for heading, note, columns, rows in tables(report):
         head = "".join(f"<th>{escape(column)}</th>" for column in columns)
         body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
@@ -74,7 +76,10 @@ def pictures(report: dict[str, Any]) -> list[tuple[str, str]]:
                 "1. What each attention, path and page dtype changes in perplexity: dots with 95% intervals of the "
                 "paired difference. Zero: nothing. Right of it: worse. Shaded: within the limit of quantised pages.",
                 charts.interval_chart(
-                    rows, "difference of perplexity from the baseline, %", (-100 * limit, 100 * limit)
+                    rows,
+                    "difference of perplexity from the baseline, %",
+                    "attention, path, dtype of pages",
+                    (-100 * limit, 100 * limit),
                 ),
             )
         )

@@ -292,7 +292,8 @@ def verdict(report: dict[str, Any]) -> dict[str, Any]:
         say(
             all(_is_within(r, limit) for r in plain) and (not is_float32 or token <= MAX_TOKEN_DIFF),
             f"Perplexity of {runs[0]['num_scored']:,} tokens: paged attention differs from eager attention in the same "
-            f"dtype by {worst['cost']:+.3%} at most ({worst['name']}), sdpa by {sdpa:.3%}; limit {limit:.2%}.",
+            f"dtype by {round(worst['cost'], 5) + 0.0:+.3%} at most ({worst['name']}), sdpa by {sdpa:.3%}; limit "
+            f"{limit:.2%}.",
         )
         quantised = [r for r in runs if r["kv_dtype"] != "auto"]
         if quantised:
@@ -362,7 +363,7 @@ def verdict(report: dict[str, Any]) -> dict[str, Any]:
         say(
             lost <= MAX_LOST_CELLS[kind] + 1e-9,
             f"A passage up to {max(grids[0]['lengths']):,} tokens back is gone on with: "
-            + ", ".join(f"{way} {mean:.3f}" for way, mean in means.items())
+            + "; ".join(f"{way} {mean:.3f}" for way, mean in means.items())
             + ".",
         )
     missing = [part for part in report["plan"]["parts"] if part not in report["parts_done"]]
@@ -425,7 +426,10 @@ def tables(report: dict[str, Any]) -> list[Table]:
     """All tables of the report."""
     found: list[Table] = []
     if "text" in report:
-        plan = report["plan"]
+        plan, runs = report["plan"], report["text"]["runs"]
+        # The reference's log-probabilities are kept as far as memory is given to them.
+        kl_tokens = max(r["kl_tokens"] for r in runs)
+        kl = f", KL over the first {kl_tokens:,} scored tokens" if kl_tokens < runs[0]["num_scored"] else ""
         found.append(
             (
                 "Perplexity",
@@ -434,7 +438,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
                 "negative log-likelihood less that of the baseline, in nats (0.01 is 1% of perplexity), with the 95% "
                 "interval of the paired difference over windows; for quantised pages the baseline is the same run on "
                 "unquantised pages, for others eager attention in the same dtype. Top-1 and KL are against eager "
-                "attention in float32.",
+                f"attention in float32{kl}.",
                 ["attention", "path", "pages", "perplexity", "difference", "95% interval", "baseline",
                  "largest of a token", "top-1", "KL mean", "KL max"],
                 [
@@ -442,7 +446,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
                      "-" if r["cost_error"] is None else f"± {r['cost_half']:.5f}", r["baseline"] or "-",
                      f"{r['max_abs_diff']:.1e}", f"{r['top1_agreement']:.4f}", _number(r["kl_mean"]),
                      _number(r["kl_max"])]
-                    for r in report["text"]["runs"]
+                    for r in runs
                 ],
             )
         )  # fmt: skip
@@ -464,6 +468,12 @@ def tables(report: dict[str, Any]) -> list[Table]:
         )  # fmt: skip
     if "beams" in report:
         b = report["beams"]
+        best, control = (
+            ", ".join(f"{difference:+.3f}" for difference in b.get(name) or ()) or "-"
+            for name in ("best_diffs", "control_best_diffs")
+        )
+        if "best_diffs" not in b:  # a report from before there was a control
+            best = f"{b['max_best_diff']:.3f} at most"
         found.append(
             (
                 "Beams",
@@ -472,8 +482,7 @@ def tables(report: dict[str, Any]) -> list[Table]:
                 ["prompts", "beams", "sequences found by both", "of the same sequence", "of the best, by prompt",
                  "control, by prompt"],
                 [[str(b["num_prompts"]), str(b["num_beams"]), str(b["num_same"]), f"{b['max_score_diff']:.1e}",
-                  *(", ".join(f"{difference:+.3f}" for difference in b[name] or ()) or "-"
-                    for name in ("best_diffs", "control_best_diffs"))]],
+                  best, control]],
             )
         )  # fmt: skip
     if "passages" in report:

@@ -2,14 +2,16 @@
 
 import io
 import json
+import random
 import re
 import subprocess
 import tarfile
 import zipfile
 from dataclasses import replace
 from html.parser import HTMLParser
-from itertools import pairwise, product
+from itertools import combinations, pairwise, product
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -361,7 +363,7 @@ def report(tmp_path_factory):
         "--lengths": 140, "--dtype": "float32", "--device": "cpu", "--output": folder,
     }  # fmt: skip
     command = ["report", "--model", MODEL, "--data", TEXT, "--depths", "0", "1"]
-    command += ["--paths", "chunked_prefill", "engine"]
+    command += ["--paths", "chunked_prefill", "engine", "--num-long", "1", "--long-lengths", "60", "60"]
     status = real_models.main(command + [str(word) for pair in options.items() for word in pair])
     return status, folder
 
@@ -388,6 +390,7 @@ def test_the_report_on_a_sound_model_passes_and_is_one_page(report):
     assert (status, found["verdict"]["passed"]) == (0, True)
     assert sorted(found["parts_done"]) == sorted(PARTS)
     assert all(row["num_equal"] == 3 for row in found["greedy"]["beside_eager"][:3])
+    assert found["greedy"]["kinds"] == {"plain": 2, "chat": 0, "long": 1}
     quantised = [run for run in found["text"]["runs"] if run["kv_dtype"] != "auto"]
     assert len(quantised) == 4
     assert all(run["cost"] != 0 and run["baseline"] == f"paged_flash {run['path']}" for run in quantised)
@@ -456,6 +459,72 @@ def test_ticks_are_round_and_hold_the_range(low, high):
     assert 2 <= len(marks) <= 12
     steps = {round((b - a) / (marks[1] - marks[0]), 9) for a, b in pairwise(marks)}
     assert steps == {1.0}
+
+
+def boxes(svg):
+    """(words, left, right, top, bottom) of each text of a chart, by the width of a wide font, and the chart's size."""
+    root = ElementTree.fromstring(svg)
+    found = []
+    for element in root.iter("{http://www.w3.org/2000/svg}text"):
+        x, y, width = float(element.get("x")), float(element.get("y")), 7.6 * len(element.text)
+        left = x - {"start": 0, "middle": width / 2, "end": width}[element.get("text-anchor")]
+        box = (left, left + width, y - 10, y + 3)
+        if element.get("transform"):  # turned by a quarter around (x, y)
+            box = (x - 10, x + 3, y - width / 2, y + width / 2)
+        found.append((element.text, *box))
+    return found, [float(number) for number in root.get("viewBox").split()[2:]]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_no_text_of_a_chart_leaves_it_or_stands_on_another(seed):
+    rng = random.Random(seed)
+    names = ["paged_flash chunked_prefill int8", "sdpa prefill", "engine", "paged_flash padded_prefill"]
+    rows = [(rng.choice(names), rng.uniform(-3, 3), rng.uniform(0, 2), i) for i in range(rng.randint(1, 11))]
+    curves = [(name, [rng.random() for _ in range(rng.randint(2, 70))]) for name in ["eager float32", *names[1:3]]]
+    columns, depths = ["192", "1k", "4k", "8k", "32k"][: rng.randint(1, 5)], ["0", "0.25", "1"]
+    values = [[rng.random() for _ in columns] for _ in depths]
+    drawn = [
+        charts.interval_chart(rows, "difference of perplexity from the baseline, %", "attention, path", (-0.5, 0.5)),
+        charts.curve_chart(curves, "new tokens", "equal texts"),
+        charts.heat_map("engine, int8 pages", values, columns, depths, ("tokens of the prompt", "depth")),
+    ]
+    for svg in drawn:
+        texts, (width, height) = boxes(svg)
+        assert len(texts) > 4
+        for text, left, right, top, bottom in texts:
+            assert 0 <= left < right <= width, text
+            assert 0 <= top < bottom <= height, text
+        for (text, left, right, top, bottom), (other, *box) in combinations(texts, 2):
+            assert left >= box[1] or right <= box[0] or top >= box[3] or bottom <= box[2], (text, other)
+        assert width <= 430  # more would be scaled below a legible size on a narrow window
+
+
+@pytest.mark.parametrize(
+    "folder", sorted((ASSETS.parents[1] / "eval/results/real").iterdir()), ids=lambda folder: folder.name
+)
+def test_committed_reports_are_rendered_by_the_code_as_it_is(folder):
+    found = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert (folder / "report.md").read_text(encoding="utf-8") == markdown(found)
+    assert (folder / "report.html").read_text(encoding="utf-8") == page.html(found)
+    # Where the reference was kept for some tokens alone, the report says for how many.
+    kl_tokens = max(run["kl_tokens"] for run in found["text"]["runs"])
+    is_partial = kl_tokens < found["text"]["runs"][0]["num_scored"]
+    assert (f"KL over the first {kl_tokens:,} scored tokens" in markdown(found)) == is_partial
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num-long", "4"], r"num_long=4 \(--num-long\) must be 0 to 3, the number of --prompts"),
+        (["--num-long", "-1"], r"num_long=-1 \(--num-long\) must be 0 to 3"),
+        (["--num-long", "2"], r"long_lengths=\(0, 0\) \(--long-lengths\) must be the tokens of the shortest and the"),
+        (["--num-long", "2", "--long-lengths", "90", "60"], r"long_lengths=\(90, 60\)"),
+    ],
+)
+def test_bad_numbers_of_long_prompts_are_refused(tmp_path, options, message):
+    command = ["report", "--model", MODEL, "--data", TEXT, "--prompts", "3", "--output", str(tmp_path / "o")]
+    with pytest.raises(ValueError, match=message):
+        real_models.main([*command, *options])
 
 
 # ---- real weights
