@@ -3,10 +3,10 @@
     python -m eval.soak_serve --seconds 600 --output eval/results/soak_serve.json
 
 Starts ``hf-paged serve --replicas 2`` with the small model on the CPU, and fills the prefix cache of both engines:
-pages get memory when they are first used, which is no growth. Healthy clients ask alone first; then beside clients that
-leave, send nonsense, ask for too much, or read slowly. Then one engine is killed, and in the end the
-server gets SIGTERM, both under load. Exit status 1: a request had no end, a healthy one another text than before, a
-page was lost, or memory grew.
+pages get memory when they are first used, which is no growth. Healthy clients ask alone first; then as many of them
+as there are clients later; then beside clients that leave, send nonsense, ask for too much, or read slowly. Then one
+engine is killed, and in the end the server gets SIGTERM, both under load. Exit status 1: a request had no end, a
+healthy one another text than before, a page was lost, or memory grew.
 """
 
 import asyncio
@@ -34,8 +34,10 @@ from eval import command_line
 SMALL_MODEL = Path(__file__).parent.parent / "integration_tests" / "assets" / "small_model"
 ROLES = {"healthy": 40, "leaves": 8, "nonsense": 6, "too much": 4, "slow": 6}
 """Clients of each kind; together 64."""
-PHASES = {"healthy alone": 0.2, "all kinds": 0.45, "one engine killed": 0.35}
+PHASES = {"healthy alone": 0.15, "as many healthy": 0.1, "all kinds": 0.45, "one engine killed": 0.3}
 """Parts of the time."""
+CLIENTS = {"healthy alone": {"healthy": ROLES["healthy"]}, "as many healthy": {"healthy": sum(ROLES.values())}}
+"""Of phases that have not all kinds."""
 END_S = 120.0
 """A request that has not ended after so many seconds has no end."""
 NOTICED_S = 10.0
@@ -356,8 +358,7 @@ async def soak(server: "subprocess.Popen[str]", address: str, metrics: list[str]
     for phase, part in PHASES.items():
         load.phase, before = phase, len(load.records)
         began[phase] = time.monotonic() - memory.start
-        roles = {"healthy": ROLES["healthy"]} if phase == "healthy alone" else ROLES
-        work = asyncio.create_task(load.run(roles, options.seconds * part))
+        work = asyncio.create_task(load.run(CLIENTS.get(phase, ROLES), options.seconds * part))
         if phase == "one engine killed":
             await asyncio.sleep(options.seconds * part / 7)
             os.kill(processes["engine 0"], signal.SIGKILL)
@@ -403,7 +404,7 @@ def faults_of(report: dict[str, Any]) -> list[str]:
         for index, pages in enumerate(engines):
             if pages["pages_used"] != pages["pages_cached"] or pages["requests_running"] or pages["requests_waiting"]:
                 faults.append(f"after {phase!r}, the {index + 1}. engine that is left has {pages}")
-    for phase in ("healthy alone", "all kinds"):
+    for phase in (*CLIENTS, "all kinds"):
         ends = report["phases"][phase]["ends"]["healthy"]
         if set(ends) != {"done"}:
             faults.append(f"healthy requests ended as {ends} in {phase!r}")
@@ -463,9 +464,11 @@ def main() -> None:
         options.output.write_text(json.dumps(report, indent=1) + "\n")
     for name in ("memory", "seconds to drain", "exit status"):
         print(name, report[name])
-    alone, beside = (report["phases"][p].get("healthy_seconds", {}).get("p99") for p in ("healthy alone", "all kinds"))
-    if alone and beside:
-        print(f"p99 of healthy requests: {alone} s alone, {beside} s beside the others: {beside / alone:.2f} times")
+    healthy = [report["phases"][phase].get("healthy_seconds", {}).get("p99") for phase in (*CLIENTS, "all kinds")]
+    if all(healthy):
+        alone, many, beside = healthy
+        print(f"p99 of healthy requests: {alone} s alone, {many} s where there are as many, {beside} s beside others: "
+              f"{beside / alone:.2f} and {beside / many:.2f} times")  # fmt: skip
     print("faults:", *(faults or ["none"]), sep="\n  ")
     sys.exit(bool(faults))
 

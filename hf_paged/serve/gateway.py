@@ -36,14 +36,16 @@ main(sys.argv[1:])
 ONE_ENGINE = ("--disable-retries", "--health-check-interval-secs", "5")
 """What one engine refuses, it would refuse again."""
 SEVERAL_ENGINES = (
-    "--policy", "cache_aware", "--retry-max-retries", "2", "--retry-initial-backoff-ms", "20",
-    "--disable-worker-overload-protection",
+    "--policy", "prefix_hash", "--prefix-hash-load-factor", "1.1", "--prefix-hash-balance-abs-threshold", "2",
+    "--retry-max-retries", "2", "--retry-initial-backoff-ms", "20", "--disable-worker-overload-protection",
     "--health-check-interval-secs", "1", "--health-check-timeout-secs", "5", "--health-failure-threshold", "1",
     "--health-success-threshold", "1",
 )  # fmt: skip
-"""Requests go where their beginning is cached, unless that engine has much more to do; one whose engine is gone before
-its first token is tried once more elsewhere. The gateway's own protection from overload is off: it is taken to leave
-out an engine that has a queue while another has none, and to count one that has ended as such."""
+"""Requests that begin alike go to one engine, until it has a tenth and two requests more than the mean; one whose
+engine is gone before its first token is tried once more elsewhere. The policy "cache_aware" goes by loads that it
+asks engines for every ten seconds: prompts shorter than a page all went to one engine for that time, then all to the
+other. The gateway's own protection from overload is off: it is taken to leave out an engine that has a queue while
+another has none, and to count one that has ended as such."""
 
 
 class Gateway:

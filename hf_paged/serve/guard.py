@@ -35,6 +35,7 @@ DROPPED: dict[str, dict[str, str]] = {
         "priority": "the gateway does not pass it",
         "cache_salt": "the gateway does not pass it",
         "truncate_prompt_tokens": "send a shorter prompt",
+        "lora_path": "name the adapter as the model",
     },
     COMPLETIONS: {
         "logit_bias": "the gateway does not pass it",
@@ -46,6 +47,7 @@ DROPPED: dict[str, dict[str, str]] = {
         "priority": "the gateway does not pass it",
         "cache_salt": "the gateway does not pass it",
         "truncate_prompt_tokens": "send a shorter prompt",
+        "lora_path": "name the adapter as the model",
     },
 }
 """Fields that the gateway reads over, by path, and why they are not served."""

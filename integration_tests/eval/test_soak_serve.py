@@ -6,7 +6,7 @@ import random
 
 import pytest
 
-from eval.soak_serve import FIELDS, Load, dechunked, faults_of, how_it_ended
+from eval.soak_serve import CLIENTS, FIELDS, Load, dechunked, faults_of, how_it_ended
 
 STREAM = b"".join(
     b'data: {"choices":[{"text":"%b","finish_reason":%b}]}\n\n' % p for p in ((b"a", b"null"), (b"b", b'"length"'))
@@ -68,7 +68,7 @@ def test_faults():
     good = {
         "without an end": [], "different texts": [], "pages": {"all kinds": [engine]}, "exit status": 0,
         "errors of late requests": 0,
-        "phases": {name: {"ends": {"healthy": {"done": 5}}} for name in ("healthy alone", "all kinds")},
+        "phases": {name: {"ends": {"healthy": {"done": 5}}} for name in (*CLIENTS, "all kinds")},
         "memory": {"engine 0": line},
     }  # fmt: skip
     assert faults_of(good) == []

@@ -515,6 +515,12 @@ def health_of(address):
         return None
 
 
+def ended_requests(text: str) -> int:
+    """Requests that ended by their length, in an engine's metrics."""
+    found = re.search(r'^hf_paged_requests_total\{finish_reason="length"\} (\S+)$', text, re.M)
+    return 0 if found is None else int(float(found[1]))
+
+
 def processes_of(parent: int) -> dict[int, str]:
     """Command lines of a process' children."""
     listed = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
@@ -545,17 +551,24 @@ def test_replicas_go_on_without_one_and_end_with_their_parent():
                 return error.read().decode()
 
         # What begins alike goes to one engine, which has it cached; each engine counts its own.
-        prompts = ["import os\n" * 60, "x = 1\n" * 90, "def f():\n" * 60]
+        prompts = ["import os\n" * 90, "x = 1\n" * 90, "def f():\n" * 90]
         for i in range(12):
             ask(prompts[i % 3] + str(i))
-        ended, hits = [], []
-        for where in metrics:
-            text = urllib.request.urlopen(where, timeout=60).read().decode()
-            ended += re.findall(r'^hf_paged_requests_total\{finish_reason="length"\} (\S+)$', text, re.M)
-            hits += re.findall(r"^hf_paged_prefix_hit_rate (\S+)$", text, re.M)
-        assert len(ended) == len(hits) == 2
-        assert sum(map(float, ended)) == 12
-        assert min(map(float, hits)) > 0.3
+        texts = [urllib.request.urlopen(where, timeout=60).read().decode() for where in metrics]
+        before = [ended_requests(text) for text in texts]
+        assert (len(before), sum(before)) == (2, 12)
+        hits = [float(re.search(r"^hf_paged_prefix_hit_rate (\S+)$", text, re.M)[1]) for text in texts]
+        assert min(hit for hit, count in zip(hits, before) if count) > 0.3
+
+        # Many at a time are shared among the engines, however alike, also where there is no page to find.
+        for prompt in ("a = ", prompts[1]):
+            with concurrent.futures.ThreadPoolExecutor(24) as pool:
+                answers = list(pool.map(ask, [prompt] * 24, [150] * 24))
+                assert len({json.loads(answer)["choices"][0]["text"] for answer in answers}) == 1
+            after = [ended_requests(urllib.request.urlopen(where, timeout=60).read().decode()) for where in metrics]
+            counts, before = [new - old for new, old in zip(after, before)], after
+            assert sum(counts) == 24
+            assert min(counts) >= 8
 
         # One is killed amid streams: each of these ends or has an error; all that come later are served.
         with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -618,9 +631,9 @@ def adapted():
     return made.eval()
 
 
-def texts_by_adapter(adapted, tokenizer, count=8):
+def texts_by_adapter(adapted, tokenizer, count=8, prompt=PROMPT):
     """What ``generate`` gives with each adapter active, and with none."""
-    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
     config = GenerationConfig(max_new_tokens=count, do_sample=False, pad_token_id=1)
 
     def text():
@@ -637,7 +650,7 @@ def texts_by_adapter(adapted, tokenizer, count=8):
 
 
 def test_adapters_are_models_of_their_names(adapted, tokenizer):
-    expected = texts_by_adapter(adapted, tokenizer)
+    expected, replies = (texts_by_adapter(adapted, tokenizer, prompt=prompt) for prompt in (PROMPT, f"{PROMPT}\n"))
     names = ["first", "second"]
     with hf_paged.Engine(adapted.get_base_model(), hf_paged.EngineConfig(num_pages=2000, max_num_seqs=16)) as engine:
         with (
@@ -646,20 +659,43 @@ def test_adapters_are_models_of_their_names(adapted, tokenizer):
         ):
             assert sorted(model.id for model in client.models.list().data) == sorted(expected)
 
-            def ask(name):
-                return client.completions.create(model=name, prompt=PROMPT, max_tokens=8, temperature=0).choices[0].text
+            options = dict(max_tokens=8, temperature=0)
+
+            def ask(name, **others):
+                return client.completions.create(model=name, prompt=PROMPT, **options, **others)
+
+            def chat(name, **others):
+                messages = [{"role": "user", "content": PROMPT}]
+                return client.chat.completions.create(model=name, messages=messages, **options, **others)
 
             with concurrent.futures.ThreadPoolExecutor(12) as pool:
                 asked = [*expected] * 4
-                assert list(pool.map(ask, asked)) == [expected[name] for name in asked]
-            chunks = client.completions.create(model="second", prompt=PROMPT, max_tokens=8, temperature=0, stream=True)
-            assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == expected["second"]
-            with pytest.raises(openai.NotFoundError):
-                ask("third")
+                answers = list(pool.map(ask, asked))
+                assert [answer.choices[0].text for answer in answers] == [expected[name] for name in asked]
+                assert [answer.model for answer in answers] == asked
+            for name, text in expected.items():
+                parts = [part for part in ask(name, stream=True) if part.choices]
+                assert "".join(part.choices[0].text for part in parts) == text
+                assert chat(name).choices[0].message.content == replies[name]
+                parts = [part for part in chat(name, stream=True) if part.choices]
+                assert "".join(part.choices[0].delta.content or "" for part in parts) == replies[name]
+            # Never the base model for a name that there is not.
+            for name in ("third", "", "First", "first ", "small/first", "default", "*"):
+                for one in (ask, chat):
+                    for is_streamed in (False, True):
+                        with pytest.raises(openai.NotFoundError, match=re.escape(repr(name))):
+                            one(name, stream=is_streamed)
+            for name in (None, ["first"], 1):
+                for one in (ask, chat):
+                    with pytest.raises(openai.BadRequestError, match="model"):
+                        one(name)
+            for one in (ask, chat):
+                with pytest.raises(openai.BadRequestError, match="lora_path is not served here: name the adapter as"):
+                    one("small", extra_body={"lora_path": "first"})
             adapted.delete_adapter("second")
             with pytest.raises(openai.BadRequestError, match="adapter='second' is not loaded"):
                 ask("second")
-            assert ask("first") == expected["first"]
+            assert ask("first").choices[0].text == expected["first"]
         for options, message in (
             (dict(adapters=["third"]), "adapter='third' is not loaded"),
             (dict(adapters=["first"], gateway="none"), "no field for them"),
