@@ -98,7 +98,10 @@ def through(server: Any, kind: str, jobs: list[Any]) -> dict[str, float]:
         assert client.stdin is not None
         client.stdin.write(json.dumps([host, int(port), jobs[i::CLIENTS]]) + "\n")
         client.stdin.flush()
-    got = [tuple(entry) for client in clients for entry in json.loads(client.communicate()[0])]
+    got = [entry for client in clients for entry in json.loads(client.communicate()[0])]
+    failed = [entry for entry in got if isinstance(entry, str)]
+    if failed:
+        raise RuntimeError(f"{len(failed)} of {len(got)} requests failed: {' | '.join(sorted(set(failed))[:3])}")
     return summary(got, time.perf_counter() - start)
 
 

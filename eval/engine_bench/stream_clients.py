@@ -1,6 +1,7 @@
 """Clients of :mod:`eval.bench_serve`: a process that reads many streams. Run by its path, it imports little.
 
-Says "ready"; reads a line of JSON, [host, port, requests]; writes [seconds to the first token, tokens] of each.
+Says "ready"; reads a line of JSON, [host, port, requests]; writes [seconds to the first token, tokens] of each, or of
+one that failed what is wrong.
 """
 
 import asyncio
@@ -18,7 +19,12 @@ async def http_stream(host: str, port: int, body: str, start: float) -> tuple[fl
     writer.write(f"{head}Content-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}".encode())
     await writer.drain()
     first, count = 0.0, 0
+    status = await reader.readline()
+    if b" 200 " not in status:
+        raise RuntimeError(f"{status.decode().strip()}: {(await reader.read()).decode()[-300:]}")
     while line := await reader.readline():
+        if b'"error"' in line:
+            raise RuntimeError(line.decode()[:300])
         if line.startswith(b"data: {"):
             first = first or time.perf_counter() - start
             usage = json.loads(line[6:]).get("usage") if b'"usage"' in line else None
@@ -27,13 +33,14 @@ async def http_stream(host: str, port: int, body: str, start: float) -> tuple[fl
     return first, count
 
 
-async def http(host: str, port: int, bodies: list[str]) -> list[tuple[float, int]]:
+async def http(host: str, port: int, bodies: list[str]) -> list[Any]:
     """Completions, at once."""
     start = time.perf_counter()
-    return await asyncio.gather(*(http_stream(host, port, body, start) for body in bodies))
+    streams = (http_stream(host, port, body, start) for body in bodies)
+    return await asyncio.gather(*streams, return_exceptions=True)
 
 
-async def grpc(host: str, port: int, requests: list[tuple[list[int], int]]) -> list[tuple[float, int]]:
+async def grpc(host: str, port: int, requests: list[tuple[list[int], int]]) -> list[Any]:
     """The same, without a gateway."""
     from grpc import aio
     from smg_grpc_proto import vllm_engine_pb2 as pb
@@ -54,7 +61,7 @@ async def grpc(host: str, port: int, requests: list[tuple[list[int], int]]) -> l
                 count += len(message.chunk.token_ids)
             return first, count
 
-        return await asyncio.gather(*(one(ids, new) for ids, new in requests))
+        return await asyncio.gather(*(one(ids, new) for ids, new in requests), return_exceptions=True)
 
 
 def main() -> None:
@@ -64,7 +71,8 @@ def main() -> None:
         # Takes a while; the package finds its modules as attributes alone.
         _ = importlib.import_module("smg_grpc_proto").vllm_engine_pb2_grpc
     print("ready", flush=True)
-    print(json.dumps(asyncio.run(client(*json.loads(sys.stdin.readline())))))
+    got = asyncio.run(client(*json.loads(sys.stdin.readline())))
+    print(json.dumps([f"{type(x).__name__}: {x}" if isinstance(x, Exception) else x for x in got]))
 
 
 if __name__ == "__main__":

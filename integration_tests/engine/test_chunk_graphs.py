@@ -56,8 +56,19 @@ def test_the_array_is_what_its_parts_are():
     array = torch.arange(layout.size)
     parts = layout.split(array)
     assert [list(part.shape) for part in parts] == [[3, 4], [3, 3], [3, 12]]
-    assert torch.equal(torch.cat([part.flatten() for part in parts]), array)
+    found = torch.cat([part.flatten() for part in parts])
+    assert len(found) == len(found.unique()) == 57
+    assert torch.equal(found, found.sort().values)
     assert all((ours == part.numpy()).all() for ours, part in zip(layout.split(array.numpy()), parts))
+
+
+@pytest.mark.parametrize("sizes", [(16, 35, 33), (33, 7, 5), (41, 1, 3), (8, 8, 8)])
+def test_parts_begin_where_kernels_need_no_variant_of_their_own(sizes):
+    layout = Layout(*sizes, row_tokens=8)
+    array = torch.arange(layout.size)
+    for row in [row for part in layout.split(array) for row in part]:
+        assert row.is_contiguous()
+        assert int(row[0]) % 2 == 0
 
 
 def replayed(slots: Slots, sizes: list[int], **options) -> tuple[ChunkGraphs, list[torch.Tensor]]:

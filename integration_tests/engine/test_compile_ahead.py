@@ -49,12 +49,12 @@ def test_a_model_without_a_list_of_layers_is_taken_whole():
 
 
 COUNTING = """
-    import json, sys
+    import json, sys, threading
     import torch, triton
     from triton import knobs
     compiled = []
     def listener(*, metadata, cache_hit, **rest):
-        if not cache_hit:
+        if not cache_hit and threading.current_thread().name != "compile-ahead":
             compiled.append(metadata["name"])
     knobs.compilation.listener = listener
     import hf_paged
@@ -75,7 +75,7 @@ COUNTING = """
 
 @pytest.mark.gpu
 def test_nothing_is_compiled_in_the_foreground(tmp_path):
-    """An empty cache: what steps launch has been compiled by other processes. A second one finds all of it."""
+    """An empty cache: what steps launch has been compiled by other processes and threads. A second one finds all."""
     env = os.environ | {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path)}
     runs = [
         subprocess.run(
@@ -88,3 +88,46 @@ def test_nothing_is_compiled_in_the_foreground(tmp_path):
         assert run.returncode == 0, run.stderr[-3000:]
         assert json.loads(run.stdout.splitlines()[-1]) == []
     assert any(tmp_path.iterdir())
+
+
+WORKER = """
+    import io, json, pickle, sys
+    import torch
+    from eval.kernel_bench.stub_gpu import pretend_hopper
+    pretend_hopper()
+    from hf_paged_kernels import backend, compile_worker, copy_pages, write_pages
+    from hf_paged_kernels.launch_triton import compilation_of
+    jobs = []
+    def record(key, kernel, arguments, constants):
+        jobs.append(compilation_of(kernel, arguments, constants))
+    pages = [torch.randn(4, 2, 16, 64, dtype=torch.bfloat16) for _ in "kv"]
+    new = torch.randn(3, 2, 64, dtype=torch.bfloat16)
+    backend.on_references = __import__("contextlib").nullcontext
+    with backend.recording(record):
+        write_pages(new, new, *pages, torch.arange(3))
+        copy_pages(*pages, *(torch.tensor([x], dtype=torch.int32) for x in (0, 3)))
+    write, copy = jobs[0], jobs[-1]
+    assert (write.name, copy.name) == ("_write_pages", "_copy_pages")
+    compile_worker.SLOW = (copy.name,)
+    told = [write, write._replace(name="no_kernel"), copy]
+    given = io.BytesIO(b"".join(pickle.dumps((n, tuple(one))) for n, one in enumerate(told)))
+    answers = io.BytesIO()
+    compile_worker.serve(1, given, answers)
+    answers.seek(0)
+    print(json.dumps([pickle.load(answers) for _ in told] + [len(answers.read())]))
+"""
+
+
+def test_what_takes_long_is_begun_first(tmp_path):
+    """One process: the first job is begun as it comes, then those of slow kernels. Each has an answer."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(WORKER)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    first, second, (number, error), rest = json.loads(run.stdout.splitlines()[-1])
+    assert [first, second, rest] == [[0, None], [2, None], 0]
+    assert number == 1
+    assert error.startswith("AttributeError")
+    assert len(list(tmp_path.glob("*/*.cubin"))) == 2

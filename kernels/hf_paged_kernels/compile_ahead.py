@@ -26,6 +26,9 @@ import torch
 from .backend import recording
 
 MAX_PROCESSES = 16
+FIRST = ("_finish_rows", "_merge_partials")
+"""Kernels that take longest to compile, most of it outside of Python: threads of this process do it, and begin before
+the other processes have started, which takes seconds."""
 
 
 def can_compile(device: torch.device) -> bool:
@@ -64,6 +67,11 @@ def compiling(device: torch.device, bar: Any) -> Iterator[None]:
             if key is None or key not in seen:
                 seen.add(key)
                 bar.total += 1
+                if kernel.fn.__name__ in FIRST:
+                    one = (device, kernel, arguments, constants, bar)
+                    threads.append(threading.Thread(target=_compile, args=one, name="compile-ahead", daemon=True))
+                    threads[-1].start()
+                    return
                 launches.append((kernel, arguments, constants))
                 jobs.put((len(launches) - 1, tuple(compilation_of(kernel, arguments, constants))))
 
@@ -111,18 +119,25 @@ def _write(worker: subprocess.Popen, jobs: "SimpleQueue[tuple | None]") -> None:
 
 def _load(worker: subprocess.Popen, device: torch.device, launches: list, bar: Any) -> None:
     """Take what has been compiled from the cache into this process."""
-    from .launch_triton import compile_only
-
-    torch.cuda.set_device(device)
-    torch.cuda.current_stream().synchronize()  # Makes the device's context that of this thread.
     while True:
         try:
             number, error = pickle.load(worker.stdout)  # type: ignore[arg-type]
         except (EOFError, pickle.UnpicklingError):
             return
         if error is None:
-            with contextlib.suppress(Exception):
-                compile_only(*launches[number])
+            _compile(device, *launches[number])
+        bar.update()
+
+
+def _compile(device: torch.device, kernel: Any, arguments: tuple, constants: dict[str, Any], bar: Any = None) -> None:
+    """In a thread of its own, or from the cache."""
+    from .launch_triton import compile_only
+
+    torch.cuda.set_device(device)
+    torch.cuda.current_stream().synchronize()  # Makes the device's context that of this thread.
+    with contextlib.suppress(Exception):
+        compile_only(kernel, arguments, constants)
+    if bar is not None:
         bar.update()
 
 

@@ -9,13 +9,13 @@ cache by then. It ends with its input.
 It touches no GPU, and is a program of its own: ``multiprocessing`` would run the script that it is called from again.
 """
 
+import heapq
 import os
 import pickle
 import pkgutil
 import sys
 import threading
-from concurrent.futures import Future, ProcessPoolExecutor
-from functools import partial
+from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from importlib import import_module
 from multiprocessing import get_context
 from typing import Any
@@ -24,9 +24,12 @@ import hf_paged_kernels
 
 from .launch_triton import Compilation, compile_into_cache
 
+SLOW = ("_hopper_forward", "_quantized_splits", "_paged_forward", "_quantized_forward", "_pick_rows")
+"""Kernels that take several seconds: begun last, they would be waited for alone."""
+
 
 def serve(num_processes: int, jobs: Any, answers: Any) -> None:
-    """Compile ``jobs`` until they end.
+    """Compile ``jobs`` until they end, those first that take long.
 
     Args:
         num_processes: that compile at a time; they are forks of this one, and start at once.
@@ -35,13 +38,32 @@ def serve(num_processes: int, jobs: Any, answers: Any) -> None:
     for module in pkgutil.walk_packages(hf_paged_kernels.__path__, "hf_paged_kernels."):
         if module.name.endswith(("_triton", "_gluon")):
             import_module(module.name)  # Before the forks, which share it.
-    lock = threading.Lock()
+    changed = threading.Condition()
+    waiting: list[tuple[bool, int, Compilation]] = []
+    num_running = 0
 
-    def answer(number: int, future: Future) -> None:
-        error = future.exception()
-        with lock:
-            pickle.dump((number, None if error is None else f"{type(error).__name__}: {error}"), answers)
-            answers.flush()
+    def start_more() -> None:
+        nonlocal num_running
+        while waiting and num_running < num_processes:
+            _, number, what = heapq.heappop(waiting)
+            num_running += 1
+            try:
+                future = pool.submit(compile_into_cache, what)
+            except BrokenExecutor as error:  # A process was killed.
+                end(number, error)
+            else:
+                future.add_done_callback(lambda future, number=number: end(number, future.exception()))
+
+    def end(number: int, error: BaseException | None) -> None:
+        nonlocal num_running
+        with changed:
+            num_running -= 1
+            changed.notify_all()
+            try:
+                pickle.dump((number, None if error is None else f"{type(error).__name__}: {error}"), answers)
+                answers.flush()
+            finally:
+                start_more()
 
     with ProcessPoolExecutor(num_processes, get_context("fork")) as pool:
         while True:
@@ -49,7 +71,12 @@ def serve(num_processes: int, jobs: Any, answers: Any) -> None:
                 number, what = pickle.load(jobs)
             except EOFError:
                 break
-            pool.submit(compile_into_cache, Compilation(*what)).add_done_callback(partial(answer, number))
+            job = Compilation(*what)
+            with changed:
+                heapq.heappush(waiting, (job.name not in SLOW, number, job))
+                start_more()
+        with changed:
+            changed.wait_for(lambda: not waiting and not num_running)
 
 
 if __name__ == "__main__":

@@ -94,12 +94,22 @@ class Layout:
     @property
     def size(self) -> int:
         """Numbers of the array."""
-        return 3 * (self.num_rows + self.num_outputs + self.num_tokens)
+        return 3 * sum(map(_aligned, (self.num_rows, self.num_outputs, self.num_tokens)))
 
     def split(self, array: Any) -> tuple[Any, Any, Any]:
         """Views ``[3, rows]``, ``[3, outputs]`` and ``[3, tokens]`` of the array, whichever library's."""
-        rows, outputs = 3 * self.num_rows, 3 * (self.num_rows + self.num_outputs)
-        return array[:rows].reshape(3, -1), array[rows:outputs].reshape(3, -1), array[outputs:].reshape(3, -1)
+        views, start = [], 0
+        for count in (self.num_rows, self.num_outputs, self.num_tokens):
+            end = start + 3 * _aligned(count)
+            views.append(array[start:end].reshape(3, -1)[:, :count])
+            start = end
+        return tuple(views)
+
+
+def _aligned(count: int) -> int:
+    """Numbers of 8 bytes that ``count`` of them take in an array: kernels are compiled again for other addresses than
+    multiples of 16 bytes."""
+    return count + count % 2
 
 
 class Step(Protocol):
