@@ -116,17 +116,61 @@ WORKER = """
     answers.seek(0)
     print(json.dumps([pickle.load(answers) for _ in told] + [len(answers.read())]))
 """
+ONCE = """
+    import contextlib, json
+    import torch
+    from eval.kernel_bench.stub_gpu import pretend_hopper
+    pretend_hopper()
+    from hf_paged_kernels import backend, compile_ahead, write_pages
+    class Bar:
+        total = 0
+        update = staticmethod(lambda: None)
+    loaded = []
+    compile_ahead._compile = lambda device, kernel, *rest: loaded.append(kernel.fn.__name__)
+    compile_ahead.MAX_PROCESSES = 1
+    backend.on_references = contextlib.nullcontext
+    keys = set()
+    own = backend.recording
+    def recording(record):
+        def noted(key, *rest):
+            keys.add(key)
+            record(key, *rest)
+        return own(noted)
+    compile_ahead.recording = recording
+    pages = [torch.randn(4, 2, 16, 64, dtype=torch.bfloat16) for _ in "kv"]
+    with compile_ahead.compiling(torch.device("cpu"), Bar):
+        for heads in (3, 5, 9):
+            new = torch.randn(3, heads, 64, dtype=torch.bfloat16)[:, :2]
+            assert new.stride(0) % 16 == 0
+            write_pages(new, new, *pages, torch.arange(3))
+        before = Bar.total
+        for dtype in (torch.float16, torch.float32):
+            write_pages(new.to(dtype), new.to(dtype), *(x.to(dtype) for x in pages), torch.arange(3))
+    print(json.dumps([before, Bar.total, loaded, len(keys)]))
+"""
+
+
+def on_stub(program: str, cache: Path):
+    """What a program prints that compiles for a GPU which is not there."""
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env |= {"TRITON_CACHE_DIR": str(cache), "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def test_launches_that_are_compiled_alike_are_compiled_once(tmp_path):
+    once, thrice, loaded, _ = on_stub(ONCE, tmp_path)
+    assert (once, thrice) == (1, 3)
+    assert loaded == ["_write_pages"] * 3
+    assert len(list(tmp_path.glob("*/*.cubin"))) == 3
 
 
 def test_what_takes_long_is_begun_first(tmp_path):
     """One process: the first job is begun as it comes, then those of slow kernels. Each has an answer."""
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    env |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join(sys.path), "CUDA_VISIBLE_DEVICES": ""}
-    run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(WORKER)], cwd=ROOT, env=env, capture_output=True, text=True, timeout=240
-    )
-    assert run.returncode == 0, run.stderr[-3000:]
-    first, second, (number, error), rest = json.loads(run.stdout.splitlines()[-1])
+    first, second, (number, error), rest = on_stub(WORKER, tmp_path)
     assert [first, second, rest] == [[0, None], [2, None], 0]
     assert number == 1
     assert error.startswith("AttributeError")

@@ -44,3 +44,4 @@ def test_equal_keys_of_ints_are_compiled_alike():
         for value in [*range(-40, 3000), *borders]:
             kind = native_specialize_impl(BaseBackend, value, False, not is_plain, True)
             assert kinds.setdefault(int_key(value, is_plain), kind) == kind, value
+    assert int_key(24, False) == int_key(40, False) == int_key((1 << 30) + 8, False)

@@ -53,6 +53,7 @@ def compiling(device: torch.device, bar: Any) -> Iterator[None]:
 
     launches: list[tuple[Any, tuple, dict[str, Any]]] = []
     seen: set[tuple | None] = set()
+    compiled: set[str] = set()
     jobs: SimpleQueue[tuple | None] = SimpleQueue()
     with _worker() as worker:
         # A pipe takes little as long as the worker starts: this thread does not wait for it.
@@ -64,8 +65,12 @@ def compiling(device: torch.device, bar: Any) -> Iterator[None]:
             thread.start()
 
         def record(key: tuple | None, kernel: Any, arguments: tuple, constants: dict[str, Any]) -> None:
-            if key is None or key not in seen:
-                seen.add(key)
+            if key is not None and key in seen:
+                return
+            seen.add(key)
+            what = compilation_of(kernel, arguments, constants)
+            if repr(what) not in compiled:  # Keys of launches say more than what is compiled depends on.
+                compiled.add(repr(what))
                 bar.total += 1
                 if kernel.fn.__name__ in FIRST:
                     one = (device, kernel, arguments, constants, bar)
@@ -73,7 +78,7 @@ def compiling(device: torch.device, bar: Any) -> Iterator[None]:
                     threads[-1].start()
                     return
                 launches.append((kernel, arguments, constants))
-                jobs.put((len(launches) - 1, tuple(compilation_of(kernel, arguments, constants))))
+                jobs.put((len(launches) - 1, tuple(what)))
 
         try:
             with recording(record):

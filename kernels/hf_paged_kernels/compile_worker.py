@@ -15,7 +15,8 @@ import pickle
 import pkgutil
 import sys
 import threading
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from concurrent.futures import BrokenExecutor, Future, ProcessPoolExecutor
+from functools import partial
 from importlib import import_module
 from multiprocessing import get_context
 from typing import Any
@@ -52,7 +53,10 @@ def serve(num_processes: int, jobs: Any, answers: Any) -> None:
             except BrokenExecutor as error:  # A process was killed.
                 end(number, error)
             else:
-                future.add_done_callback(lambda future, number=number: end(number, future.exception()))
+                future.add_done_callback(partial(ended, number))
+
+    def ended(number: int, future: Future) -> None:
+        end(number, future.exception())
 
     def end(number: int, error: BaseException | None) -> None:
         nonlocal num_running

@@ -406,7 +406,10 @@ def int_key(value: int, do_not_specialize: bool) -> int:
     """Equal for ints that Triton compiles alike: it asks whether one is 1, a multiple of 16, and how wide it is."""
     if do_not_specialize:
         return -0x80000000 <= value < 0x80000000
-    return value if value < 16 else (value.bit_length() << 4) + (value & 15)
+    if value < 16:
+        return value
+    width = 1 if value < 0x80000000 else 2 if value < 0x8000000000000000 else 3
+    return (width << 4) + (value & 15)
 
 
 def is_watched(kernel: Any) -> bool:
