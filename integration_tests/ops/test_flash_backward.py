@@ -125,6 +125,39 @@ def test_dense_strided(way, poison, lq, lk, heads, dims, dtype, window, softcap,
         assert_close([got[3]], [expected[0][3] + expected[1][3]], 2 * TOLERANCE[dtype], 1.0)
 
 
+@pytest.mark.parametrize("way", ["reference", "pointers"])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_gradients_of_sinks_are_rounded_once(way, packed, poison):
+    """Sums over all rows of all sequences, of one sign and of both, in float32; bfloat16 is only what sinks get."""
+    scale = 0.2
+    q, dout = (torch.randn(222, 4, 32, device=DEVICE).bfloat16() for _ in "ab")
+    k, v = (torch.randn(222, 2, 32, device=DEVICE).bfloat16() for _ in "ab")
+    # Of half of the heads: all terms have one sign, and the sum is large beside each of them.
+    v[:, 0] += 1
+    dout[:, :2] += 1
+    sinks = torch.randn(4, device=DEVICE).bfloat16() + 1
+    cu = prefix_sums([111, 111], DEVICE) if packed else None
+    inputs = (q, k, v) if packed else [x.unflatten(0, (2, 111)) for x in (q, k, v)]
+    grad = dout if packed else dout.unflatten(0, (2, 111))
+    rest = (None, 0, None, sinks, scale)
+    out, lse = reference.flash_attention_reference(*inputs, cu, cu, 111, *rest)
+    *_, got = backward(way, *inputs, out, lse, grad, None, cu, cu, *rest)
+    assert got.dtype == torch.float32
+    expected = torch.zeros(4, dtype=torch.float64)
+    terms = torch.zeros(4, dtype=torch.float64)
+    for rows in (slice(0, 111), slice(111, 222)):
+        attended, lse = softmax_attention(
+            q[rows], k[rows], v[rows], left=None, right=0, softcap=None, sinks=sinks, scale=scale
+        )
+        of_rows = -torch.exp(sinks.double().cpu() - lse.T) * (attended * dout[rows].double().cpu()).sum(-1)
+        expected, terms = expected + of_rows.sum(0), terms + of_rows.abs().sum(0)
+    noise = 2.0**-19 * terms
+    rounded = got.cpu().bfloat16().double()
+    half_ulp = torch.exp2(expected.abs().log2().floor() - 8)
+    assert ((got.cpu() - expected).abs() <= noise).all()
+    assert ((rounded - expected).abs() <= half_ulp + noise).all()
+
+
 @pytest.mark.parametrize("way", WAYS)
 def test_the_same_bits_every_time(way):
     """Also where PyTorch is told to allow nothing else."""
