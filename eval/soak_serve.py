@@ -3,10 +3,10 @@
     python -m eval.soak_serve --seconds 600 --output eval/results/soak_serve.json
 
 Starts ``hf-paged serve --replicas 2`` with the small model on the CPU, and fills the prefix cache of both engines:
-pages get memory when they are first used, which is no growth. Healthy clients ask alone first; then as many of them
-as there are clients later; then beside clients that leave, send nonsense, ask for too much, or read slowly. Then one
-engine is killed, and in the end the server gets SIGTERM, both under load. Exit status 1: a request had no end, a
-healthy one another text than before, a page was lost, or memory grew.
+pages get memory when they are first used, which is no growth. Healthy clients ask alone; as many of them as there are
+clients of all kinds; and beside clients that leave, send nonsense, ask for too much, or read slowly; these three in
+turns. Then one engine is killed, and in the end the server gets SIGTERM, both under load. Exit status 1: a request
+had no end, a healthy one another text than before, a page was lost, or memory grew.
 """
 
 import asyncio
@@ -36,10 +36,12 @@ ROLES = {"healthy": 40, "leaves": 8, "nonsense": 6, "too much": 4, "slow": 6}
 """Clients of each kind; together 64."""
 PHASES = {"healthy alone": 0.15, "as many healthy": 0.1, "all kinds": 0.45, "one engine killed": 0.3}
 """Parts of the time."""
+TURNS = 3
+"""The phases before an engine is killed take turns, since other work of the machine comes and goes."""
 CLIENTS = {"healthy alone": {"healthy": ROLES["healthy"]}, "as many healthy": {"healthy": sum(ROLES.values())}}
 """Of phases that have not all kinds."""
-END_S = 120.0
-"""A request that has not ended after so many seconds has no end."""
+END_S, REQUEST_S = 120.0, 60
+"""A request that has not ended after so many seconds has no end; the server ends it with what it has after so many."""
 NOTICED_S = 10.0
 """Requests that begin so many seconds after an engine was killed must not fail any more."""
 SAMPLE_S = 5.0
@@ -354,24 +356,27 @@ async def soak(server: "subprocess.Popen[str]", address: str, metrics: list[str]
     watch = asyncio.create_task(memory.watch())
     report: dict[str, Any] = {"phases": {}, "pages": {"filled": await fill(load, metrics)}}
     alive, killed = list(metrics), 0.0
-    began: dict[str, float] = {}
-    for phase, part in PHASES.items():
+    began: list[float] = []
+    *shared, (last, last_part) = PHASES.items()
+    turns = [(phase, part / TURNS) for _ in range(TURNS) for phase, part in shared] + [(last, last_part)]
+    for turn, (phase, part) in enumerate(turns):
         load.phase, before = phase, len(load.records)
-        began[phase] = time.monotonic() - memory.start
+        began.append(time.monotonic() - memory.start)
         work = asyncio.create_task(load.run(CLIENTS.get(phase, ROLES), options.seconds * part))
-        if phase == "one engine killed":
+        if phase == last:
             await asyncio.sleep(options.seconds * part / 7)
             os.kill(processes["engine 0"], signal.SIGKILL)
             killed = time.monotonic() - load.start
             alive = metrics[1:]
         await work
-        if phase == "one engine killed":
+        if phase == last:
             late = [r for r in load.records[before:] if r.end == "error" and r.began > killed + NOTICED_S]
             report["errors of late requests"] = len(late)
-        report["pages"][phase] = await settled(alive)
+        report["pages"][f"{phase}, turn {turn}"] = pages = await settled(alive)
         health = await asyncio.to_thread(urllib.request.urlopen, f"{address}/health", None, 30)
-        report["phases"][phase] = summary(load.records[before:]) | {"health": json.loads(health.read())["status"]}
-        print(phase, json.dumps(report["phases"][phase]), report["pages"][phase], flush=True)
+        report["phases"][phase] = summary([record for record in load.records if record.phase == phase])
+        report["phases"][phase]["health"] = json.loads(health.read())["status"]
+        print(phase, json.dumps(summary(load.records[before:])), pages, os.getloadavg()[0], flush=True)
     # Clients may ask again and again; after the signal, most find nobody.
     load.phase, before = "SIGTERM", len(load.records)
     work = asyncio.create_task(load.run(ROLES, 15.0))
@@ -383,8 +388,7 @@ async def soak(server: "subprocess.Popen[str]", address: str, metrics: list[str]
     report["seconds to drain"] = round(time.monotonic() - signalled, 1)
     await work
     report["phases"]["SIGTERM"] = summary(load.records[before:])
-    quarter = began["all kinds"] + options.seconds * PHASES["all kinds"] / 4
-    report["memory"] = {name: memory.fitted(name, quarter) for name in processes}
+    report["memory"] = {name: memory.fitted(name, began[len(shared)]) for name in processes}
     report["different texts"] = load.different
     report["without an end"] = [
         vars(record) for record in load.records
@@ -430,7 +434,7 @@ def main() -> None:
     command = [
         sys.executable, "-m", "hf_paged.cli", "serve", str(SMALL_MODEL), "--port", "0", "--replicas", "2",
         "--device", "cpu", "--metrics-port", "0", "--served-model-name", "small", "--dtype", "float32",
-        "--max-num-seqs", "16", "--max-model-len", "1024",
+        "--max-num-seqs", "16", "--max-model-len", "1024", "--request-seconds", str(REQUEST_S),
     ]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:
