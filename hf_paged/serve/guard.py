@@ -21,6 +21,11 @@ MOST_DIGITS = 18
 BUFFER = 1 << 18
 """Bytes that wait for a slow client before the gateway is not read any more."""
 
+CONNECT_DELAYS = (0.02, 0.05, 0.1, 0.25, 0.5, 1.0)
+"""Seconds between attempts to reach the gateway: one that takes many connections at once may refuse some."""
+BACKLOG = 4096
+"""Connections that wait to be taken; the system may allow fewer."""
+
 SERVED = (
     "/v1/models", "/v1/chat/completions", "/v1/completions", "/health", "/liveness", "/readiness",
 )  # fmt: skip
@@ -168,7 +173,8 @@ async def read_request(
 
 def refusal(status: int, message: str) -> bytes:
     """An answer in the words of the OpenAI API, after which the connection is closed."""
-    body = json.dumps({"error": {"message": message, "type": "invalid_request_error", "param": None, "code": status}})
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    body = json.dumps({"error": {"message": message, "type": kind, "param": None, "code": status}})
     data = body.encode()
     head = f"HTTP/1.1 {status} Refused\r\nContent-Type: application/json\r\nContent-Length: {len(data)}\r\n"
     return f"{head}Connection: close\r\n\r\n".encode() + data
@@ -208,6 +214,7 @@ class Relay:
         """Serve one client."""
         upstream: asyncio.StreamWriter | None = None
         answers: asyncio.Task[None] | None = None
+        has_answer = asyncio.Event()
         try:
             while True:
                 got = await read_request(reader, self._most_bytes, HEAD_SECONDS if upstream is None else None)
@@ -227,8 +234,9 @@ class Relay:
                     await writer.drain()
                     break
                 if upstream is None:
-                    source, upstream = await asyncio.open_connection(self._host, self._port, limit=BUFFER)
-                    answers = asyncio.create_task(self._pass_back(source, writer))
+                    source, upstream = await self._connected()
+                    answers = asyncio.create_task(self._pass_back(source, writer, has_answer))
+                has_answer.clear()
                 upstream.write(head + body)
                 await upstream.drain()
         except Refused as refused:
@@ -248,10 +256,33 @@ class Relay:
                     with contextlib.suppress(ConnectionError):
                         one.close()
 
-    async def _pass_back(self, source: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _connected(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        """A connection to the gateway.
+
+        Raises:
+            Refused: it takes none.
+        """
+        for delay in (*CONNECT_DELAYS, None):
+            try:
+                return await asyncio.open_connection(self._host, self._port, limit=BUFFER)
+            except OSError as error:
+                if delay is None:
+                    raise Refused(502, f"the gateway cannot be reached ({error}): try again.") from None
+                await asyncio.sleep(delay)
+        raise AssertionError("the last attempt returns or raises")
+
+    async def _pass_back(
+        self, source: asyncio.StreamReader, writer: asyncio.StreamWriter, has_answer: asyncio.Event
+    ) -> None:
+        """Pass the gateway's answers on until it closes; ``has_answer``: the request passed on last has some of its."""
         with contextlib.suppress(ConnectionError):
             while data := await source.read(BUFFER):
+                has_answer.set()
                 writer.write(data)
+                await writer.drain()
+        if not has_answer.is_set() and not writer.is_closing():
+            with contextlib.suppress(ConnectionError):
+                writer.write(refusal(502, "the gateway has closed the connection without an answer: try again."))
                 await writer.drain()
         writer.close()
 
@@ -274,7 +305,7 @@ async def run(options: argparse.Namespace) -> None:
         finally:
             open_ones.discard(task)
 
-    server = await asyncio.start_server(serve, options.host, options.port, limit=HEAD_BYTES)
+    server = await asyncio.start_server(serve, options.host, options.port, limit=HEAD_BYTES, backlog=BACKLOG)
     print(server.sockets[0].getsockname()[1], flush=True)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
     await stop.wait()

@@ -1,6 +1,7 @@
 """Parts of the server that need nothing that is not installed with the package."""
 
 import asyncio
+import contextlib
 import importlib.metadata
 import json
 import sys
@@ -10,6 +11,7 @@ import pytest
 
 from hf_paged import cli
 from hf_paged.serve import Limits, command, guard, require_extra, serve
+from hf_paged.serve.gateway import free_ports
 
 
 def test_a_missing_extra_is_named(monkeypatch, capsys):
@@ -218,3 +220,84 @@ def test_page_events_of_an_adapter_are_those_of_its_requests():
     assert found("b") == [(2, None)]
     assert found(None) == [(3, None)]
     assert [name for name, _ in found(ACTIVE)] == [0, 1, 2, 3, 4]
+
+
+@contextlib.asynccontextmanager
+async def relaying(port: int):
+    """Asks a relay to a gateway on ``port``; gives what comes back."""
+    relay = guard.Relay("127.0.0.1", port, 1000)
+    server = await asyncio.start_server(relay, "127.0.0.1", 0)
+
+    async def ask(count: int = 1) -> bytes:
+        reader, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+        found = b""
+        for number in range(count):
+            writer.write(b"GET /v1/models HTTP/1.1\r\nHost: localhost\r\n\r\n")
+            is_last = number == count - 1
+            found += await asyncio.wait_for(reader.read() if is_last else reader.readexactly(len(ANSWER)), 30)
+        writer.close()
+        return found
+
+    try:
+        yield ask
+    finally:
+        server.close()
+
+
+ANSWER = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n{}"
+
+
+def test_a_gateway_that_is_not_there_is_an_answer(monkeypatch):
+    monkeypatch.setattr(guard, "CONNECT_DELAYS", (0.01,))
+
+    async def run():
+        async with relaying(free_ports(1)[0]) as ask:
+            return await ask()
+
+    head, body = asyncio.run(run()).split(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 502 ")
+    error = json.loads(body)["error"]
+    assert error["type"] == "server_error"
+    assert "the gateway cannot be reached" in error["message"]
+
+
+def test_a_gateway_that_refuses_connections_for_a_while_is_asked_again():
+    async def answer(reader, writer):
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(ANSWER)
+        writer.close()
+
+    async def run():
+        port = free_ports(1)[0]
+        async with relaying(port) as ask:
+            asked = asyncio.create_task(ask())
+            await asyncio.sleep(0.1)
+            assert not asked.done()
+            async with await asyncio.start_server(answer, "127.0.0.1", port):
+                return await asked
+
+    assert asyncio.run(run()) == ANSWER
+
+
+@pytest.mark.parametrize("answered", [0, 1])
+def test_a_gateway_that_closes_without_an_answer_is_an_error(answered):
+    """The client is told, of a later request of a connection too; answers that have come stay as they are."""
+
+    async def answer(reader, writer):
+        for _ in range(answered):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(ANSWER)
+            await writer.drain()
+        await reader.readuntil(b"\r\n\r\n")
+        writer.close()
+
+    async def run():
+        gateway = await asyncio.start_server(answer, "127.0.0.1", 0)
+        async with gateway, relaying(gateway.sockets[0].getsockname()[1]) as ask:
+            return await ask(1 + answered)
+
+    found = asyncio.run(run())
+    assert found.startswith(ANSWER * answered)
+    rest = found[len(ANSWER) * answered :]
+    assert rest.startswith(b"HTTP/1.1 502 ")
+    assert b"without an answer" in rest
