@@ -31,7 +31,7 @@ from eval.quality.text_data import load_text
 from eval.real import charts, packages, page
 from eval.real.brown import detokenize
 from eval.real.gguf_file import convert, read_header
-from eval.real.greedy import Texts, compare, sign_test
+from eval.real.greedy import EAGER, WAYS, Texts, compare, sign_test, write_texts
 from eval.real.packages import ITEMS, Item, Package, default_cache, fetch, is_complete
 from eval.real.passages import CUE, PASSAGE, passage_prompt
 from eval.real.prompts import make_prompts
@@ -587,3 +587,24 @@ def test_real_weights_give_the_texts_of_eager_attention():
     assert [row["num_equal"] for row in rows[:3]] == [20, 20, 20]
     # The text is read with sense: a model with a wrong tokenizer or wrong weights is at hundreds.
     assert found["text"]["reference_ppl"] < 80
+
+@pytest.mark.real
+@NEEDS_CACHE
+@pytest.mark.skipif(
+    not is_complete("gemma3", default_cache()),
+    reason=f"no Gemma in {default_cache()}: run python -m eval.real_models fetch gemma3",
+)
+def test_gemma_writes_the_texts_of_eager_attention_beyond_its_sliding_window():
+    folder, text = default_cache() / "gemma3", load_text(str(default_cache() / "brown" / "all.jsonl"))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    window = model.config.sliding_window
+    ids = tokenizer(text[:20_000], add_special_tokens=False).input_ids
+    prompts = make_prompts(tokenizer, ids, 3, 24, 1, (window + 40, window + 40))
+    assert {prompt.ids[0] for prompt in prompts} == {tokenizer.bos_token_id}
+    eager, *others = (write_texts(model, prompts, 4, way, batch_tokens=window + 41) for way in (EAGER, *WAYS))
+    assert [compare(texts, eager, 4).num_equal for texts in others] == [3, 3, 3]
+    # The text is read with sense: a model with a wrong tokenizer or wrong weights is at hundreds.
+    start = torch.tensor([prompts[2].ids[:200]])
+    with torch.no_grad():
+        assert model(start, labels=start).loss.exp() < 80
