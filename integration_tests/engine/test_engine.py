@@ -4,6 +4,7 @@ import csv
 import dataclasses
 import json
 
+import numpy as np
 import pytest
 import torch
 from hf_paged_kernels.attention.ops import paged_attention_op
@@ -333,6 +334,24 @@ def test_a_processor_sees_the_whole_history(model):
 
 
 # Attention on a CPU
+
+
+def test_cpu_attention_gathers_few_pages_for_short_rows_beside_long_ones():
+    page_size = 8
+    for seed in range(20):
+        rng = np.random.default_rng(seed)
+        lengths = rng.permutation([*rng.integers(1, 40, 40), *rng.integers(400, 2000, rng.integers(0, 4))])
+        table = torch.zeros(len(lengths), 250, dtype=torch.int32)
+        bounds, seq_lens = torch.arange(len(lengths) + 1).int(), torch.from_numpy(lengths).int()
+        groups = plan_groups(table, seq_lens, bounds, page_size, None)
+        assert sorted(torch.cat([group.queries.flatten() for group in groups]).tolist()) == [*range(len(lengths))]
+        used = -(-seq_lens // page_size)
+        for group in groups:
+            rows = group.queries.flatten()
+            assert len(group.pages) == len(rows) * int(used[rows].max())
+            assert len(group.pages) <= 2 * int(used[rows].sum()) + 16
+    table, equal = torch.zeros(32, 250, dtype=torch.int32), torch.full((32,), 700, dtype=torch.int32)
+    assert len(plan_groups(table, equal, torch.arange(33).int(), page_size, None)) == 2
 
 
 @pytest.mark.parametrize("left", [None, 0, 6, 40], ids=lambda left: f"left{left}")

@@ -12,8 +12,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from ...paging import LayerPages
 
-ROWS_TOGETHER = 16
-"""Decode rows of one call; sorted by length, so that little is padding."""
+ROWS_TOGETHER, CALL_PAGES = 16, 16
+"""Decode rows of one call at most, and pages whose gathering takes about as long as a call by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +48,31 @@ def plan_groups(
     counts = [last - first for first, last in pairwise(bounds)]
     # A row without tokens only fills up a batch.
     decode = sorted((row for row, count in enumerate(counts) if count == 1 and lengths[row]), key=lengths.__getitem__)
-    groups = [decode[i : i + ROWS_TOGETHER] for i in range(0, len(decode), ROWS_TOGETHER)]
+    most = page_table.shape[1] if left is None else left // page_size + 2
+    groups = _rows_together(decode, [min(most, -(-length // page_size)) for length in lengths])
     groups += [[row] for row, count in enumerate(counts) if count > 1 and lengths[row]]
     return [_group(page_table, lengths, bounds, rows, counts[rows[0]], page_size, left) for rows in groups]
+
+
+def _rows_together(rows: list[int], num_pages: list[int]) -> list[list[int]]:
+    """Groups of rows, shortest first: all rows of a group gather as many pages as its longest one, so that a long row
+    among short ones would make all of them as slow.
+
+    Args:
+        rows: sorted by length.
+        num_pages: of each row of the step.
+    """
+    groups: list[list[int]] = []
+    used = 0
+    for row in rows:
+        pages = num_pages[row]
+        gathered = (len(groups[-1]) + 1) * pages if groups else 0
+        if not groups or len(groups[-1]) == ROWS_TOGETHER or gathered > 2 * (used + pages) + CALL_PAGES:
+            groups.append([])
+            used = 0
+        groups[-1].append(row)
+        used += pages
+    return groups
 
 
 def _group(
