@@ -3,7 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 BIN = $(VENV)/bin
 
-.PHONY: help demo test test-all versions lint docs perplexity report support small-model clean
+.PHONY: help demo test test-all versions lint docs perplexity report support architectures small-model clean
 
 help:            ## list the tasks
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
@@ -47,6 +47,9 @@ report: $(VENV)/.dev      ## was anything lost? the small model's report and gen
 
 support: $(VENV)/.dev     ## regenerate eval/results/model_support.md
 	$(BIN)/python integration_tests/support/parity.py
+
+architectures: $(VENV)/.dev ## what kernels take on GPUs that are not here: eval/results/architectures.md
+	$(BIN)/python integration_tests/support/compile_for_architectures.py
 
 small-model: $(VENV)/.dev ## train the small model again (some minutes)
 	$(BIN)/python -m eval.small_model --output integration_tests/assets/small_model

@@ -5,6 +5,7 @@ import pytest
 import torch
 from amount import pairwise
 from helpers import DEVICE, TOLERANCE, error, make_pages, prefix_sums, rotation, softmax_attention
+from hf_paged_kernels import settings as kernel_settings
 from hf_paged_kernels.attention import reference
 from hf_paged_kernels.attention.flash_forward_triton import flash_attention_launch
 from hf_paged_kernels.attention.paged_triton import paged_attention_launch
@@ -202,6 +203,30 @@ def test_a_row_does_not_depend_on_its_batch(poison):
                 assert torch.equal(alone, together[at : at + n])
                 assert torch.equal(alone_lse, together_lse[:, at : at + n])
             at += n
+
+
+@pytest.mark.parametrize("q_lens", [[1, 1], [20, 3]], ids=str)
+def test_more_rows_than_shared_memory_holds(poison, q_lens, monkeypatch):
+    """A block is for part of the query heads of a key/value head then; the parts need not be equal."""
+    monkeypatch.setattr(kernel_settings, "shared_memory_limit", lambda device: 48 * 1024)
+    assert kernel_settings.choose_paged_settings(64, 4, 48 * 1024, 71, q_lens == [1, 1])[0].block_m < 71
+    totals = [40, 9]
+    q = torch.randn(sum(q_lens), 2 * 71, 64, device=DEVICE)
+    keys, values = ([torch.randn(n, 2, 64, device=DEVICE) for n in totals] for _ in "kv")
+    k_pages, v_pages, table = make_pages(keys, values, 16)
+    sinks, lens = torch.randn(2 * 71, device=DEVICE), torch.tensor(totals, dtype=torch.int32, device=DEVICE)
+    out, lse = paged_attention_launch(
+        q, k_pages, v_pages, table, lens, prefix_sums(q_lens, DEVICE), max(q_lens), 30, 0, None, sinks, 0.1
+    )
+    at = 0
+    for row, n in enumerate(q_lens):
+        rows = slice(at, at + n)
+        expected, expected_lse = softmax_attention(
+            q[rows], keys[row], values[row], left=30, right=0, softcap=None, sinks=sinks, scale=0.1
+        )
+        assert error(out[rows], expected) <= TOLERANCE[torch.float32]
+        assert torch.allclose(lse[:, rows].double().cpu(), expected_lse, atol=1e-4, rtol=0)
+        at = rows.stop
 
 
 def test_settings_given_by_hand(poison):

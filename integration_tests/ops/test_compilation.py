@@ -1,8 +1,10 @@
-"""Kernels compile for a Hopper GPU, which the interpreter says nothing about. No GPU is needed."""
+"""Kernels compile for GPUs, which the interpreter says nothing about, and fit into them. No GPU is needed."""
 
+import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from amount import EVERYTHING
 from integration_tests.support.ptx_hashes import differences, normalised
 
 pytest.importorskip("triton")
-SCRIPT = Path(__file__).parents[1] / "support" / "compile_for_hopper.py"
+SUPPORT = Path(__file__).parents[1] / "support"
 KERNELS = {
     "attention": "_flash_backward_keys _flash_backward_queries _flash_forward _hopper_backward _hopper_forward "
     "_merge_partials _merge_splits _merge_states _paged_forward _plan_splits finish_queries row_sums",
@@ -22,15 +24,44 @@ KERNELS = {
 }
 
 
+def compiled(script: str, *arguments: str, cache: Path) -> str:
+    """What a script prints, in a process of its own: here, kernels are interpreted."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(cache), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, str(SUPPORT / script), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=3600 if EVERYTHING else 550)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
 @pytest.mark.parametrize("family", KERNELS)
 def test_kernels_compile(family, tmp_path):
-    """In a process of its own: here, kernels are interpreted."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "CUDA_VISIBLE_DEVICES": ""}
-    command = [sys.executable, str(SCRIPT), family, "all" if EVERYTHING else "few"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=550)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.split() == KERNELS[family].split()
+    out = compiled("compile_for_hopper.py", family, "all" if EVERYTHING else "few", cache=tmp_path)
+    assert out.split() == KERNELS[family].split()
+
+
+@pytest.mark.parametrize("architecture", ["sm_80", "sm_89", "sm_90", "sm_100", "gfx942"])
+def test_kernels_fit_other_architectures(architecture, tmp_path):
+    """What ops launch there compiles, and takes no more shared memory, threads and registers than there are."""
+    out = compiled("compile_for_architectures.py", architecture, "all" if EVERYTHING else "few", cache=tmp_path)
+    found = [json.loads(line) for line in out.splitlines()]
+    assert [line["objection"] for line in found if line["objection"]] == []
+    names = {line["kernel"] for line in found}
+    hopper = {"_hopper_forward", "_quantized_splits"}
+    assert names >= ({"_hopper_forward"} if architecture == "sm_90" else {"_paged_forward", "_quantized_forward"})
+    assert architecture == "sm_90" or not names & hopper
+
+
+def test_what_does_not_fit_is_seen():
+    from compile_for_architectures import ARCHITECTURES, Figures
+
+    ampere, amd = ARCHITECTURES["sm_80"], ARCHITECTURES["gfx942"]
+    figures = Figures("decode", "kernel", 163 * 1024, 256, 255, 0)
+    assert figures.objection(ampere) is None
+    assert "166912 bytes of shared memory, of 65536" in figures.objection(amd)
+    assert "166913 bytes" in replace(figures, shared=163 * 1024 + 1).objection(ampere)
+    assert "512 threads of 255 registers" in replace(figures, threads=512).objection(ampere)
+    assert "2048 threads" in replace(figures, threads=2048, registers=16).objection(ampere)
 
 
 def test_hashes_of_ptx_see_code_and_not_where_it_came_from():

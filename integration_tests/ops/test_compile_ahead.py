@@ -39,7 +39,7 @@ SCRIPT = """
     with backend.recording(lambda *launch: launches.append(launch)):
         launch_some()
         launch_some()
-    assert not hopper.COMPILED
+    assert not hopper.KERNELS
     keys = {key for key, *_ in launches}
     misses = []
     knobs.compilation.listener = lambda *, cache_hit, **rest: misses.append(not cache_hit)

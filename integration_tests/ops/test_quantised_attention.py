@@ -6,6 +6,7 @@ import pytest
 import torch
 from amount import pairwise
 from helpers import DEVICE, TOLERANCE, error, held_keys, make_pages, prefix_sums, rotation, softmax_attention
+from hf_paged_kernels import settings
 from hf_paged_kernels.attention import reference
 from hf_paged_kernels.attention.ops import paged_attention_op, split_plan_op, write_pages_op
 from hf_paged_kernels.attention.paged_quantized_triton import quantized_paged_attention_launch
@@ -345,6 +346,16 @@ def test_the_same_bits_every_time(page_dtype, dim):
     assert [i for i, out in enumerate(calls) if not torch.equal(out, calls[0])] == []
 
 
+@pytest.mark.parametrize("q_lens", [[1, 1], [2, 0], [20, 1]], ids=str)
+def test_more_rows_than_shared_memory_holds(q_lens, monkeypatch):
+    """A block is for part of the query heads of a key/value head then, also where parts are not equal."""
+    monkeypatch.setattr(settings, "shared_memory_limit", lambda device: 16 * 1024)
+    step = make_step(torch.int8, q_lens, [70, 9], (2 * 71, 2), (128, 128))
+    sinks = torch.randn(2 * 71, device=DEVICE)
+    assert choose_quantized_settings(128, 16 * 1024, 71, None).block_m < 71
+    check(step, step.run("triton", sinks=sinks), sinks=sinks)
+
+
 def test_settings():
     """Every choice is a power of two that divides the shortest split, and has room for its rows."""
     for head_dim in (16, 64, 128, 256, 512):
@@ -355,7 +366,10 @@ def test_settings():
                     assert 256 % s.block_n == 0
                     assert 2 * s.block_n >= 32 * s.num_warps
                     assert s.block_m & (s.block_m - 1) == 0
-                    assert s.block_m >= (group if rows is None else rows)
+                    # Or twice the rows would not fit.
+                    needed = group if rows is None else rows
+                    assert s.block_m >= needed or 2 * 2 * s.block_m * head_dim > shared_memory
+                    assert 2 * s.block_m * head_dim <= shared_memory
     for head_dim in (64, 128, 256):
         hopper = choose_quantized_hopper_settings(head_dim)
         assert 256 % hopper.block_n == 0

@@ -11,21 +11,24 @@ import itertools
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
-COMPILED: list[str] = []
 EVERYTHING = True
 """Whether all variants are compiled."""
-PTX: list[tuple[str, str]] = []
-"""Name and PTX of each variant, in the order of compilation."""
+KERNELS: list[tuple[str, Any]] = []
+"""Name and compiled kernel of each launch, in their order."""
 
 
 class Driver:
-    """Stands for a GPU of capability 9.0."""
+    """Stands for a GPU."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
 
     def get_current_device(self) -> int:
         return 0
@@ -34,7 +37,7 @@ class Driver:
         return 0
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return self.target
 
     def get_active_torch_device(self) -> torch.device:
         return torch.device("cpu")
@@ -45,17 +48,21 @@ def compile_only(own_run: Callable) -> Callable:
 
     def run(self, *args, grid, warmup=False, **kwargs):
         kernel = own_run(self, *args, grid=grid, warmup=True, **kwargs)
-        COMPILED.append(self.fn.__name__)
-        PTX.append((self.fn.__name__, kernel.asm["ptx"]))
+        KERNELS.append((self.fn.__name__, kernel))
         return kernel
 
     return run
 
 
-def pretend_hopper() -> None:
-    """Make the package see the GPU that the driver stands for."""
-    triton.runtime.driver.set_active(Driver())
+def pretend(target: GPUTarget) -> None:
+    """Make Triton compile for a GPU, and launch nothing."""
+    triton.runtime.driver.set_active(Driver(target))
     JITFunction.run = compile_only(JITFunction.run)
+
+
+def pretend_hopper() -> None:
+    """Make Triton and the package see a GPU of capability 9.0."""
+    pretend(GPUTarget("cuda", 90, 32))
     from hf_paged_kernels import backend, dependent_launch_triton, settings
 
     settings.multiprocessors = lambda device: 132
@@ -173,7 +180,7 @@ def _lora() -> None:
             )  # fmt: skip
 
 
-def small() -> None:
+def small(has_fp8: bool = True) -> None:
     """What runs between matmuls, and around a step."""
     from hf_paged_kernels.attention.pages_triton import copy_pages_launch, write_pages_launch
     from hf_paged_kernels.layers.decode_inputs_triton import decode_inputs_launch, decode_rows_launch
@@ -192,12 +199,12 @@ def small() -> None:
         rotary_write_launch(
             q, k, k, cos, cos, False, *weights, 1e-5, 0.0, True, pages, pages.clone(), None, None, index
         )
-    codes, scale = (pages.to(torch.float8_e4m3fn) for _ in "kv"), new(50, 2, 16, dtype=torch.float32)
-    rotary_write_launch(q, k, k, cos, cos, False, norm, norm, 1e-5, 0.0, True, *codes, scale, scale.clone(), index)
-    codes = (pages.to(torch.int8) for _ in "kv")
-    rotary_write_launch(q, k, k, cos, cos, False, norm, norm, 1e-5, 0.0, True, *codes, scale, scale.clone(), index)
+    scale = new(50, 2, 16, dtype=torch.float32)
+    for dtype in (torch.float8_e4m3fn, torch.int8)[not has_fp8 :]:
+        codes = (pages.to(dtype) for _ in "kv")
+        rotary_write_launch(q, k, k, cos, cos, False, norm, norm, 1e-5, 0.0, True, *codes, scale, scale.clone(), index)
     write_pages_launch(k, k, pages, pages.clone(), index)
-    for dtype in (torch.int8, torch.float8_e4m3fn):
+    for dtype in (torch.int8, torch.float8_e4m3fn)[: 1 + has_fp8]:
         codes = pages.to(dtype), pages.to(dtype)
         write_pages_launch(k, k, *codes, index, scale, scale.clone())
     copy_pages_launch(pages, pages.clone(), index, index + 5)
@@ -224,4 +231,4 @@ if __name__ == "__main__":
     EVERYTHING = sys.argv[2:] != ["few"]
     pretend_hopper()
     FAMILIES[sys.argv[1]]()
-    print(*sorted(set(COMPILED)))
+    print(*sorted({name for name, _ in KERNELS}))

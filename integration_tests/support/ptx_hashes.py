@@ -33,8 +33,8 @@ def hashes_of_family(family: str) -> dict[str, list[str]]:
     compile_for_hopper.pretend_hopper()
     compile_for_hopper.FAMILIES[family]()
     found: dict[str, list[str]] = {}
-    for name, ptx in compile_for_hopper.PTX:
-        digest = hashlib.sha256(normalised(ptx).encode()).hexdigest()[:16]
+    for name, kernel in compile_for_hopper.KERNELS:
+        digest = hashlib.sha256(normalised(kernel.asm["ptx"]).encode()).hexdigest()[:16]
         found.setdefault(name, [])
         if digest not in found[name]:
             found[name].append(digest)

@@ -77,8 +77,18 @@ def shared_memory_limit(device: torch.device) -> int:
     """Bytes of shared memory that one program may use on ``device``; a conservative figure where it is not known."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        return getattr(properties, "shared_memory_per_block_optin", 99 * 1024)
+        # Without the first, which PyTorch does not have for AMD GPUs, a program may use no more than the second.
+        optin = getattr(properties, "shared_memory_per_block_optin", None)
+        return properties.shared_memory_per_block if optin is None else optin
     return 64 * 1024
+
+
+def dot_precision(tensor: torch.Tensor) -> str:
+    """``input_precision`` of matrix products of a tensor, as Triton accepts it for its device.
+
+    Of 16-bit numbers every product is exact; some AMD GPUs have no "tf32", which is NVIDIA's default.
+    """
+    return "ieee" if tensor.dtype == torch.float32 or torch.version.hip is not None else "tf32"
 
 
 def flash_settings(device: torch.device, head_dim: int, v_dim: int, element_size: int) -> AttentionSettings:
@@ -172,7 +182,10 @@ def is_short_query(group: int, max_query_len: int) -> bool:
 def choose_paged_settings(
     head_dim: int, element_size: int, shared_memory: int, group: int, short_query: bool
 ) -> tuple[AttentionSettings, int]:
-    """Pure part of :func:`paged_settings`; returns ``(settings, query tokens per block)``."""
+    """Pure part of :func:`paged_settings`; returns ``(settings, query tokens per block)``.
+
+    A block with fewer rows than ``group`` is for part of these heads: all would not fit into shared memory.
+    """
     if short_query:
         block_m = 16
         while block_m < group:
@@ -193,8 +206,25 @@ def choose_paged_settings(
         while block_m < group:
             block_m *= 2
         # Rows of one block are GROUP heads of the same tokens; a wide group may need more rows than the table has.
-        settings = AttentionSettings(block_m, settings.block_n, settings.num_warps, settings.num_stages)
+        settings = replace(settings, block_m=block_m)
+    while _paged_bytes(settings, head_dim, element_size) > shared_memory:
+        if settings.num_stages > 3:
+            settings = replace(settings, num_stages=3)
+        elif settings.block_m > 16:
+            settings = replace(settings, block_m=settings.block_m // 2)
+        else:
+            break  # Without stages keys and values are there one after the other: it fits.
     return settings, max(1, settings.block_m // group)
+
+
+def _paged_bytes(settings: AttentionSettings, head_dim: int, element_size: int) -> int:
+    """Shared memory that the compiler takes at most: queries and weights, and keys and values in flight.
+
+    These wait for their page numbers: half of the stages hold them. ``architectures.md`` has what kernels take.
+    """
+    dim = next_power_of_2(head_dim)
+    rows = settings.block_m * (dim + settings.block_n)
+    return element_size * (rows + 2 * max(1, settings.num_stages // 2) * settings.block_n * dim)
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,7 +285,8 @@ def choose_quantized_settings(
         chosen = QuantizedSettings(64, 128, 4, 3, False)
     else:
         chosen = QuantizedSettings(64, 64, 4, 2, False)
-    while chosen.block_m < needed:
+    # Float16 queries of all rows pass through shared memory; where they cannot, a block is for part of the heads.
+    while chosen.block_m < needed and 4 * chosen.block_m * next_power_of_2(head_dim) <= shared_memory:
         num_warps = min(2 * chosen.num_warps, chosen.block_n // 16)
         chosen = replace(chosen, block_m=2 * chosen.block_m, num_warps=num_warps)
     return chosen

@@ -31,7 +31,15 @@ import triton.language as tl
 
 from ..backend import MAX_GRID, contiguous, contiguous_rows, device_guard, new_like
 from ..launch_triton import Launch, Launches, Places, Series, Tile
-from ..settings import LOG2_E, AttentionSettings, BackwardSettings, cdiv, flash_backward_settings, next_power_of_2
+from ..settings import (
+    LOG2_E,
+    AttentionSettings,
+    BackwardSettings,
+    cdiv,
+    dot_precision,
+    flash_backward_settings,
+    next_power_of_2,
+)
 from .flash_backward_parts_triton import (
     count_blocks,
     find_block,
@@ -456,7 +464,7 @@ def _prepare(
         HAS_LEFT=window_left is not None,
         HAS_RIGHT=window_right is not None,
         HAS_SOFTCAP=softcap is not None,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+        PRECISION=dot_precision(q),
     )
     with_sums = " sums" if has_sinks else ""
     query_names = " q dout lse_log2 delta" if query_tiles else ""

@@ -15,7 +15,14 @@ import triton.language as tl
 
 from ..backend import MAX_GRID, contiguous, device_guard
 from ..launch_triton import launch
-from ..settings import LOG2_E, AttentionSettings, cdiv, flash_settings, next_power_of_2
+from ..settings import (
+    LOG2_E,
+    AttentionSettings,
+    cdiv,
+    dot_precision,
+    flash_settings,
+    next_power_of_2,
+)
 from .primitives_triton import (
     add_sink,
     finish_softmax,
@@ -288,7 +295,7 @@ def flash_attention_launch(
                 HAS_RIGHT=window_right is not None,
                 HAS_SOFTCAP=softcap is not None,
                 HAS_SINKS=sinks is not None,
-                PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+                PRECISION=dot_precision(q),
                 num_warps=s.num_warps,
                 num_stages=s.num_stages,
             )  # fmt: skip

@@ -37,6 +37,7 @@ from ..settings import (
     next_power_of_2,
     quantized_settings,
 )
+from .paged_triton import attend_by_heads
 from .pages_triton import hadamard
 from .primitives_triton import (
     add_sink,
@@ -491,6 +492,15 @@ def quantized_paged_attention_launch(
 
     is_split = is_short_query(group, max_query_len)
     chosen = settings or quantized_settings(q.device, max(head_dim, v_dim), group, max_query_len)
+    rows = max_query_len * group if is_split else group
+    if chosen.block_m < rows:
+        return attend_by_heads(
+            lambda q, sinks: quantized_paged_attention_launch(
+                q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, max_query_len, window_left, window_right,
+                softcap, sinks, scale, k_scale, v_scale, plan,
+            ),
+            q, sinks, num_kv_heads, chosen.block_m * group // rows,
+        )  # fmt: skip
     block_q = max(1, chosen.block_m // group)
     pairs = chosen.pairs and v_dim % 2 == 0 and v_dim >= 32 and all(s % 2 == 0 for s in v_pages.stride()[:3])
     values = v_pages.view(torch.int16) if pairs else v_pages

@@ -19,6 +19,8 @@ results and their log-sum-exp, and ``_merge_splits`` folds a row's partials in t
 Keys are found through the page table tile by tile; nothing is gathered or copied (Kwon et al. 2023, "PagedAttention").
 """
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -30,6 +32,7 @@ from ..settings import (
     SPLIT_LENGTH,
     AttentionSettings,
     cdiv,
+    dot_precision,
     hadamard_bits,
     is_short_query,
     next_power_of_2,
@@ -367,6 +370,33 @@ def _merge_splits(
     tl.store(lse + row * stride_lt + head * stride_lh, row_lse)
 
 
+def attend_by_heads(
+    attend: Callable[[torch.Tensor, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]],
+    q: torch.Tensor,
+    sinks: torch.Tensor | None,
+    num_kv_heads: int,
+    most: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention for at most ``most`` query heads of each key/value head at a time, where a block cannot hold all.
+
+    Args:
+        attend: attention of ``q [T, heads, D]`` and ``sinks [heads]`` over the key/value heads: ``(out, lse)``.
+        q: ``[T, Hq, D]``.
+        sinks: ``[Hq]`` or None.
+    """
+    queries = q.unflatten(1, (num_kv_heads, -1))
+    of_heads = None if sinks is None else sinks.unflatten(0, (num_kv_heads, -1))
+    outs, sums = [], []
+    for first in range(0, queries.shape[2], most):
+        part = slice(first, first + most)
+        out, lse = attend(
+            queries[:, :, part].flatten(1, 2), None if of_heads is None else of_heads[:, part].flatten()
+        )  # fmt: skip
+        outs.append(out.unflatten(1, (num_kv_heads, -1)))
+        sums.append(lse.unflatten(0, (num_kv_heads, -1)))
+    return torch.cat(outs, 2).flatten(1, 2), torch.cat(sums, 1).flatten(0, 1)
+
+
 def paged_attention_launch(
     q: torch.Tensor,
     k_pages: torch.Tensor,
@@ -407,6 +437,14 @@ def paged_attention_launch(
     chosen, block_q = paged_settings(q.device, head_dim, v_dim, q.element_size(), group, max_query_len)
     if settings is not None:
         chosen, block_q = settings, max(1, settings.block_m // group)
+    elif chosen.block_m < group:
+        return attend_by_heads(
+            lambda q, sinks: paged_attention_launch(
+                q, k_pages, v_pages, page_table, seq_lens, cu_seqlens_q, max_query_len, window_left, window_right,
+                softcap, sinks, scale, k_scale, v_scale,
+            ),
+            q, sinks, num_kv_heads, chosen.block_m,
+        )  # fmt: skip
     short_query = is_short_query(group, max_query_len)
     num_splits = cdiv(max_pages * page_size, split_length) if short_query else 1
     if num_splits > MAX_GRID:
@@ -456,7 +494,7 @@ def paged_attention_launch(
             HAS_SINKS=sinks is not None and not split,
             HAS_SCALES=k_scale is not None,
             HADAMARD=hadamard_bits(k_pages.dtype, head_dim),
-            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            PRECISION=dot_precision(q),
             num_warps=chosen.num_warps,
             num_stages=chosen.num_stages,
         )  # fmt: skip
