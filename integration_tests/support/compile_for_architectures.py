@@ -128,7 +128,7 @@ def pretend(device: Architecture) -> None:
     settings.shared_memory_limit = lambda _: device.shared
     settings.multiprocessors = lambda _: 100
     settings.flash_backward_settings = lambda _, dim, v_dim, size: settings.choose_flash_backward_settings(
-        max(dim, v_dim), size, device.shared, is_new
+        max(dim, v_dim), size, device.shared, is_new, is_nvidia and device.target.arch >= 100
     )
     for module in (attention_ops, layer_ops, lora, sampling_ops):
         module.uses_triton = lambda _: True

@@ -133,19 +133,28 @@ HOPPER_BACKWARD: list[tuple[int, BackwardSettings]] = [
 
 def flash_backward_settings(device: torch.device, head_dim: int, v_dim: int, element_size: int) -> BackwardSettings:
     """Settings of the backward kernels of the dense and varlen forward kernel."""
-    hopper = device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (9, 0)
-    return choose_flash_backward_settings(max(head_dim, v_dim), element_size, shared_memory_limit(device), hopper)
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    major = torch.cuda.get_device_capability(device)[0] if is_nvidia else 0
+    return choose_flash_backward_settings(
+        max(head_dim, v_dim), element_size, shared_memory_limit(device), major >= 9, major >= 10
+    )
 
 
 def choose_flash_backward_settings(
-    head_dim: int, element_size: int, shared_memory: int, hopper: bool
+    head_dim: int, element_size: int, shared_memory: int, hopper: bool, blackwell: bool = False
 ) -> BackwardSettings:
-    """Pure part of :func:`flash_backward_settings`. ``hopper``: matrix units that read shared memory, and TMA."""
+    """Pure part of :func:`flash_backward_settings`. ``hopper``: matrix units that read shared memory, and TMA.
+
+    ``blackwell``: theirs write beside the registers, and take more shared memory on the way.
+    """
     if element_size == 4:
         tile = AttentionSettings(32, 32, 4, 1) if head_dim <= 128 else AttentionSettings(16, 16, 4, 1)
         return BackwardSettings(keys=tile, queries=tile, descriptors=False)
     if hopper and shared_memory >= 200 * 1024 and head_dim <= 256:
-        return next(chosen for limit, chosen in HOPPER_BACKWARD if head_dim <= limit)
+        chosen = next(chosen for limit, chosen in HOPPER_BACKWARD if head_dim <= limit)
+        if blackwell and head_dim > 128:
+            return replace(chosen, keys=replace(chosen.keys, num_stages=1))
+        return chosen
     if head_dim <= 64:
         keys = queries = AttentionSettings(64, 64, 4, 2)
     elif head_dim <= 128:
