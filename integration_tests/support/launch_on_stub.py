@@ -111,6 +111,21 @@ def public() -> None:
             setattr(torch.Tensor, reader, own)
         assert stub.num_calls > num_calls, name
         assert not RUNS, (name, RUNS)
+    keeps_no_memory()
+
+
+def keeps_no_memory() -> None:
+    """By the op, as compiled code calls it, a launch neither takes of kept counters nor keeps some."""
+    from hf_paged_kernels.attention.ops import flash_attention_op
+
+    q = torch.randn(1, 300, 4, 128, dtype=torch.bfloat16)
+    arguments = (q, q, q, None, None, 300, None, 0, None, None, 0.1)
+    launches._counters.clear()
+    num_kept = []
+    for call in (flash_attention_op.op, flash_attention_op, flash_attention_op.op):
+        call(*arguments)
+        num_kept.append(sum(map(len, launches._counters.values())))
+    assert num_kept == [0, launches.COUNTERS - 1, launches.COUNTERS - 1], num_kept
 
 
 if __name__ == "__main__":

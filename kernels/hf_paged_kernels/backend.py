@@ -66,6 +66,27 @@ def on_references() -> Iterator[None]:
         _on_references.discard(threading.get_ident())
 
 
+_keeping_nothing: set[int] = set()
+
+
+def keeps_no_memory() -> bool:
+    """Whether memory that this thread makes now must not be kept for later calls."""
+    return bool(_keeping_nothing) and threading.get_ident() in _keeping_nothing
+
+
+@contextmanager
+def keeping_no_memory() -> Iterator[None]:
+    """In this thread no memory is kept for later calls."""
+    thread = threading.get_ident()
+    is_outermost = thread not in _keeping_nothing
+    _keeping_nothing.add(thread)
+    try:
+        yield
+    finally:
+        if is_outermost:
+            _keeping_nothing.discard(thread)
+
+
 def on_nvidia(tensor: torch.Tensor) -> bool:
     """Whether kernels on ``tensor`` may use instructions of NVIDIA GPUs."""
     return tensor.device.type == "cuda" and torch.version.hip is None

@@ -1,5 +1,6 @@
 """Custom ops whose eager calls do not go through torch's dispatcher, which costs more than a small kernel runs."""
 
+import functools
 from collections.abc import Callable
 from types import NoneType
 from typing import Any
@@ -8,7 +9,7 @@ import torch
 from torch.autograd import forward_ad
 from torch.nn import Parameter
 
-from .backend import on_references, recorder
+from .backend import keeping_no_memory, on_references, recorder
 
 PLAIN = (int, float, bool, str, NoneType)
 
@@ -28,7 +29,7 @@ class EagerOp:
     """
 
     def __init__(self, name: str, function: Callable, mutates_args: tuple[str, ...]) -> None:
-        self.op = torch.library.custom_op(name, function, mutates_args=mutates_args)
+        self.op = torch.library.custom_op(name, _with_memory_of_its_own(function), mutates_args=mutates_args)
         self.function = function
         self.gradient: Any = None
         names = function.__code__.co_varnames
@@ -54,6 +55,18 @@ class EagerOp:
         if self.mutated:
             torch.autograd.graph.increment_version([x for i in self.mutated if (x := arguments[i]) is not None])
         return self.function(*arguments, **keywords)
+
+
+def _with_memory_of_its_own(function: Callable) -> Callable:
+    """``function`` as compiled code calls it: memory that is made meanwhile may be the compiler's to use again, as that
+    of torch.compile's CUDA graphs is, so nothing is kept for later calls."""
+
+    @functools.wraps(function)
+    def inner(*arguments: Any, **keywords: Any) -> Any:
+        with keeping_no_memory():
+            return function(*arguments, **keywords)
+
+    return inner
 
 
 def eager_op(name: str, mutates_args: tuple[str, ...] = ()) -> Callable[[Callable], EagerOp]:

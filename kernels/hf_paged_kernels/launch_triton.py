@@ -30,7 +30,7 @@ from triton import knobs
 from triton.runtime import driver
 from triton.runtime.jit import JITCallable, JITFunction
 
-from .backend import recorder
+from .backend import keeps_no_memory, recorder
 
 MAX_KEYS = 10_000
 """Keys that are kept. There are few for each compilation: a key says more of the strides only."""
@@ -387,9 +387,10 @@ _counters: dict[tuple, list[torch.Tensor]] = {}
 def new_counter(device: torch.device) -> torch.Tensor:
     """A zero for the kernel that is launched next, int32 with 16 bytes of its own.
 
-    Filled for many launches of a stream at a time; in a graph, which runs many times, by the graph itself.
+    Filled for many launches of a stream at a time; in a graph, which runs many times, by the graph itself; alone where
+    no memory may be kept.
     """
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+    if keeps_no_memory() or (device.type == "cuda" and torch.cuda.is_current_stream_capturing()):
         return torch.zeros(4, dtype=torch.int32, device=device)
     index = device.index or 0
     key = index, driver.active.get_current_stream(index)
