@@ -109,6 +109,7 @@ def on_one_thread(call: Callable[[], object]) -> Callable[[], object]:
 
 
 ROUNDS = 10
+"""In which the calls take turns."""
 
 
 def microseconds(calls: dict[str, Callable[[], object]], wait: Callable[[], object], times: int) -> dict[str, float]:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -144,65 +144,79 @@ def cold_calls(name: str, is_tiny: bool, options: dict[str, Any]) -> dict[str, A
 def plain(model: Any, sizes: Sizes, limit_s: float, options: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds a token of plain ``generate()``, without prompts: what ``new`` tokens take more than one."""
     del options
-    deadline, rows = Deadline(limit_s), []
-    for count, length in ((1, sizes.short_prompt), (8, sizes.short_prompt), (8, sizes.plain_long_prompt)):
-        batch = padded_batch(count, length, length, sizes.tokens, model.device)
+    batches = ((1, sizes.short_prompt), (8, sizes.short_prompt), (8, sizes.plain_long_prompt))
+    measures = [
+        (
+            {"rows": count, "prompt": length},
+            partial(_token_ms, model, padded_batch(count, length, length, sizes.tokens, model.device), sizes.plain_new),
+        )
+        for count, length in batches
+    ]
+    return _beside_sdpa(model, measures, limit_s)
 
-        def token_ms(batch: dict[str, torch.Tensor] = batch) -> float:
-            one = timed(partial(generate, model, batch, 1))
-            return (timed(partial(generate, model, batch, 1 + sizes.plain_new)) - one) / sizes.plain_new * 1e3
 
-        beside = _beside_sdpa(model, token_ms, deadline)
-        if beside is None:
-            return {"ways": rows, "cut": True}
-        rows.append({"rows": count, "prompt": length} | beside)
-    return {"ways": rows, "cut": False}
+def _token_ms(model: Any, batch: dict[str, torch.Tensor], new: int) -> float:
+    one = timed(partial(generate, model, batch, 1))
+    return (timed(partial(generate, model, batch, 1 + new)) - one) / new * 1e3
 
 
 def training(model: Any, sizes: Sizes, limit_s: float, options: dict[str, Any]) -> dict[str, Any]:
     """Milliseconds of a forward and backward pass with a loss, weights as they are and under bfloat16 autocast."""
     del options
-    deadline, rows = Deadline(limit_s), []
     model.requires_grad_(True).train()
     try:
-        for count, length in sizes.training:
-            ids = torch.randint(1, sizes.tokens, (count, length), device=model.device)
-            for autocast in (False, True):
-                step = partial(_training_step, model, ids, autocast)
-                beside = _beside_sdpa(model, lambda step=step: timed(step) * 1e3, deadline)  # type: ignore[misc]
-                if beside is None:
-                    return {"ways": rows, "cut": True}
-                rows.append({"rows": count, "length": length, "autocast": autocast} | beside)
+        batches = [torch.randint(1, sizes.tokens, shape, device=model.device) for shape in sizes.training]
+        measures = [
+            (
+                {"rows": len(ids), "length": ids.shape[1], "autocast": autocast},
+                partial(_step_ms, model, ids, autocast),
+            )
+            for ids in batches
+            for autocast in (False, True)
+        ]
+        return _beside_sdpa(model, measures, limit_s)
     finally:
         model.zero_grad(set_to_none=True)
         model.requires_grad_(False).eval()
-    return {"ways": rows, "cut": False}
+
+
+def _step_ms(model: Any, ids: torch.Tensor, autocast: bool) -> float:
+    return timed(partial(_training_step, model, ids, autocast)) * 1e3
 
 
 ROUNDS = 8
+"""In which paged_flash and sdpa take turns, since hosts change their speed within a minute."""
 
 
-def _beside_sdpa(model: Any, measure: Callable[[], float], deadline: Deadline) -> dict[str, Any] | None:
-    """Medians of ``measure`` with "paged_flash" and with "sdpa", in turns: hosts change their speed within a minute.
+def _beside_sdpa(
+    model: Any, measures: Sequence[tuple[dict[str, Any], Callable[[], float]]], limit_s: float
+) -> dict[str, Any]:
+    """Medians of milliseconds with "paged_flash" and with "sdpa", all of them, and ``ratio``, the median of the rounds'
+    ratios.
 
-    Also all of both, and ``ratio``, the median of the rounds' ratios. None: the deadline passed in the first round.
+    Args:
+        measures: what a row is, and its measurement.
+        limit_s: seconds, shared by the rows alike. Rows without a round are left out.
     """
-    taken: dict[str, list[float]] = {"paged_flash": [], "sdpa": []}
-    for number in range(1 + ROUNDS):
-        if deadline.has_passed:
-            break
-        for name, values in taken.items():
-            with attention(model, name):
-                value = measure()
-            if number:  # the first one has new shapes
-                values.append(value)
-    if not taken["sdpa"]:
-        return None
-    ratios = [ours / sdpa for ours, sdpa in zip(*taken.values(), strict=True)]
-    return {
-        **{name: statistics.median(values) for name, values in taken.items()},
-        "ratio": statistics.median(ratios), "rounds": taken,
-    }  # fmt: skip
+    rows = []
+    is_cut = False
+    for said, measure in measures:
+        deadline = Deadline(limit_s / len(measures))
+        taken: dict[str, list[float]] = {"paged_flash": [], "sdpa": []}
+        for number in range(1 + ROUNDS):
+            if deadline.has_passed:
+                is_cut = True
+                break
+            for name, values in taken.items():
+                with attention(model, name):
+                    value = measure()
+                if number:  # the first one has new shapes
+                    values.append(value)
+        if taken["sdpa"]:
+            medians = {name: statistics.median(values) for name, values in taken.items()}
+            ratios = [ours / sdpa for ours, sdpa in zip(*taken.values(), strict=True)]
+            rows.append(said | medians | {"ratio": statistics.median(ratios), "rounds": taken})
+    return {"ways": rows, "cut": is_cut}
 
 
 def _training_step(model: Any, ids: torch.Tensor, autocast: bool) -> None:

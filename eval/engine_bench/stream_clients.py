@@ -21,7 +21,7 @@ async def http_stream(host: str, port: int, body: str, start: float) -> tuple[fl
     first, count = 0.0, 0
     status = await reader.readline()
     if b" 200 " not in status:
-        raise RuntimeError(f"{status.decode().strip()}: {(await reader.read()).decode()[-300:]}")
+        raise RuntimeError(f"{status.decode().strip() or 'no answer'}: {(await reader.read()).decode()[-300:]}")
     while line := await reader.readline():
         if b'"error"' in line:
             raise RuntimeError(line.decode()[:300])
@@ -30,6 +30,8 @@ async def http_stream(host: str, port: int, body: str, start: float) -> tuple[fl
             usage = json.loads(line[6:]).get("usage") if b'"usage"' in line else None
             count = usage["completion_tokens"] if usage else count
     writer.close()
+    if not count:
+        raise RuntimeError("the stream ended without its usage")
     return first, count
 
 

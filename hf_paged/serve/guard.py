@@ -262,14 +262,14 @@ class Relay:
         Raises:
             Refused: it takes none.
         """
-        for delay in (*CONNECT_DELAYS, None):
-            try:
+        for delay in CONNECT_DELAYS:
+            with contextlib.suppress(OSError):
                 return await asyncio.open_connection(self._host, self._port, limit=BUFFER)
-            except OSError as error:
-                if delay is None:
-                    raise Refused(502, f"the gateway cannot be reached ({error}): try again.") from None
-                await asyncio.sleep(delay)
-        raise AssertionError("the last attempt returns or raises")
+            await asyncio.sleep(delay)
+        try:
+            return await asyncio.open_connection(self._host, self._port, limit=BUFFER)
+        except OSError as error:
+            raise Refused(502, f"the gateway cannot be reached ({error}): try again.") from None
 
     async def _pass_back(
         self, source: asyncio.StreamReader, writer: asyncio.StreamWriter, has_answer: asyncio.Event

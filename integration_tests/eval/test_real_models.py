@@ -588,6 +588,7 @@ def test_real_weights_give_the_texts_of_eager_attention():
     # The text is read with sense: a model with a wrong tokenizer or wrong weights is at hundreds.
     assert found["text"]["reference_ppl"] < 80
 
+
 @pytest.mark.real
 @NEEDS_CACHE
 @pytest.mark.skipif(

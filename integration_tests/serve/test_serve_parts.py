@@ -202,6 +202,7 @@ def test_only_torchrun_shards_the_model(names, expected, monkeypatch):
 
 def test_page_events_of_an_adapter_are_those_of_its_requests():
     """Pages of other adapters are not of its model; names that it never gave are of no harm in what has gone."""
+    pytest.importorskip("smg_grpc_proto")
     from hf_paged import PageEventBatch, PagesRemoved, PagesStored
     from hf_paged.engine.scheduling.request import ACTIVE
     from hf_paged.serve.smg import _kv_batch

@@ -57,13 +57,21 @@ def recording(record: Record) -> Iterator[None]:
 
 
 @contextmanager
-def on_references() -> Iterator[None]:
-    """In this thread ops compute with PyTorch, as on a CPU."""
-    _on_references.add(threading.get_ident())
+def _with_this_thread_in(threads: set[int]) -> Iterator[None]:
+    """Blocks may lie in one another."""
+    thread = threading.get_ident()
+    is_outermost = thread not in threads
+    threads.add(thread)
     try:
         yield
     finally:
-        _on_references.discard(threading.get_ident())
+        if is_outermost:
+            threads.discard(thread)
+
+
+def on_references() -> AbstractContextManager:
+    """In this thread ops compute with PyTorch, as on a CPU."""
+    return _with_this_thread_in(_on_references)
 
 
 _keeping_nothing: set[int] = set()
@@ -74,17 +82,9 @@ def keeps_no_memory() -> bool:
     return bool(_keeping_nothing) and threading.get_ident() in _keeping_nothing
 
 
-@contextmanager
-def keeping_no_memory() -> Iterator[None]:
+def keeping_no_memory() -> AbstractContextManager:
     """In this thread no memory is kept for later calls."""
-    thread = threading.get_ident()
-    is_outermost = thread not in _keeping_nothing
-    _keeping_nothing.add(thread)
-    try:
-        yield
-    finally:
-        if is_outermost:
-            _keeping_nothing.discard(thread)
+    return _with_this_thread_in(_keeping_nothing)
 
 
 def on_nvidia(tensor: torch.Tensor) -> bool:

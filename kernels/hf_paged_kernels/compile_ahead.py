@@ -73,8 +73,8 @@ def compiling(device: torch.device, bar: Any) -> Iterator[None]:
                 compiled.add(repr(what))
                 bar.total += 1
                 if kernel.fn.__name__ in FIRST:
-                    one = (device, kernel, arguments, constants, bar)
-                    threads.append(threading.Thread(target=_compile, args=one, name="compile-ahead", daemon=True))
+                    one = (device, (kernel, arguments, constants), bar)
+                    threads.append(threading.Thread(target=_compile_here, args=one, name="compile-ahead", daemon=True))
                     threads[-1].start()
                     return
                 launches.append((kernel, arguments, constants))
@@ -124,26 +124,36 @@ def _write(worker: subprocess.Popen, jobs: "SimpleQueue[tuple | None]") -> None:
 
 def _load(worker: subprocess.Popen, device: torch.device, launches: list, bar: Any) -> None:
     """Take what has been compiled from the cache into this process."""
+    _use(device)
     while True:
         try:
             number, error = pickle.load(worker.stdout)  # type: ignore[arg-type]
         except (EOFError, pickle.UnpicklingError):
             return
         if error is None:
-            _compile(device, *launches[number])
+            _compile(*launches[number])
         bar.update()
 
 
-def _compile(device: torch.device, kernel: Any, arguments: tuple, constants: dict[str, Any], bar: Any = None) -> None:
-    """In a thread of its own, or from the cache."""
+def _compile_here(device: torch.device, launch: tuple[Any, tuple, dict[str, Any]], bar: Any) -> None:
+    """Compile one kernel in a thread of its own."""
+    _use(device)
+    _compile(*launch)
+    bar.update()
+
+
+def _use(device: torch.device) -> None:
+    """Make the device's context that of this thread."""
+    torch.cuda.set_device(device)
+    torch.cuda.current_stream().synchronize()
+
+
+def _compile(kernel: Any, arguments: tuple, constants: dict[str, Any]) -> None:
+    """Compile, or take from the cache. What fails is left to the call that needs it."""
     from .launch_triton import compile_only
 
-    torch.cuda.set_device(device)
-    torch.cuda.current_stream().synchronize()  # Makes the device's context that of this thread.
     with contextlib.suppress(Exception):
         compile_only(kernel, arguments, constants)
-    if bar is not None:
-        bar.update()
 
 
 def marker(what: str, device: torch.device) -> Path:

@@ -15,14 +15,7 @@ import triton.language as tl
 
 from ..backend import MAX_GRID, contiguous, device_guard
 from ..launch_triton import launch
-from ..settings import (
-    LOG2_E,
-    AttentionSettings,
-    cdiv,
-    dot_precision,
-    flash_settings,
-    next_power_of_2,
-)
+from ..settings import LOG2_E, AttentionSettings, cdiv, dot_precision, flash_settings, next_power_of_2
 from .primitives_triton import (
     add_sink,
     finish_softmax,

@@ -383,6 +383,11 @@ def attend_by_heads(
         attend: attention of ``q [T, heads, D]`` and ``sinks [heads]`` over the key/value heads: ``(out, lse)``.
         q: ``[T, Hq, D]``.
         sinks: ``[Hq]`` or None.
+        num_kv_heads: key/value heads; a divisor of Hq.
+        most: at least 1.
+
+    Returns:
+        ``out [T, Hq, Dv]``, ``lse [Hq, T]`` float32.
     """
     queries = q.unflatten(1, (num_kv_heads, -1))
     of_heads = None if sinks is None else sinks.unflatten(0, (num_kv_heads, -1))
